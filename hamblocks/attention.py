@@ -1,0 +1,97 @@
+"""Attention over the stored tokens: query/key norm, rotary positions, and the op."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hamblocks.cache import KVCache
+from hamblocks.protocols import Built, Dims
+from hamblocks_ops import selected_attention
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated against each other as in transformers.
+
+    Args:
+        x: `[B, T, H, D]`, D even.
+        position: int `[B, T]`, or `[1, T]`.
+        theta: base of the wavelengths.
+
+    Returns:
+        The shape and dtype of x; angles are computed in float32 (float64 for float64).
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = (position.to(wide)[..., None] * frequency)[:, :, None]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+@final
+class SelectedAttention(Built):
+    """Softmax attention over what the selector stored, at original positions; the cache stores rotated keys."""
+
+    def __init__(self, *, rope_theta: float | None = 10_000.0, qk_norm: bool = True, impl: str = "auto") -> None:
+        """Makes the part.
+
+        Args:
+            rope_theta: base of the rotary wavelengths; None: no positions.
+            qk_norm: RMSNorm of queries and keys, per head.
+            impl: implementation of `selected_attention`.
+        """
+        super().__init__()
+        self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
+
+    def make(self, dims: Dims) -> None:
+        """Makes the two norms.
+
+        Raises:
+            ValueError: rotary positions need an even head_dim.
+        """
+        if self.rope_theta is not None and dims.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {dims.head_dim}")
+        if self.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(dims.head_dim, eps=1e-6), nn.RMSNorm(dims.head_dim, eps=1e-6)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        evict_at: Tensor,
+        *,
+        position: Tensor,
+        logit_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, KVCache | None]:
+        """See `hamblocks.protocols.Attention`. With a cache, `position` -1 marks padding in ragged pieces."""
+        dtype = q.dtype
+        if self.qk_norm:
+            q, k = self.q_norm(q).to(dtype), self.k_norm(k).to(dtype)
+        if self.rope_theta is not None:
+            q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
+        if cache is None:
+            result = selected_attention(
+                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl
+            )
+            return result.out, None
+        shape = k.shape[:3]
+        bias = None if logit_bias is None else logit_bias.expand(shape)
+        cache = cache.append(k, v, position, evict_at.expand(shape), bias)
+        result = selected_attention(
+            q,
+            cache.k,
+            cache.v,
+            cache.evict_at,
+            logit_bias=cache.logit_bias,
+            query_position=position,
+            key_position=cache.position,
+            impl=self.impl,
+        )
+        return result.out, cache

@@ -1,0 +1,51 @@
+"""A residual block: a mixer and an MLP, each behind its norm."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hamblocks.layer import HAMLayer, HAMState, LayerOutput
+
+
+@final
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        """Width of the inner layer."""
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape `[..., hidden]`."""
+        gate, up = self.up_proj(x).chunk(2, -1)
+        y: Tensor = self.down_proj(F.silu(gate) * up)
+        return y
+
+
+@final
+class HAMBlock(nn.Module):
+    """x + layer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, layer: HAMLayer, *, mlp_width: int | None = None) -> None:
+        """Makes the block.
+
+        Args:
+            layer: the sequence mixer.
+            mlp_width: inner width of the MLP; None: 8/3 of the hidden size.
+        """
+        super().__init__()
+        hidden = layer.dims.hidden_size
+        self.layer = layer
+        self.layer_norm, self.mlp_norm = nn.RMSNorm(hidden, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
+        self.mlp = SwiGLU(hidden, mlp_width or hidden * 8 // 3)
+
+    def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:
+        """As `HAMLayer.forward`."""
+        mixed = self.layer(self.layer_norm(x), state=state, cu_seqlens=cu_seqlens)
+        x = x + mixed.y
+        return LayerOutput(x + self.mlp(self.mlp_norm(x)), mixed.state, mixed.stats)

@@ -1,0 +1,49 @@
+"""Combiners: how the memory's read and attention's read become one."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hamblocks.protocols import Built, Dims
+
+
+class _Mix(Built):
+    """Both reads normalised per head and weighted by a gate of x per head, summed, projected out."""
+
+    def make(self, dims: Dims) -> None:
+        self.memory_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+        self.gate_proj = nn.Linear(dims.hidden_size, 2 * dims.num_heads)
+        self.out_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Gate logits `[B, T, H, 2]` -> weights of memory and attention."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
+        """See `hamblocks.protocols.Combiner`."""
+        weights = self.weights(self.gate_proj(x).unflatten(-1, (-1, 2))).to(x.dtype)
+        mixed = weights[..., :1] * self.memory_norm(memory_read) + weights[..., 1:] * self.attention_norm(attention_read)
+        y: Tensor = self.out_proj(mixed.to(x.dtype).flatten(2))
+        return y
+
+
+@final
+class GatedSum(_Mix):
+    """Two independent sigmoid gates."""
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Each in (0, 1)."""
+        return logits.sigmoid()
+
+
+@final
+class SoftmaxMix(_Mix):
+    """Two gates that sum to one."""
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """A softmax over the two reads."""
+        return torch.softmax(logits, -1)

@@ -1,0 +1,215 @@
+"""Controllers: who sets the threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE = 4096
+"""Scores remembered of the last training forward, enough to place a quantile within 0.01."""
+
+
+class _Tau(nn.Module):
+    """A threshold that stays float32 whatever the model is cast to."""
+
+    tau: Tensor
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        self.register_buffer("tau", torch.tensor(_number("tau", tau), dtype=torch.float32))
+
+    def set_threshold(self, tau: float) -> None:
+        """Sets tau by hand, at any time.
+
+        Raises:
+            ValueError: tau is NaN or no number.
+        """
+        self.tau.fill_(_number("tau", tau))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves buffers between devices, but casts none of them."""
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"tau={float(self.tau):g}" if self.tau.device.type == "cpu" else ""
+
+
+@final
+class FixedThreshold(_Tau):
+    """A threshold set by the user: -inf stores everything, +inf nothing."""
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Tau, float32 `[]`."""
+        return self.tau
+
+    def step(self) -> None:
+        """Nothing to move."""
+
+
+@final
+class TargetFraction(_Tau):
+    """Moves tau so that a fraction of tokens reaches it (arXiv 2603.22325).
+
+    One step per optimizer step (see `step_controllers`), along the gradient of the pinball loss, whose minimum is the
+    (1 - fraction) quantile of the scores:
+
+        tau += rate * spread * (admitted / seen - fraction)
+
+    The spread is a running average of the scores' standard deviation, so that the rate has no unit. tau starts at the
+    (1 - fraction) quantile of the first step's scores; until then everything is stored. In eval mode nothing counts
+    and nothing moves. The fraction is what its own threshold admits, whatever else a selector combines it with. One
+    controller may serve several layers: its tau is then theirs together.
+    """
+
+    seen: Tensor
+    admitted: Tensor
+    spread: Tensor
+    started: Tensor
+    sample: Tensor
+
+    def __init__(self, fraction: float, *, rate: float = 0.2) -> None:
+        """Makes the controller.
+
+        Args:
+            fraction: target, in [0, 1].
+            rate: step size in units of the scores' spread; 0 freezes tau after its start.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        super().__init__(-math.inf)
+        if not 0 <= _number("fraction", fraction) <= 1:
+            raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
+        if not _number("rate", rate) >= 0:
+            raise ValueError(f"rate: expected a number >= 0, got {rate}")
+        self.fraction, self.rate = fraction, rate
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("admitted", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("spread", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("sample", torch.full((SAMPLE,), math.nan, dtype=torch.float32))
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Tau, float32 `[]`; in training mode it also counts score `[B, T, H]` (NaN: no token)."""
+        if self.training and score.numel():
+            with torch.no_grad():
+                flat = score.detach().flatten()
+                self.seen += (~flat.isnan()).sum()
+                self.admitted += (flat >= self.tau).sum()
+                index = torch.arange(SAMPLE, device=flat.device) * flat.numel() // SAMPLE
+                self.sample.copy_(flat[index])
+        return self.tau
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves tau by what was counted since the last step, over all ranks, and starts counting anew.
+
+        Every rank of a process group must call it. Nothing moves where nothing was counted, or in eval mode.
+        """
+        if not self.training:
+            return
+        counts = torch.stack([self.admitted, self.seen]).double()
+        spread, scores = self._spread(), self.sample
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(spread)
+            spread /= ranks
+            every = [torch.empty_like(scores) for _ in range(ranks)]
+            torch.distributed.all_gather(every, scores)
+            scores = torch.cat(every)
+        self.admitted.zero_()
+        self.seen.zero_()
+        something = counts[1] > 0
+        error = (counts[0] / counts[1].clamp(min=1) - self.fraction).float()
+        first = something & ~self.started
+        self.spread.copy_(torch.where(first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread)))
+        moved = torch.where(something, self.tau + self.rate * self.spread * error, self.tau)
+        self.tau.copy_(torch.where(first, _quantile(scores, self.fraction), moved))
+        self.started |= something
+
+    @torch.no_grad()
+    def set_threshold(self, tau: float) -> None:
+        """Sets tau by hand; training, if it goes on, moves it from there.
+
+        Raises:
+            ValueError: tau is NaN or no number.
+        """
+        super().set_threshold(tau)
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def set_fraction(self, fraction: float) -> None:
+        """Moves a trained model along the trade-off: a new target, and tau at its quantile of the last scores seen.
+
+        0 gives tau = +inf and 1 gives tau = -inf, exactly.
+
+        Raises:
+            ValueError: `fraction` is outside [0, 1], or no score was seen in training yet.
+        """
+        if not 0 <= _number("fraction", fraction) <= 1:
+            raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
+        if bool(self.sample.isnan().all()):
+            raise ValueError("fraction: expected a controller that saw scores in training, got one that saw none")
+        self.fraction = fraction
+        self.tau.copy_(_quantile(self.sample, fraction))
+        self.started.fill_(True)
+
+    def get_extra_state(self) -> dict[str, float]:
+        """The target, saved with the state dict."""
+        return {"fraction": self.fraction}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Restores the target."""
+        self.fraction = state["fraction"]
+
+    def _spread(self) -> Tensor:
+        real = ~self.sample.isnan()
+        count = real.sum().clamp(min=1)
+        mean = torch.where(real, self.sample, 0).sum() / count
+        return (torch.where(real, self.sample - mean, 0).square().sum() / count).sqrt()
+
+    def extra_repr(self) -> str:
+        """Target, rate and threshold."""
+        return f"{self.fraction:g}, rate={self.rate:g}, {super().extra_repr()}"
+
+
+def _quantile(scores: Tensor, fraction: float) -> Tensor:
+    """The threshold that `fraction` of the scores reach; NaN does not count."""
+    if fraction in (0, 1):
+        return torch.full_like(scores[0], math.inf if fraction == 0 else -math.inf)
+    return scores.nanquantile(1 - fraction)
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{name}: expected a number that is not NaN, got {value!r}")
+    return float(value)
+
+
+def step_controllers(model: nn.Module) -> None:
+    """Moves the thresholds of all controllers in a model: call it after every optimizer step.
+
+    A controller is a submodule of a selector with a method `step`; one that several layers share is moved once.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        controller = getattr(module, "controller", None)
+        if callable(getattr(controller, "step", None)) and id(controller) not in seen:
+            seen.add(id(controller))
+            controller.step()
+
+
+def hook_controllers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
+    """Has every `optimizer.step()` call `step_controllers(model)`; returns the hook's handle, to `remove()` it."""
+    return optimizer.register_step_post_hook(lambda *_: step_controllers(model))

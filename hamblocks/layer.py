@@ -1,0 +1,292 @@
+"""The HAM layer: a sequence mixer made of a memory, a gate, a selector, attention and a combiner, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hamblocks.attention import SelectedAttention
+from hamblocks.cache import KVCache
+from hamblocks.combiners import GatedSum
+from hamblocks.gates import PredictionError
+from hamblocks.memory import GatedDelta
+from hamblocks.protocols import Attention, Combiner, Dims, Gate, Memory, Selector
+from hamblocks.selectors import EMPTY, is_causal, start
+from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
+from hamblocks_ops.packing import positions, sequence_of
+
+
+class HAMState(NamedTuple):
+    """All that a layer remembers between two calls. Explicit: each call returns a new one.
+
+    Attributes:
+        position: int32 `[N]`, tokens seen so far.
+        memory: the memory's own state, None before the first call.
+        ledger: the selector's ledger, None for one that never revises a lifetime.
+        cache: what is stored for attention.
+    """
+
+    position: Tensor
+    memory: Any
+    ledger: Any
+    cache: KVCache
+
+
+class LayerStats(NamedTuple):
+    """What a layer decided, for every token of the call.
+
+    Attributes:
+        score: `[B, T, Hkv or 1]`, what the selector was given.
+        evict_at: int32, same shape: lifetimes as decided by the end of the call.
+        position: int32 `[B, T]`, within the sequence.
+        cu_seqlens: int32 `[N+1]`, or None.
+    """
+
+    score: Tensor
+    evict_at: Tensor
+    position: Tensor
+    cu_seqlens: Tensor | None
+
+    def keep_fraction(self) -> Tensor:
+        """Fraction of the call's tokens still stored at the end of it, float32 `[]`; 0 where there was no token."""
+        if self.position.numel() == 0:
+            return self.score.new_zeros((), dtype=torch.float32)
+        if self.cu_seqlens is None:
+            last = self.position[:, -1:]
+        else:
+            sequence = sequence_of(self.cu_seqlens, self.position.shape[1])
+            last = self.position[:, self.cu_seqlens.long()[1:][sequence] - 1]
+        return (self.evict_at > last[..., None]).float().mean()
+
+
+class LayerOutput(NamedTuple):
+    """Result of a layer.
+
+    Attributes:
+        y: `[B, T, hidden]`, dtype of x.
+        state: for the next call; None unless a state was given.
+        stats: what was decided.
+    """
+
+    y: Tensor
+    state: HAMState | None
+    stats: LayerStats
+
+
+class HAMLayer(nn.Module):
+    """Sequence mixer of Hybrid Associative Memories (arXiv 2603.22325).
+
+    Every token is projected to q, k, v and seen by the memory; the gate scores how badly the memory predicted it, the
+    selector turns scores into lifetimes in the cache, softmax attention runs over what is stored, and the combiner
+    joins both reads.
+
+        HAMLayer(512, 8, gate=PredictionError("cosine"), selector=Threshold(TargetFraction(0.5)) | Window(64))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        selector: Selector,
+        gate: Gate | None = None,
+        memory: Memory | None = None,
+        attention: Attention | None = None,
+        combiner: Combiner | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> None:
+        """Builds the layer from its parts; each part belongs to one layer.
+
+        Args:
+            hidden_size: width of x.
+            num_heads: query heads, and heads of the memory.
+            selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`.
+            gate: what a token's score is; None: `PredictionError("cosine")`.
+            memory: the recurrence; None: `GatedDelta()`.
+            attention: None: `SelectedAttention()`.
+            combiner: None: `GatedSum()`.
+            num_kv_heads: key/value heads, a divisor of num_heads; each decides for itself what it stores. None:
+                num_heads.
+            head_dim: None: hidden_size // num_heads.
+
+        Raises:
+            ValueError: sizes that do not divide, a selector that is not causal, a part that another layer owns, or
+                something that is no part.
+        """
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise wrong(name, "an integer >= 1", value)
+        if num_heads % num_kv_heads:
+            raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise wrong("hidden_size", f"a multiple of num_heads = {num_heads}, or head_dim", str(hidden_size))
+            head_dim = hidden_size // num_heads
+        if not is_causal(selector):
+            raise ValueError(f"selector: expected one that decides from the past, got {selector} with causal = False")
+        self.dims = Dims(hidden_size, num_heads, num_kv_heads, head_dim)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        parts: dict[str, Any] = {
+            "memory": GatedDelta() if memory is None else memory,
+            "gate": PredictionError() if gate is None else gate,
+            "selector": selector,
+            "attention": SelectedAttention() if attention is None else attention,
+            "combiner": GatedSum() if combiner is None else combiner,
+        }
+        for name, part in parts.items():
+            if not callable(part) or isinstance(part, type):
+                raise wrong(name, "a part (a callable object, see hamblocks.protocols)", part)
+            build = getattr(part, "build", None)
+            if build is not None:
+                build(self.dims)
+            setattr(self, name, part)
+
+    def init_state(self, sequences: int) -> HAMState:
+        """The state before the first token, to call the layer piece by piece.
+
+        Raises:
+            ValueError: `sequences` is no integer >= 0.
+        """
+        if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 0:
+            raise wrong("sequences", "an integer >= 0", sequences)
+        weight = self.k_proj.weight
+        return HAMState(
+            position=torch.zeros(sequences, dtype=torch.int32, device=weight.device),
+            memory=None,
+            ledger=None,
+            cache=KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, weight),
+        )
+
+    def forward(
+        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+    ) -> LayerOutput:
+        """Mixes a batch, or its next piece.
+
+        Args:
+            x: `[B, T, hidden]`; packed: `[1, sum(T), hidden]`.
+            state: from `init_state(N)` or the last call, to go on where it ended. None: whole sequences.
+            cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one row.
+
+        Raises:
+            ValueError: a bad argument; the message names it, what was expected and what came.
+        """
+        self._check(x, state, cu_seqlens)
+        batch, tokens = x.shape[:2]
+        position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
+        if state is not None:
+            begin = state.position[:, None] if cu_seqlens is None else state.position[sequence_of(cu_seqlens, tokens)]
+            position = position + begin
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        memory_read, trace, memory = self.memory(
+            x,
+            q,
+            k,
+            v,
+            position=position,
+            state=None if state is None else state.memory,
+            cu_seqlens=cu_seqlens,
+            metric=getattr(self.gate, "metric", None),
+        )
+        score, logit_bias = self.gate(x, trace)
+        score = self._per_kv_head(score.detach())
+        if state is None:
+            evict_at = self.selector(score, cu_seqlens=cu_seqlens).evict_at
+            read, _ = self.attention(
+                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
+            )
+        else:
+            read, evict_at, state = self._go_on(state, memory, q, k, v, score, logit_bias, position, cu_seqlens)
+        y = self.combiner(x, memory_read, read)
+        return LayerOutput(y, state, LayerStats(score, evict_at, position, cu_seqlens))
+
+    def _go_on(
+        self,
+        state: HAMState,
+        memory: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score: Tensor,
+        logit_bias: Tensor | None,
+        position: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, HAMState]:
+        """Selection and attention of one piece against the state: read, evict_at and the next state."""
+        sequences = state.position.shape[0]
+        pieces = _Pieces(cu_seqlens, sequences, k.shape[1])
+        q, k, v, score = (pieces.apart(x, 0) for x in (q, k, v, score))
+        position = pieces.apart(position, EMPTY)
+        bias = None if logit_bias is None else pieces.apart(logit_bias, 0)
+        ledger, cache = state.ledger, state.cache
+        if state.memory is None:
+            ledger = start(self.selector, sequences, score.shape[2], score.device)
+            cache = KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, k, bias is not None)
+        selection = self.selector(score, ledger, position=position)
+        cache = cache.lower(selection.lowered)
+        read, cache = self.attention(q, k, v, selection.evict_at, position=position, logit_bias=bias, cache=cache)
+        seen = torch.maximum(state.position, position.amax(1) + 1) if position.shape[1] else state.position
+        return (
+            pieces.together(read),
+            pieces.together(selection.evict_at),
+            HAMState(seen, memory, selection.ledger, cache.evict(seen)),
+        )
+
+    def _per_kv_head(self, score: Tensor) -> Tensor:
+        """Averages the scores of the query heads of a key/value head."""
+        heads, kv_heads = self.dims.num_heads, self.dims.num_kv_heads
+        if score.shape[2] in (1, kv_heads):
+            return score
+        if score.shape[2] != heads:
+            raise wrong("score", f"1, {kv_heads} or {heads} heads from the gate", f"{score.shape[2]} heads")
+        return score.unflatten(2, (kv_heads, heads // kv_heads)).mean(3)
+
+    def _check(self, x: Tensor, state: HAMState | None, cu_seqlens: Tensor | None) -> None:
+        check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
+        check_floating("x", x)
+        weight = self.q_proj.weight
+        if x.device != weight.device:
+            raise wrong("x", f"device {weight.device}, as the layer", x)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise wrong("x", f"dtype {str(weight.dtype).removeprefix('torch.')}, as the layer", x)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
+        if state is not None:
+            if not isinstance(state, HAMState):
+                raise wrong("state", "a HAMState", state)
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            if state.position.shape[0] != sequences:
+                raise wrong("state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}")
+            sizes = self.dims.num_kv_heads, self.dims.head_dim
+            if tuple(state.cache.k.shape[2:]) != sizes:
+                raise wrong("state", f"[Hkv, D] = {list(sizes)}, as the layer", f"{list(state.cache.k.shape[2:])}")
+
+
+class _Pieces:
+    """Packed pieces `[1, sum(T), ...]` and the same as rows `[N, max(T), ...]`; a batch is its own rows."""
+
+    def __init__(self, cu_seqlens: Tensor | None, sequences: int, tokens: int) -> None:
+        self.packed = cu_seqlens is not None
+        self.sequences = sequences
+        if cu_seqlens is not None:
+            borders = cu_seqlens.long()
+            self.sequence = sequence_of(cu_seqlens, tokens)
+            self.offset = torch.arange(tokens, device=borders.device) - borders[self.sequence]
+            self.longest = int(borders.diff().amax()) if sequences else 0
+
+    def apart(self, x: Tensor, fill: float) -> Tensor:
+        if not self.packed:
+            return x
+        rows = x.new_full((self.sequences, self.longest, *x.shape[2:]), fill)
+        return rows.index_put((self.sequence, self.offset), x[0])
+
+    def together(self, x: Tensor) -> Tensor:
+        return x[self.sequence, self.offset][None] if self.packed else x

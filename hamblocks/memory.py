@@ -1,0 +1,173 @@
+"""Memories: recurrent states that see every token and tell what they failed to predict."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hamblocks.protocols import Built, Dims, Trace
+from hamblocks_ops import gated_delta_rule
+from hamblocks_ops.packing import sequence_of
+
+
+class MemoryState(NamedTuple):
+    """State of a delta-rule memory.
+
+    Attributes:
+        conv: `[N, conv_size - 1, channels]`, the inputs that the short convolution still needs.
+        recurrent: `[N, H, D, D]`, float32 (float64 for float64 models): the associative memory, keys by values.
+    """
+
+    conv: Tensor
+    recurrent: Tensor
+
+
+@final
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, followed by SiLU; reset at the borders of packed sequences."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size: expected at least 1, got {size}")
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size))
+
+    def forward(self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """X `[B, T, channels]`, state `[N, size - 1, channels]` -> the same shapes."""
+        past = self.size - 1
+        if cu_seqlens is None:
+            if state is None:
+                state = x.new_zeros(x.shape[0], past, x.shape[2])
+            x = torch.cat([state.to(x.dtype), x], 1)
+            y = F.conv1d(x.mT, self.weight[:, None].to(x.dtype), groups=x.shape[2]).mT
+            return F.silu(y), x[:, x.shape[1] - past :]
+        sequences = cu_seqlens.shape[0] - 1
+        if state is None:
+            state = x.new_zeros(sequences, past, x.shape[2])
+        # rows of one table: first every sequence's past, then the tokens
+        table = torch.cat([state.to(x.dtype).flatten(0, 1), x[0]])
+        borders = cu_seqlens.long()
+        sequence = sequence_of(cu_seqlens, x.shape[1])
+        token = torch.arange(x.shape[1], device=x.device)
+
+        def row(sequence: Tensor, offset: Tensor) -> Tensor:
+            """Row of a sequence's token; a negative offset reaches into its past."""
+            inside = sequences * past + borders[sequence] + offset
+            return torch.where(offset >= 0, inside, sequence * past + past + offset)
+
+        y = torch.zeros_like(x[0])
+        for tap in range(self.size):
+            y = y + self.weight[:, past - tap].to(x.dtype) * table[row(sequence, token - borders[sequence] - tap)]
+        every = torch.arange(sequences, device=x.device)[:, None]
+        last = borders.diff()[:, None] + torch.arange(-past, 0, device=x.device)
+        return F.silu(y)[None], table[row(every.expand_as(last), last)]
+
+
+class _DeltaMemory(Built):
+    """What both delta rules share: short convolution, unit keys and queries, the write strength, the recurrence."""
+
+    def __init__(self, conv_size: int, negative_eigenvalues: bool, impl: str) -> None:
+        super().__init__()
+        self.conv_size = conv_size
+        self.negative_eigenvalues = negative_eigenvalues
+        self.impl = impl
+
+    def make(self, dims: Dims) -> None:
+        self.conv = ShortConvolution((dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim, self.conv_size)
+        self.beta_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
+
+    def decay(self, x: Tensor) -> Tensor | None:
+        """Log decay `[B, T, H]`, or None."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor,
+        state: MemoryState | None = None,
+        cu_seqlens: Tensor | None = None,
+        metric: str | None = None,
+    ) -> tuple[Tensor, Trace, MemoryState]:
+        """See `hamblocks.protocols.Memory`."""
+        heads, kv_heads = q.shape[2], k.shape[2]
+        past = None if state is None else state.conv
+        mixed, conv = self.conv(torch.cat([x.flatten(2) for x in (q, k, v)], -1), past, cu_seqlens)
+        q, k, v = mixed.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 2)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if heads != kv_heads:
+            k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
+        beta = self.beta_proj(x).to(_wide(x)).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        result = gated_delta_rule(
+            q,
+            k,
+            v,
+            beta=beta,
+            g=self.decay(x),
+            initial_state=None if state is None else state.recurrent,
+            cu_seqlens=cu_seqlens,
+            output_residual=metric is None,
+            metric=metric,
+            impl=self.impl,
+        )
+        trace = Trace(k=k, v=v, beta=beta, residual=result.residual, score=result.score, position=position)
+        return result.out, trace, MemoryState(conv, result.final_state)
+
+
+@final
+class Delta(_DeltaMemory):
+    """The delta rule without decay (Yang et al., arXiv 2406.06484)."""
+
+    def __init__(self, conv_size: int = 4, *, negative_eigenvalues: bool = False, impl: str = "auto") -> None:
+        """Makes the part.
+
+        Args:
+            conv_size: taps of the short convolution, 1 for none over time.
+            negative_eigenvalues: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            impl: implementation of `gated_delta_rule`.
+        """
+        super().__init__(conv_size, negative_eigenvalues, impl)
+
+    def decay(self, x: Tensor) -> None:
+        """Nothing decays."""
+        return
+
+
+@final
+class GatedDelta(_DeltaMemory):
+    """The gated delta rule (Gated DeltaNet, arXiv 2412.06464): g = -exp(A) softplus(W x + b), per head."""
+
+    def __init__(self, conv_size: int = 4, *, negative_eigenvalues: bool = False, impl: str = "auto") -> None:
+        """Makes the part.
+
+        Args:
+            conv_size: taps of the short convolution, 1 for none over time.
+            negative_eigenvalues: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            impl: implementation of `gated_delta_rule`.
+        """
+        super().__init__(conv_size, negative_eigenvalues, impl)
+
+    def make(self, dims: Dims) -> None:
+        """Makes the parameters; rates start as in Mamba-2: A in [1, 16), steps log-uniform in [0.001, 0.1]."""
+        super().make(dims)
+        self.decay_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
+        self.log_rate = nn.Parameter(torch.empty(dims.num_heads).uniform_(1, 16).log())
+        step = torch.empty(dims.num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+        self.step_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
+
+    def decay(self, x: Tensor) -> Tensor:
+        """Log decay `[B, T, H]`, float32 or float64, < 0."""
+        wide = _wide(x)
+        return -self.log_rate.to(wide).exp() * F.softplus(self.decay_proj(x).to(wide) + self.step_bias.to(wide))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

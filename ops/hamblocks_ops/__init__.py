@@ -1,0 +1,38 @@
+"""The ops of hamblocks: a delta rule that tells its residual, surprise, token lifetimes, attention over stored tokens.
+
+Each op checks its arguments, picks an implementation and can `explain` the choice. Importing needs torch alone.
+"""
+
+from hamblocks_ops.arguments import value_checks
+from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain
+from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
+from hamblocks_ops.packing import NEVER
+from hamblocks_ops.select import (
+    Compacted,
+    compact,
+    select_first,
+    select_threshold,
+    select_topk,
+    select_window,
+)
+from hamblocks_ops.selected_attention import AttentionOutput, selected_attention
+from hamblocks_ops.surprise import surprise
+
+__all__ = [
+    "NEVER",
+    "AttentionOutput",
+    "Compacted",
+    "DeltaRuleOutput",
+    "Explanation",
+    "UnsupportedError",
+    "compact",
+    "explain",
+    "gated_delta_rule",
+    "select_first",
+    "select_threshold",
+    "select_topk",
+    "select_window",
+    "selected_attention",
+    "surprise",
+    "value_checks",
+]

@@ -1,0 +1,82 @@
+"""How an op picks one of its implementations: an ordered table, a reason for every refusal, no silent fallback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from hamblocks_ops.arguments import check_impl
+
+
+class UnsupportedError(NotImplementedError):
+    """An implementation was named that cannot run this call; the message says why."""
+
+
+class Implementation(NamedTuple):
+    """One row of an op's table.
+
+    `refuses(call)` returns why the implementation cannot run the call, or None when it can; `load()` imports it.
+    """
+
+    name: str
+    refuses: Callable[[Any], str | None]
+    load: Callable[[], Callable[[Any], Any]]
+
+
+class Explanation(dict[str, str]):
+    """Implementation name -> "yes" or the reason why not, in the order in which `auto` tries them."""
+
+    @property
+    def chosen(self) -> str | None:
+        """What `impl="auto"` takes, None when nothing can run the call."""
+        return next((name for name, answer in self.items() if answer == "yes"), None)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {answer}" for name, answer in self.items())
+
+
+def explain_table(table: Sequence[Implementation], call: Any) -> Explanation:
+    """Asks every implementation of a table about one call."""
+    return Explanation({row.name: row.refuses(call) or "yes" for row in table})
+
+
+def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Callable[[Any], Any]:
+    """The implementation that runs `call`.
+
+    Raises:
+        ValueError: `impl` is not a name of the table.
+        UnsupportedError: the named implementation, or with "auto" every one, refuses the call.
+    """
+    check_impl(impl)
+    reasons = []
+    for row in table:
+        if impl in ("auto", row.name):
+            reason = row.refuses(call)
+            if reason is None:
+                return row.load()
+            reasons.append(f"{row.name}: {reason}")
+    if not reasons:
+        names = ", ".join(repr(row.name) for row in table)
+        raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
+    raise UnsupportedError(f"{op} cannot run this call with impl={impl!r}. " + "; ".join(reasons))
+
+
+def always(_call: Any) -> None:
+    """For implementations that run every call."""
+    return
+
+
+def explain(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Every implementation of `op` with "yes", or the reason why it cannot run `op(*args, **kwargs)`.
+
+    Calls the `explain` that stands beside the op. Nothing is computed; arguments are checked as the op checks them.
+
+    Raises:
+        ValueError: `op` has no implementations to choose from, or an argument is bad.
+    """
+    beside = getattr(sys.modules.get(getattr(op, "__module__", "")), "explain", None)
+    if beside is None or beside is explain:
+        raise ValueError(f"op: expected an op of hamblocks.ops that takes impl=, got {op!r}")
+    explanation: Explanation = beside(*args, **kwargs)
+    return explanation

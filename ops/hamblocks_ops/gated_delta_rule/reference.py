@@ -1,0 +1,65 @@
+"""The gated delta rule, token by token. The definition that every other implementation is compared with.
+
+For every sequence and head, with a state S of shape [K, V]:
+
+    S~_t = exp(g_t) S_{t-1}                  decay
+    r_t  = v_t - S~_t^T k_t                  residual: what the state did not predict, read before the write
+    S_t  = S~_t + k_t (beta_t r_t)^T         write
+    o_t  = scale S_t^T q_t                   read
+
+(Yang, Kautz and Hatamizadeh, *Gated Delta Networks*, arXiv 2412.06464; in float64 exact to rounding.) In a lower
+precision the arithmetic is a tensor core's: the operands of every product in the dtype of the inputs, sums and the
+state in float32. This is the error that an implementation in that dtype is allowed to be measured by.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as in the op, q and k already with the heads of v; returns out, residual and final state unrounded."""
+    if cu_seqlens is None:
+        return _batch(q, k, v, beta, g, scale, initial_state)
+    borders = cu_seqlens.tolist()
+    pieces = [
+        _batch(*(x[:, start:stop] for x in (q, k, v, beta, g)), scale, initial_state[n : n + 1])
+        for n, (start, stop) in enumerate(zip(borders, borders[1:], strict=False))
+    ]
+    if not pieces:
+        return v.to(g.dtype), v.to(g.dtype), initial_state
+    out, residual, state = zip(*pieces, strict=True)
+    return torch.cat(out, 1), torch.cat(residual, 1), torch.cat(state, 0)
+
+
+def _batch(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = state.dtype
+
+    def operand(x: Tensor) -> Tensor:
+        return x.to(v.dtype).to(wide)
+
+    q, k, values = q.to(wide), k.to(wide), v.to(wide)
+    outs, residuals = [], []
+    for t in range(v.shape[1]):
+        state = g[:, t].exp()[..., None, None] * state
+        residual = values[:, t] - torch.einsum("bhkv,bhk->bhv", operand(state), k[:, t])
+        write = operand(beta[:, t, :, None] * residual)
+        state = state + k[:, t, :, :, None] * write[:, :, None, :]
+        outs.append(scale * torch.einsum("bhkv,bhk->bhv", operand(state), q[:, t]))
+        residuals.append(residual)
+    if not outs:
+        return values, values, state
+    return torch.stack(outs, 1), torch.stack(residuals, 1), state

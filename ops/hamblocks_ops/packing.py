@@ -1,0 +1,23 @@
+"""Where a token stands: its sequence and its position within it, for batches and packed batches alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER = 2**31 - 1
+"""`evict_at` of a token that is stored for good."""
+
+
+def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Index of the sequence of every packed token, int64 `[tokens]`; empty sequences own none."""
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+
+
+def positions(batch: int, tokens: int, *, device: torch.device, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Position of every token within its sequence, int32 `[batch, tokens]`."""
+    index = torch.arange(tokens, device=device)
+    if cu_seqlens is not None:
+        index = index - cu_seqlens.long()[sequence_of(cu_seqlens, tokens)]
+    return index.to(torch.int32).expand(batch, tokens)

@@ -1,0 +1,225 @@
+"""Scores to lifetimes: until when attention may read each token, as one int32 `evict_at` (docs: Concepts)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamblocks_ops.arguments import (
+    check_cu_seqlens,
+    check_floating,
+    check_integer,
+    check_tensor,
+    values_are_checked,
+    wrong,
+)
+from hamblocks_ops.packing import NEVER, positions, sequence_of
+from hamblocks_ops.select.topk import topk
+
+__all__ = ["NEVER", "Compacted", "compact", "select_first", "select_threshold", "select_topk", "select_window"]
+
+
+class Compacted(NamedTuple):
+    """The stored tokens of every row and head, in order, without gaps.
+
+    Attributes:
+        index: int32 `[B, H, L]`: where the token stands in the row; T behind the last one.
+        position: int32 `[B, H, L]`: its position within its sequence; NEVER behind the last one, so no query sees it.
+        evict_at: int32 `[B, H, L]`: its lifetime; 0 behind the last one.
+        lengths: int32 `[N, H]`: how many tokens of each sequence are stored. In a packed batch the sequences follow
+            each other in the one row.
+    """
+
+    index: Tensor
+    position: Tensor
+    evict_at: Tensor
+    lengths: Tensor
+
+
+def select_threshold(
+    score: Tensor, tau: float | Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Stores a token for good iff score >= tau, and nothing when tau = +inf.
+
+    Args:
+        score: `[B, T, H]`, floating; NaN is never stored.
+        tau: a number, or a floating tensor `[]` or `[H]`; compared in the wider of float32 and score's dtype.
+        position: int `[B, T]` or `[B, T, H]`, where the tokens stand within their sequences; -1 marks an empty row,
+            which gets evict_at = -1. None: counted from 0.
+        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+    Returns:
+        evict_at, int32 `[B, T, H]`: NEVER or the token's own position.
+
+    Raises:
+        ValueError: a bad argument, NaN for tau among them.
+    """
+    where, _ = _checked(score, position, cu_seqlens)
+    if not isinstance(tau, Tensor):
+        if not isinstance(tau, (int, float)) or tau != tau:
+            raise wrong("tau", "a number that is not NaN", tau)
+        tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
+    else:
+        check_floating("tau", tau)
+        if tau.dim() > 1 or (tau.dim() == 1 and tau.shape[0] not in (1, score.shape[2])):
+            raise wrong("tau", f"shape [] or [H] = [{score.shape[2]}]", tau)
+        if tau.device != score.device:
+            raise wrong("tau", f"device {score.device}", tau)
+        if values_are_checked(tau) and bool(tau.isnan().any()):
+            raise wrong("tau", "values that are not NaN", "NaN")
+    stored = (score >= tau.to(torch.promote_types(score.dtype, torch.float32))) & (tau < float("inf"))
+    return _result(torch.where(stored & (where >= 0), NEVER, where))
+
+
+def select_topk(
+    score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Keeps the k largest scores seen so far; the worst leaves when a better token comes; ties to the earlier token.
+
+    evict_at[j] is the first position at which k seen tokens beat j: a larger score, or an equal one that came earlier.
+    O(T log T), whatever k is (HOLA, arXiv 2607.02303, keeps its cache this way).
+
+    Args:
+        score: `[B, T, H]`, floating; NaN counts as -inf.
+        k: how many tokens of a sequence and head are stored at any time, >= 0.
+        position: as in `select_threshold`, ascending within a sequence; eviction is told in these positions.
+        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+    Returns:
+        evict_at, int32 `[B, T, H]`.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+    where, sequence = _checked(score, position, cu_seqlens)
+    _check_count("k", k)
+    return _result(topk(score, k, where, sequence))
+
+
+def select_window(
+    score: Tensor, width: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Sliding window: token j is seen by the queries j ... j + width - 1; width = 1 is a token seeing itself.
+
+    Args:
+        score: `[B, T, H]`, floating: only its shape counts.
+        width: in tokens, >= 0; saturates at NEVER.
+        position: as in `select_threshold`.
+        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+    Returns:
+        evict_at, int32 `[B, T, H]`: j + width.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+    where, _ = _checked(score, position, cu_seqlens)
+    _check_count("width", width)
+    return _result(torch.where(where < 0, where, (where + width).clamp(max=NEVER)))
+
+
+def select_first(
+    score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453).
+
+    Args:
+        score: `[B, T, H]`, floating: only its shape counts.
+        n: in tokens, >= 0.
+        position: as in `select_threshold`.
+        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+    Returns:
+        evict_at, int32 `[B, T, H]`: NEVER or the token's own position.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+    where, _ = _checked(score, position, cu_seqlens)
+    _check_count("n", n)
+    return _result(torch.where((where >= 0) & (where < n), NEVER, where))
+
+
+def compact(
+    evict_at: Tensor,
+    *,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
+) -> Compacted:
+    """Lists the tokens that are ever stored (evict_at > position), in order, for every row and head.
+
+    Args:
+        evict_at: int32 `[B, T, H]`.
+        position: as in `select_threshold`.
+        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+        capacity: length L of the lists; None: the longest list, which is read from the device.
+
+    Returns:
+        Compacted lists of length L.
+
+    Raises:
+        ValueError: a bad argument, or (where values are checked) more tokens stored than `capacity`.
+    """
+    check_tensor("evict_at", evict_at, "[B, T, H]", [None] * 3)
+    check_integer("evict_at", evict_at)
+    where, sequence = _placed(evict_at, position, cu_seqlens)
+    batch, tokens, heads = evict_at.shape
+    stored = evict_at > where
+    if sequence is None or cu_seqlens is None:
+        lengths = stored.sum(1)
+    else:
+        lengths = torch.zeros(cu_seqlens.shape[0] - 1, heads, dtype=torch.int64, device=evict_at.device)
+        lengths = lengths.index_add(0, sequence, stored[0].long())
+    counts = stored.sum(1)
+    if capacity is None:
+        capacity = int(counts.max()) if counts.numel() else 0
+    else:
+        _check_count("capacity", capacity)
+        if values_are_checked(counts) and int(counts.max()) > capacity:
+            raise wrong("capacity", f"at least the {int(counts.max())} tokens that are stored", str(capacity))
+    slot = torch.where(stored, stored.cumsum(1) - 1, capacity).clamp(max=capacity)
+
+    def place(values: Tensor, fill: int) -> Tensor:
+        lists = torch.full((batch, capacity + 1, heads), fill, dtype=torch.int32, device=evict_at.device)
+        lists.scatter_(1, slot, values.to(torch.int32).expand_as(slot))
+        return lists[:, :capacity].transpose(1, 2)
+
+    index = torch.arange(tokens, device=evict_at.device)[None, :, None]
+    return Compacted(place(index, tokens), place(where, NEVER), place(evict_at, 0), lengths.to(torch.int32))
+
+
+def _checked(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    check_tensor("score", score, "[B, T, H]", [None] * 3)
+    check_floating("score", score)
+    return _placed(score, position, cu_seqlens)
+
+
+def _placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Positions as int64 [B, T, H], and in a packed batch the sequence of every token."""
+    batch, length, heads = tokens.shape
+    sequence = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length, tokens)
+        sequence = sequence_of(cu_seqlens, length)
+    if position is None:
+        position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
+    elif not isinstance(position, Tensor) or position.dim() == 3:
+        check_tensor("position", position, "[B, T, H]", [batch, length, heads], like=tokens)
+    else:
+        check_tensor("position", position, "[B, T]", [batch, length], like=tokens)
+    check_integer("position", position)
+    if position.dim() == 2:
+        position = position[..., None]
+    return position.long().expand(batch, length, heads), sequence
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise wrong(name, "an integer >= 0", value)
+
+
+def _result(evict_at: Tensor) -> Tensor:
+    return evict_at.to(torch.int32)

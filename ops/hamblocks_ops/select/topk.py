@@ -1,0 +1,73 @@
+"""Streaming top-k lifetimes in O(T log T), without a loop over tokens and without reading a value on the host.
+
+Let theta_t be the k-th best token seen by time t, in the total order (larger score, then earlier). It only ever
+improves, so token j leaves at the first t with theta_t better than j: one binary search, once theta is known. theta_t
+is the k-th smallest rank within a prefix, which a wavelet matrix over the ranks answers for all t at once, a bit of the
+rank at a time (Claude, Navarro and Ordonez, *The wavelet matrix*, 2015).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hamblocks_ops.packing import NEVER
+
+
+def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Tensor:
+    """Shapes as in `reference.topk`; returns int64 like `position`."""
+    batch, tokens, heads = score.shape
+    if tokens == 0 or k == 0:
+        return position.clone()
+    # rows of independent rankings: [B * H, T]
+    rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
+    index = torch.arange(tokens, device=score.device)
+    if sequence is None:
+        start = torch.zeros_like(index)
+    else:
+        start = torch.searchsorted(sequence, sequence)
+    worst = _kth_smallest(rank, start, k)
+    # fewer than k tokens seen: nothing is beaten yet
+    worst = torch.where(index - start + 1 >= k, worst, tokens)
+    strength = tokens - worst  # never descends within a sequence
+    lane = torch.zeros_like(index) if sequence is None else sequence * (tokens + 1)
+    lost = torch.searchsorted((lane + strength).contiguous(), (lane + tokens - rank).contiguous(), right=True)
+    lost = torch.maximum(lost, index)
+    inside = (lost < tokens) & ((start[lost.clamp(max=tokens - 1)]) == start)
+    lost = lost.view(batch, heads, tokens).transpose(1, 2)
+    inside = inside.view(batch, heads, tokens).transpose(1, 2)
+    when = torch.where(inside, position.gather(1, lost.clamp(max=tokens - 1)), NEVER)
+    return torch.where(position < 0, position, when)
+
+
+def _rank(score: Tensor, position: Tensor) -> Tensor:
+    """Rank of every token in its row, 0 the best; ties to the earlier one, empty rows behind everything."""
+    score = score.masked_fill(score.isnan(), float("-inf"))
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, (position < 0).to(torch.int8).gather(1, order).argsort(dim=1, stable=True))
+    ranks = torch.arange(score.shape[1], device=score.device)[None, :, None].expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)
+
+
+def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
+    """k-th smallest of rank[row, start[t] : t + 1] for every t; meaningless where the range is shorter than k."""
+    rows, tokens = rank.shape
+    low = start.expand(rows, tokens)
+    high = torch.arange(1, tokens + 1, device=rank.device).expand(rows, tokens)
+    wanted = torch.full_like(rank, k - 1)
+    found = torch.zeros_like(rank)
+    level = rank
+    for bit in reversed(range(max(tokens - 1, 1).bit_length())):
+        one = (level >> bit) & 1
+        zeros_before = torch.nn.functional.pad((1 - one).cumsum(1), [1, 0])
+        zeros = zeros_before[:, -1:]
+        low_zero, high_zero = zeros_before.gather(1, low), zeros_before.gather(1, high)
+        right = wanted >= high_zero - low_zero
+        wanted = torch.where(right, wanted - (high_zero - low_zero), wanted)
+        low = torch.where(right, zeros + low - low_zero, low_zero)
+        high = torch.where(right, zeros + high - high_zero, high_zero)
+        found = found | (right.long() << bit)
+        place = torch.arange(tokens, device=rank.device).expand(rows, tokens)
+        place = torch.where(one == 1, zeros + place - zeros_before[:, :-1], zeros_before[:, :-1])
+        level = torch.empty_like(level).scatter_(1, place, level)
+    return found

@@ -1,0 +1,40 @@
+"""How far the prediction p = v - r missed the value v, row by row, always finite.
+
+    cosine       1 - cos(p, v)     1 with gradient 0 where p or v is zero: nothing was predicted, or nothing asked
+    relative_l2  |r| / |v|         1 with gradient 0 where v is zero
+    l2           |r|^2 / V
+
+Rows are scaled by their largest entry first, so that no square over- or underflows; a row whose largest entry is below
+the smallest normal number counts as zero; what exceeds the largest finite number is that number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
+    """`[..., V]` twice, float32 or float64 -> `[...]`."""
+    most = torch.finfo(v.dtype).max
+    if metric == "cosine":
+        prediction, value = _Row(v - residual), _Row(v)
+        cosine = (prediction.scaled * value.scaled).sum(-1) / (prediction.norm * value.norm)
+        return 1 - cosine.masked_fill(prediction.zero | value.zero, 0)
+    if metric == "relative_l2":
+        error, value = _Row(residual), _Row(v)
+        ratio = (error.peak / value.peak) * (error.norm / value.norm)
+        ratio = ratio.masked_fill(error.zero, 0).clamp(max=most)
+        return ratio.masked_fill(value.zero, 1)
+    return residual.square().mean(-1).clamp(max=most)
+
+
+class _Row:
+    """A row as peak * scaled, |scaled| = norm in [1, sqrt(V)]; the peak carries no gradient and changes no direction."""
+
+    def __init__(self, x: Tensor) -> None:
+        peak = x.detach().abs().amax(-1)
+        self.zero = peak < torch.finfo(x.dtype).tiny
+        self.peak = peak.masked_fill(self.zero, 1)
+        self.scaled = (x / self.peak[..., None]).masked_fill(self.zero[..., None], 0)
+        self.norm = (self.scaled.square().sum(-1) + self.zero).sqrt()
