@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 import torch
@@ -43,9 +44,10 @@ class ShortConvolution(nn.Module):
         if cu_seqlens is None:
             if state is None:
                 state = x.new_zeros(x.shape[0], past, x.shape[2])
-            x = torch.cat([state.to(x.dtype), x], 1)
-            y = F.conv1d(x.mT, self.weight[:, None].to(x.dtype), groups=x.shape[2]).mT
-            return F.silu(y), x[:, x.shape[1] - past :]
+            tokens = x.shape[1]
+            table = torch.cat([state.to(x.dtype), x], 1)
+            y = self._taps(lambda tap: table[:, past - tap : past - tap + tokens])
+            return F.silu(y), table[:, tokens:]
         sequences = cu_seqlens.shape[0] - 1
         if state is None:
             state = x.new_zeros(sequences, past, x.shape[2])
@@ -60,12 +62,17 @@ class ShortConvolution(nn.Module):
             inside = sequences * past + borders[sequence] + offset
             return torch.where(offset >= 0, inside, sequence * past + past + offset)
 
-        y = torch.zeros_like(x[0])
-        for tap in range(self.size):
-            y = y + self.weight[:, past - tap].to(x.dtype) * table[row(sequence, token - borders[sequence] - tap)]
+        y = self._taps(lambda tap: table[row(sequence, token - borders[sequence] - tap)])
         every = torch.arange(sequences, device=x.device)[:, None]
         last = borders.diff()[:, None] + torch.arange(-past, 0, device=x.device)
         return F.silu(y)[None], table[row(every.expand_as(last), last)]
+
+    def _taps(self, delayed: Callable[[int], Tensor]) -> Tensor:
+        """Weighted sum over taps; delayed(n) is x as it was n tokens ago."""
+        y = self.weight[:, -1] * delayed(0)
+        for tap in range(1, self.size):
+            y = torch.addcmul(y, self.weight[:, self.size - 1 - tap], delayed(tap))
+        return y
 
 
 class _DeltaMemory(Built):

@@ -97,7 +97,7 @@ def _blocks(stored: _Stored, query_position: Tensor, kv_heads: int, wide: torch.
             mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(wide)[:, None, None]
             parts.append(_Part(rows, stored.tokens(rows, slot + lasting, filled), mask))
         for rows, slot, filled in _pack(somewhere):
-            own, ends = (x[rows].gather(1, slot)[:, None] - first[rows, None] for x in (position, until))
+            own, ends = (x[rows].gather(1, slot)[:, None].long() - first[rows, None] for x in (position, until))
             if filled is not None:
                 own = own.masked_fill(~filled[:, None], NEVER)
             asks = (time[rows] - first[rows])[..., None].to(wide)
