@@ -77,9 +77,7 @@ class SelectedAttention(Built):
         if self.rope_theta is not None:
             q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
         if cache is None:
-            result = selected_attention(
-                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl
-            )
+            result = selected_attention(q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl)
             return result.out, None
         shape = k.shape[:3]
         bias = None if logit_bias is None else logit_bias.expand(shape)

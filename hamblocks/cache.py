@@ -40,13 +40,16 @@ class KVCache(NamedTuple):
             changes = Lifetimes(*(x.expand(-1, -1, self.position.shape[2]) for x in changes))
         return self._replace(evict_at=lower(self.position, self.evict_at, changes))
 
-    def append(
-        self, k: Tensor, v: Tensor, position: Tensor, evict_at: Tensor, logit_bias: Tensor | None
-    ) -> KVCache:
+    def append(self, k: Tensor, v: Tensor, position: Tensor, evict_at: Tensor, logit_bias: Tensor | None) -> KVCache:
         """The cache with new tokens behind its own; position int32 `[N, T]`, -1 for padding."""
         where = position[..., None].expand(evict_at.shape)
-        new = KVCache(k, v, torch.where(where < 0, NEVER, where), evict_at, logit_bias)
-        return KVCache(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in zip(self, new, strict=True)))
+        where = torch.where(where < 0, NEVER, where)
+        bias = None
+        if self.logit_bias is not None and logit_bias is not None:
+            bias = torch.cat([self.logit_bias, logit_bias], 1)
+        pairs = (self.k, k), (self.v, v), (self.position, where), (self.evict_at, evict_at)
+        k, v, where, evict_at = (torch.cat(pair, 1) for pair in pairs)
+        return KVCache(k, v, where, evict_at, bias)
 
     def evict(self, now: Tensor) -> KVCache:
         """The cache without the tokens that no query from position now `[N]` on sees."""

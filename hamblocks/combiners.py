@@ -26,7 +26,9 @@ class _Mix(Built):
     def forward(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
         """See `hamblocks.protocols.Combiner`."""
         weights = self.weights(self.gate_proj(x).unflatten(-1, (-1, 2))).to(x.dtype)
-        mixed = weights[..., :1] * self.memory_norm(memory_read) + weights[..., 1:] * self.attention_norm(attention_read)
+        mixed = weights[..., :1] * self.memory_norm(memory_read) + weights[..., 1:] * self.attention_norm(
+            attention_read
+        )
         y: Tensor = self.out_proj(mixed.to(x.dtype).flatten(2))
         return y
 

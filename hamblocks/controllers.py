@@ -32,8 +32,8 @@ class _Tau(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves buffers between devices, but casts none of them."""
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
-        super()._apply(fn, recurse)
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = getattr(self, name)
             if moved.dtype != buffer.dtype:
@@ -119,21 +119,22 @@ class TargetFraction(_Tau):
         if not self.training:
             return
         counts = torch.stack([self.admitted, self.seen]).double()
-        spread, scores = self._spread(), self.sample
+        scores = self.sample
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
             torch.distributed.all_reduce(counts)
-            torch.distributed.all_reduce(spread)
-            spread /= ranks
             every = [torch.empty_like(scores) for _ in range(ranks)]
             torch.distributed.all_gather(every, scores)
             scores = torch.cat(every)
+        spread = _spread(scores)
         self.admitted.zero_()
         self.seen.zero_()
         something = counts[1] > 0
         error = (counts[0] / counts[1].clamp(min=1) - self.fraction).float()
         first = something & ~self.started
-        self.spread.copy_(torch.where(first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread)))
+        self.spread.copy_(
+            torch.where(first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread))
+        )
         moved = torch.where(something, self.tau + self.rate * self.spread * error, self.tau)
         self.tau.copy_(torch.where(first, _quantile(scores, self.fraction), moved))
         self.started |= something
@@ -173,12 +174,6 @@ class TargetFraction(_Tau):
         """Restores the target."""
         self.fraction = state["fraction"]
 
-    def _spread(self) -> Tensor:
-        real = ~self.sample.isnan()
-        count = real.sum().clamp(min=1)
-        mean = torch.where(real, self.sample, 0).sum() / count
-        return (torch.where(real, self.sample - mean, 0).square().sum() / count).sqrt()
-
     def extra_repr(self) -> str:
         """Target, rate and threshold."""
         return f"{self.fraction:g}, rate={self.rate:g}, {super().extra_repr()}"
@@ -189,6 +184,14 @@ def _quantile(scores: Tensor, fraction: float) -> Tensor:
     if fraction in (0, 1):
         return torch.full_like(scores[0], math.inf if fraction == 0 else -math.inf)
     return scores.nanquantile(1 - fraction)
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """Standard deviation of the scores; NaN does not count."""
+    real = ~scores.isnan()
+    count = real.sum().clamp(min=1)
+    mean = torch.where(real, scores, 0).sum() / count
+    return (torch.where(real, scores - mean, 0).square().sum() / count).sqrt()
 
 
 def _number(name: str, value: float) -> float:
@@ -205,9 +208,10 @@ def step_controllers(model: nn.Module) -> None:
     seen: set[int] = set()
     for module in model.modules():
         controller = getattr(module, "controller", None)
-        if callable(getattr(controller, "step", None)) and id(controller) not in seen:
+        step = getattr(controller, "step", None)
+        if callable(step) and id(controller) not in seen:
             seen.add(id(controller))
-            controller.step()
+            step()
 
 
 def hook_controllers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:

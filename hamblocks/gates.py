@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.protocols import Built, Dims, Gate, GateOutput, Trace
+from hamblocks.protocols import Built, Dims, Gate, GateOutput, Trace, check_count, check_part
 from hamblocks_ops.surprise import METRICS
 
 
@@ -45,14 +45,14 @@ class LearnedRouter(Built):
     def __init__(self, width: int | None = None) -> None:
         """Width of the hidden layer; None: a quarter of the hidden size."""
         super().__init__()
+        if width is not None:
+            check_count("width", width, 1)
         self.width = width
 
     def make(self, dims: Dims) -> None:
         """Makes the MLP."""
         width = self.width or max(dims.hidden_size // 4, 1)
-        self.mlp = nn.Sequential(
-            nn.Linear(dims.hidden_size, width), nn.SiLU(), nn.Linear(width, dims.num_kv_heads)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dims.hidden_size, width), nn.SiLU(), nn.Linear(width, dims.num_kv_heads))
 
     def forward(self, x: Tensor, trace: Trace) -> GateOutput:
         """Score and logit bias, `[B, T, Hkv]`."""
@@ -75,7 +75,9 @@ class RandomRouting:
     def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
         """Score `[B, T, H]`, float32."""
         heads = torch.arange(trace.k.shape[2], device=x.device)
-        word = _mix(_mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads) ^ trace.position.long()[..., None])
+        word = _mix(
+            _mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads) ^ trace.position.long()[..., None]
+        )
         return GateOutput((word >> 8).to(torch.float32) * 2.0**-24)
 
     def __repr__(self) -> str:
@@ -97,8 +99,7 @@ class Periodic:
 
     def __init__(self, n: int, offset: int = 0) -> None:
         """The tokens at positions offset, offset + n, ... score 1."""
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
+        check_count("n", n, 1)
         self.n, self.offset = n, offset
 
     def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
@@ -116,6 +117,7 @@ class Shared(nn.Module):
     def __init__(self, gate: Gate) -> None:
         """Gate: any gate; its parameters become this one's."""
         super().__init__()
+        check_part("gate", gate)
         self.gate = gate
         if hasattr(gate, "metric"):
             self.metric = gate.metric

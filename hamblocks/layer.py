@@ -12,8 +12,8 @@ from hamblocks.cache import KVCache
 from hamblocks.combiners import GatedSum
 from hamblocks.gates import PredictionError
 from hamblocks.memory import GatedDelta
-from hamblocks.protocols import Attention, Combiner, Dims, Gate, Memory, Selector
-from hamblocks.selectors import EMPTY, is_causal, start
+from hamblocks.protocols import Attention, Combiner, Dims, Gate, Memory, Selector, check_count, check_part
+from hamblocks.selectors import EMPTY, not_causal, start
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.packing import positions, sequence_of
 
@@ -85,6 +85,12 @@ class HAMLayer(nn.Module):
         HAMLayer(512, 8, gate=PredictionError("cosine"), selector=Threshold(TargetFraction(0.5)) | Window(64))
     """
 
+    memory: Memory
+    gate: Gate
+    selector: Selector
+    attention: Attention
+    combiner: Combiner
+
     def __init__(
         self,
         hidden_size: int,
@@ -119,16 +125,17 @@ class HAMLayer(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise wrong(name, "an integer >= 1", value)
+            check_count(name, value, 1)
         if num_heads % num_kv_heads:
             raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
         if head_dim is None:
             if hidden_size % num_heads:
                 raise wrong("hidden_size", f"a multiple of num_heads = {num_heads}, or head_dim", str(hidden_size))
             head_dim = hidden_size // num_heads
-        if not is_causal(selector):
-            raise ValueError(f"selector: expected one that decides from the past, got {selector} with causal = False")
+        check_count("head_dim", head_dim, 1)
+        acausal = not_causal(selector)
+        if acausal is not None:
+            raise ValueError(f"selector: expected one that decides from the past, got {acausal} with causal = False")
         self.dims = Dims(hidden_size, num_heads, num_kv_heads, head_dim)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
@@ -141,8 +148,8 @@ class HAMLayer(nn.Module):
             "combiner": GatedSum() if combiner is None else combiner,
         }
         for name, part in parts.items():
-            if not callable(part) or isinstance(part, type):
-                raise wrong(name, "a part (a callable object, see hamblocks.protocols)", part)
+            check_part(name, part)
+        for name, part in parts.items():
             build = getattr(part, "build", None)
             if build is not None:
                 build(self.dims)
@@ -154,8 +161,7 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: `sequences` is no integer >= 0.
         """
-        if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 0:
-            raise wrong("sequences", "an integer >= 0", sequences)
+        check_count("sequences", sequences)
         weight = self.k_proj.weight
         return HAMState(
             position=torch.zeros(sequences, dtype=torch.int32, device=weight.device),
@@ -164,9 +170,7 @@ class HAMLayer(nn.Module):
             cache=KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, weight),
         )
 
-    def forward(
-        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
-    ) -> LayerOutput:
+    def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:
         """Mixes a batch, or its next piece.
 
         Args:
@@ -183,9 +187,7 @@ class HAMLayer(nn.Module):
         if state is not None:
             begin = state.position[:, None] if cu_seqlens is None else state.position[sequence_of(cu_seqlens, tokens)]
             position = position + begin
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         memory_read, trace, memory = self.memory(
             x,
             q,
@@ -197,12 +199,10 @@ class HAMLayer(nn.Module):
             metric=getattr(self.gate, "metric", None),
         )
         score, logit_bias = self.gate(x, trace)
-        score = self._per_kv_head(score.detach())
+        score, logit_bias = self._per_kv_head(x, score, logit_bias)
         if state is None:
             evict_at = self.selector(score, cu_seqlens=cu_seqlens).evict_at
-            read, _ = self.attention(
-                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
-            )
+            read, _ = self.attention(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
         else:
             read, evict_at, state = self._go_on(state, memory, q, k, v, score, logit_bias, position, cu_seqlens)
         y = self.combiner(x, memory_read, read)
@@ -230,6 +230,8 @@ class HAMLayer(nn.Module):
         if state.memory is None:
             ledger = start(self.selector, sequences, score.shape[2], score.device)
             cache = KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, k, bias is not None)
+        elif (bias is None) != (cache.logit_bias is None):
+            raise wrong("state", f"one {'without' if bias is None else 'with'} logit biases, as the gate", "the other")
         selection = self.selector(score, ledger, position=position)
         cache = cache.lower(selection.lowered)
         read, cache = self.attention(q, k, v, selection.evict_at, position=position, logit_bias=bias, cache=cache)
@@ -240,14 +242,20 @@ class HAMLayer(nn.Module):
             HAMState(seen, memory, selection.ledger, cache.evict(seen)),
         )
 
-    def _per_kv_head(self, score: Tensor) -> Tensor:
-        """Averages the scores of the query heads of a key/value head."""
+    def _per_kv_head(self, x: Tensor, score: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checks what the gate returned and averages the scores of the query heads of a key/value head."""
         heads, kv_heads = self.dims.num_heads, self.dims.num_kv_heads
-        if score.shape[2] in (1, kv_heads):
-            return score
-        if score.shape[2] != heads:
+        check_tensor("score", score, "[B, T, heads]", [*x.shape[:2], None], like=x)
+        if score.shape[2] not in (1, kv_heads, heads):
             raise wrong("score", f"1, {kv_heads} or {heads} heads from the gate", f"{score.shape[2]} heads")
-        return score.unflatten(2, (kv_heads, heads // kv_heads)).mean(3)
+        if logit_bias is not None:
+            check_tensor("logit_bias", logit_bias, "[B, T, heads]", [*x.shape[:2], None], like=x)
+            if logit_bias.shape[2] not in (1, kv_heads):
+                raise wrong("logit_bias", f"1 or {kv_heads} heads from the gate", f"{logit_bias.shape[2]} heads")
+        score = score.detach()
+        if score.shape[2] in (1, kv_heads):
+            return score, logit_bias
+        return score.unflatten(2, (kv_heads, heads // kv_heads)).mean(3), logit_bias
 
     def _check(self, x: Tensor, state: HAMState | None, cu_seqlens: Tensor | None) -> None:
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])

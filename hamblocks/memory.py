@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.protocols import Built, Dims, Trace
+from hamblocks.protocols import Built, Dims, Trace, check_count
 from hamblocks_ops import gated_delta_rule
+from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.packing import sequence_of
 
 
@@ -33,12 +34,13 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size: expected at least 1, got {size}")
+        check_count("size", size, 1)
         self.size = size
         self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size))
 
-    def forward(self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """X `[B, T, channels]`, state `[N, size - 1, channels]` -> the same shapes."""
         past = self.size - 1
         if cu_seqlens is None:
@@ -80,6 +82,7 @@ class _DeltaMemory(Built):
 
     def __init__(self, conv_size: int, negative_eigenvalues: bool, impl: str) -> None:
         super().__init__()
+        check_count("conv_size", conv_size, 1)
         self.conv_size = conv_size
         self.negative_eigenvalues = negative_eigenvalues
         self.impl = impl
@@ -106,7 +109,13 @@ class _DeltaMemory(Built):
     ) -> tuple[Tensor, Trace, MemoryState]:
         """See `hamblocks.protocols.Memory`."""
         heads, kv_heads = q.shape[2], k.shape[2]
-        past = None if state is None else state.conv
+        past = None
+        if state is not None:
+            if not isinstance(state, MemoryState):
+                raise wrong("state", "a MemoryState", state)
+            sizes = [None, self.conv_size - 1, self.conv.weight.shape[0]]
+            check_tensor("state.conv", state.conv, "[N, conv_size - 1, channels]", sizes, like=x)
+            past = state.conv
         mixed, conv = self.conv(torch.cat([x.flatten(2) for x in (q, k, v)], -1), past, cu_seqlens)
         q, k, v = mixed.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 2)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hamblocks_ops.arguments import wrong
+
 
 class Dims(NamedTuple):
     """Sizes of a layer, handed to `build(dims)` of every part that has parameters.
@@ -170,6 +172,26 @@ class Combiner(Protocol):
     def __call__(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
         """x `[B, T, hidden]`, reads `[B, T, H, D]` -> y `[B, T, hidden]`."""
         ...
+
+
+def check_part(name: str, part: object) -> None:
+    """Checks that a part is an object that can be called, not the class it is made from.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not callable(part) or isinstance(part, type):
+        raise wrong(name, "a part (a callable object, see hamblocks.protocols)", part)
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Checks an integer that is at least `least`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise wrong(name, f"an integer >= {least}", value)
 
 
 class Built(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Selectors: scores to lifetimes, in one pass or piece by piece, composed with `|` (kept by either) and `&` (by both)."""
+"""Selectors: scores to lifetimes, in one pass or piece by piece; `|` keeps what either side keeps, `&` what both do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks.controllers import FixedThreshold
-from hamblocks.protocols import Controller, Lifetimes, Selection, Selector
+from hamblocks.protocols import Controller, Lifetimes, Selection, Selector, check_count, check_part
 from hamblocks_ops import NEVER, select_first, select_threshold, select_topk, select_window
+from hamblocks_ops.arguments import wrong
 
 EMPTY = -1
 """Position of an empty row of a ledger, and of padding."""
@@ -24,6 +25,14 @@ def start(selector: Selector, sequences: int, heads: int, device: torch.device |
 def is_causal(selector: Selector) -> bool:
     """Whether a selector decides from the past alone; it says `causal = False` if it does not."""
     return bool(getattr(selector, "causal", True))
+
+
+def not_causal(selector: Selector) -> Selector | None:
+    """The selector that is not causal, looked for on both sides of `|` and `&`; None if all are."""
+    if isinstance(selector, _Combined):
+        found = not_causal(selector.left)
+        return not_causal(selector.right) if found is None else found
+    return None if is_causal(selector) else selector
 
 
 class Composable(nn.Module):
@@ -43,7 +52,11 @@ class Composable(nn.Module):
 
     def extra_repr(self) -> str:
         """The numbers the selector was made with."""
-        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if isinstance(value, int) and name[0] != "_" and name != "training")
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if isinstance(value, int) and name[0] != "_" and name != "training"
+        )
 
 
 @final
@@ -54,6 +67,7 @@ class Threshold(Composable):
         """Controller: what sets tau, or a number for a fixed one."""
         super().__init__()
         self.controller = FixedThreshold(controller) if isinstance(controller, (int, float)) else controller
+        check_part("controller", self.controller)
 
     def forward(
         self, score: Tensor, ledger: None = None, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -71,6 +85,7 @@ class Window(Composable):
     def __init__(self, width: int) -> None:
         """Width in tokens, >= 0."""
         super().__init__()
+        check_count("width", width)
         self.width = width
 
     def forward(
@@ -87,6 +102,7 @@ class First(Composable):
     def __init__(self, n: int) -> None:
         """N in tokens, >= 0."""
         super().__init__()
+        check_count("n", n)
         self.n = n
 
     def forward(
@@ -110,6 +126,7 @@ class TopK(Composable):
     def __init__(self, k: int) -> None:
         """K: tokens stored per sequence and head, >= 0."""
         super().__init__()
+        check_count("k", k)
         self.k = k
 
     def start(self, sequences: int, heads: int, device: torch.device | None = None) -> TopKLedger:
@@ -129,6 +146,8 @@ class TopK(Composable):
         if ledger is None:
             return Selection(select_topk(score, self.k, position=position, cu_seqlens=cu_seqlens))
         rows = _rows(score, position, cu_seqlens)
+        if ledger.position.shape[1] != self.k:
+            raise wrong("ledger", f"one of k = {self.k} tokens", f"one of {ledger.position.shape[1]}")
         where = torch.cat([ledger.position, rows], 1)
         # ledgers start as float32; a wider score widens them, which changes no comparison
         wide = torch.promote_types(score.dtype, ledger.score.dtype)
@@ -156,8 +175,7 @@ class _Combined(Composable):
     def __init__(self, left: Selector, right: Selector) -> None:
         super().__init__()
         for name, side in (("left", left), ("right", right)):
-            if not callable(side):
-                raise ValueError(f"{name}: expected a selector (a callable on scores), got {side!r}")
+            check_part(name, side)
         self.left, self.right = left, right
 
     @property
@@ -235,7 +253,7 @@ def _rows(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> 
     """Positions of new tokens as rows of a ledger, int32 [N, T, H]."""
     if cu_seqlens is not None:
         raise ValueError(
-            "cu_seqlens: expected None beside a ledger (pad the pieces to [N, T, H] with position -1), got a packed batch"
+            "cu_seqlens: expected None beside a ledger (pad pieces to [N, T, H] with position -1), got a packed batch"
         )
     if position is None:
         raise ValueError("position: expected int32 [B, T] beside a ledger, got None")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
 from hamblocks.layer import HAMLayer, HAMState, LayerStats
+from hamblocks.protocols import check_count
+from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 
 
 class DecoderOutput(NamedTuple):
@@ -36,8 +38,13 @@ class Decoder(nn.Module):
             vocab_size: how many tokens there are.
             num_layers: how many blocks.
             layer: called with 0 ... num_layers - 1, returns a new layer each time.
+
+        Raises:
+            ValueError: a number is below 1, or the layers are not of one hidden size.
         """
         super().__init__()
+        check_count("vocab_size", vocab_size, 1)
+        check_count("num_layers", num_layers, 1)
         self.blocks = nn.ModuleList(HAMBlock(layer(index)) for index in range(num_layers))
         hidden = layer_width(self.blocks)
         self.embedding = nn.Embedding(vocab_size, hidden)
@@ -59,7 +66,16 @@ class Decoder(nn.Module):
             tokens: int64 `[B, T]`; packed: `[1, sum(T)]`.
             state: from `init_state(N)` or the last call. None: whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+        Raises:
+            ValueError: a bad argument; the message names it, what was expected and what came.
         """
+        check_tensor("tokens", tokens, "[B, T]", [None, None])
+        check_integer("tokens", tokens)
+        check_range("tokens", tokens, 0, self.embedding.num_embeddings - 1)
+        if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
+            got = f"{len(state)}" if isinstance(state, list) else state
+            raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
         x = self.embedding(tokens)
         states: list[HAMState] = []
         stats: list[LayerStats] = []

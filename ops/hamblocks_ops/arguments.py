@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -44,7 +45,9 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _check_values_everywhere.get()
 
 
-def check_tensor(name: str, value: object, layout: str, sizes: Sequence[int | None], like: Tensor | None = None) -> None:
+def check_tensor(
+    name: str, value: object, layout: str, sizes: Sequence[int | None], like: Tensor | None = None
+) -> None:
     """Checks type, shape (None: any size) and, with `like`, the device. `layout` names the dimensions in the error."""
     if not isinstance(value, Tensor):
         raise wrong(name, f"a tensor {layout}", value)
@@ -97,7 +100,7 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) 
     borders = [int(border) for border in cu_seqlens.tolist()]
     if borders[0] != 0 or borders[-1] != tokens:
         raise wrong("cu_seqlens", f"first 0 and last T = {tokens}", f"first {borders[0]} and last {borders[-1]}")
-    for index, (left, right) in enumerate(zip(borders, borders[1:], strict=False)):
+    for index, (left, right) in enumerate(itertools.pairwise(borders)):
         if right < left:
             raise wrong("cu_seqlens", "ascending values", f"{right} after {left} at index {index + 1}")
 

@@ -112,9 +112,7 @@ def explain(
     metric: str | None = None,
 ) -> Explanation:
     """Every implementation of `gated_delta_rule` with "yes", or the reason why it cannot run this call."""
-    return explain_table(
-        TABLE, _checked(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_residual, metric)
-    )
+    return explain_table(TABLE, _checked(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_residual, metric))
 
 
 def _checked(

@@ -1,8 +1,8 @@
 """The gated delta rule in chunks, on plain torch: any device, any floating dtype, differentiable in everything.
 
 Within a chunk that starts with the state S, with G_i the decay summed up to token i and D_ij = exp(G_i - G_j), the
-residuals solve a unit lower triangular system (the WY form of arXiv 2406.06484, with its columns scaled by beta in place
-of its rows, so that the residual itself comes out and nothing is divided by beta):
+residuals solve a unit lower triangular system (the WY form of arXiv 2406.06484, with its columns scaled by beta in
+place of its rows, so that the residual itself comes out and nothing is divided by beta):
 
     r_i + sum_{j<i} D_ij (k_i . k_j) beta_j r_j = v_i - exp(G_i) S^T k_i
 
@@ -37,7 +37,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in the op, q and k already with the heads of v; returns out, residual and final state unrounded."""
     wide = initial_state.dtype
-    batch, tokens = v.shape[:2]
+    tokens = v.shape[1]
     if tokens == 0:
         return v.to(wide), v.to(wide), initial_state
     size = min(chunk_size, tokens)
@@ -50,7 +50,8 @@ def chunked(
             x = pad(x, [0, 0] * (x.dim() - 2) + [0, -tokens % size])
         else:
             x = pad(x, [0, 0] * (x.dim() - 2) + [0, 1])[:, packed.token]
-        return x.unflatten(1, (-1, size)).movedim(3, 1)
+        y: Tensor = x.unflatten(1, (-1, size)).movedim(3, 1)
+        return y
 
     def tokens_of(x: Tensor) -> Tensor:
         """The inverse: [B, H, chunks, size, D] -> [B, T, H, D]."""

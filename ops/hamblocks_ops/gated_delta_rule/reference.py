@@ -14,6 +14,8 @@ state in float32. This is the error that an implementation in that dtype is allo
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,11 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in the op, q and k already with the heads of v; returns out, residual and final state unrounded."""
     if cu_seqlens is None:
-        return _batch(q, k, v, beta, g, scale, initial_state)
+        return _batch([q, k, v, beta, g], scale, initial_state)
     borders = cu_seqlens.tolist()
     pieces = [
-        _batch(*(x[:, start:stop] for x in (q, k, v, beta, g)), scale, initial_state[n : n + 1])
-        for n, (start, stop) in enumerate(zip(borders, borders[1:], strict=False))
+        _batch([x[:, start:stop] for x in (q, k, v, beta, g)], scale, initial_state[n : n + 1])
+        for n, (start, stop) in enumerate(itertools.pairwise(borders))
     ]
     if not pieces:
         return v.to(g.dtype), v.to(g.dtype), initial_state
@@ -43,9 +45,8 @@ def reference(
     return torch.cat(out, 1), torch.cat(residual, 1), torch.cat(state, 0)
 
 
-def _batch(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(inputs: list[Tensor], scale: float, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, beta, g = inputs
     wide = state.dtype
 
     def operand(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Compacted(NamedTuple):
             each other in the one row.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody asks of a result
     position: Tensor
     evict_at: Tensor
     lengths: Tensor
@@ -73,9 +73,7 @@ def select_threshold(
     return _result(torch.where(stored & (where >= 0), NEVER, where))
 
 
-def select_topk(
-    score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def select_topk(score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Keeps the k largest scores seen so far; the worst leaves when a better token comes; ties to the earlier token.
 
     evict_at[j] is the first position at which k seen tokens beat j: a larger score, or an equal one that came earlier.
@@ -120,9 +118,7 @@ def select_window(
     return _result(torch.where(where < 0, where, (where + width).clamp(max=NEVER)))
 
 
-def select_first(
-    score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def select_first(score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453).
 
     Args:

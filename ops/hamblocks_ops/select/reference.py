@@ -25,7 +25,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     beats &= together[None, :, :, None]
     beaten_by = beats.cumsum(1)  # [B, t, j, H]: tokens up to t that beat j
     seen = (index[:, None] >= index) & together
-    lost = (beaten_by >= k) & seen[None, :, :, None]
+    lost = (beaten_by >= k) & seen[None, :, :, None] & (position[:, :, None] >= 0)
     when = torch.where(lost, position[:, :, None].expand_as(lost), NEVER)
     return torch.where(position < 0, position, when.amin(1)) if tokens else position
 

@@ -22,10 +22,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     # rows of independent rankings: [B * H, T]
     rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
     index = torch.arange(tokens, device=score.device)
-    if sequence is None:
-        start = torch.zeros_like(index)
-    else:
-        start = torch.searchsorted(sequence, sequence)
+    start = torch.zeros_like(index) if sequence is None else torch.searchsorted(sequence, sequence)
     worst = _kth_smallest(rank, start, k)
     # fewer than k tokens seen: nothing is beaten yet
     worst = torch.where(index - start + 1 >= k, worst, tokens)

@@ -145,7 +145,9 @@ def _checked(
         check_cu_seqlens(cu_seqlens, batch, keys, q)
     query_position = _position("query_position", query_position, [batch, queries], q, cu_seqlens)
     key_position = _position("key_position", key_position, [batch, keys], q, cu_seqlens)
-    key_position = _per_head("key_position", key_position[..., None] if key_position.dim() == 2 else key_position, shape, q)
+    key_position = _per_head(
+        "key_position", key_position[..., None] if key_position.dim() == 2 else key_position, shape, q
+    )
     if key_lengths is not None:
         if isinstance(key_lengths, Tensor) and key_lengths.dim() == 1:
             key_lengths = key_lengths[:, None].expand(batch, kv_heads) if key_lengths.shape[0] == batch else key_lengths
@@ -181,9 +183,7 @@ def _per_head(name: str, value: Tensor, shape: list[int], like: Tensor) -> Tenso
     return value.expand(*shape)
 
 
-def _position(
-    name: str, value: Tensor | None, shape: list[int], like: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def _position(name: str, value: Tensor | None, shape: list[int], like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if value is None:
         return positions(*shape, device=like.device, cu_seqlens=cu_seqlens)
     if name == "query_position" or not isinstance(value, Tensor) or value.dim() != 3:

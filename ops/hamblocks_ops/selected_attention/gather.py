@@ -12,6 +12,7 @@ The work depends on the values of evict_at, so torch sees one opaque operator wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,12 +33,12 @@ HIDDEN = -1e30
 class _Tokens(NamedTuple):
     """Flat indices (b * Tk + j) * Hkv + h of keys, int64 [R, n], and which of them count (None: all)."""
 
-    index: Tensor
+    flat: Tensor
     filled: Tensor | None
 
 
 class _Part(NamedTuple):
-    """Keys for one call of SDPA, `n` of them for each of `R` rows; a row is one (batch, kv head), see `_Stored.order`."""
+    """Keys for one call of SDPA, n of them for each of R rows; a row is one (batch, kv head), see `_Stored.order`."""
 
     rows: slice
     source: int | _Tokens  # length of a prefix of what is stored for good, or the tokens
@@ -58,9 +59,7 @@ class _Stored:
         row = torch.arange(batch * kv_heads, device=evict_at.device)[:, None]
         lists = []
         for lasting in (True, False):
-            stored = compact(
-                torch.where((evict_at == NEVER) == lasting, evict_at, key_position), position=key_position
-            )
+            stored = compact(torch.where((evict_at == NEVER) == lasting, evict_at, key_position), position=key_position)
             index, position, until = (x.flatten(0, 1) for x in stored[:3])
             token = (row // kv_heads * keys + index) * kv_heads + row % kv_heads
             token = token.masked_fill_(index == keys, 0)
@@ -198,25 +197,26 @@ class _Operands:
         self.lasting = self._keys(self.lasting_tokens)
 
     def _keys(self, tokens: _Tokens) -> list[Tensor]:
-        """k and v of tokens, as [R, 1, n, D]; zero where none counts, for what is not stored may be anything"""
-        shape = *tokens.index.shape, self.width
-        keys = [x.index_select(0, tokens.index.flatten()).view(shape) for x in self.flat]
+        """k and v of tokens, as [R, 1, n, D]; zero where none counts, for what is not stored may be anything."""
+        shape = *tokens.flat.shape, self.width
+        keys = [x.index_select(0, tokens.flat.flatten()).view(shape) for x in self.flat]
         if tokens.filled is not None:
             hole = (~tokens.filled).nonzero(as_tuple=True)
             keys = [x.index_put_(hole, x.new_zeros(())) for x in keys]
         return [x[:, None] for x in keys]
 
     def queries(self, x: Tensor, block: _Block) -> Tensor:
-        """The block's queries of [B, T, H, ...] as rows [B * Hkv, G, i, ...]"""
+        """The block's queries of [B, T, H, ...] as rows [B * Hkv, G, i, ...]."""
         x = x[:, block.start : block.stop].unflatten(2, (self.kv_heads, self.group)).movedim(1, 3)
         return x[self.order // self.kv_heads, self.order % self.kv_heads]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The inverse: [B * Hkv, G, i, ...] -> [B, i, H, ...]"""
-        return x[self.place].unflatten(0, (-1, self.kv_heads)).movedim(3, 1).flatten(2, 3)
+        """The inverse: [B * Hkv, G, i, ...] -> [B, i, H, ...]."""
+        y: Tensor = x[self.place].unflatten(0, (-1, self.kv_heads)).movedim(3, 1).flatten(2, 3)
+        return y
 
     def gather(self, part: _Part) -> tuple[Tensor, Tensor]:
-        """k and v of a part, [R, G, n, D]"""
+        """k and v of a part, [R, G, n, D]."""
         if isinstance(part.source, _Tokens):
             k, v = self._keys(part.source)
         else:
@@ -224,21 +224,27 @@ class _Operands:
         return k.expand(-1, self.group, -1, -1), v.expand(-1, self.group, -1, -1)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    query_position: Tensor,
-    key_position: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """One batch of sequences of equal length."""
-    stored = _Stored(key_position, evict_at)
-    operands = _Operands(q, k, v, logit_bias, scale, stored)
-    out, lse = gather_shapes(q, k, v, evict_at, logit_bias, query_position, key_position, None, scale)
-    for block in _blocks(stored, query_position, operands.kv_heads, operands.wide):
+class _Call(NamedTuple):
+    """What forward and backward are given; one batch of sequences of equal length."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+    query_position: Tensor
+    key_position: Tensor
+
+    def of(self, own: slice) -> _Call:
+        """The tokens of one sequence of a packed batch."""
+        return _Call(*(None if x is None else x[:, own] for x in self))  # type: ignore[arg-type]
+
+
+def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    stored = _Stored(call.key_position, call.evict_at)
+    operands = _Operands(call.q, call.k, call.v, call.logit_bias, scale, stored)
+    out, lse = _empty(call.q)
+    for block in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
         asked = operands.queries(operands.q, block)
         have = torch.zeros_like(asked)
         have_lse = torch.full_like(have[..., 0], 2 * HIDDEN)
@@ -257,29 +263,18 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    query_position: Tensor,
-    key_position: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+    grad: Tensor, call: _Call, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias (empty without one)."""
-    stored = _Stored(key_position, evict_at)
-    operands = _Operands(q, k, v, logit_bias, scale, stored)
+    q, k, _, _, logit_bias, *_ = call
+    stored = _Stored(call.key_position, call.evict_at)
+    operands = _Operands(call.q, call.k, call.v, logit_bias, scale, stored)
     bias_column = [0, operands.width - operands.dim]
     dq = torch.empty_like(q)
     flat, lasting = ([torch.zeros_like(x) for x in xs] for xs in (operands.flat, operands.lasting))
-    for block in _blocks(stored, query_position, operands.kv_heads, operands.wide):
+    for block in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
         asked = operands.queries(operands.q, block)
-        grad_read, read = (
-            pad(operands.queries(x, block).to(operands.wide), bias_column) for x in (grad, out)
-        )
+        grad_read, read = (pad(operands.queries(x, block).to(operands.wide), bias_column) for x in (grad, out))
         # a query that sees nothing meets only hidden logits: exp(HIDDEN - 0) = 0
         read_lse = operands.queries(lse, block).clamp(min=HIDDEN / 2)
         change = torch.zeros_like(asked)
@@ -306,7 +301,7 @@ def _backward(
 
 def _add_keys(whole: Tensor, tokens: _Tokens, share: Tensor) -> None:
     """Adds [R, 1, n, D] to the keys that the tokens are; the share of padding is zero."""
-    whole.index_add_(0, tokens.index.flatten(), share.flatten(0, 2))
+    whole.index_add_(0, tokens.flat.flatten(), share.flatten(0, 2))
 
 
 def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
@@ -314,7 +309,7 @@ def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
     if cu_seqlens is None:
         return [slice(None)]
     borders = cu_seqlens.tolist()
-    return [slice(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    return [slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
 
 
 @torch.library.custom_op("hamblocks::selected_attention_gather", mutates_args=())
@@ -331,29 +326,21 @@ def gather(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `reference`; returns out in the dtype of q, and lse."""
     with torch.autocast(device_type=q.device.type, enabled=False):
+        call = _Call(q, k, v, evict_at, logit_bias, query_position, key_position)
         if cu_seqlens is None:
-            return _forward(q, k, v, evict_at, logit_bias, query_position, key_position, scale)
-        out, lse = gather_shapes(q, k, v, evict_at, logit_bias, query_position, key_position, cu_seqlens, scale)
+            return _forward(call, scale)
+        out, lse = _empty(q)
         for own in _sequences(cu_seqlens):
-            bias = None if logit_bias is None else logit_bias[:, own]
-            out[:, own], lse[:, own] = _forward(
-                *(x[:, own] for x in (q, k, v, evict_at)), bias, query_position[:, own], key_position[:, own], scale
-            )
+            out[:, own], lse[:, own] = _forward(call.of(own), scale)
         return out, lse
 
 
 @gather.register_fake
-def gather_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    query_position: Tensor,
-    key_position: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q)
+
+
+def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
     """What `gather` returns, uninitialised."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
@@ -376,40 +363,28 @@ def gather_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and logit_bias (empty without one) from the gradient of out."""
     with torch.autocast(device_type=q.device.type, enabled=False):
-        positions = query_position, key_position
+        call = _Call(q, k, v, evict_at, logit_bias, query_position, key_position)
         if cu_seqlens is None:
-            return _backward(grad, q, k, v, evict_at, logit_bias, *positions, out, lse, scale)
-        grads = gather_backward_shapes(
-            grad, q, k, v, evict_at, logit_bias, *positions, cu_seqlens, out, lse, scale
-        )
+            return _backward(grad, call, out, lse, scale)
+        grads = _empty_grads(grad, q, k, v, logit_bias)
         for own in _sequences(cu_seqlens):
-            bias = None if logit_bias is None else logit_bias[:, own]
-            parts = _backward(
-                *(x[:, own] for x in (grad, q, k, v, evict_at)),
-                bias,
-                *(x[:, own] for x in (query_position, key_position, out, lse)),
-                scale,
-            )
-            for whole, part in zip(grads, parts, strict=True):
+            for whole, part in zip(
+                grads, _backward(grad[:, own], call.of(own), out[:, own], lse[:, own], scale), strict=True
+            ):
                 if whole.numel():
                     whole[:, own] = part
         return grads
 
 
 @gather_backward.register_fake
-def gather_backward_shapes(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    query_position: Tensor,
-    key_position: Tensor,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_grads(grad, q, k, v, logit_bias)
+
+
+def _empty_grads(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `gather_backward` returns, uninitialised."""
     bias = grad.new_empty(0) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)

@@ -1,4 +1,4 @@
-"""Softmax attention over stored tokens with a dense mask. The definition that every other implementation is compared with.
+"""Softmax attention over stored tokens with a dense mask: what every other implementation is compared with.
 
 Query t of a sequence sees token j iff position_j <= t < evict_at_j; what it sees is weighted by
 softmax(scale q_t . k_j + logit_bias_j). A query that sees nothing reads 0 and has lse = -inf. In low precision the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.select.reference import visible
@@ -30,19 +31,21 @@ def reference(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, queries, heads, _ = q.shape
     kv_heads = k.shape[2]
-    grouped = q.to(wide).unflatten(2, (kv_heads, heads // kv_heads))
-    logits = scale * torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(wide))
-    if logit_bias is not None:
-        logits = logits + logit_bias.to(wide).transpose(1, 2)[:, :, None, None]
     mask = visible(query_position[:, :, None, None], key_position[:, None], evict_at[:, None])  # [B, i, j, Hkv]
     if cu_seqlens is not None:
         own, other = sequence_of(cu_seqlens, queries), sequence_of(cu_seqlens, k.shape[1])
         mask = mask & (own[:, None] == other)[None, :, :, None]
+    # what nobody sees may be anything, and 0 * NaN is NaN
+    unseen = ~mask.any(1)[..., None]
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    grouped = q.to(wide).unflatten(2, (kv_heads, heads // kv_heads))
+    logits = scale * torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(wide))
+    if logit_bias is not None:
+        logits = logits + logit_bias.to(wide).transpose(1, 2)[:, :, None, None]
     logits = logits.masked_fill(~mask.permute(0, 3, 1, 2)[:, :, None], float("-inf"))
-    if k.shape[1] == 0:
-        return torch.zeros_like(q, dtype=wide), torch.full((batch, queries, heads), float("-inf")).to(q.device, wide)
-    # subtracting a finite maximum keeps rows that see nothing at exp(-inf) = 0, forward and backward
-    peak = logits.detach().amax(-1, keepdim=True)
+    # subtracting a finite maximum keeps rows that see nothing at exp(-inf) = 0, forward and backward; one more column,
+    # because there may be no key at all
+    peak = pad(logits.detach(), [0, 1], value=float("-inf")).amax(-1, keepdim=True)
     weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
     total = weight.sum(-1, keepdim=True)
     share = weight / total.masked_fill(total == 0, 1)

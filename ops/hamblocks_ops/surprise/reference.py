@@ -30,7 +30,7 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
 
 
 class _Row:
-    """A row as peak * scaled, |scaled| = norm in [1, sqrt(V)]; the peak carries no gradient and changes no direction."""
+    """A row as peak * scaled, |scaled| = norm in [1, sqrt(V)]; the peak carries no gradient, nor does it need one."""
 
     def __init__(self, x: Tensor) -> None:
         peak = x.detach().abs().amax(-1)

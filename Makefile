@@ -1,0 +1,41 @@
+# Two commands do everything, the virtual environment included: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+# rebuilt when what it installs from changes
+READY := .venv/ready
+OUT ?= out
+
+.PHONY: demo test quick bench lint docs clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# torch first, by version: later requirements then find it there and bring no other build of it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/hamblocks demo --out $(OUT)
+
+test: $(READY) lint docs
+	$(BIN)/python -m pytest -n 2
+
+# the inner loop
+quick: $(READY) lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -p no:xdist -p no:hypothesispytest
+
+clean:
+	rm -rf .venv site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,56 @@
+"""Attention over a fraction f of the tokens against causal attention over all of them, on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hamblocks.ops import select_threshold, selected_attention
+
+T, HEADS, DIM = 8192, 4, 64
+
+
+def tensors():
+    return [torch.randn(1, T, HEADS, DIM, requires_grad=True) for _ in range(3)]
+
+
+def everything(q, k, v):
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1])
+def test_forward_costs_what_is_kept(benchmark, ratio, fraction):
+    q, k, v = tensors()
+    evict_at = select_threshold(torch.rand(1, T, HEADS), 1 - fraction)
+    with torch.no_grad():
+        for head in range(HEADS):  # the dense reference of all heads at once would take gigabytes
+            one = [x[:, :, head : head + 1] for x in (q, k, v, evict_at)]
+            fast, exact = (selected_attention(*one, impl=impl).out for impl in ("gather", "reference"))
+            assert (fast - exact).norm() <= 1e-6 * exact.norm()
+        cost = ratio(lambda: selected_attention(q, k, v, evict_at, impl="gather"), lambda: everything(q, k, v))
+        benchmark.extra_info.update(fraction=fraction, ratio=cost)
+        benchmark.pedantic(lambda: selected_attention(q, k, v, evict_at, impl="gather"), rounds=5, warmup_rounds=1)
+    print(f"\nforward: keep fraction {fraction}: {cost:.3f} of causal attention over everything")
+    assert cost <= fraction + 0.12
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1])
+def test_training_costs_what_is_kept(benchmark, ratio, fraction):
+    q, k, v = tensors()
+    evict_at = select_threshold(torch.rand(1, T, HEADS), 1 - fraction)
+    cotangent = torch.randn_like(q)
+
+    def train(attend):
+        return torch.autograd.grad(attend(q, k, v), (q, k, v), cotangent)
+
+    def selected():
+        return train(lambda *qkv: selected_attention(*qkv, evict_at, impl="gather").out)
+
+    cost = ratio(selected, lambda: train(everything), rounds=7)
+    benchmark.extra_info.update(fraction=fraction, ratio=cost)
+    benchmark.pedantic(selected, rounds=3, warmup_rounds=1)
+    print(f"\nforward and backward: keep fraction {fraction}: {cost:.3f} of causal attention over everything")
+    # the mask of a block's edge costs twice as much here as in the forward pass
+    assert cost <= fraction + 0.2
