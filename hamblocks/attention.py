@@ -73,7 +73,8 @@ class SelectedAttention(Built):
         """See `hamblocks.protocols.Attention`. With a cache, `position` -1 marks padding in ragged pieces."""
         dtype = q.dtype
         if self.qk_norm:
-            q, k = self.q_norm(q).to(dtype), self.k_norm(k).to(dtype)
+            # under autocast the weights are wider than q and k
+            q, k = (norm(x.to(norm.weight.dtype)).to(dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if self.rope_theta is not None:
             q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
         if cache is None:

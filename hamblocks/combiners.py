@@ -26,9 +26,12 @@ class _Mix(Built):
     def forward(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
         """See `hamblocks.protocols.Combiner`."""
         weights = self.weights(self.gate_proj(x).unflatten(-1, (-1, 2))).to(x.dtype)
-        mixed = weights[..., :1] * self.memory_norm(memory_read) + weights[..., 1:] * self.attention_norm(
-            attention_read
+        # under autocast the norms' weights are wider than the reads
+        memory_read, attention_read = (
+            norm(read.to(norm.weight.dtype))
+            for norm, read in ((self.memory_norm, memory_read), (self.attention_norm, attention_read))
         )
+        mixed = weights[..., :1] * memory_read + weights[..., 1:] * attention_read
         y: Tensor = self.out_proj(mixed.to(x.dtype).flatten(2))
         return y
 

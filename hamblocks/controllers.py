@@ -77,7 +77,7 @@ class TargetFraction(_Tau):
     started: Tensor
     sample: Tensor
 
-    def __init__(self, fraction: float, *, rate: float = 0.2) -> None:
+    def __init__(self, fraction: float, *, rate: float = 1.0) -> None:
         """Makes the controller.
 
         Args:

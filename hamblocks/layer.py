@@ -201,7 +201,7 @@ class HAMLayer(nn.Module):
         score, logit_bias = self.gate(x, trace)
         score, logit_bias = self._per_kv_head(x, score, logit_bias)
         if state is None:
-            evict_at = self.selector(score, cu_seqlens=cu_seqlens).evict_at
+            evict_at = self.selector(score, position=position, cu_seqlens=cu_seqlens).evict_at
             read, _ = self.attention(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
         else:
             read, evict_at, state = self._go_on(state, memory, q, k, v, score, logit_bias, position, cu_seqlens)
@@ -269,7 +269,7 @@ class HAMLayer(nn.Module):
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
         if state is not None:
             if not isinstance(state, HAMState):
-                raise wrong("state", "a HAMState", state)
+                raise wrong("state", "a HAMState", type(state).__name__)
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             if state.position.shape[0] != sequences:
                 raise wrong("state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}")

@@ -112,7 +112,7 @@ class _DeltaMemory(Built):
         past = None
         if state is not None:
             if not isinstance(state, MemoryState):
-                raise wrong("state", "a MemoryState", state)
+                raise wrong("state", "a MemoryState", type(state).__name__)
             sizes = [None, self.conv_size - 1, self.conv.weight.shape[0]]
             check_tensor("state.conv", state.conv, "[N, conv_size - 1, channels]", sizes, like=x)
             past = state.conv

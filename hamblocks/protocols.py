@@ -18,6 +18,12 @@ class Dims(NamedTuple):
     """Sizes of a layer, handed to `build(dims)` of every part that has parameters.
 
     `build` is called once, by the layer that owns the part; a second call must raise.
+
+    Attributes:
+        hidden_size: width of x.
+        num_heads: query heads, and heads of the memory.
+        num_kv_heads: key/value heads, a divisor of num_heads.
+        head_dim: size of a head.
     """
 
     hidden_size: int
@@ -91,10 +97,15 @@ class Gate(Protocol):
 
 
 class Lifetimes(NamedTuple):
-    """Tokens of the past and until when they live; rows with position -1 are empty, the others ascend."""
+    """Tokens of the past and until when they live.
 
-    position: Tensor  # int32 [N, L, H]
-    evict_at: Tensor  # int32 [N, L, H]
+    Attributes:
+        position: int32 `[N, L, H]`, ascending; -1 for empty rows, which come first.
+        evict_at: int32 `[N, L, H]`.
+    """
+
+    position: Tensor
+    evict_at: Tensor
 
 
 class Selection(NamedTuple):

@@ -113,10 +113,15 @@ class First(Composable):
 
 
 class TopKLedger(NamedTuple):
-    """The tokens that a `TopK` stores now, in order of time."""
+    """The tokens that a `TopK` stores now, in order of time.
 
-    position: Tensor  # int32 [N, k, H]
-    score: Tensor  # [N, k, H]
+    Attributes:
+        position: int32 `[N, k, H]`, -1 for empty rows.
+        score: `[N, k, H]`.
+    """
+
+    position: Tensor
+    score: Tensor
 
 
 @final
@@ -162,10 +167,16 @@ class TopK(Composable):
 
 
 class CombinedLedger(NamedTuple):
-    """The tokens that either side may still evict, their lifetimes under each side, and the sides' own ledgers."""
+    """The tokens that either side may still evict.
 
-    position: Tensor  # int32 [N, L, H]
-    lifetimes: tuple[Tensor, Tensor]  # int32 [N, L, H] each
+    Attributes:
+        position: int32 `[N, L, H]`, -1 for empty rows.
+        lifetimes: int32 `[N, L, H]` each: under the left and the right side.
+        ledgers: of the left and the right side.
+    """
+
+    position: Tensor
+    lifetimes: tuple[Tensor, Tensor]
     ledgers: tuple[Any, Any]
 
 

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         check_integer("tokens", tokens)
         check_range("tokens", tokens, 0, self.embedding.num_embeddings - 1)
         if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
-            got = f"{len(state)}" if isinstance(state, list) else state
+            got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
             raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
         x = self.embedding(tokens)
         states: list[HAMState] = []

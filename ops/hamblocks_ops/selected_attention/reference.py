@@ -29,7 +29,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """q `[B, Tq, H, D]`, k and v `[B, Tk, Hkv, D]`, the rest `[B, Tk, Hkv]`; returns out and lse, unrounded."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, queries, heads, _ = q.shape
+    queries, heads = q.shape[1:3]
     kv_heads = k.shape[2]
     mask = visible(query_position[:, :, None, None], key_position[:, None], evict_at[:, None])  # [B, i, j, Hkv]
     if cu_seqlens is not None:

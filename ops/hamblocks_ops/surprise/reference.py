@@ -20,13 +20,17 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         prediction, value = _Row(v - residual), _Row(v)
         cosine = (prediction.scaled * value.scaled).sum(-1) / (prediction.norm * value.norm)
-        return 1 - cosine.masked_fill(prediction.zero | value.zero, 0)
+        # rounding must not push a perfect prediction below 0, where the minimum and its gradient lie
+        return (1 - cosine.masked_fill(prediction.zero | value.zero, 0)).clamp(min=0)
     if metric == "relative_l2":
         error, value = _Row(residual), _Row(v)
-        ratio = (error.peak / value.peak) * (error.norm / value.norm)
-        ratio = ratio.masked_fill(error.zero, 0).clamp(max=most)
+        lead = error.peak / value.peak
+        over = lead.isinf()  # kept out of the product, whose gradient would be 0 * inf
+        ratio = lead.masked_fill(over, 0) * (error.norm / value.norm)
+        ratio = ratio.masked_fill(error.zero, 0).clamp(max=most).masked_fill(over, most)
         return ratio.masked_fill(value.zero, 1)
-    return residual.square().mean(-1).clamp(max=most)
+    # divided before it is squared: a mean in range has a sum that may not be
+    return (residual * residual.shape[-1] ** -0.5).square().sum(-1).clamp(max=most)
 
 
 class _Row:

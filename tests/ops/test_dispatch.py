@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from strategies import Attention, DeltaRule
+
+from hamblocks_ops import UnsupportedError, explain, gated_delta_rule, select_topk, selected_attention, surprise
+from hamblocks_ops.dispatch import Implementation, always, explain_table, pick
+
+
+def no_odd_numbers(call: Any) -> str | None:
+    return f"{call} is odd" if call % 2 else None
+
+
+def never(_call: Any) -> str:
+    return "not built"
+
+
+def broken() -> Any:
+    raise AssertionError("loaded without being chosen")
+
+
+TABLE = (
+    Implementation("missing", never, broken),
+    Implementation("halves", no_odd_numbers, lambda: lambda call: call // 2),
+    Implementation("any", always, lambda: lambda call: call),
+)
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert pick("op", TABLE, "auto", 6)(6) == 3
+    assert pick("op", TABLE, "auto", 7)(7) == 7
+    assert pick("op", TABLE, "any", 6)(6) == 6
+
+
+def test_naming_one_that_refuses_gives_its_reason() -> None:
+    with pytest.raises(UnsupportedError, match=r"op cannot run this call with impl='halves'. halves: 7 is odd$"):
+        pick("op", TABLE, "halves", 7)
+    with pytest.raises(UnsupportedError, match="missing: not built; halves: 7 is odd"):
+        pick("op", TABLE[:2], "auto", 7)
+
+
+@pytest.mark.parametrize("impl", ["fast", "", "Any"])
+def test_unknown_names_are_told_the_choices(impl: str) -> None:
+    with pytest.raises(ValueError, match=f"^impl: expected 'auto' or one of 'missing', 'halves', 'any'.*'{impl}'"):
+        pick("op", TABLE, impl, 6)
+
+
+def test_explanations_say_yes_or_why_not() -> None:
+    explanation = explain_table(TABLE, 7)
+    assert explanation == {"missing": "not built", "halves": "7 is odd", "any": "yes"}
+    assert explanation.chosen == "any"
+    assert str(explanation) == "missing: not built\nhalves: 7 is odd\nany: yes"
+    assert explain_table(TABLE, 6).chosen == "halves"
+    assert explain_table(TABLE[:1], 6).chosen is None
+
+
+def test_every_op_explains_itself() -> None:
+    rule, attention = DeltaRule().tensors(), Attention().tensors()
+    calls = [
+        (gated_delta_rule, rule),
+        (selected_attention, attention),
+        (surprise, {"residual": rule["v"], "v": rule["v"]}),
+    ]
+    for op, call in calls:
+        explanation = explain(op, **call)
+        assert explanation["reference"] == "yes"
+        assert next(iter(explanation)) == explanation.chosen
+        with pytest.raises(ValueError, match=r"^impl: expected 'auto' or one of .*'reference'.*got 'quick'"):
+            op(**call, impl="quick")
+        with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):
+            op(**call, impl=None)
+        result = op(**call)
+        chosen = op(**call, impl=explanation.chosen)
+        first, same = (x if isinstance(x, torch.Tensor) else x.out for x in (result, chosen))
+        assert torch.equal(first, same)
+
+
+def test_explain_checks_arguments_and_knows_its_ops() -> None:
+    with pytest.raises(ValueError, match=r"^beta: "):
+        explain(gated_delta_rule, **(DeltaRule().tensors() | {"beta": torch.zeros(1)}))
+    for op in (select_topk, torch.add, explain):
+        with pytest.raises(ValueError, match=r"^op: expected an op"):
+            explain(op)

@@ -1,0 +1,184 @@
+"""A bad argument is a ValueError that begins with its name and says what was expected and what came."""
+
+import math
+
+import pytest
+import torch
+from parts_cases import Size, build, inputs, same, tensors
+
+import hamblocks as hb
+
+SIZE = Size(0, 2, 6, (4, 2))
+WIDTH = 16
+
+
+def refuse(name, call):
+    with pytest.raises(ValueError, match=rf"(?s)^{name}\b.*: expected .*, got .*") as caught:
+        call()
+    assert len(str(caught.value)) < 400
+
+
+def ham(**kwargs):
+    return hb.HAMLayer(**{"hidden_size": 8, "num_heads": 2, "selector": hb.Window(2), **kwargs})
+
+
+CONSTRUCTORS = {
+    "heads do not divide": ("hidden_size", lambda: ham(hidden_size=9)),
+    "key heads do not divide": ("num_kv_heads", lambda: ham(hidden_size=12, num_heads=3, num_kv_heads=2)),
+    "more key heads": ("num_kv_heads", lambda: ham(num_kv_heads=4)),
+    "no heads": ("num_heads", lambda: ham(num_heads=0)),
+    "heads as float": ("num_heads", lambda: ham(num_heads=2.0)),
+    "hidden as bool": ("hidden_size", lambda: ham(hidden_size=True)),
+    "negative head_dim": ("head_dim", lambda: ham(head_dim=-4)),
+    "odd head_dim": ("head_dim", lambda: ham(head_dim=3)),
+    "selector class": ("selector", lambda: ham(selector=hb.Window)),
+    "memory class": ("memory", lambda: ham(memory=hb.GatedDelta)),
+    "gate class": ("gate", lambda: ham(gate=hb.PredictionError)),
+    "gate name": ("gate", lambda: ham(gate="cosine")),
+    "attention class": ("attention", lambda: ham(attention=hb.SelectedAttention)),
+    "combiner class": ("combiner", lambda: ham(combiner=hb.GatedSum)),
+    "metric": ("metric", lambda: hb.PredictionError("cos")),
+    "shared class": ("gate", lambda: hb.Shared(hb.LearnedRouter)),
+    "router width": ("width", lambda: hb.LearnedRouter(0)),
+    "period": ("n", lambda: hb.Periodic(0)),
+    "conv": ("conv_size", lambda: hb.Delta(conv_size=0)),
+    "threshold NaN": ("tau", lambda: hb.Threshold(math.nan)),
+    "fixed NaN": ("tau", lambda: hb.FixedThreshold(math.nan)),
+    "set NaN": ("tau", lambda: hb.TargetFraction(0.5).set_threshold(math.nan)),
+    "set text": ("tau", lambda: hb.FixedThreshold(0.5).set_threshold("1")),
+    "threshold class": ("controller", lambda: hb.Threshold(hb.TargetFraction)),
+    "threshold text": ("controller", lambda: hb.Threshold("0.5")),
+    "negative k": ("k", lambda: hb.TopK(-1)),
+    "k as float": ("k", lambda: hb.TopK(2.0)),
+    "negative width": ("width", lambda: hb.Window(-1)),
+    "negative n": ("n", lambda: hb.First(-1)),
+    "or a class": ("right", lambda: hb.Window(1) | hb.Window),
+    "and a number": ("left", lambda: 0.5 & hb.Window(1)),
+    "fraction": ("fraction", lambda: hb.TargetFraction(1.5)),
+    "fraction NaN": ("fraction", lambda: hb.TargetFraction(math.nan)),
+    "fraction set": ("fraction", lambda: hb.TargetFraction(0.5).set_fraction(-0.1)),
+    "rate": ("rate", lambda: hb.TargetFraction(0.5, rate=-1)),
+    "no layers": ("num_layers", lambda: hb.Decoder(5, 0, lambda i: ham())),
+    "no words": ("vocab_size", lambda: hb.Decoder(0, 1, lambda i: ham())),
+    "two widths": ("layer", lambda: hb.Decoder(5, 2, lambda i: ham(hidden_size=8 * i + 8))),
+}
+
+
+@pytest.mark.parametrize("what", CONSTRUCTORS)
+def test_constructors(what):
+    refuse(*CONSTRUCTORS[what])
+
+
+X = inputs(SIZE)
+
+
+def borders(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def packed(layer, *values, **kwargs):
+    return layer(X.flatten(0, 1)[None], cu_seqlens=borders(*values, **kwargs))
+
+
+def state_of(case="delta-relative-topk", size=SIZE):
+    return build(case, size)(inputs(size), state=build(case, size).init_state(size.batch)).state
+
+
+CALLS = {
+    "x not a tensor": ("x", lambda layer, s: layer([1.0])),
+    "x rank": ("x", lambda layer, s: layer(X[0])),
+    "x width": ("x", lambda layer, s: layer(X[..., :8])),
+    "x int": ("x", lambda layer, s: layer(X.long())),
+    "x bool": ("x", lambda layer, s: layer(X > 0)),
+    "x dtype": ("x", lambda layer, s: layer(X.float())),
+    "x dtype beside a state": ("x", lambda layer, s: layer(X.bfloat16(), state=s)),
+    "x device": ("x", lambda layer, s: layer(X.to("meta"))),
+    "cu_seqlens list": ("cu_seqlens", lambda layer, s: layer(X[:1], cu_seqlens=[0, 6])),
+    "cu_seqlens float": ("cu_seqlens", lambda layer, s: packed(layer, 0, 12, dtype=torch.float32)),
+    "cu_seqlens start": ("cu_seqlens", lambda layer, s: packed(layer, 1, 12)),
+    "cu_seqlens end": ("cu_seqlens", lambda layer, s: packed(layer, 0, 11)),
+    "cu_seqlens order": ("cu_seqlens", lambda layer, s: packed(layer, 0, 7, 5, 12)),
+    "cu_seqlens rank": ("cu_seqlens", lambda layer, s: packed(layer, [0, 12])),
+    "cu_seqlens empty": ("cu_seqlens", lambda layer, s: packed(layer)),
+    "cu_seqlens of a batch": ("cu_seqlens", lambda layer, s: layer(X, cu_seqlens=borders(0, 6, 12))),
+    "state type": ("state", lambda layer, s: layer(X, state=tuple(s))),
+    "state list": ("state", lambda layer, s: layer(X, state=[s])),
+    "state batch": ("state", lambda layer, s: layer(X[:1], state=s)),
+    "state batch packed": (
+        "state",
+        lambda layer, s: layer(X[:1], state=s, cu_seqlens=borders(0, 2, 4, 6)),
+    ),
+    "state head_dim": (
+        "state",
+        lambda layer, s: layer(X, state=hb.HAMLayer(32, 4, num_kv_heads=2, selector=hb.Window(1)).init_state(2)),
+    ),
+    "state key heads": ("state", lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (3, 3))))),
+    "state query heads": ("state", lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (2, 2))))),
+    "state of another memory": ("state", lambda layer, s: layer(X, state=s._replace(memory=s.memory.conv))),
+    "state of another convolution": ("state", lambda layer, s: layer(X, state=state_of("shared-router-tree"))),
+    "state with biases": (
+        "state",
+        lambda layer, s: layer(
+            X, state=s._replace(cache=s.cache._replace(logit_bias=torch.zeros(s.cache.position.shape)))
+        ),
+    ),
+    "ledger of another k": ("ledger", lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2)))),
+    "sequences": ("sequences", lambda layer, s: layer.init_state(-1)),
+    "sequences float": ("sequences", lambda layer, s: layer.init_state(2.0)),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+@torch.no_grad()
+def test_calls(what):
+    name, call = CALLS[what]
+    layer, state = build("delta-relative-topk", SIZE), state_of()
+    before = [tensor.clone() for tensor in tensors(state)]
+    refuse(name, lambda: call(layer, state))
+    assert same(before, state)
+    assert layer(X, state=state).y.isfinite().all()
+
+
+GATES = {
+    "three heads": ("score", lambda score: hb.GateOutput(score[..., :1].expand(-1, -1, 3))),
+    "no heads": ("score", lambda score: hb.GateOutput(score[..., 0])),
+    "too few tokens": ("score", lambda score: hb.GateOutput(score[:, 1:])),
+    "not a tensor": ("score", lambda score: hb.GateOutput(0.5)),
+    "bias of query heads": ("logit_bias", lambda score: hb.GateOutput(score, score)),
+    "bias without heads": ("logit_bias", lambda score: hb.GateOutput(score, score[..., 0])),
+}
+
+
+@pytest.mark.parametrize("what", GATES)
+@pytest.mark.parametrize("streaming", [False, True])
+@torch.no_grad()
+def test_what_a_gate_returns(what, streaming):
+    name, wrong = GATES[what]
+    layer = hb.HAMLayer(WIDTH, 4, num_kv_heads=2, selector=hb.TopK(2), gate=lambda x, trace: wrong(trace.beta)).double()
+    refuse(name, lambda: layer(X, state=layer.init_state(2) if streaming else None))
+
+
+def decoder():
+    torch.manual_seed(0)
+    return hb.Decoder(5, 2, lambda i: ham())
+
+
+TOKENS = torch.tensor([[0, 1, 4]])
+DECODER = {
+    "float tokens": ("tokens", lambda model: model(TOKENS.float())),
+    "one row": ("tokens", lambda model: model(TOKENS[0])),
+    "beyond the vocabulary": ("tokens", lambda model: model(TOKENS + 1)),
+    "negative token": ("tokens", lambda model: model(TOKENS - 1)),
+    "one state for two layers": ("state", lambda model: model(TOKENS, state=model.init_state(1)[:1])),
+    "state of one layer": ("state", lambda model: model(TOKENS, state=model.init_state(1)[0])),
+    "state batch": ("state", lambda model: model(TOKENS, state=model.init_state(2))),
+    "cu_seqlens": ("cu_seqlens", lambda model: model(TOKENS, cu_seqlens=borders(0, 2))),
+}
+
+
+@pytest.mark.parametrize("what", DECODER)
+def test_decoder_calls(what):
+    name, call = DECODER[what]
+    model = decoder()
+    refuse(name, lambda: call(model))
+    assert model(TOKENS).logits.isfinite().all()

@@ -1,0 +1,288 @@
+"""Controllers: when tau moves, where to, and that it brings about the fraction asked for."""
+
+import argparse
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from parts_cases import SEEDS
+from torch.utils.checkpoint import checkpoint
+
+import hamblocks as hb
+
+
+def scores(seed, *shape, mean=0.0, spread=1.0):
+    return mean + spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def admitted(controller, score):
+    return (score >= controller.tau).float().mean().item()
+
+
+def started(fraction=0.5, **kwargs):
+    controller = hb.TargetFraction(fraction, **kwargs)
+    controller(scores(0, 2, 64, 2))
+    controller.step()
+    return controller
+
+
+@given(seed=SEEDS, fraction=st.floats(0.02, 0.98), forwards=st.integers(1, 3))
+@example(seed=0, fraction=0.0, forwards=1)
+@example(seed=0, fraction=1.0, forwards=2)
+def test_first_step_places_tau_at_the_quantile(seed, fraction, forwards):
+    controller = hb.TargetFraction(fraction)
+    for _ in range(forwards):
+        # until then everything is kept
+        assert controller(scores(seed, 2, 200, 2)) == -math.inf
+    controller.step()
+    assert admitted(controller, scores(seed, 2, 200, 2)) == pytest.approx(fraction, abs=0.005)
+    assert controller.tau.dtype == torch.float32
+
+
+@given(seed=SEEDS, fraction=st.floats(0, 1), pieces=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction, pieces):
+    controller = started(0.4, rate=0.3)
+    controller.fraction = fraction
+    before, spread = controller.tau.clone(), controller.spread.clone()
+    # gradient accumulation: micro-batches of different sizes weigh by their tokens
+    micro = [scores(seed + n, 1, length, 2) for n, length in enumerate(pieces)]
+    for score in micro:
+        assert torch.equal(controller(score), before)
+    every = torch.cat(micro, 1)
+    share = admitted(controller, every)
+    controller.step()
+    new = 0.9 * spread + 0.1 * micro[-1].flatten()[torch.arange(4096) * micro[-1].numel() // 4096].std(correction=0)
+    torch.testing.assert_close(controller.spread, new)
+    torch.testing.assert_close(controller.tau, before + 0.3 * new * (share - fraction))
+    # counting starts anew, and nothing counted moves nothing
+    moved = controller.tau.clone()
+    controller.step()
+    assert torch.equal(controller.tau, moved)
+
+
+def test_padding_and_empty_pieces_do_not_count():
+    plain, padded = started(), started()
+    score = scores(1, 2, 30, 1)
+    plain(score)
+    padded(torch.cat([score, torch.full((2, 8, 1), math.nan)], 1))
+    padded(score[:, :0])
+    assert plain.seen == padded.seen == 60
+    assert plain.admitted == padded.admitted
+    plain.step()
+    padded.step()
+    torch.testing.assert_close(plain.tau, padded.tau, rtol=0, atol=0.02)  # the sample is drawn at other places
+
+
+def test_eval_neither_counts_nor_moves():
+    controller = started().eval()
+    before = copy.deepcopy(controller.state_dict())
+    assert torch.equal(controller(scores(3, 1, 50, 1)), before["tau"])
+    controller.step()
+    for name, value in controller.state_dict().items():
+        assert name == "_extra_state" or torch.equal(value, before[name])
+
+
+def test_state_dict_restores_target_and_sample():
+    trained = started(0.3)
+    for seed in range(3):
+        trained(scores(seed, 1, 99, 2))
+        trained.step()
+    fresh = hb.TargetFraction(0.9)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.fraction == 0.3
+    for controller in (trained, fresh):
+        controller.set_fraction(0.1)
+    assert torch.equal(trained.tau, fresh.tau)
+    for controller in (trained, fresh):
+        controller(scores(9, 1, 99, 2))
+        controller.step()
+    assert torch.equal(trained.tau, fresh.tau)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+@pytest.mark.parametrize("make", [lambda: hb.FixedThreshold(0.1), lambda: started(0.3)])
+def test_casting_a_model_leaves_tau_float32(cast, make):
+    model = torch.nn.Sequential(hb.Threshold(make()), torch.nn.Linear(2, 2))
+    before = copy.deepcopy(dict(model[0].named_buffers()))
+    cast(model)
+    assert model[1].weight.dtype != torch.float32
+    for name, buffer in model[0].named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.nan_to_num(7.0), before[name].nan_to_num(7.0))
+    assert model[0].controller.tau.dtype == torch.float32
+
+
+def test_moving_along_the_trade_off_by_hand():
+    controller, score = started(0.5), scores(0, 2, 64, 2)
+    for fraction in (0.0, 0.1, 0.25, 0.8, 1.0):
+        controller.set_fraction(fraction)
+        assert admitted(controller, score) == pytest.approx(fraction, abs=0.01)
+        assert controller.fraction == fraction
+    controller.set_fraction(0.0)
+    assert controller.tau == math.inf
+    controller.set_fraction(1.0)
+    assert controller.tau == -math.inf
+    controller.set_threshold(0.25)
+    assert controller.tau == 0.25
+    with pytest.raises(ValueError, match=r"^fraction: expected a controller that saw scores"):
+        hb.TargetFraction(0.5).set_fraction(0.1)
+
+
+def test_threshold_set_by_hand_is_where_training_goes_on():
+    controller = hb.TargetFraction(0.5, rate=0.1)
+    controller.set_threshold(4.0)
+    controller(scores(0, 1, 100, 1))
+    controller.step()
+    assert 3.9 < controller.tau < 4.0
+
+
+def layer_of(controller, **kwargs):
+    return hb.HAMLayer(16, 2, selector=hb.Threshold(controller) | hb.Window(2), **kwargs)
+
+
+def test_shared_controller_steps_once():
+    controller = hb.TargetFraction(0.5)
+    calls = []
+    controller.register_forward_pre_hook(lambda *_: calls.append("forward"))
+    step = controller.step
+    controller.step = lambda: (calls.append("step"), step())
+    model = torch.nn.ModuleList([layer_of(controller), layer_of(controller)])
+    for layer in model:
+        layer(torch.randn(1, 20, 16))
+    hb.step_controllers(model)
+    assert calls == ["forward", "forward", "step"]
+    assert torch.equal(controller.seen, torch.tensor(0))
+
+
+def test_every_controller_of_a_model_is_found():
+    inner = hb.TargetFraction(0.5), hb.TargetFraction(0.2), hb.FixedThreshold(0.0)
+    tree = hb.Threshold(inner[0]) & (hb.Window(3) | (hb.Threshold(inner[1]) & hb.Threshold(inner[2])))
+    layer = hb.HAMLayer(16, 2, selector=tree)
+    layer(torch.randn(1, 40, 16))
+    hb.step_controllers(torch.nn.Sequential(torch.nn.Linear(2, 2), layer))
+    assert inner[0].started
+    assert inner[1].started
+    assert inner[0].tau < inner[1].tau
+
+
+def train(use_checkpoint, steps=4):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(layer_of(hb.TargetFraction(fraction)) for fraction in (0.3, 0.6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = hb.hook_controllers(optimizer, model)
+    taus = []
+    for _ in range(steps):
+        x = torch.randn(2, 30, 16)
+        for layer in model:
+            if use_checkpoint:
+                x = x + checkpoint(lambda x, layer=layer: layer(x).y, x, use_reentrant=False)
+            else:
+                x = x + layer(x).y
+        x.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taus.append([layer.selector.left.controller.tau.item() for layer in model])
+    handle.remove()
+    before = copy.deepcopy(taus[-1])
+    model[0](torch.randn(1, 30, 16)).y.sum().backward()
+    optimizer.step()
+    assert model[0].selector.left.controller.tau.item() == before[0]
+    return taus
+
+
+def test_gradient_checkpointing_gives_the_same_tau():
+    # the second forward of a checkpoint counts once more, which leaves every share as it was
+    taus = train(False)
+    assert len({tuple(tau) for tau in taus}) == len(taus)
+    assert train(True) == taus
+
+
+def rank_main(rank, store, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    controller, taus = hb.TargetFraction(0.3), []
+    for score in batches():
+        # unequal shares: the first rank has a third of the tokens
+        controller(score[:, :512] if rank == 0 else score[:, 512:])
+        controller.step()
+        taus.append(controller.tau.item())
+    torch.save(taus, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def batches():
+    return [scores(seed, 1, 1536, 1, mean=0.05 * seed) for seed in range(12)]
+
+
+def test_two_ranks_agree_and_follow_one_process(tmp_path):
+    torch.multiprocessing.spawn(rank_main, (tmp_path / "store", tmp_path / "rank"), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert first == second
+    alone, taus = hb.TargetFraction(0.3), []
+    for score in batches():
+        alone(score)
+        alone.step()
+        taus.append(alone.tau.item())
+    # counts are summed exactly; the start and the spread come from as many samples of every rank, whatever its share
+    assert first == pytest.approx(taus, abs=0.08)
+    assert first[-1] > first[0] + 0.1
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_follows_scores_that_drift(fraction, scale):
+    controller, shares = hb.TargetFraction(fraction), []
+    for step in range(300):
+        # the mean wanders by several spreads, and the spread doubles
+        drift = scale * (1 + step / 300)
+        score = scores(step, 4, 128, 2, mean=4 * scale * math.sin(step / 60), spread=drift)
+        shares.append(admitted(controller, score))
+        controller(score)
+        controller.step()
+    # a mean over steps flatters: what tau lags behind one way it makes up the other way, so the worst window counts
+    windows = torch.tensor(shares[50:]).unfold(0, 25, 25).mean(1)
+    assert (windows - fraction).abs().max() < 0.08
+    assert torch.tensor(shares[50:]).mean().item() == pytest.approx(fraction, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fractions", [(0.1, 0.5), (0.75, 0.25)])
+def test_training_a_decoder_ends_at_the_target(fractions):
+    text = torch.tensor(list(inspect.getsource(argparse).encode()))
+    train_text, held_out = text[:-12_000], text[-12_000:]
+
+    def batch(text, rows):
+        return text[torch.randint(len(text) - 129, (rows, 1)) + torch.arange(129)]
+
+    torch.manual_seed(0)
+    targets = [hb.TargetFraction(fraction) for fraction in fractions]
+    model = hb.Decoder(256, 2, lambda i: hb.HAMLayer(64, 2, selector=hb.Threshold(targets[i])))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    hb.hook_controllers(optimizer, model)
+    losses = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / STEPS)
+        tokens = batch(train_text, 8)
+        logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    # tau as it was left: the mean over the last steps is near the target by construction of the rule, even for a tau
+    # that swings. Fresh windows of the training text; another text has another distribution, which no rule can know
+    model.eval()
+    for text, tolerance in ((train_text, 0.02), (held_out, 0.05)):
+        with torch.no_grad():
+            stats = model(batch(text, 64)[:, :-1]).stats
+        for layer, fraction in zip(stats, fractions, strict=True):
+            assert layer.keep_fraction().item() == pytest.approx(fraction, abs=tolerance)
+
+
+STEPS = 200

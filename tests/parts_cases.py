@@ -1,0 +1,278 @@
+"""Layers that cover every part, a plain oracle of a layer, and what the tests of parts draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import hamblocks as hb
+from hamblocks.ops import NEVER, select_threshold
+
+
+class Parity:
+    """A user's gate: a plain class that knows nothing of hamblocks but what it returns."""
+
+    def __call__(self, x, trace):
+        return hb.GateOutput((trace.position % 2).float()[..., None])
+
+
+class Loudness:
+    """A user's gate that reads the trace: how large the residual is, per query head."""
+
+    def __call__(self, x, trace):
+        return hb.GateOutput(trace.residual.detach().float().square().sum(-1))
+
+
+class AtLeast:
+    """A user's selector without a ledger and without a base class."""
+
+    def __init__(self, tau):
+        self.tau = tau
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        return hb.Selection(select_threshold(score, self.tau, position=position, cu_seqlens=cu_seqlens))
+
+
+class Smallest:
+    """A user's selector that revises lifetimes, without a base class."""
+
+    def __init__(self, k):
+        self.inner = hb.TopK(k)
+
+    def start(self, sequences, heads, device=None):
+        return self.inner.start(sequences, heads, device)
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        return self.inner(-score, ledger, position=position, cu_seqlens=cu_seqlens)
+
+
+class Sum:
+    """A user's combiner."""
+
+    def __call__(self, x, memory_read, attention_read):
+        return (memory_read - attention_read).flatten(2)
+
+
+class GlobalTopK:
+    """A selector that looks at the whole sequence, and says so."""
+
+    causal = False
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        kept = score >= score.topk(2, 1).values[:, -1:]
+        return hb.Selection(torch.where(kept, NEVER, 0).to(torch.int32))
+
+
+def _fixed_by_hand() -> hb.Threshold:
+    controller = hb.TargetFraction(0.5)
+    controller.set_threshold(0.9)
+    return hb.Threshold(controller)
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "threshold": lambda: {"selector": hb.Threshold(0.95)},
+    "target": lambda: {"selector": _fixed_by_hand() | hb.First(1)},
+    "delta-relative-topk": lambda: {
+        "memory": hb.Delta(),
+        "gate": hb.PredictionError("relative_l2"),
+        "selector": hb.TopK(3),
+        "combiner": hb.SoftmaxMix(),
+    },
+    "l2-or-window": lambda: {
+        "memory": hb.GatedDelta(conv_size=1),
+        "gate": hb.PredictionError("l2"),
+        "selector": hb.Threshold(0.1) | hb.Window(3),
+        "attention": hb.SelectedAttention(rope_theta=None, qk_norm=False),
+    },
+    "router-and": lambda: {
+        "memory": hb.GatedDelta(negative_eigenvalues=True),
+        "gate": hb.LearnedRouter(),
+        "selector": hb.TopK(4) & hb.Threshold(0.5),
+        "combiner": hb.SoftmaxMix(),
+    },
+    "shared-router-tree": lambda: {
+        "memory": hb.Delta(conv_size=2, negative_eigenvalues=True),
+        "gate": hb.Shared(hb.LearnedRouter(3)),
+        "selector": (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
+    },
+    "shared-random": lambda: {
+        "gate": hb.Shared(hb.RandomRouting(3)),
+        "selector": (hb.TopK(5) & hb.Threshold(0.5)) | hb.First(2),
+    },
+    "shared-error": lambda: {"gate": hb.Shared(hb.PredictionError()), "selector": hb.TopK(2) | hb.Window(3)},
+    "random": lambda: {"gate": hb.RandomRouting(1), "selector": hb.TopK(2) | hb.Window(3)},
+    "periodic": lambda: {"gate": hb.Periodic(3, 1), "selector": hb.Threshold(0.5) & hb.Window(8)},
+    "window": lambda: {"selector": hb.Window(4)},
+    "reference": lambda: {
+        "memory": hb.GatedDelta(impl="reference"),
+        "selector": hb.TopK(3) | hb.First(1),
+        "attention": hb.SelectedAttention(impl="reference"),
+    },
+    "users-parity": lambda: {"gate": Parity(), "selector": AtLeast(0.5) | hb.Window(2), "combiner": Sum()},
+    "users-loudness": lambda: {"gate": Loudness(), "selector": hb.Threshold(0.2) & Smallest(3)},
+}
+
+
+class Size(NamedTuple):
+    seed: int
+    batch: int
+    tokens: int
+    heads: tuple[int, int]  # query heads, key/value heads
+
+
+HEADS = [(1, 1), (2, 1), (4, 2), (3, 3)]
+SIZES = st.builds(Size, st.integers(0, 2**16), st.integers(1, 2), st.integers(0, 14), st.sampled_from(HEADS))
+EDGES = [Size(0, 2, 0, (2, 1)), Size(1, 1, 1, (1, 1)), Size(2, 2, 14, (4, 2))]
+SEEDS = st.integers(0, 2**16)
+
+
+def over_sizes(share: int = 1, **more: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test over drawn sizes, a share of the profile's number; alone, the degenerate sizes come along."""
+    examples = max(settings().max_examples // share, 2)
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        if not more:
+            for size in EDGES:
+                test = example(size=size)(test)
+        return settings(max_examples=examples)(given(size=SIZES, **more)(test))
+
+    return decorate
+
+
+def build(case: str, size: Size, dtype: torch.dtype = torch.float64) -> hb.HAMLayer:
+    """The layer of a case, in eval mode, no weight at a value that hides it."""
+    torch.manual_seed(size.seed)
+    heads, kv_heads = size.heads
+    layer = hb.HAMLayer(4 * heads, heads, num_kv_heads=kv_heads, **CASES[case]())
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    return layer.to(dtype).eval()
+
+
+def inputs(size: Size, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(size.seed)
+    return torch.randn(size.batch, size.tokens, 4 * size.heads[0], generator=generator, dtype=dtype)
+
+
+def rows_of(seed: int, lengths: Sequence[int], width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, width, generator=generator, dtype=torch.float64) for length in lengths]
+
+
+def pack(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows [T_n, ...] as [1, sum(T), ...] and their borders."""
+    borders = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
+    return torch.cat(list(rows))[None], borders
+
+
+def cuts(tokens: int, drawn: Sequence[int]) -> list[int]:
+    """Borders of pieces, empty ones among them."""
+    return [0, *sorted(min(cut, tokens) for cut in drawn), tokens]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def everyone_sees(tokens: int, kv_heads: int) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()[..., None].expand(-1, -1, kv_heads)
+
+
+def sees(evict_at: Tensor, kv_heads: int) -> Tensor:
+    """evict_at [T, heads] of one sequence -> whether query t sees token j, [t, j, Hkv]."""
+    t = torch.arange(len(evict_at))
+    return ((t[:, None] >= t)[..., None] & (t[:, None, None] < evict_at[None])).expand(-1, -1, kv_heads)
+
+
+class Plain(NamedTuple):
+    y: Tensor
+    residual: Tensor
+    v: Tensor
+
+
+def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
+    """A layer written down once more, token by token and with a dense mask: x [T, hidden], visible [T, T, Hkv]."""
+    heads, kv_heads, dim = layer.dims[1:]
+    tokens = len(x)
+    projected = [x @ proj.weight.T for proj in (layer.q_proj, layer.k_proj, layer.v_proj)]
+
+    memory = layer.memory
+    taps = memory.conv.weight
+    padded = F.pad(torch.cat(projected, 1), [0, 0, taps.shape[1] - 1, 0])
+    mixed = F.silu(sum(padded[tap : tap + tokens] * taps[:, tap] for tap in range(taps.shape[1])))
+    mq, mk, mv = (
+        part.unflatten(-1, (-1, dim)) for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    mk, mv = (part.repeat_interleave(heads // kv_heads, 1) for part in (mk, mv))
+    mq, mk = (part / part.norm(dim=-1, keepdim=True) for part in (mq, mk))
+    beta = torch.sigmoid(x @ memory.beta_proj.weight.T) * (2 if memory.negative_eigenvalues else 1)
+    decay = torch.ones_like(beta)
+    if isinstance(memory, hb.GatedDelta):
+        step = F.softplus(x @ memory.decay_proj.weight.T + memory.step_bias)
+        decay = torch.exp(-memory.log_rate.exp() * step)
+    state = x.new_zeros(heads, dim, dim)
+    remembered, residuals = torch.zeros_like(mv), torch.zeros_like(mv)
+    for t in range(tokens):
+        state = decay[t, :, None, None] * state
+        residuals[t] = mv[t] - (mk[t, :, :, None] * state).sum(1)
+        state = state + beta[t, :, None, None] * mk[t, :, :, None] * residuals[t, :, None]
+        remembered[t] = (mq[t, :, :, None] * state).sum(1) / dim**0.5
+
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in projected)
+    attention = layer.attention
+    if attention.qk_norm:
+        q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
+    if attention.rope_theta is not None:
+        angle = torch.arange(tokens)[:, None] * attention.rope_theta ** (-torch.arange(dim // 2).double() * 2 / dim)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+        turned = (torch.complex(*part.chunk(2, -1)) * turn for part in (q, k))
+        q, k = (torch.cat([part.real, part.imag], -1) for part in turned)
+    group = heads // kv_heads
+    k, v, visible = (
+        part.repeat_interleave(group, dim=-1 if part.dtype == torch.bool else 1) for part in (k, v, visible)
+    )
+    logits = torch.einsum("ihd,jhd->ijh", q, k) / dim**0.5
+    router = getattr(layer.gate, "gate", layer.gate)
+    if isinstance(router, hb.LearnedRouter):
+        bias = F.logsigmoid(router.mlp(x))
+        if router is not layer.gate:
+            bias = bias.mean(1, keepdim=True)
+        logits = logits + bias.expand(-1, kv_heads).repeat_interleave(group, 1)
+    weight = logits.exp() * visible
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
+    attended = torch.einsum("ijh,jhd->ihd", weight, v)
+
+    combiner = layer.combiner
+    if isinstance(combiner, Sum):
+        return Plain((remembered - attended).flatten(1), residuals, mv)
+    gates = (x @ combiner.gate_proj.weight.T + combiner.gate_proj.bias).view(tokens, heads, 2)
+    gates = gates.softmax(-1) if isinstance(combiner, hb.SoftmaxMix) else gates.sigmoid()
+    mixed = gates[..., :1] * rms(remembered, combiner.memory_norm)
+    mixed = mixed + gates[..., 1:] * rms(attended, combiner.attention_norm)
+    return Plain(mixed.flatten(1) @ combiner.out_proj.weight.T, residuals, mv)
+
+
+def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of a state, a ledger, a layer's output."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (tuple, list)):
+        return [tensor for part in tree for tensor in tensors(part)]
+    return []
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees have the same bits."""
+    a, b = tensors(a), tensors(b)
+    return len(a) == len(b) and all(torch.equal(*pair) for pair in zip(a, b, strict=True))
