@@ -1,5 +1,7 @@
 """The decoder: pieces are one pass, layers may differ, and the stats count what is stored."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -29,7 +31,7 @@ def test_pieces_are_one_pass(seed, batch, tokens, drawn):
     model, text = make(seed), draw_tokens(seed, batch, tokens)
     whole, state, pieces = model(text), model.init_state(batch), []
     borders = cuts(tokens, drawn)
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         logits, state, stats = model(text[:, begin:end], state=state)
         assert len(state) == len(stats) == len(LAYERS)
         pieces.append(logits)

@@ -1,5 +1,6 @@
 """What every layer obeys, whatever parts it is made of."""
 
+import itertools
 import math
 
 import pytest
@@ -161,7 +162,7 @@ def test_any_split_is_one_pass(case, size, drawn):
     layer, x = build(case, size), inputs(size)
     state, steps = layer.init_state(size.batch), []
     borders = cuts(size.tokens, drawn)
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         y, state, stats = layer(x[:, begin:end], state=state)
         steps.append((y, stats.score, stats.evict_at, state))
     check_stream(layer, list(x), steps)

@@ -30,7 +30,8 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
         ratio = ratio.masked_fill(error.zero, 0).clamp(max=most).masked_fill(over, most)
         return ratio.masked_fill(value.zero, 1)
     # divided before it is squared: a mean in range has a sum that may not be
-    return (residual * residual.shape[-1] ** -0.5).square().sum(-1).clamp(max=most)
+    scaled: Tensor = residual * residual.shape[-1] ** -0.5
+    return scaled.square().sum(-1).clamp(max=most)
 
 
 class _Row:
