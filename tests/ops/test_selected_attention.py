@@ -53,12 +53,9 @@ def arithmetic_of_other_devices() -> Iterator[None]:
         yield
 
 
-ROUNDED = "gather keeps `out` for its backward rounded to the dtype of q"
-
-
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.xfail(strict=False, reason=ROUNDED))],
+    [torch.float64, torch.float32, torch.bfloat16],
     ids=str,
 )
 @given(data=st.data(), block=blocks)
@@ -96,7 +93,6 @@ def test_gather_is_the_reference_at_borders(dtype: torch.dtype, sizes: dict[str,
         assert not any(bool(x.isnan().any()) for x in got.values())
 
 
-@pytest.mark.xfail(strict=True, reason=ROUNDED)
 def test_bias_in_float32_beside_bfloat16() -> None:
     """The gradient of a router's bias is float32 whatever q, k and v are: no rounding of theirs hides its error."""
     call = Attention(tokens=130, policy="topk", bias="some", dtype=torch.bfloat16).tensors()

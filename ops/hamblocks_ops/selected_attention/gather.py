@@ -341,9 +341,9 @@ def _(q: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
-    """What `gather` returns, uninitialised."""
+    """What `gather` returns, uninitialised; `out` unrounded, for the backward pass reads it again."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+    return q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
 
 
 @torch.library.custom_op("hamblocks::selected_attention_gather_backward", mutates_args=())
