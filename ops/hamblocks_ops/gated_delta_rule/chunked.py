@@ -128,14 +128,17 @@ class _Chunks(NamedTuple):
 def _scan(step: _Chunks, initial_state: Tensor, packed: _Layout | None) -> tuple[Tensor, Tensor, Tensor]:
     state = initial_state if packed is None else torch.zeros_like(initial_state[:1])
     outs, residuals, states = [], [], []
-    for c in range(step.solved_v.shape[2]):
+    # unbind: taking one chunk at a time would have the backward pass write all chunks once per chunk
+    for c, (solved_v, solved_k, read_state, read_residual, write, decay) in enumerate(
+        zip(*(x.unbind(2) for x in step), strict=True)
+    ):
         if packed is not None:
             fresh = initial_state.index_select(0, packed.sequence[c : c + 1])
             state = torch.where(packed.starts[c], fresh, state)
-        residual = step.solved_v[:, :, c] - step.solved_k[:, :, c] @ state
-        outs.append(step.read_state[:, :, c] @ state + step.read_residual[:, :, c] @ residual)
+        residual = solved_v - solved_k @ state
+        outs.append(read_state @ state + read_residual @ residual)
         residuals.append(residual)
-        state = step.decay[:, :, c] * state + step.write[:, :, c] @ residual
+        state = decay * state + write @ residual
         if packed is not None:
             states.append(state)
     if packed is not None:
