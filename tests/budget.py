@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SAMPLES = 4
+SAMPLES = 16
 
 
 @dataclass
@@ -80,8 +80,9 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
     and on a small case a lucky one: a difference of two equal numbers, say the gradient of a softmax over one key,
     comes out as exactly 0 where another order of the same sums leaves one rounding. So where the plain budget is
     exceeded, the reference is run a few times more with every operand of its arithmetic moved by up to one rounding
-    (Monte Carlo arithmetic, Parker 1997), and the largest error it then makes is its own. Nothing is picked by hand;
-    in float64 it is the only yardstick, for there `exact` is the reference itself.
+    (Monte Carlo arithmetic, Parker 1997), and the largest error it then makes is its own. Nothing is picked by hand.
+    In float64 it is the only yardstick, for there `exact` is the reference itself; and since `exact` then errs like any
+    other run, its own error is allowed once more.
 
     NaN and infinities must stand exactly where they stand in float64.
     """
@@ -121,6 +122,8 @@ def _report(name: str, got: Tensor, samples: list[Tensor], exact: Tensor, own: f
     difference = (got - exact).masked_fill(~finite, 0)
     size = exact.masked_fill(~finite, 0).norm()
     own = max([own, *(float((x.double() - exact).masked_fill(~finite, 0).norm()) for x in samples)])
+    if eps == torch.finfo(torch.float64).eps:
+        own *= 1.5
     if float(difference.norm()) <= 2 * own + eps * float(size):
         return ""
     at = tuple(int(i) for i in torch.unravel_index(difference.abs().argmax(), exact.shape))

@@ -100,7 +100,7 @@ def test_bias_in_float32_beside_bfloat16() -> None:
     assert_close_to_reference(Problem(selected_attention, call), "gather")
 
 
-@given(case=attentions(dtype=st.sampled_from([torch.float64, torch.float32])), block=blocks)
+@given(case=attentions(), block=blocks)
 @example(case=Attention(tokens=40, bias="hidden", group=2), block=16)
 def test_arithmetic_of_other_devices_is_the_reference(case: Attention, block: int) -> None:
     with in_blocks(block), arithmetic_of_other_devices():
