@@ -1,11 +1,11 @@
 """Attention over the stored tokens at the cost of the stored tokens: gather them, then SDPA over blocks of queries.
 
-Tokens that are stored for good are gathered once, in order: what a block of queries sees of them is a prefix, without a
-mask. Tokens that will be evicted and are seen by the whole block are gathered for the block, without a mask. Those at
-the edge, stored or evicted within the block, are few and get one. Each kind is one call of SDPA and the results are
-merged by their log-sum-exp; the backward pass of SDPA, given the merged result, yields each part's share of the
-gradient. Heads that keep about as many tokens go through one call, so that no head is charged for its neighbours. Sums
-are float32 whatever the storage.
+Tokens that are stored for good are gathered once, in order: what a block of queries sees of them is a slice, without a
+mask. Tokens that will be evicted and are seen by the whole block are gathered for the block, without a mask. What
+remains differs from query to query; it is covered the same way by smaller blocks, and the few tokens that are stored or
+evicted within one of those get a mask. Each kind is one call of SDPA and the results are merged by their log-sum-exp;
+the backward pass of SDPA, given the merged result, yields each part's share of the gradient. Heads that keep about as
+many tokens go through one call, so that no head is charged for its neighbours. Sums are float32 whatever the storage.
 
 The work depends on the values of evict_at, so torch sees one opaque operator with static output shapes.
 """
@@ -13,7 +13,7 @@ The work depends on the values of evict_at, so torch sees one opaque operator wi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ from torch.nn.functional import pad
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.select import compact
 
-BLOCK = 768
-"""Queries per block: larger ones gather less often, smaller ones have a smaller edge."""
+BLOCK, EDGE, FEW = 1024, 256, 160
+"""Queries per block and per smaller block: SDPA is fastest on many queries, a mask cheapest on few. A block that has
+FEW keys or less to mask goes without smaller blocks."""
 
-HIDDEN = -1e30
-"""Logit of what a query does not see: finite, so that no call of SDPA meets a row without a maximum."""
+HIDDEN = -(2.0**96)
+"""Logit of what a query does not see, at the most; times any difference of two positions it is still finite."""
 
 
 class _Tokens(NamedTuple):
@@ -41,15 +42,22 @@ class _Part(NamedTuple):
     """Keys for one call of SDPA, n of them for each of R rows; a row is one (batch, kv head), see `_Stored.order`."""
 
     rows: slice
-    source: int | _Tokens  # length of a prefix of what is stored for good, or the tokens
-    mask: Tensor | None  # [R, 1, 1 or i, n], 0 or HIDDEN
+    queries: slice
+    keys: slice | _Tokens  # slots of what is stored for good, or the tokens
+    mask: Tensor | None  # [R, 1, 1 or i, n], 0 or at most HIDDEN
+    first: bool = False  # no part before it has any of its queries
+
+    @property
+    def own(self) -> tuple[slice, slice, slice]:
+        """Its queries in [rows, G, queries]."""
+        return self.rows, slice(None), self.queries
 
 
 class _Stored:
     """The tokens that are ever stored, per row: first those stored for good, then the others; each padded on its own.
 
     Attributes:
-        order: int64 [R], the rows by how much they store for good; all lists below are in this order.
+        order: int64 [R], the rows by how much they store for good, the order of all lists below; None: as they are.
         position, until, token: [R, P + S]; padding is never visible.
         lasting: P
     """
@@ -65,81 +73,134 @@ class _Stored:
             token = token.masked_fill_(index == keys, 0)
             if lasting:
                 self.lasting = index.shape[1]
-                self.order = stored.lengths.flatten().argsort(descending=True)
+                lengths = stored.lengths.flatten()
+                alike = len(list(_groups(lengths.tolist()))) == 1
+                self.order = None if alike else lengths.argsort(descending=True)
                 if bool((position.diff(dim=1) < 0).any()):  # a cache in another order than time
                     position, by_time = position.sort(dim=1)
                     token, until = token.gather(1, by_time), until.gather(1, by_time)
-            lists.append((position[self.order], until[self.order], token[self.order]))
+            own = (position, until, token)
+            lists.append(own if self.order is None else tuple(x[self.order] for x in own))
         self.position, self.until, self.token = (torch.cat(pair, 1) for pair in zip(*lists, strict=True))
+
+        self.begins = self.position[:, : self.lasting].contiguous()
 
     def tokens(self, rows: slice, slot: Tensor, filled: Tensor | None) -> _Tokens:
         """The tokens in some slots of some rows, [R, n]."""
         return _Tokens(self.token[rows].gather(1, slot), filled)
 
-
-def _blocks(stored: _Stored, query_position: Tensor, kv_heads: int, wide: torch.dtype) -> Iterator[_Block]:
-    position, until, lasting = stored.position, stored.until, stored.lasting
-    slots = torch.arange(lasting, device=position.device)
-    asked = query_position.repeat_interleave(kv_heads, 0)[stored.order]
-    for start in range(0, asked.shape[1], BLOCK):
-        time = asked[:, start : start + BLOCK]
-        first, last = time.amin(1, keepdim=True), time.amax(1, keepdim=True)
-        everywhere = (position <= first) & (last < until)
-        parts = []
-        prefix = torch.zeros_like(first)
-        for rows, size in _groups(everywhere[:, :lasting].sum(1).tolist(), fewest=True):
-            parts.append(_Part(rows, size, None))
-            prefix[rows] = size
-        everywhere[:, :lasting] &= slots < prefix  # a head's few tokens beyond its group's prefix go to the edge
-        somewhere = (position <= last) & (first < until) & ~everywhere
-        for rows, slot, filled in _pack(everywhere[:, lasting:]):
-            mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(wide)[:, None, None]
-            parts.append(_Part(rows, stored.tokens(rows, slot + lasting, filled), mask))
-        for rows, slot, filled in _pack(somewhere):
-            own, ends = (x[rows].gather(1, slot)[:, None].long() - first[rows, None] for x in (position, until))
-            if filled is not None:
-                own = own.masked_fill(~filled[:, None], NEVER)
-            asks = (time[rows] - first[rows])[..., None].to(wide)
-            # 0 where own <= asks < ends: arithmetic on a [i, n] plane is many times faster than torch.where
-            mask = (own.to(wide) - asks).clamp_(0, 1)
-            if position.shape[1] > lasting:
-                mask += (asks + 1 - ends.to(wide)).clamp_(0, 1)
-            parts.append(_Part(rows, stored.tokens(rows, slot, filled), mask.mul_(HIDDEN)[:, None]))
-        yield _Block(start, min(start + BLOCK, asked.shape[1]), parts)
+    def by(self, rows: slice, time: Tensor) -> Tensor:
+        """How many tokens are stored for good at or before time [R, 1], int64 [R]."""
+        return torch.searchsorted(self.begins[rows], time, right=True)[:, 0]
 
 
-class _Block(NamedTuple):
-    """Queries start:stop and the parts that they see."""
+class _Rest(NamedTuple):
+    """What no part covers yet: of what is stored for good the slots from `begin` on, and some of the others [R, S]."""
 
-    start: int
-    stop: int
-    parts: list[_Part]
+    begin: int
+    others: Tensor
+    untouched: bool = False
 
 
-def _groups(counts: list[int], fewest: bool = False) -> Iterator[tuple[slice, int]]:
-    """Runs of rows with about as many keys, and the largest (or smallest) count of the run, where it is not 0."""
+def _blocks(
+    stored: _Stored, query_position: Tensor, kv_heads: int, wide: torch.dtype
+) -> Iterator[tuple[slice, Iterator[_Part]]]:
+    """Blocks of queries and the parts that they see, each key once."""
+    time = query_position.repeat_interleave(kv_heads, 0)
+    if stored.order is not None:
+        time = time[stored.order]
+    for start in range(0, time.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, time.shape[1]))
+        yield block, _parts(stored, time[:, block], wide)
+
+
+def _parts(stored: _Stored, time: Tensor, wide: torch.dtype) -> Iterator[_Part]:
+    """The parts of one block, whose queries are asked at time [R, i]."""
+    ended = stored.by(slice(None), time.amax(1, keepdim=True))
+    for rows, most in _groups(ended.tolist()):
+        everything = torch.ones_like(stored.until[rows, stored.lasting :], dtype=torch.bool)
+        around = yield from _seen_by_all(stored, time, rows, slice(None), _Rest(0, everything, True), wide)
+        few = most - around.begin <= FEW and everything.shape[1] == 0
+        size = BLOCK if few else EDGE
+        for edge in range(0, time.shape[1], size):
+            queries = slice(edge, edge + size)
+            rest = around if few else (yield from _seen_by_all(stored, time, rows, queries, around, wide))
+            yield from _seen_by_some(stored, time, rows, queries, rest, wide)
+
+
+def _seen_by_all(
+    stored: _Stored, time: Tensor, rows: slice, queries: slice, rest: _Rest, wide: torch.dtype
+) -> Generator[_Part, None, _Rest]:
+    """Parts without a mask; returns what they leave. `time` [R, i] is that of the block."""
+    first, last = (x[rows, None] for x in time[:, queries].aminmax(dim=1))
+    begin = max(int(stored.by(rows, first).amin()), rest.begin)
+    if begin > rest.begin:
+        yield _Part(rows, queries, slice(rest.begin, begin), None, rest.untouched)
+    if rest.others.shape[1] == 0:
+        return _Rest(begin, rest.others)
+    others = rows, slice(stored.lasting, None)
+    seen = rest.others & (stored.position[others] <= first) & (last < stored.until[others])
+    for some, slot, filled in _pack(seen, rows.start):
+        mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(wide)[:, None, None]
+        yield _Part(some, queries, stored.tokens(some, slot + stored.lasting, filled), mask)
+    return _Rest(begin, rest.others & ~seen)
+
+
+def _seen_by_some(
+    stored: _Stored, time: Tensor, rows: slice, queries: slice, rest: _Rest, wide: torch.dtype
+) -> Iterator[_Part]:
+    """Parts with a mask for all that is left."""
+    first, last = (x[:, None] for x in time[:, queries].aminmax(dim=1))
+
+    def since(moment: Tensor, rows: slice) -> Tensor:
+        """Time from the first query to moment [R, n] in units of -HIDDEN: a mask is then one difference, cut at 0."""
+        return (moment.long() - first[rows]).to(wide).mul_(-HIDDEN)
+
+    asked = since(time[:, queries], slice(None))[..., None]
+    end = int(stored.by(rows, last[rows]).amax())
+    if end > rest.begin:
+        slots = slice(rest.begin, end)
+        mask = asked[rows] - since(stored.position[rows, slots], rows)[:, None]
+        yield _Part(rows, queries, slots, mask.clamp_(max=0)[:, None])
+    if rest.others.shape[1] == 0:
+        return
+    others = rows, slice(stored.lasting, None)
+    seen = rest.others & (stored.position[others] <= last[rows]) & (first[rows] < stored.until[others])
+    for some, slot, filled in _pack(seen, rows.start):
+        slot += stored.lasting
+        begins, ends = (x[some].gather(1, slot) for x in (stored.position, stored.until))
+        if filled is not None:
+            begins = begins.masked_fill(~filled, NEVER)
+        mask = asked[some] - since(begins, some)[:, None]
+        torch.minimum(mask, since(ends - 1, some)[:, None] - asked[some], out=mask)
+        yield _Part(some, queries, stored.tokens(some, slot, filled), mask.clamp_(max=0)[:, None])
+
+
+def _groups(counts: list[int]) -> Iterator[tuple[slice, int]]:
+    """Runs of rows with about as many keys, and the largest count of the run."""
     begin = 0
     while begin < len(counts):
         end, least, most = begin + 1, counts[begin], counts[begin]
         while end < len(counts) and max(most, counts[end]) * 0.95 - 64 <= min(least, counts[end]):
             least, most = min(least, counts[end]), max(most, counts[end])
             end += 1
-        size = least if fewest else most
-        if size > 0:
-            yield slice(begin, end), size
+        yield slice(begin, end), most
         begin = end
 
 
-def _pack(alive: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Runs of rows with about as many alive slots: rows, their slots [R, n], and which of those are filled."""
+def _pack(alive: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Runs of rows with about as many alive slots: rows (from `first` on), their slots [R, n], which are filled."""
     counts = alive.sum(1)
     for rows, size in _groups(counts.tolist()):
+        if size == 0:
+            continue
+        some = slice(first + rows.start, first + rows.stop)
         slot = alive[rows].nonzero()[:, 1]
         if slot.numel() == size * (rows.stop - rows.start):
-            yield rows, slot.view(-1, size), None
+            yield some, slot.view(-1, size), None
         else:
             filled = torch.arange(size, device=alive.device) < counts[rows, None]
-            yield rows, torch.zeros_like(filled, dtype=torch.int64).masked_scatter_(filled, slot), filled
+            yield some, torch.zeros_like(filled, dtype=torch.int64).masked_scatter_(filled, slot), filled
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -182,7 +243,7 @@ class _Operands:
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.kv_heads, self.dim = k.shape[2:]
         self.group = q.shape[2] // self.kv_heads
-        self.order, self.place = stored.order, stored.order.argsort()
+        self.order = stored.order
         # with a bias the scale goes into q, so that its column needs no division; dq is then to be scaled
         self.scale, self.rescale = (scale, 1.0) if logit_bias is None else (1.0, scale)
         q, k, v = (x.to(self.wide) for x in (q, k, v))
@@ -190,7 +251,8 @@ class _Operands:
             q = torch.cat([scale * q, torch.ones_like(q[..., :1])], -1)
             k = torch.cat([k, logit_bias.to(self.wide)[..., None]], -1)
             v = pad(v, [0, 1])
-        self.q, self.width = q, q.shape[-1]
+        self.width = q.shape[-1]
+        self.q = q
         self.flat = [x.reshape(-1, self.width) for x in (k, v)]
         everything = slice(None), slice(stored.lasting)
         self.lasting_tokens = _Tokens(stored.token[everything], stored.position[everything] < NEVER)
@@ -205,22 +267,23 @@ class _Operands:
             keys = [x.index_put_(hole, x.new_zeros(())) for x in keys]
         return [x[:, None] for x in keys]
 
-    def queries(self, x: Tensor, block: _Block) -> Tensor:
-        """The block's queries of [B, T, H, ...] as rows [B * Hkv, G, i, ...]."""
-        x = x[:, block.start : block.stop].unflatten(2, (self.kv_heads, self.group)).movedim(1, 3)
-        return x[self.order // self.kv_heads, self.order % self.kv_heads]
+    def rows(self, x: Tensor) -> Tensor:
+        """Queries [B, i, H, ...] as rows [B * Hkv, G, i, ...]."""
+        x = x.unflatten(2, (self.kv_heads, self.group)).movedim(1, 3).flatten(0, 1)
+        return x if self.order is None else x[self.order]
 
     def tokens(self, x: Tensor) -> Tensor:
         """The inverse: [B * Hkv, G, i, ...] -> [B, i, H, ...]."""
-        y: Tensor = x[self.place].unflatten(0, (-1, self.kv_heads)).movedim(3, 1).flatten(2, 3)
+        x = x if self.order is None else x[self.order.argsort()]
+        y: Tensor = x.unflatten(0, (-1, self.kv_heads)).movedim(3, 1).flatten(2, 3)
         return y
 
     def gather(self, part: _Part) -> tuple[Tensor, Tensor]:
         """k and v of a part, [R, G, n, D]."""
-        if isinstance(part.source, _Tokens):
-            k, v = self._keys(part.source)
+        if isinstance(part.keys, _Tokens):
+            k, v = self._keys(part.keys)
         else:
-            k, v = (x[part.rows, :, : part.source] for x in self.lasting)
+            k, v = (x[part.rows, :, part.keys] for x in self.lasting)
         return k.expand(-1, self.group, -1, -1), v.expand(-1, self.group, -1, -1)
 
 
@@ -244,21 +307,24 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     stored = _Stored(call.key_position, call.evict_at)
     operands = _Operands(call.q, call.k, call.v, call.logit_bias, scale, stored)
     out, lse = _empty(call.q)
-    for block in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
-        asked = operands.queries(operands.q, block)
-        have = torch.zeros_like(asked)
+    for block, parts in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
+        asked = operands.rows(operands.q[:, block])
+        have = torch.zeros_like(asked, memory_format=torch.contiguous_format)
         have_lse = torch.full_like(have[..., 0], 2 * HIDDEN)
-        for part in block.parts:
-            more, more_lse = _attend(asked[part.rows], *operands.gather(part), part.mask, operands.scale)
-            old_lse = have_lse[part.rows]
+        for part in parts:
+            own = part.own
+            more, more_lse = _attend(asked[own], *operands.gather(part), part.mask, operands.scale)
+            if part.first:
+                have[own], have_lse[own] = more, more_lse
+                continue
+            old_lse = have_lse[own]
             total = torch.logaddexp(old_lse, more_lse)
-            have[part.rows].mul_((old_lse - total).exp_()[..., None])
-            have[part.rows].addcmul_(more, (more_lse - total).exp_()[..., None])
-            have_lse[part.rows] = total
+            have[own].mul_((old_lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
+            have_lse[own] = total
         blind = have_lse < HIDDEN / 2
         have.masked_fill_(blind[..., None], 0)
-        out[:, block.start : block.stop] = operands.tokens(have)[..., : operands.dim]
-        lse[:, block.start : block.stop] = operands.tokens(have_lse.masked_fill_(blind, float("-inf")))
+        have_lse.masked_fill_(blind, float("-inf"))
+        out[:, block], lse[:, block] = operands.tokens(have)[..., : operands.dim], operands.tokens(have_lse)
     return out, lse
 
 
@@ -270,27 +336,27 @@ def _backward(
     stored = _Stored(call.key_position, call.evict_at)
     operands = _Operands(call.q, call.k, call.v, logit_bias, scale, stored)
     bias_column = [0, operands.width - operands.dim]
-    dq = torch.empty_like(q)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     flat, lasting = ([torch.zeros_like(x) for x in xs] for xs in (operands.flat, operands.lasting))
-    for block in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
-        asked = operands.queries(operands.q, block)
-        grad_read, read = (pad(operands.queries(x, block).to(operands.wide), bias_column) for x in (grad, out))
+    for block, parts in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
+        asked = operands.rows(operands.q[:, block])
+        wanted, read = (pad(operands.rows(x[:, block].to(operands.wide)), bias_column) for x in (grad, out))
         # a query that sees nothing meets only hidden logits: exp(HIDDEN - 0) = 0
-        read_lse = operands.queries(lse, block).clamp(min=HIDDEN / 2)
-        change = torch.zeros_like(asked)
-        for part in block.parts:
-            own = part.rows
+        read_lse = operands.rows(lse[:, block]).clamp(min=HIDDEN / 2)
+        change = torch.zeros_like(asked, memory_format=torch.contiguous_format)
+        for part in parts:
+            own = part.own
             more_q, *more = _attend_backward(
-                grad_read[own], asked[own], *operands.gather(part), read[own], read_lse[own], part.mask, operands.scale
+                wanted[own], asked[own], *operands.gather(part), read[own], read_lse[own], part.mask, operands.scale
             )
             change[own] += more_q
             for whole, kept, share in zip(flat, lasting, more, strict=True):
                 share = share.sum(1, keepdim=True)
-                if isinstance(part.source, _Tokens):
-                    _add_keys(whole, part.source, share)
+                if isinstance(part.keys, _Tokens):
+                    _add_keys(whole, part.keys, share)
                 else:
-                    kept[part.rows, :, : part.source] += share
-        dq[:, block.start : block.stop] = operands.rescale * operands.tokens(change)[..., : operands.dim]
+                    kept[part.rows, :, part.keys] += share
+        dq[:, block] = operands.rescale * operands.tokens(change)[..., : operands.dim]
     for whole, kept in zip(flat, lasting, strict=True):
         _add_keys(whole, operands.lasting_tokens, kept)
     dk, dv = (x.view(*k.shape[:3], operands.width) for x in flat)
