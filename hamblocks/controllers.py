@@ -9,8 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-SAMPLE = 4096
-"""Scores remembered of the last training forward, enough to place a quantile within 0.01."""
+SAMPLE, STEPS = 4096, 8
+"""Scores remembered of the last training steps, enough to place a quantile within 0.01, and how many steps they span:
+one batch alone may be unlike the rest of the text."""
 
 
 class _Tau(nn.Module):
@@ -65,7 +66,8 @@ class TargetFraction(_Tau):
 
         tau += rate * spread * (admitted / seen - fraction)
 
-    The spread is a running average of the scores' standard deviation, so that the rate has no unit. tau starts at the
+    The spread is a running average of the scores' interquartile range over that of a standard normal, so that the rate
+    has no unit and a few huge scores do not make the step huge. tau starts at the
     (1 - fraction) quantile of the first step's scores; until then everything is stored. In eval mode nothing counts
     and nothing moves. The fraction is what its own threshold admits, whatever else a selector combines it with. One
     controller may serve several layers: its tau is then theirs together.
@@ -76,6 +78,7 @@ class TargetFraction(_Tau):
     spread: Tensor
     started: Tensor
     sample: Tensor
+    turn: Tensor
 
     def __init__(self, fraction: float, *, rate: float = 1.0) -> None:
         """Makes the controller.
@@ -97,6 +100,7 @@ class TargetFraction(_Tau):
         self.register_buffer("admitted", torch.zeros((), dtype=torch.int64))
         self.register_buffer("spread", torch.zeros((), dtype=torch.float32))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
         self.register_buffer("sample", torch.full((SAMPLE,), math.nan, dtype=torch.float32))
 
     def forward(self, score: Tensor) -> Tensor:
@@ -107,7 +111,10 @@ class TargetFraction(_Tau):
                 self.seen += (~flat.isnan()).sum()
                 self.admitted += (flat >= self.tau).sum()
                 index = torch.arange(SAMPLE, device=flat.device) * flat.numel() // SAMPLE
-                self.sample.copy_(flat[index])
+                every = flat[index]
+                # later steps replace their share; a second forward of the same step replaces it once more
+                own = torch.arange(SAMPLE, device=flat.device) % STEPS == self.turn
+                self.sample.copy_(torch.where(own | ~self.started, every, self.sample))
         return self.tau
 
     @torch.no_grad()
@@ -138,6 +145,7 @@ class TargetFraction(_Tau):
         moved = torch.where(something, self.tau + self.rate * self.spread * error, self.tau)
         self.tau.copy_(torch.where(first, _quantile(scores, self.fraction), moved))
         self.started |= something
+        self.turn.copy_((self.turn + something) % STEPS)
 
     @torch.no_grad()
     def set_threshold(self, tau: float) -> None:
@@ -151,7 +159,7 @@ class TargetFraction(_Tau):
 
     @torch.no_grad()
     def set_fraction(self, fraction: float) -> None:
-        """Moves a trained model along the trade-off: a new target, and tau at its quantile of the last scores seen.
+        """Moves a trained model along the trade-off: a new target, and tau at its quantile of the scores last seen in training.
 
         0 gives tau = +inf and 1 gives tau = -inf, exactly.
 
@@ -187,11 +195,13 @@ def _quantile(scores: Tensor, fraction: float) -> Tensor:
 
 
 def _spread(scores: Tensor) -> Tensor:
-    """Standard deviation of the scores; NaN does not count."""
-    real = ~scores.isnan()
-    count = real.sum().clamp(min=1)
-    mean = torch.where(real, scores, 0).sum() / count
-    return (torch.where(real, scores - mean, 0).square().sum() / count).sqrt()
+    """Interquartile range over that of a standard normal, the standard deviation where most scores are equal.
+
+    NaN does not count, and of nothing it is 0.
+    """
+    low, high = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device))
+    deviation = (scores - scores.nanmean()).square().nanmean().sqrt()
+    return torch.where(high > low, (high - low) / 1.349, deviation).nan_to_num(0.0)
 
 
 def _number(name: str, value: float) -> float:

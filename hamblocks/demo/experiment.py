@@ -28,14 +28,14 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 class Settings:
     """Sizes of the experiment. The defaults take under five minutes on two cores."""
 
-    steps: int = 200
+    steps: int = 900
     seed: int = 0
     target: float = 0.25
     hidden_size: int = 128
-    num_heads: int = 4
+    num_heads: int = 2
     num_layers: int = 2
     length: int = 512
-    batch: int = 4
+    batch: int = 1
     learning_rate: float = 4e-3
     held_out_rows: int = 64
     growth_length: int = 2048
@@ -131,15 +131,15 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
             ham = model
     assert results is not None
     assert ham is not None
+    controllers = [module for module in ham.modules() if isinstance(module, TargetFraction)]
+    trained = [float(controller.tau) for controller in controllers]
     for done, fraction in enumerate(FRACTIONS):
         progress("moving the threshold", done, len(FRACTIONS), "")
-        for module in ham.modules():
-            if isinstance(module, TargetFraction):
-                module.set_fraction(fraction)
+        for controller in controllers:
+            controller.set_fraction(fraction)
         results.trade_off.append(_measure(f"HAM moved to {fraction:.0%}", ham, settings, corpus, 0.0))
-    for module in ham.modules():
-        if isinstance(module, TargetFraction):
-            module.set_fraction(settings.target)
+    for controller, tau in zip(controllers, trained, strict=True):
+        controller.set_threshold(tau)
     results.growth = list(_grow(ham, settings, corpus))
     progress("moving the threshold", len(FRACTIONS), len(FRACTIONS), "")
     results.seconds = time.perf_counter() - began
@@ -154,7 +154,7 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], 
         return RandomRouting(settings.seed + layer)
 
     def target() -> Controller:
-        return TargetFraction(settings.target)
+        return TargetFraction(settings.target, rate=0.3)
 
     yield "memory alone", surprise, lambda: math.inf
     yield "memory and attention over everything", surprise, lambda: -math.inf
@@ -222,11 +222,11 @@ def _measure(name: str, model: Decoder, settings: Settings, corpus: Corpus, seco
 
 @torch.no_grad()
 def _grow(model: Decoder, settings: Settings, corpus: Corpus) -> Iterator[Growth]:
-    """The cache over one long sequence: held-out text as it comes, and one passage of it over and over."""
+    """The cache over one long sequence: held-out text as it comes, and one short passage of it over and over."""
     device = next(model.parameters()).device
     length = min(settings.growth_length, len(corpus.held_out) // 2)
     fresh = corpus.rows(length, 8)[:, :length]
-    passage = 128
+    passage = 32
     repetitive = fresh[:, :passage].repeat(1, length // passage + 1)[:, :length]
     for name, rows in (("fresh text", fresh), (f"one passage of {passage} bytes, repeated", repetitive)):
         result = model(rows.to(device))

@@ -55,7 +55,8 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     every = torch.cat(micro, 1)
     share = admitted(controller, every)
     controller.step()
-    new = 0.9 * spread + 0.1 * micro[-1].flatten()[torch.arange(4096) * micro[-1].numel() // 4096].std(correction=0)
+    low, high = controller.sample.quantile(torch.tensor([0.25, 0.75]))
+    new = 0.9 * spread + 0.1 * (high - low) / 1.349
     torch.testing.assert_close(controller.spread, new)
     torch.testing.assert_close(controller.tau, before + 0.3 * new * (share - fraction))
     # counting starts anew, and nothing counted moves nothing
@@ -138,6 +139,25 @@ def test_threshold_set_by_hand_is_where_training_goes_on():
     controller(scores(0, 1, 100, 1))
     controller.step()
     assert 3.9 < controller.tau < 4.0
+
+
+def test_moves_where_most_scores_are_equal():
+    controller = hb.TargetFraction(0.5, rate=0.3)
+    for _ in range(40):
+        controller(torch.tensor([0.0] * 90 + [1.0] * 10).view(1, -1, 1))
+        controller.step()
+    assert -0.2 < controller.tau <= 0.2  # from one side of the many to the other and back
+
+
+def test_a_few_huge_scores_do_not_swing_tau():
+    controller, shares = hb.TargetFraction(0.25), []
+    for seed in range(100):
+        score = scores(seed, 1, 512, 2)
+        score = score * (1 + 1e4 * (scores(seed + 1000, 1, 512, 2) > 2.5))
+        shares.append(admitted(controller, score))
+        controller(score)
+        controller.step()
+    assert torch.tensor(shares[20:]).sub(0.25).abs().max() < 0.1
 
 
 def layer_of(controller, **kwargs):
