@@ -24,7 +24,9 @@ def demo(
         Path | None,
         typer.Option(help="Train on this file, not on the standard library.", exists=True, dir_okay=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.", min=1)] = 200,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of each model; None: as many as take under five minutes.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and random routing.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)] = Path(
         "out"
@@ -45,10 +47,10 @@ def demo(
         else f"{corpus.source}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held_out):,} held out"
     )
     columns = (
-        TextColumn("{task.description:38}"),
+        TextColumn("{task.description:26}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[remark]}"),
     )
     with Progress(*columns, console=console) as bars:
@@ -59,7 +61,7 @@ def demo(
                 tasks[name] = bars.add_task(name, total=total, remark="")
             bars.update(tasks[name], completed=done, remark=remark)
 
-        results = run(Settings(steps=steps, seed=seed), corpus, progress)
+        results = run(Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed), corpus, progress)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
     (out / "table.md").write_text(markdown(results))

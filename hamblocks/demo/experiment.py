@@ -28,7 +28,7 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 class Settings:
     """Sizes of the experiment. The defaults take under five minutes on two cores."""
 
-    steps: int = 900
+    steps: int = 800
     seed: int = 0
     target: float = 0.25
     hidden_size: int = 128
@@ -137,7 +137,7 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
         progress("moving the threshold", done, len(FRACTIONS), "")
         for controller in controllers:
             controller.set_fraction(fraction)
-        results.trade_off.append(_measure(f"HAM moved to {fraction:.0%}", ham, settings, corpus, 0.0))
+        results.trade_off.append(_measure(f"that HAM, moved to {fraction:.0%}", ham, settings, corpus, 0.0))
     for controller, tau in zip(controllers, trained, strict=True):
         controller.set_threshold(tau)
     results.growth = list(_grow(ham, settings, corpus))
@@ -157,9 +157,9 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], 
         return TargetFraction(settings.target, rate=0.3)
 
     yield "memory alone", surprise, lambda: math.inf
-    yield "memory and attention over everything", surprise, lambda: -math.inf
-    yield f"HAM, target {settings.target:.0%}", surprise, target
-    yield f"random routing, target {settings.target:.0%}", chance, target
+    yield "attention over everything", surprise, lambda: -math.inf
+    yield f"HAM, {settings.target:.0%}", surprise, target
+    yield f"random routing, {settings.target:.0%}", chance, target
 
 
 def _model(settings: Settings, gate: Callable[[int], Gate], controller: Callable[[], Controller | float]) -> Decoder:

@@ -16,7 +16,7 @@ def table(results: Results) -> Table:
         title=f"Held-out {results.source}: {results.parameters:,} parameters each, {results.settings.steps} steps"
     )
     view.add_column("model")
-    for column in ("bits per byte", "keep fraction", "cache bytes per token", "training"):
+    for column in ("bits per\nbyte", "keep\nfraction", "cache bytes\nper token", "training"):
         view.add_column(column, justify="right")
     for row in results.models:
         view.add_row(*_cells(row))
