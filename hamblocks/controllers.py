@@ -159,7 +159,7 @@ class TargetFraction(_Tau):
 
     @torch.no_grad()
     def set_fraction(self, fraction: float) -> None:
-        """Moves a trained model along the trade-off: a new target, and tau at its quantile of the scores last seen in training.
+        """Moves a trained model along the trade-off: a new target, and tau at its quantile of the scores of training.
 
         0 gives tau = +inf and 1 gives tau = -inf, exactly.
 

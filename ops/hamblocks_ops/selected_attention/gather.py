@@ -27,6 +27,9 @@ BLOCK, EDGE, FEW = 1024, 256, 160
 """Queries per block and per smaller block: SDPA is fastest on many queries, a mask cheapest on few. A block that has
 FEW keys or less to mask goes without smaller blocks."""
 
+DIRECT = 8
+"""Up to so many queries, as in decoding, all keys are attended to where they lie: nothing is worth gathering."""
+
 HIDDEN = -(2.0**96)
 """Logit of what a query does not see, at the most; times any difference of two positions it is still finite."""
 
@@ -304,6 +307,8 @@ class _Call(NamedTuple):
 
 
 def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    if call.q.shape[1] <= DIRECT and call.q.numel() and call.k.numel():
+        return _direct(call, scale)
     stored = _Stored(call.key_position, call.evict_at)
     operands = _Operands(call.q, call.k, call.v, call.logit_bias, scale, stored)
     out, lse = _empty(call.q)
@@ -325,6 +330,30 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
         have.masked_fill_(blind[..., None], 0)
         have_lse.masked_fill_(blind, float("-inf"))
         out[:, block], lse[:, block] = operands.tokens(have)[..., : operands.dim], operands.tokens(have_lse)
+    return out, lse
+
+
+def _direct(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    """The same for few queries: one call with a mask over all keys, in place; the queries of a group are one block."""
+    heads, kv_heads = call.q.shape[2], call.k.shape[2]
+    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    time, begins, ends = call.query_position[:, None, :, None], call.key_position.mT, call.evict_at.mT
+    visible = (begins[:, :, None] <= time) & (time < ends[:, :, None])
+    logit = begins.new_zeros((), dtype=wide) if call.logit_bias is None else call.logit_bias.to(wide).mT[:, :, None]
+    mask = torch.where(visible, logit, float("-inf")).repeat(1, 1, heads // kv_heads, 1)
+    asked = call.q.to(wide).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
+    k, v = (x.to(wide).transpose(1, 2) for x in (call.k, call.v))
+    blind = ~visible.any(-1)[:, :, None]
+    have, have_lse = _attend(asked.flatten(2, 3), k, v, mask, scale)
+    have = have.view(asked.shape).masked_fill(blind[..., None], 0)
+    if not bool(have.isfinite().all()):  # what is not stored may be anything, and 0 times infinity is NaN
+        unseen = ~visible.any(2)[..., None]
+        have, have_lse = _attend(asked.flatten(2, 3), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask, scale)
+        have = have.view(asked.shape).masked_fill(blind[..., None], 0)
+    have_lse = have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
+    out, lse = _empty(call.q)
+    out.copy_(have.permute(0, 3, 1, 2, 4).reshape(out.shape))
+    lse.copy_(have_lse.permute(0, 3, 1, 2).reshape(lse.shape))
     return out, lse
 
 
