@@ -35,7 +35,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -p no:xdist -p no:hypothesispytest
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -rP -p no:xdist -p no:hypothesispytest
 
 clean:
 	rm -rf .venv site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,7 +31,7 @@ def test_chunked_against_token_by_token(benchmark, ratio):
     )
     benchmark.extra_info.update(ratio=cost)
     benchmark.pedantic(lambda: gated_delta_rule(*qkv, **options, impl="chunked"), rounds=5, warmup_rounds=1)
-    print(f"\nchunked: {cost:.3f} of token by token")
+    print(f"chunked: {cost:.3f} of token by token")
     assert cost < 0.5
 
 
@@ -44,5 +44,5 @@ def test_the_score_costs_little(benchmark, ratio):
     )
     benchmark.extra_info.update(ratio=cost)
     benchmark.pedantic(lambda: gated_delta_rule(*qkv, **options, metric="cosine"), rounds=5, warmup_rounds=1)
-    print(f"\nwith the cosine score: {cost:.3f} of without")
+    print(f"with the cosine score: {cost:.3f} of without")
     assert cost < 1.5

@@ -14,7 +14,7 @@ def test_topk_is_not_quadratic(benchmark, ratio):
     cost = ratio(lambda: select_topk(long, 1024), lambda: select_topk(short, 1024), rounds=5)
     benchmark.extra_info.update(ratio=cost)
     benchmark.pedantic(lambda: select_topk(long, 1024), rounds=3, warmup_rounds=1)
-    print(f"\neight times the tokens: {cost:.1f} times the time")
+    print(f"eight times the tokens: {cost:.1f} times the time")
     assert cost < 24  # 64 would be quadratic in T, 8 log(8 T) / log(T) is 9.8
 
 
@@ -23,5 +23,5 @@ def test_topk_does_not_depend_on_k(benchmark, ratio):
     cost = ratio(lambda: select_topk(score, 8192), lambda: select_topk(score, 8), rounds=7)
     benchmark.extra_info.update(ratio=cost)
     benchmark.pedantic(lambda: select_topk(score, 8192), rounds=3, warmup_rounds=1)
-    print(f"\nk = 8192: {cost:.2f} of the time of k = 8")
+    print(f"k = 8192: {cost:.2f} of the time of k = 8")
     assert cost < 2

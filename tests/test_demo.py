@@ -34,7 +34,7 @@ def test_demo_writes_what_it_measured(text, tmp_path):
     assert all(0 < row["bits_per_byte"] < 9 and row["seconds"] > 0 for row in found["models"])
     kept = [row["keep_fraction"] for row in found["trade_off"]]
     assert kept == sorted(kept)
-    assert kept[0] == 0
+    assert kept[0] < 0.04  # the window's own
     assert kept[-1] == 1
     for growth in found["growth"]:
         assert growth["stored"] == sorted(growth["stored"])

@@ -17,8 +17,8 @@ from hamblocks.demo.corpus import Corpus
 from hamblocks.gates import PredictionError, RandomRouting
 from hamblocks.layer import HAMLayer
 from hamblocks.models import Decoder
-from hamblocks.protocols import Controller, Gate
-from hamblocks.selectors import Threshold
+from hamblocks.protocols import Gate, Selector
+from hamblocks.selectors import Threshold, Window
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Keep fractions that the trained model's threshold is moved through."""
@@ -28,14 +28,15 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 class Settings:
     """Sizes of the experiment. The defaults take under five minutes on two cores."""
 
-    steps: int = 800
+    steps: int = 550
     seed: int = 0
     target: float = 0.25
     hidden_size: int = 128
     num_heads: int = 2
     num_layers: int = 2
     length: int = 512
-    batch: int = 1
+    window: int = 16
+    batch: int = 2
     learning_rate: float = 4e-3
     held_out_rows: int = 64
     growth_length: int = 2048
@@ -105,9 +106,9 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = None
     ham = None
-    for name, gate, controller in _variants(settings):
+    for name, gate, selector in _variants(settings):
         torch.manual_seed(settings.seed)
-        model = _model(settings, gate, controller).to(device)
+        model = _model(settings, gate, selector).to(device)
         if results is None:
             processor = (
                 torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -146,29 +147,27 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
     return results
 
 
-def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], Callable[[], Controller | float]]]:
+def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], Callable[[], Selector]]]:
     def surprise(_layer: int) -> Gate:
         return PredictionError("cosine")
 
     def chance(layer: int) -> Gate:
         return RandomRouting(settings.seed + layer)
 
-    def target() -> Controller:
-        return TargetFraction(settings.target, rate=0.3)
+    def target() -> Selector:
+        return Threshold(TargetFraction(settings.target, rate=0.3)) | Window(settings.window)
 
-    yield "memory alone", surprise, lambda: math.inf
-    yield "attention over everything", surprise, lambda: -math.inf
+    yield "memory alone", surprise, lambda: Threshold(math.inf)
+    yield "attention over everything", surprise, lambda: Threshold(-math.inf)
     yield f"HAM, {settings.target:.0%}", surprise, target
     yield f"random routing, {settings.target:.0%}", chance, target
 
 
-def _model(settings: Settings, gate: Callable[[int], Gate], controller: Callable[[], Controller | float]) -> Decoder:
+def _model(settings: Settings, gate: Callable[[int], Gate], selector: Callable[[], Selector]) -> Decoder:
     return Decoder(
         256,
         settings.num_layers,
-        lambda layer: HAMLayer(
-            settings.hidden_size, settings.num_heads, gate=gate(layer), selector=Threshold(controller())
-        ),
+        lambda layer: HAMLayer(settings.hidden_size, settings.num_heads, gate=gate(layer), selector=selector()),
     )
 
 
@@ -230,9 +229,13 @@ def _grow(model: Decoder, settings: Settings, corpus: Corpus) -> Iterator[Growth
     repetitive = fresh[:, :passage].repeat(1, length // passage + 1)[:, :length]
     for name, rows in (("fresh text", fresh), (f"one passage of {passage} bytes, repeated", repetitive)):
         result = model(rows.to(device))
-        stored = [
-            (stats.evict_at > stats.position[..., None]).double().mean((0, 2)).cumsum(0) for stats in result.stats
-        ]
-        mean = torch.stack(stored).mean(0).cpu()
         at = list(range(0, length, max(length // 128, 1)))
-        yield Growth(name, [index + 1 for index in at], [float(mean[index]) for index in at])
+        stored = [
+            sum(
+                float(((stats.position <= t)[..., None] & (t < stats.evict_at)).sum(1).double().mean())
+                for stats in result.stats
+            )
+            / len(result.stats)
+            for t in at
+        ]
+        yield Growth(name, [t + 1 for t in at], stored)

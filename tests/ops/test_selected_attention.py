@@ -27,7 +27,7 @@ def problem(case: Attention, **options: object) -> Problem:
 
 def in_blocks(size: int) -> Any:
     """Blocks of few queries, so that small cases have several, with tokens that last, pass and end within them."""
-    return patch.multiple(gather, BLOCK=size, EDGE=size // 3, DIRECT=8 if size > 16 else 0)
+    return patch.multiple(gather, BLOCK=size, EDGE=size // 3, FEW=160 if size > 16 else 0, DIRECT=8 if size > 16 else 0)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from hamblocks_ops.select import compact
 
 BLOCK, EDGE, FEW = 1024, 256, 160
 """Queries per block and per smaller block: SDPA is fastest on many queries, a mask cheapest on few. A block that has
-FEW keys or less to mask goes without smaller blocks."""
+FEW keys or less to mask goes without smaller blocks; FEW keys or less that need no mask get no call of their own."""
 
 DIRECT = 8
 """Up to so many queries, as in decoding, all keys are attended to where they lie: nothing is worth gathering."""
@@ -65,8 +65,11 @@ class _Stored:
         lasting: P
     """
 
-    def __init__(self, key_position: Tensor, evict_at: Tensor) -> None:
+    def __init__(self, key_position: Tensor, evict_at: Tensor, query_position: Tensor) -> None:
         batch, keys, kv_heads = evict_at.shape
+        if query_position.shape[1]:  # what comes after the last query is not stored yet
+            begun = key_position <= query_position.amax(1)[:, None, None]
+            evict_at = torch.where(begun, evict_at, key_position)
         row = torch.arange(batch * kv_heads, device=evict_at.device)[:, None]
         lists = []
         for lasting in (True, False):
@@ -92,9 +95,9 @@ class _Stored:
         """The tokens in some slots of some rows, [R, n]."""
         return _Tokens(self.token[rows].gather(1, slot), filled)
 
-    def by(self, rows: slice, time: Tensor) -> Tensor:
-        """How many tokens are stored for good at or before time [R, 1], int64 [R]."""
-        return torch.searchsorted(self.begins[rows], time, right=True)[:, 0]
+    def by(self, time: Tensor) -> Tensor:
+        """How many tokens are stored for good at or before time [R, n], int64 [R, n]."""
+        return torch.searchsorted(self.begins, time.contiguous(), right=True)
 
 
 class _Rest(NamedTuple):
@@ -119,25 +122,55 @@ def _blocks(
 
 def _parts(stored: _Stored, time: Tensor, wide: torch.dtype) -> Iterator[_Part]:
     """The parts of one block, whose queries are asked at time [R, i]."""
-    ended = stored.by(slice(None), time.amax(1, keepdim=True))
-    for rows, most in _groups(ended.tolist()):
-        everything = torch.ones_like(stored.until[rows, stored.lasting :], dtype=torch.bool)
-        around = yield from _seen_by_all(stored, time, rows, slice(None), _Rest(0, everything, True), wide)
-        few = most - around.begin <= FEW and everything.shape[1] == 0
-        size = BLOCK if few else EDGE
-        for edge in range(0, time.shape[1], size):
-            queries = slice(edge, edge + size)
-            rest = around if few else (yield from _seen_by_all(stored, time, rows, queries, around, wide))
-            yield from _seen_by_some(stored, time, rows, queries, rest, wide)
+    width = time.shape[1]
+    edges = torch.cat([time, time[:, -1:].expand(-1, -width % EDGE)], 1)
+    first, last = edges.unflatten(1, (-1, EDGE)).aminmax(dim=2)
+    begun, ended = stored.by(first), stored.by(last)
+    everything, others = slice(None), stored.until.shape[1] > stored.lasting
+    since = _Since(first.amin(1, keepdim=True), wide)
+    asked = since(time, everything)
+    for rows, most in _groups(ended.amax(1).tolist()):
+        begins, ends = begun[rows].amin(0).tolist(), ended[rows].amax(0).tolist()
+        span = first[rows].amin(1, keepdim=True), last[rows].amax(1, keepdim=True)
+        rest = _Rest(0, torch.ones_like(stored.until[rows, stored.lasting :], dtype=torch.bool), True)
+        around = yield from _seen_by_all(stored, span, min(begins), rows, everything, rest, wide)
+        if most - around.begin <= FEW and not others:
+            yield from _seen_by_some(stored, span, most, rows, everything, around, since, asked)
+            continue
+        for edge, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            queries = slice(edge * EDGE, edge * EDGE + EDGE)
+            span = first[rows, edge, None], last[rows, edge, None]
+            rest = yield from _seen_by_all(stored, span, begin, rows, queries, around, wide)
+            yield from _seen_by_some(stored, span, end, rows, queries, rest, since, asked)
+
+
+class _Since(NamedTuple):
+    """Time from the first query of a block on, in units of -HIDDEN: a mask is then one difference, cut at 0."""
+
+    first: Tensor
+    wide: torch.dtype
+
+    def __call__(self, moment: Tensor, rows: slice) -> Tensor:
+        return (moment.long() - self.first[rows]).to(self.wide).mul_(-HIDDEN)
 
 
 def _seen_by_all(
-    stored: _Stored, time: Tensor, rows: slice, queries: slice, rest: _Rest, wide: torch.dtype
+    stored: _Stored,
+    span: tuple[Tensor, Tensor],
+    begun: int,
+    rows: slice,
+    queries: slice,
+    rest: _Rest,
+    wide: torch.dtype,
 ) -> Generator[_Part, None, _Rest]:
-    """Parts without a mask; returns what they leave. `time` [R, i] is that of the block."""
-    first, last = (x[rows, None] for x in time[:, queries].aminmax(dim=1))
-    begin = max(int(stored.by(rows, first).amin()), rest.begin)
-    if begin > rest.begin:
+    """Parts without a mask; returns what they leave.
+
+    span: times of the first and the last of the queries [R, 1]; begun: so many slots of each row began by the first.
+    """
+    first, last = span
+    begin = rest.begin
+    if begun > begin + FEW:
+        begin = begun
         yield _Part(rows, queries, slice(rest.begin, begin), None, rest.untouched)
     if rest.others.shape[1] == 0:
         return _Rest(begin, rest.others)
@@ -150,25 +183,26 @@ def _seen_by_all(
 
 
 def _seen_by_some(
-    stored: _Stored, time: Tensor, rows: slice, queries: slice, rest: _Rest, wide: torch.dtype
+    stored: _Stored,
+    span: tuple[Tensor, Tensor],
+    ended: int,
+    rows: slice,
+    queries: slice,
+    rest: _Rest,
+    since: _Since,
+    asked: Tensor,
 ) -> Iterator[_Part]:
-    """Parts with a mask for all that is left."""
-    first, last = (x[:, None] for x in time[:, queries].aminmax(dim=1))
-
-    def since(moment: Tensor, rows: slice) -> Tensor:
-        """Time from the first query to moment [R, n] in units of -HIDDEN: a mask is then one difference, cut at 0."""
-        return (moment.long() - first[rows]).to(wide).mul_(-HIDDEN)
-
-    asked = since(time[:, queries], slice(None))[..., None]
-    end = int(stored.by(rows, last[rows]).amax())
-    if end > rest.begin:
-        slots = slice(rest.begin, end)
+    """Parts with a mask for all that is left; `ended`: no row has more slots that began by the last query."""
+    asked = asked[:, queries, None]
+    if ended > rest.begin:
+        slots = slice(rest.begin, ended)
         mask = asked[rows] - since(stored.position[rows, slots], rows)[:, None]
         yield _Part(rows, queries, slots, mask.clamp_(max=0)[:, None])
     if rest.others.shape[1] == 0:
         return
+    first, last = span
     others = rows, slice(stored.lasting, None)
-    seen = rest.others & (stored.position[others] <= last[rows]) & (first[rows] < stored.until[others])
+    seen = rest.others & (stored.position[others] <= last) & (first < stored.until[others])
     for some, slot, filled in _pack(seen, rows.start):
         slot += stored.lasting
         begins, ends = (x[some].gather(1, slot) for x in (stored.position, stored.until))
@@ -237,23 +271,35 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return logits if mask is None else logits + mask
 
 
+def _widened(
+    q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v in the arithmetic's dtype, and the scale of their logits.
+
+    A bias is one more column of q and k, so that SDPA also gives its gradient; the scale goes into q then, so that
+    the column needs no division.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    if logit_bias is None:
+        return q, k, v, scale
+    q = torch.cat([scale * q, torch.ones_like(q[..., :1])], -1)
+    k = torch.cat([k, logit_bias.to(wide)[..., None]], -1)
+    return q, k, pad(v, [0, 1]), 1.0
+
+
 class _Operands:
-    """q, k, v in the arithmetic's dtype; a bias is one more column of q and k, so that SDPA also gives its gradient."""
+    """q, k, v as rows, one per sequence and key/value head."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None, scale: float, stored: _Stored
     ) -> None:
-        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.kv_heads, self.dim = k.shape[2:]
         self.group = q.shape[2] // self.kv_heads
         self.order = stored.order
-        # with a bias the scale goes into q, so that its column needs no division; dq is then to be scaled
-        self.scale, self.rescale = (scale, 1.0) if logit_bias is None else (1.0, scale)
-        q, k, v = (x.to(self.wide) for x in (q, k, v))
-        if logit_bias is not None:
-            q = torch.cat([scale * q, torch.ones_like(q[..., :1])], -1)
-            k = torch.cat([k, logit_bias.to(self.wide)[..., None]], -1)
-            v = pad(v, [0, 1])
+        q, k, v, self.scale = _widened(q, k, v, logit_bias, scale)
+        self.rescale = 1.0 if logit_bias is None else scale
+        self.wide = q.dtype
         self.width = q.shape[-1]
         self.q = q
         self.flat = [x.reshape(-1, self.width) for x in (k, v)]
@@ -309,7 +355,7 @@ class _Call(NamedTuple):
 def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     if call.q.shape[1] <= DIRECT and call.q.numel() and call.k.numel():
         return _direct(call, scale)
-    stored = _Stored(call.key_position, call.evict_at)
+    stored = _Stored(call.key_position, call.evict_at, call.query_position)
     operands = _Operands(call.q, call.k, call.v, call.logit_bias, scale, stored)
     out, lse = _empty(call.q)
     for block, parts in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
@@ -327,22 +373,22 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
             have[own].mul_((old_lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
             have_lse[own] = total
         blind = have_lse < HIDDEN / 2
-        have.masked_fill_(blind[..., None], 0)
-        have_lse.masked_fill_(blind, float("-inf"))
+        if bool(blind.any()):
+            have.masked_fill_(blind[..., None], 0)
+            have_lse.masked_fill_(blind, float("-inf"))
         out[:, block], lse[:, block] = operands.tokens(have)[..., : operands.dim], operands.tokens(have_lse)
     return out, lse
 
 
 def _direct(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     """The same for few queries: one call with a mask over all keys, in place; the queries of a group are one block."""
-    heads, kv_heads = call.q.shape[2], call.k.shape[2]
-    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    q, k, v, scale = _widened(call.q, call.k, call.v, call.logit_bias, scale)
+    kv_heads, dim = call.k.shape[2:]
     time, begins, ends = call.query_position[:, None, :, None], call.key_position.mT, call.evict_at.mT
     visible = (begins[:, :, None] <= time) & (time < ends[:, :, None])
-    logit = begins.new_zeros((), dtype=wide) if call.logit_bias is None else call.logit_bias.to(wide).mT[:, :, None]
-    mask = torch.where(visible, logit, float("-inf")).repeat(1, 1, heads // kv_heads, 1)
-    asked = call.q.to(wide).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
-    k, v = (x.to(wide).transpose(1, 2) for x in (call.k, call.v))
+    asked = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    mask = torch.where(visible, q.new_zeros(()), float("-inf")).repeat(1, 1, asked.shape[2], 1)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     blind = ~visible.any(-1)[:, :, None]
     have, have_lse = _attend(asked.flatten(2, 3), k, v, mask, scale)
     have = have.view(asked.shape).masked_fill(blind[..., None], 0)
@@ -352,7 +398,7 @@ def _direct(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
         have = have.view(asked.shape).masked_fill(blind[..., None], 0)
     have_lse = have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
     out, lse = _empty(call.q)
-    out.copy_(have.permute(0, 3, 1, 2, 4).reshape(out.shape))
+    out.copy_(have[..., :dim].permute(0, 3, 1, 2, 4).reshape(out.shape))
     lse.copy_(have_lse.permute(0, 3, 1, 2).reshape(lse.shape))
     return out, lse
 
@@ -362,7 +408,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias (empty without one)."""
     q, k, _, _, logit_bias, *_ = call
-    stored = _Stored(call.key_position, call.evict_at)
+    stored = _Stored(call.key_position, call.evict_at, call.query_position)
     operands = _Operands(call.q, call.k, call.v, logit_bias, scale, stored)
     bias_column = [0, operands.width - operands.dim]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
