@@ -21,7 +21,7 @@ def everything(q, k, v):
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1])
-def test_forward_costs_what_is_kept(benchmark, ratio, fraction):
+def test_forward_costs_what_is_kept(ratio, fraction):
     q, k, v = tensors()
     evict_at = select_threshold(torch.rand(1, T, HEADS), 1 - fraction)
     with torch.no_grad():
@@ -29,15 +29,16 @@ def test_forward_costs_what_is_kept(benchmark, ratio, fraction):
             one = [x[:, :, head : head + 1] for x in (q, k, v, evict_at)]
             fast, exact = (selected_attention(*one, impl=impl).out for impl in ("gather", "reference"))
             assert (fast - exact).norm() <= 1e-6 * exact.norm()
-        cost = ratio(lambda: selected_attention(q, k, v, evict_at, impl="gather"), lambda: everything(q, k, v))
-        benchmark.extra_info.update(fraction=fraction, ratio=cost)
-        benchmark.pedantic(lambda: selected_attention(q, k, v, evict_at, impl="gather"), rounds=5, warmup_rounds=1)
-    print(f"forward: keep fraction {fraction}: {cost:.3f} of causal attention over everything")
+        cost = ratio(
+            f"forward, keep fraction {fraction}, of causal attention over everything",
+            lambda: selected_attention(q, k, v, evict_at, impl="gather"),
+            lambda: everything(q, k, v),
+        )
     assert cost <= fraction + 0.12
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1])
-def test_training_costs_what_is_kept(benchmark, ratio, fraction):
+def test_training_costs_what_is_kept(ratio, fraction):
     q, k, v = tensors()
     evict_at = select_threshold(torch.rand(1, T, HEADS), 1 - fraction)
     cotangent = torch.randn_like(q)
@@ -48,9 +49,7 @@ def test_training_costs_what_is_kept(benchmark, ratio, fraction):
     def selected():
         return train(lambda *qkv: selected_attention(*qkv, evict_at, impl="gather").out)
 
-    cost = ratio(selected, lambda: train(everything), rounds=9)
-    benchmark.extra_info.update(fraction=fraction, ratio=cost)
-    benchmark.pedantic(selected, rounds=3, warmup_rounds=1)
-    print(f"forward and backward: keep fraction {fraction}: {cost:.3f} of causal attention over everything")
+    name = f"forward and backward, keep fraction {fraction}, of causal attention over everything"
+    cost = ratio(name, selected, lambda: train(everything), rounds=9)
     # the mask of a block's edge costs twice as much here as in the forward pass
     assert cost <= fraction + 0.2

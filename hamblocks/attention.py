@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hamblocks.cache import KVCache
 from hamblocks.protocols import Built, Dims
 from hamblocks_ops import selected_attention
+from hamblocks_ops.precision import wide
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -23,12 +24,12 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     Returns:
         The shape and dtype of x; angles are computed in float32 (float64 for float64).
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide(x)
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = (position.to(wide)[..., None] * frequency)[:, :, None]
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = (position.to(dtype)[..., None] * frequency)[:, :, None]
     cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, -1)
+    first, second = x.to(dtype).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 

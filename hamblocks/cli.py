@@ -25,7 +25,8 @@ def demo(
         typer.Option(help="Train on this file, not on the standard library.", exists=True, dir_okay=False),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of each model; None: as many as take under five minutes.", min=1)
+        int | None,
+        typer.Option(help="Training steps of each model. By default those of about four minutes.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and random routing.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)] = Path(

@@ -67,10 +67,10 @@ class TargetFraction(_Tau):
         tau += rate * spread * (admitted / seen - fraction)
 
     The spread is a running average of the scores' interquartile range over that of a standard normal, so that the rate
-    has no unit and a few huge scores do not make the step huge. tau starts at the
-    (1 - fraction) quantile of the first step's scores; until then everything is stored. In eval mode nothing counts
-    and nothing moves. The fraction is what its own threshold admits, whatever else a selector combines it with. One
-    controller may serve several layers: its tau is then theirs together.
+    has no unit and a few huge scores do not make the step huge. tau starts at the (1 - fraction) quantile of the first
+    step's scores; until then everything is stored. In eval mode nothing counts and nothing moves. The fraction is what
+    its own threshold admits, whatever else a selector combines it with. One controller may serve several layers: its
+    tau is then theirs together.
     """
 
     seen: Tensor
@@ -110,11 +110,10 @@ class TargetFraction(_Tau):
                 flat = score.detach().flatten()
                 self.seen += (~flat.isnan()).sum()
                 self.admitted += (flat >= self.tau).sum()
-                index = torch.arange(SAMPLE, device=flat.device) * flat.numel() // SAMPLE
-                every = flat[index]
+                place = torch.arange(SAMPLE, device=flat.device)
                 # later steps replace their share; a second forward of the same step replaces it once more
-                own = torch.arange(SAMPLE, device=flat.device) % STEPS == self.turn
-                self.sample.copy_(torch.where(own | ~self.started, every, self.sample))
+                own = (place % STEPS == self.turn) | ~self.started
+                self.sample.copy_(torch.where(own, flat[place * flat.numel() // SAMPLE], self.sample))
         return self.tau
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from hamblocks.protocols import Built, Dims, Trace, check_count
 from hamblocks_ops import gated_delta_rule
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.packing import sequence_of
+from hamblocks_ops.precision import wide
 
 
 class MemoryState(NamedTuple):
@@ -121,7 +122,7 @@ class _DeltaMemory(Built):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
-        beta = self.beta_proj(x).to(_wide(x)).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        beta = self.beta_proj(x).to(wide(x)).sigmoid() * (2 if self.negative_eigenvalues else 1)
         result = gated_delta_rule(
             q,
             k,
@@ -181,9 +182,5 @@ class GatedDelta(_DeltaMemory):
 
     def decay(self, x: Tensor) -> Tensor:
         """Log decay `[B, T, H]`, float32 or float64, < 0."""
-        wide = _wide(x)
-        return -self.log_rate.to(wide).exp() * F.softplus(self.decay_proj(x).to(wide) + self.step_bias.to(wide))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = wide(x)
+        return -self.log_rate.to(dtype).exp() * F.softplus(self.decay_proj(x).to(dtype) + self.step_bias.to(dtype))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ class Run(NamedTuple):
     Attributes:
         name: what it is.
         bits_per_byte: held-out loss.
-        keep_fraction: tokens stored, of all tokens, heads and layers.
-        cache_bytes_per_token: of keys and values stored for good, over the tokens seen, all layers.
+        keep_fraction: tokens stored at the end, of all tokens, heads and layers.
+        cache_bytes_per_token: of keys and values stored at the end, over the tokens seen, all layers.
         seconds: training time; 0 for a model that was not trained anew.
     """
 
@@ -211,12 +212,12 @@ def _measure(name: str, model: Decoder, settings: Settings, corpus: Corpus, seco
         rows = rows.to(device)
         result = model(rows[:, :-1], state=model.init_state(len(rows)))
         losses.append(float(cross_entropy(result.logits.flatten(0, 1), rows[:, 1:].flatten())))
-        kept.append(sum(float(stats.keep_fraction()) for stats in result.stats) / len(result.stats))
+        kept.append(fmean(float(stats.keep_fraction()) for stats in result.stats))
         tokens += rows.shape[0] * settings.length
         for state in result.state or []:
             per_token = 2 * state.cache.k.shape[-1] * state.cache.k.element_size()
             stored_bytes += float(state.cache.tokens.sum()) * per_token
-    return Run(name, sum(losses) / len(losses) / math.log(2), sum(kept) / len(kept), stored_bytes / tokens, seconds)
+    return Run(name, fmean(losses) / math.log(2), fmean(kept), stored_bytes / tokens, seconds)
 
 
 @torch.no_grad()
@@ -231,11 +232,10 @@ def _grow(model: Decoder, settings: Settings, corpus: Corpus) -> Iterator[Growth
         result = model(rows.to(device))
         at = list(range(0, length, max(length // 128, 1)))
         stored = [
-            sum(
+            fmean(
                 float(((stats.position <= t)[..., None] & (t < stats.evict_at)).sum(1).double().mean())
                 for stats in result.stats
             )
-            / len(result.stats)
             for t in at
         ]
         yield Growth(name, [t + 1 for t in at], stored)

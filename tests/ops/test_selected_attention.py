@@ -27,7 +27,8 @@ def problem(case: Attention, **options: object) -> Problem:
 
 def in_blocks(size: int) -> Any:
     """Blocks of few queries, so that small cases have several, with tokens that last, pass and end within them."""
-    return patch.multiple(gather, BLOCK=size, EDGE=size // 3, FEW=160 if size > 16 else 0, DIRECT=8 if size > 16 else 0)
+    no_shortcuts = {"FEW": 0, "DIRECT": 0} if size <= 16 else {}
+    return patch.multiple(gather, BLOCK=size, EDGE=size // 3, **no_shortcuts)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.precision import wide
 from hamblocks_ops.surprise import METRICS, surprise
 
 
@@ -140,9 +141,9 @@ def _checked(
     check_tensor("beta", beta, "[B, T, HV]", [batch, tokens, value_heads], like=q)
     check_floating("beta", beta)
     check_range("beta", beta, 0, 2)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     if g is None:
-        g = torch.zeros_like(beta, dtype=wide)
+        g = torch.zeros_like(beta, dtype=dtype)
     check_tensor("g", g, "[B, T, HV]", [batch, tokens, value_heads], like=q)
     check_floating("g", g)
     check_range("g", g, float("-inf"), 0)
@@ -150,7 +151,7 @@ def _checked(
         check_cu_seqlens(cu_seqlens, batch, tokens, q)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
-        initial_state = q.new_zeros(sequences, value_heads, key_dim, value_dim, dtype=wide)
+        initial_state = q.new_zeros(sequences, value_heads, key_dim, value_dim, dtype=dtype)
     check_tensor("initial_state", initial_state, "[N, HV, K, V]", [sequences, value_heads, key_dim, value_dim], like=q)
     check_floating("initial_state", initial_state)
     if metric is not None and metric not in METRICS:
@@ -160,10 +161,10 @@ def _checked(
         q=q.repeat_interleave(group, 2) if group > 1 else q,
         k=k.repeat_interleave(group, 2) if group > 1 else k,
         v=v,
-        beta=beta.to(wide),
-        g=g.to(wide),
+        beta=beta.to(dtype),
+        g=g.to(dtype),
         scale=key_dim**-0.5 if scale is None else float(scale),
-        initial_state=initial_state.to(wide),
+        initial_state=initial_state.to(dtype),
         cu_seqlens=cu_seqlens,
         output_residual=output_residual,
         metric=metric,

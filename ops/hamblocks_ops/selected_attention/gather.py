@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks_ops.packing import NEVER
+from hamblocks_ops.precision import wide
 from hamblocks_ops.select import compact
 
 BLOCK, EDGE, FEW = 1024, 256, 160
@@ -32,6 +33,22 @@ DIRECT = 8
 
 HIDDEN = -(2.0**96)
 """Logit of what a query does not see, at the most; times any difference of two positions it is still finite."""
+
+
+class _Call(NamedTuple):
+    """What forward and backward are given; one batch of sequences of equal length."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+    query_position: Tensor
+    key_position: Tensor
+
+    def of(self, own: slice) -> _Call:
+        """The tokens of one sequence of a packed batch."""
+        return _Call(*(None if x is None else x[:, own] for x in self))  # type: ignore[arg-type]
 
 
 class _Tokens(NamedTuple):
@@ -48,7 +65,11 @@ class _Part(NamedTuple):
     queries: slice
     keys: slice | _Tokens  # slots of what is stored for good, or the tokens
     mask: Tensor | None  # [R, 1, 1 or i, n], 0 or at most HIDDEN
-    first: bool = False  # no part before it has any of its queries
+
+    @property
+    def first(self) -> bool:
+        """No part before it has any of its queries."""
+        return self.queries == slice(None) and isinstance(self.keys, slice) and self.keys.start == 0
 
     @property
     def own(self) -> tuple[slice, slice, slice]:
@@ -65,10 +86,11 @@ class _Stored:
         lasting: P
     """
 
-    def __init__(self, key_position: Tensor, evict_at: Tensor, query_position: Tensor) -> None:
+    def __init__(self, call: _Call) -> None:
+        key_position, evict_at = call.key_position, call.evict_at
         batch, keys, kv_heads = evict_at.shape
-        if query_position.shape[1]:  # what comes after the last query is not stored yet
-            begun = key_position <= query_position.amax(1)[:, None, None]
+        if call.query_position.shape[1]:  # what comes after the last query is not stored yet
+            begun = key_position <= call.query_position.amax(1)[:, None, None]
             evict_at = torch.where(begun, evict_at, key_position)
         row = torch.arange(batch * kv_heads, device=evict_at.device)[:, None]
         lists = []
@@ -88,7 +110,6 @@ class _Stored:
             own = (position, until, token)
             lists.append(own if self.order is None else tuple(x[self.order] for x in own))
         self.position, self.until, self.token = (torch.cat(pair, 1) for pair in zip(*lists, strict=True))
-
         self.begins = self.position[:, : self.lasting].contiguous()
 
     def tokens(self, rows: slice, slot: Tensor, filled: Tensor | None) -> _Tokens:
@@ -105,112 +126,86 @@ class _Rest(NamedTuple):
 
     begin: int
     others: Tensor
-    untouched: bool = False
 
 
-def _blocks(
-    stored: _Stored, query_position: Tensor, kv_heads: int, wide: torch.dtype
-) -> Iterator[tuple[slice, Iterator[_Part]]]:
-    """Blocks of queries and the parts that they see, each key once."""
-    time = query_position.repeat_interleave(kv_heads, 0)
-    if stored.order is not None:
-        time = time[stored.order]
-    for start in range(0, time.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, time.shape[1]))
-        yield block, _parts(stored, time[:, block], wide)
+class _Span(NamedTuple):
+    """Some queries of a block in some rows."""
+
+    rows: slice
+    queries: slice
+    first: Tensor  # their times, [R, 1]
+    last: Tensor
+    begun: int  # so many slots of every row began by the first
+    ended: int  # and no row has more that began by the last
 
 
-def _parts(stored: _Stored, time: Tensor, wide: torch.dtype) -> Iterator[_Part]:
-    """The parts of one block, whose queries are asked at time [R, i]."""
-    width = time.shape[1]
-    edges = torch.cat([time, time[:, -1:].expand(-1, -width % EDGE)], 1)
-    first, last = edges.unflatten(1, (-1, EDGE)).aminmax(dim=2)
-    begun, ended = stored.by(first), stored.by(last)
-    everything, others = slice(None), stored.until.shape[1] > stored.lasting
-    since = _Since(first.amin(1, keepdim=True), wide)
-    asked = since(time, everything)
-    for rows, most in _groups(ended.amax(1).tolist()):
-        begins, ends = begun[rows].amin(0).tolist(), ended[rows].amax(0).tolist()
-        span = first[rows].amin(1, keepdim=True), last[rows].amax(1, keepdim=True)
-        rest = _Rest(0, torch.ones_like(stored.until[rows, stored.lasting :], dtype=torch.bool), True)
-        around = yield from _seen_by_all(stored, span, min(begins), rows, everything, rest, wide)
-        if most - around.begin <= FEW and not others:
-            yield from _seen_by_some(stored, span, most, rows, everything, around, since, asked)
-            continue
-        for edge, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            queries = slice(edge * EDGE, edge * EDGE + EDGE)
-            span = first[rows, edge, None], last[rows, edge, None]
-            rest = yield from _seen_by_all(stored, span, begin, rows, queries, around, wide)
-            yield from _seen_by_some(stored, span, end, rows, queries, rest, since, asked)
+class _Block:
+    """One block of queries, asked at time [R, i], and the parts that they see, each key once."""
 
+    def __init__(self, stored: _Stored, time: Tensor, dtype: torch.dtype) -> None:
+        self.stored, self.dtype = stored, dtype
+        edges = torch.cat([time, time[:, -1:].expand(-1, -time.shape[1] % EDGE)], 1)
+        self.first, self.last = edges.unflatten(1, (-1, EDGE)).aminmax(dim=2)
+        self.origin = self.first.amin(1, keepdim=True)
+        self.asked = self.since(time, slice(None))
 
-class _Since(NamedTuple):
-    """Time from the first query of a block on, in units of -HIDDEN: a mask is then one difference, cut at 0."""
+    def since(self, moment: Tensor, rows: slice) -> Tensor:
+        """Time since the first query, in units of -HIDDEN: a mask is then one difference, cut at 0."""
+        passed: Tensor = moment.long() - self.origin[rows]
+        return passed.to(self.dtype).mul_(-HIDDEN)
 
-    first: Tensor
-    wide: torch.dtype
+    def parts(self) -> Iterator[_Part]:
+        """For each run of rows that store about as much."""
+        begun, ended = self.stored.by(self.first), self.stored.by(self.last)
+        for rows, most in _groups(ended.amax(1).tolist()):
+            begins, ends = begun[rows].amin(0).tolist(), ended[rows].amax(0).tolist()
+            first, last = self.first[rows], self.last[rows]
+            whole = _Span(rows, slice(None), first.amin(1, True), last.amax(1, True), min(begins), most)
+            others = torch.ones_like(self.stored.until[rows, self.stored.lasting :], dtype=torch.bool)
+            around = yield from self._seen_by_all(whole, _Rest(0, others))
+            if most - around.begin <= FEW and others.shape[1] == 0:
+                yield from self._seen_by_some(whole, around)
+                continue
+            for edge, counts in enumerate(zip(begins, ends, strict=True)):
+                queries = slice(edge * EDGE, edge * EDGE + EDGE)
+                span = _Span(rows, queries, first[:, edge, None], last[:, edge, None], *counts)
+                rest = yield from self._seen_by_all(span, around)
+                yield from self._seen_by_some(span, rest)
 
-    def __call__(self, moment: Tensor, rows: slice) -> Tensor:
-        return (moment.long() - self.first[rows]).to(self.wide).mul_(-HIDDEN)
+    def _seen_by_all(self, span: _Span, rest: _Rest) -> Generator[_Part, None, _Rest]:
+        """Parts without a mask; returns what they leave."""
+        stored, begin = self.stored, rest.begin
+        if span.begun > begin + FEW:
+            begin = span.begun
+            yield _Part(span.rows, span.queries, slice(rest.begin, begin), None)
+        if rest.others.shape[1] == 0:
+            return _Rest(begin, rest.others)
+        others = span.rows, slice(stored.lasting, None)
+        seen = rest.others & (stored.position[others] <= span.first) & (span.last < stored.until[others])
+        for some, slot, filled in _pack(seen, span.rows.start):
+            mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(self.dtype)[:, None, None]
+            yield _Part(some, span.queries, stored.tokens(some, slot + stored.lasting, filled), mask)
+        return _Rest(begin, rest.others & ~seen)
 
-
-def _seen_by_all(
-    stored: _Stored,
-    span: tuple[Tensor, Tensor],
-    begun: int,
-    rows: slice,
-    queries: slice,
-    rest: _Rest,
-    wide: torch.dtype,
-) -> Generator[_Part, None, _Rest]:
-    """Parts without a mask; returns what they leave.
-
-    span: times of the first and the last of the queries [R, 1]; begun: so many slots of each row began by the first.
-    """
-    first, last = span
-    begin = rest.begin
-    if begun > begin + FEW:
-        begin = begun
-        yield _Part(rows, queries, slice(rest.begin, begin), None, rest.untouched)
-    if rest.others.shape[1] == 0:
-        return _Rest(begin, rest.others)
-    others = rows, slice(stored.lasting, None)
-    seen = rest.others & (stored.position[others] <= first) & (last < stored.until[others])
-    for some, slot, filled in _pack(seen, rows.start):
-        mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(wide)[:, None, None]
-        yield _Part(some, queries, stored.tokens(some, slot + stored.lasting, filled), mask)
-    return _Rest(begin, rest.others & ~seen)
-
-
-def _seen_by_some(
-    stored: _Stored,
-    span: tuple[Tensor, Tensor],
-    ended: int,
-    rows: slice,
-    queries: slice,
-    rest: _Rest,
-    since: _Since,
-    asked: Tensor,
-) -> Iterator[_Part]:
-    """Parts with a mask for all that is left; `ended`: no row has more slots that began by the last query."""
-    asked = asked[:, queries, None]
-    if ended > rest.begin:
-        slots = slice(rest.begin, ended)
-        mask = asked[rows] - since(stored.position[rows, slots], rows)[:, None]
-        yield _Part(rows, queries, slots, mask.clamp_(max=0)[:, None])
-    if rest.others.shape[1] == 0:
-        return
-    first, last = span
-    others = rows, slice(stored.lasting, None)
-    seen = rest.others & (stored.position[others] <= last) & (first < stored.until[others])
-    for some, slot, filled in _pack(seen, rows.start):
-        slot += stored.lasting
-        begins, ends = (x[some].gather(1, slot) for x in (stored.position, stored.until))
-        if filled is not None:
-            begins = begins.masked_fill(~filled, NEVER)
-        mask = asked[some] - since(begins, some)[:, None]
-        torch.minimum(mask, since(ends - 1, some)[:, None] - asked[some], out=mask)
-        yield _Part(some, queries, stored.tokens(some, slot, filled), mask.clamp_(max=0)[:, None])
+    def _seen_by_some(self, span: _Span, rest: _Rest) -> Iterator[_Part]:
+        """Parts with a mask for all that is left."""
+        stored, rows, asked = self.stored, span.rows, self.asked[:, span.queries, None]
+        if span.ended > rest.begin:
+            slots = slice(rest.begin, span.ended)
+            mask = asked[rows] - self.since(stored.position[rows, slots], rows)[:, None]
+            yield _Part(rows, span.queries, slots, mask.clamp_(max=0)[:, None])
+        if rest.others.shape[1] == 0:
+            return
+        others = rows, slice(stored.lasting, None)
+        seen = rest.others & (stored.position[others] <= span.last) & (span.first < stored.until[others])
+        for some, slot, filled in _pack(seen, rows.start):
+            slot += stored.lasting
+            begins, ends = (x[some].gather(1, slot) for x in (stored.position, stored.until))
+            if filled is not None:
+                begins = begins.masked_fill(~filled, NEVER)
+            mask = asked[some] - self.since(begins, some)[:, None]
+            torch.minimum(mask, self.since(ends - 1, some)[:, None] - asked[some], out=mask)
+            yield _Part(some, span.queries, stored.tokens(some, slot, filled), mask.clamp_(max=0)[:, None])
 
 
 def _groups(counts: list[int]) -> Iterator[tuple[slice, int]]:
@@ -271,41 +266,45 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return logits if mask is None else logits + mask
 
 
-def _widened(
-    q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
+def _widened(call: _Call, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """q, k, v in the arithmetic's dtype, and the scale of their logits.
 
     A bias is one more column of q and k, so that SDPA also gives its gradient; the scale goes into q then, so that
     the column needs no division.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = (x.to(wide) for x in (q, k, v))
-    if logit_bias is None:
+    dtype = wide(call.q)
+    q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+    if call.logit_bias is None:
         return q, k, v, scale
     q = torch.cat([scale * q, torch.ones_like(q[..., :1])], -1)
-    k = torch.cat([k, logit_bias.to(wide)[..., None]], -1)
+    k = torch.cat([k, call.logit_bias.to(dtype)[..., None]], -1)
     return q, k, pad(v, [0, 1]), 1.0
 
 
 class _Operands:
-    """q, k, v as rows, one per sequence and key/value head."""
+    """q, k, v as rows, one per sequence and key/value head, and what of them is stored."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None, scale: float, stored: _Stored
-    ) -> None:
-        self.kv_heads, self.dim = k.shape[2:]
-        self.group = q.shape[2] // self.kv_heads
-        self.order = stored.order
-        q, k, v, self.scale = _widened(q, k, v, logit_bias, scale)
-        self.rescale = 1.0 if logit_bias is None else scale
-        self.wide = q.dtype
-        self.width = q.shape[-1]
-        self.q = q
+    def __init__(self, call: _Call, scale: float) -> None:
+        self.kv_heads, self.dim = call.k.shape[2:]
+        self.group = call.q.shape[2] // self.kv_heads
+        self.stored = _Stored(call)
+        self.order = self.stored.order
+        self.time = call.query_position.repeat_interleave(self.kv_heads, 0)
+        if self.order is not None:
+            self.time = self.time[self.order]
+        self.q, k, v, self.scale = _widened(call, scale)
+        self.rescale = 1.0 if call.logit_bias is None else scale
+        self.width = self.q.shape[-1]
         self.flat = [x.reshape(-1, self.width) for x in (k, v)]
-        everything = slice(None), slice(stored.lasting)
-        self.lasting_tokens = _Tokens(stored.token[everything], stored.position[everything] < NEVER)
+        everything = slice(None), slice(self.stored.lasting)
+        self.lasting_tokens = _Tokens(self.stored.token[everything], self.stored.position[everything] < NEVER)
         self.lasting = self._keys(self.lasting_tokens)
+
+    def blocks(self) -> Iterator[tuple[slice, Iterator[_Part]]]:
+        """Blocks of queries, and the parts that each sees."""
+        for start in range(0, self.time.shape[1], BLOCK):
+            block = slice(start, start + BLOCK)
+            yield block, _Block(self.stored, self.time[:, block], self.q.dtype).parts()
 
     def _keys(self, tokens: _Tokens) -> list[Tensor]:
         """k and v of tokens, as [R, 1, n, D]; zero where none counts, for what is not stored may be anything."""
@@ -336,29 +335,12 @@ class _Operands:
         return k.expand(-1, self.group, -1, -1), v.expand(-1, self.group, -1, -1)
 
 
-class _Call(NamedTuple):
-    """What forward and backward are given; one batch of sequences of equal length."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    evict_at: Tensor
-    logit_bias: Tensor | None
-    query_position: Tensor
-    key_position: Tensor
-
-    def of(self, own: slice) -> _Call:
-        """The tokens of one sequence of a packed batch."""
-        return _Call(*(None if x is None else x[:, own] for x in self))  # type: ignore[arg-type]
-
-
 def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     if call.q.shape[1] <= DIRECT and call.q.numel() and call.k.numel():
         return _direct(call, scale)
-    stored = _Stored(call.key_position, call.evict_at, call.query_position)
-    operands = _Operands(call.q, call.k, call.v, call.logit_bias, scale, stored)
+    operands = _Operands(call, scale)
     out, lse = _empty(call.q)
-    for block, parts in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
+    for block, parts in operands.blocks():
         asked = operands.rows(operands.q[:, block])
         have = torch.zeros_like(asked, memory_format=torch.contiguous_format)
         have_lse = torch.full_like(have[..., 0], 2 * HIDDEN)
@@ -382,21 +364,23 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
 
 def _direct(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     """The same for few queries: one call with a mask over all keys, in place; the queries of a group are one block."""
-    q, k, v, scale = _widened(call.q, call.k, call.v, call.logit_bias, scale)
+    q, k, v, scale = _widened(call, scale)
     kv_heads, dim = call.k.shape[2:]
     time, begins, ends = call.query_position[:, None, :, None], call.key_position.mT, call.evict_at.mT
     visible = (begins[:, :, None] <= time) & (time < ends[:, :, None])
     asked = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     mask = torch.where(visible, q.new_zeros(()), float("-inf")).repeat(1, 1, asked.shape[2], 1)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
     blind = ~visible.any(-1)[:, :, None]
-    have, have_lse = _attend(asked.flatten(2, 3), k, v, mask, scale)
-    have = have.view(asked.shape).masked_fill(blind[..., None], 0)
-    if not bool(have.isfinite().all()):  # what is not stored may be anything, and 0 times infinity is NaN
-        unseen = ~visible.any(2)[..., None]
-        have, have_lse = _attend(asked.flatten(2, 3), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask, scale)
+
+    def attend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        have, have_lse = _attend(asked.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), mask, scale)
         have = have.view(asked.shape).masked_fill(blind[..., None], 0)
-    have_lse = have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
+        return have, have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
+
+    have, have_lse = attend(k, v)
+    if not bool(have.isfinite().all()):  # what is not stored may be anything, and 0 times infinity is NaN
+        unseen = ~visible.any(2).mT[..., None]
+        have, have_lse = attend(*(x.masked_fill(unseen, 0) for x in (k, v)))
     out, lse = _empty(call.q)
     out.copy_(have[..., :dim].permute(0, 3, 1, 2, 4).reshape(out.shape))
     lse.copy_(have_lse.permute(0, 3, 1, 2).reshape(lse.shape))
@@ -408,14 +392,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias (empty without one)."""
     q, k, _, _, logit_bias, *_ = call
-    stored = _Stored(call.key_position, call.evict_at, call.query_position)
-    operands = _Operands(call.q, call.k, call.v, logit_bias, scale, stored)
+    operands = _Operands(call, scale)
     bias_column = [0, operands.width - operands.dim]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     flat, lasting = ([torch.zeros_like(x) for x in xs] for xs in (operands.flat, operands.lasting))
-    for block, parts in _blocks(stored, call.query_position, operands.kv_heads, operands.wide):
+    for block, parts in operands.blocks():
         asked = operands.rows(operands.q[:, block])
-        wanted, read = (pad(operands.rows(x[:, block].to(operands.wide)), bias_column) for x in (grad, out))
+        wanted, read = (pad(operands.rows(x[:, block].to(operands.q.dtype)), bias_column) for x in (grad, out))
         # a query that sees nothing meets only hidden logits: exp(HIDDEN - 0) = 0
         read_lse = operands.rows(lse[:, block]).clamp(min=HIDDEN / 2)
         change = torch.zeros_like(asked, memory_format=torch.contiguous_format)
@@ -483,8 +466,7 @@ def _(q: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
 
 def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
     """What `gather` returns, uninitialised; `out` unrounded, for the backward pass reads it again."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
+    return q.new_empty(q.shape, dtype=wide(q)), q.new_empty(q.shape[:3], dtype=wide(q))
 
 
 @torch.library.custom_op("hamblocks::selected_attention_gather_backward", mutates_args=())

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks_ops.packing import sequence_of
+from hamblocks_ops.precision import wide
 from hamblocks_ops.select.reference import visible
 
 
@@ -28,7 +29,7 @@ def reference(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q `[B, Tq, H, D]`, k and v `[B, Tk, Hkv, D]`, the rest `[B, Tk, Hkv]`; returns out and lse, unrounded."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     queries, heads = q.shape[1:3]
     kv_heads = k.shape[2]
     mask = visible(query_position[:, :, None, None], key_position[:, None], evict_at[:, None])  # [B, i, j, Hkv]
@@ -38,10 +39,10 @@ def reference(
     # what nobody sees may be anything, and 0 * NaN is NaN
     unseen = ~mask.any(1)[..., None]
     k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
-    grouped = q.to(wide).unflatten(2, (kv_heads, heads // kv_heads))
-    logits = scale * torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(wide))
+    grouped = q.to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
+    logits = scale * torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(dtype))
     if logit_bias is not None:
-        logits = logits + logit_bias.to(wide).transpose(1, 2)[:, :, None, None]
+        logits = logits + logit_bias.to(dtype).transpose(1, 2)[:, :, None, None]
     logits = logits.masked_fill(~mask.permute(0, 3, 1, 2)[:, :, None], float("-inf"))
     # subtracting a finite maximum keeps rows that see nothing at exp(-inf) = 0, forward and backward; one more column,
     # because there may be no key at all
@@ -49,6 +50,6 @@ def reference(
     weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
     total = weight.sum(-1, keepdim=True)
     share = weight / total.masked_fill(total == 0, 1)
-    out = torch.einsum("bhgij,bjhd->bihgd", share.to(q.dtype).to(wide), v.to(wide)).flatten(2, 3)
+    out = torch.einsum("bhgij,bjhd->bihgd", share.to(q.dtype).to(dtype), v.to(dtype)).flatten(2, 3)
     lse = (total.log() + peak).squeeze(-1).permute(0, 3, 1, 2).flatten(2, 3)
     return out, lse.detach()

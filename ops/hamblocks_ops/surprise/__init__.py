@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamblocks_ops.arguments import check_floating, check_tensor, wrong
 from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.precision import wide
 
 METRICS = ("cosine", "relative_l2", "l2")
 
@@ -67,8 +68,8 @@ def _checked(residual: Tensor, v: Tensor, metric: str) -> SurpriseCall:
 def _run_reference(call: SurpriseCall) -> Tensor:
     from hamblocks_ops.surprise.reference import reference
 
-    wide = torch.float64 if call.v.dtype == torch.float64 else torch.float32
-    return reference(call.residual.to(wide), call.v.to(wide), call.metric)
+    dtype = wide(call.v)
+    return reference(call.residual.to(dtype), call.v.to(dtype), call.metric)
 
 
 TABLE = (Implementation("reference", always, lambda: _run_reference),)

@@ -1,0 +1,11 @@
+"""The dtype that sums, states and angles are kept in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for every narrower x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
