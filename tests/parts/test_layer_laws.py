@@ -51,7 +51,11 @@ def test_layer_is_memory_and_attention_over_what_it_stored(case, size):
                 "l2": oracle.residual.square().mean(-1),
             }[gate.metric]
             heads = result.stats.score.shape[2]
-            close(result.stats.score[n], score.unflatten(1, (heads, -1)).mean(-1))
+            error = (result.stats.score[n] - score.unflatten(1, (heads, -1)).mean(-1)).abs()
+            # v - residual leaves a small prediction with the rounding of v: the cosine knows its direction that well
+            blur = torch.finfo(prediction.dtype).eps * oracle.v.norm(dim=-1) / prediction.norm(dim=-1)
+            blur = blur.where(prediction.norm(dim=-1) > 0, 0) if gate.metric == "cosine" else torch.zeros_like(blur)
+            assert (error <= 1e-10 + 32 * blur.unflatten(1, (heads, -1)).mean(-1)).all()
 
 
 @every_case
