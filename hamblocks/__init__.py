@@ -5,17 +5,19 @@ softmax attention runs over those. Importing needs torch alone.
 """
 
 from hamblocks import ops
+from hamblocks.absent import NoAttention, NoMemory
 from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
-from hamblocks.cache import KVCache
+from hamblocks.cache import KVCache, transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
 from hamblocks.gates import LearnedRouter, Periodic, PredictionError, RandomRouting, Shared
-from hamblocks.layer import HAMLayer, HAMState, LayerOutput, LayerStats
+from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
 from hamblocks.memory import Delta, GatedDelta, MemoryState, ShortConvolution
 from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.protocols import Dims, GateOutput, Lifetimes, Selection, Trace
 from hamblocks.selectors import AllOf, AnyOf, First, Threshold, TopK, Window
+from hamblocks.state import HAMState
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,8 @@ __all__ = [
     "LearnedRouter",
     "Lifetimes",
     "MemoryState",
+    "NoAttention",
+    "NoMemory",
     "Periodic",
     "PredictionError",
     "RandomRouting",
@@ -57,4 +61,5 @@ __all__ = [
     "hook_controllers",
     "ops",
     "step_controllers",
+    "transaction",
 ]

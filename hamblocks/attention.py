@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from hamblocks.cache import KVCache
 from hamblocks.protocols import Built, Dims
-from hamblocks_ops import selected_attention
+from hamblocks_ops import paged_attention, selected_attention
 from hamblocks_ops.precision import wide
+
+FEW = 8
+"""Up to so many new tokens per sequence, the stored ones are read where they lie; for more, a copy pays."""
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -81,17 +84,27 @@ class SelectedAttention(Built):
         if cache is None:
             result = selected_attention(q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl)
             return result.out, None
-        shape = k.shape[:3]
-        bias = None if logit_bias is None else logit_bias.expand(shape)
-        cache = cache.append(k, v, position, evict_at.expand(shape), bias)
+        cache = cache.append(k, v, position, evict_at, logit_bias)
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, logit_bias))
+        if q.shape[1] <= FEW and not learns and self.impl in ("auto", "reference"):
+            read = paged_attention(
+                q,
+                cache.slabs,
+                cache.block_table,
+                query_position=position,
+                shared=False if cache.private else None,
+                impl=self.impl,
+            )
+            return read.out, cache
+        stored = cache.read()
         result = selected_attention(
             q,
-            cache.k,
-            cache.v,
-            cache.evict_at,
-            logit_bias=cache.logit_bias,
+            stored.k,
+            stored.v,
+            stored.evict_at,
+            logit_bias=stored.logit_bias,
             query_position=position,
-            key_position=cache.position,
+            key_position=stored.position,
             impl=self.impl,
         )
         return result.out, cache

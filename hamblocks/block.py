@@ -7,7 +7,8 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.layer import HAMLayer, HAMState, LayerOutput
+from hamblocks.layer import HAMLayer, LayerOutput
+from hamblocks.state import HAMState
 
 
 @final
@@ -31,17 +32,18 @@ class SwiGLU(nn.Module):
 class HAMBlock(nn.Module):
     """x + layer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, layer: HAMLayer, *, mlp_width: int | None = None) -> None:
+    def __init__(self, layer: HAMLayer, *, mlp_width: int | None = None, norm_eps: float = 1e-6) -> None:
         """Makes the block.
 
         Args:
             layer: the sequence mixer.
             mlp_width: inner width of the MLP; None: 8/3 of the hidden size.
+            norm_eps: epsilon of both norms.
         """
         super().__init__()
         hidden = layer.dims.hidden_size
         self.layer = layer
-        self.layer_norm, self.mlp_norm = nn.RMSNorm(hidden, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
+        self.layer_norm, self.mlp_norm = nn.RMSNorm(hidden, eps=norm_eps), nn.RMSNorm(hidden, eps=norm_eps)
         self.mlp = SwiGLU(hidden, mlp_width or hidden * 8 // 3)
 
     def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:

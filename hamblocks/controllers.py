@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any, final
 
@@ -15,13 +16,14 @@ one batch alone may be unlike the rest of the text."""
 
 
 class _Tau(nn.Module):
-    """A threshold that stays float32 whatever the model is cast to."""
+    """A threshold that stays float32 whatever the model is cast to. All that it knows are buffers."""
 
     tau: Tensor
 
-    def __init__(self, tau: float) -> None:
+    def __init__(self, **buffers: Tensor) -> None:
         super().__init__()
-        self.register_buffer("tau", torch.tensor(_number("tau", tau), dtype=torch.float32))
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def set_threshold(self, tau: float) -> None:
         """Sets tau by hand, at any time.
@@ -49,6 +51,20 @@ class _Tau(nn.Module):
 class FixedThreshold(_Tau):
     """A threshold set by the user: -inf stores everything, +inf nothing."""
 
+    def __init__(self, tau: float) -> None:
+        """Makes the controller.
+
+        Raises:
+            ValueError: tau is NaN or no number.
+        """
+        super().__init__(tau=_float32(_number("tau", tau)))
+        self.initial_tau = float(tau)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Tau as it was made."""
+        self.tau.fill_(self.initial_tau)
+
     def forward(self, score: Tensor) -> Tensor:
         """Tau, float32 `[]`."""
         return self.tau
@@ -73,6 +89,7 @@ class TargetFraction(_Tau):
     tau is then theirs together.
     """
 
+    target: Tensor
     seen: Tensor
     admitted: Tensor
     spread: Tensor
@@ -90,18 +107,40 @@ class TargetFraction(_Tau):
         Raises:
             ValueError: a number is out of range.
         """
-        super().__init__(-math.inf)
         if not 0 <= _number("fraction", fraction) <= 1:
             raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
         if not _number("rate", rate) >= 0:
             raise ValueError(f"rate: expected a number >= 0, got {rate}")
-        self.fraction, self.rate = fraction, rate
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("admitted", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("spread", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("sample", torch.full((SAMPLE,), math.nan, dtype=torch.float32))
+        super().__init__(
+            tau=_float32(-math.inf),
+            target=_float32(fraction),
+            seen=torch.zeros((), dtype=torch.int64),
+            admitted=torch.zeros((), dtype=torch.int64),
+            spread=_float32(0),
+            started=torch.zeros((), dtype=torch.bool),
+            turn=torch.zeros((), dtype=torch.int64),
+            sample=torch.full((SAMPLE,), math.nan, dtype=torch.float32),
+        )
+        self.rate = rate
+        self.initial_fraction = float(fraction)
+
+    @property
+    def fraction(self) -> float:
+        """The target, a buffer of float32: it is saved with the weights."""
+        return shortest(self.target)
+
+    @fraction.setter
+    def fraction(self, fraction: float) -> None:
+        self.target.fill_(fraction)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """All as it was made: nothing seen, nothing started."""
+        self.tau.fill_(-math.inf)
+        self.sample.fill_(math.nan)
+        self.target.fill_(self.initial_fraction)
+        for buffer in (self.seen, self.admitted, self.spread, self.started, self.turn):
+            buffer.zero_()
 
     def forward(self, score: Tensor) -> Tensor:
         """Tau, float32 `[]`; in training mode it also counts score `[B, T, H]` (NaN: no token)."""
@@ -136,13 +175,13 @@ class TargetFraction(_Tau):
         self.admitted.zero_()
         self.seen.zero_()
         something = counts[1] > 0
-        error = (counts[0] / counts[1].clamp(min=1) - self.fraction).float()
+        error = (counts[0] / counts[1].clamp(min=1) - self.target).float()
         first = something & ~self.started
         self.spread.copy_(
             torch.where(first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread))
         )
         moved = torch.where(something, self.tau + self.rate * self.spread * error, self.tau)
-        self.tau.copy_(torch.where(first, _quantile(scores, self.fraction), moved))
+        self.tau.copy_(torch.where(first, _quantile(scores, self.target), moved))
         self.started |= something
         self.turn.copy_((self.turn + something) % STEPS)
 
@@ -170,27 +209,18 @@ class TargetFraction(_Tau):
         if bool(self.sample.isnan().all()):
             raise ValueError("fraction: expected a controller that saw scores in training, got one that saw none")
         self.fraction = fraction
-        self.tau.copy_(_quantile(self.sample, fraction))
+        self.tau.copy_(_quantile(self.sample, self.target))
         self.started.fill_(True)
-
-    def get_extra_state(self) -> dict[str, float]:
-        """The target, saved with the state dict."""
-        return {"fraction": self.fraction}
-
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        """Restores the target."""
-        self.fraction = state["fraction"]
 
     def extra_repr(self) -> str:
         """Target, rate and threshold."""
-        return f"{self.fraction:g}, rate={self.rate:g}, {super().extra_repr()}"
+        tau = super().extra_repr()
+        return f"{self.fraction:g}, rate={self.rate:g}, {tau}" if tau else f"rate={self.rate:g}"
 
 
-def _quantile(scores: Tensor, fraction: float) -> Tensor:
+def _quantile(scores: Tensor, fraction: Tensor) -> Tensor:
     """The threshold that `fraction` of the scores reach; NaN does not count."""
-    if fraction in (0, 1):
-        return torch.full_like(scores[0], math.inf if fraction == 0 else -math.inf)
-    return scores.nanquantile(1 - fraction)
+    return scores.nanquantile(1 - fraction).where(fraction > 0, math.inf).where(fraction < 1, -math.inf)
 
 
 def _spread(scores: Tensor) -> Tensor:
@@ -201,6 +231,20 @@ def _spread(scores: Tensor) -> Tensor:
     low, high = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device))
     deviation = (scores - scores.nanmean()).square().nanmean().sqrt()
     return torch.where(high > low, (high - low) / 1.349, deviation).nan_to_num(0.0)
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def shortest(value: Tensor) -> float:
+    """The number with the fewest digits that is this float32 `[]`: 0.1, not 0.10000000149011612."""
+    exact = float(value)
+    for digits in range(6, 9):
+        short = float(f"{exact:.{digits}g}")
+        if struct.unpack("f", struct.pack("f", short))[0] == exact:
+            return short
+    return exact
 
 
 def _number(name: str, value: float) -> float:

@@ -14,24 +14,9 @@ from hamblocks.gates import PredictionError
 from hamblocks.memory import GatedDelta
 from hamblocks.protocols import Attention, Combiner, Dims, Gate, Memory, Selector, check_count, check_part
 from hamblocks.selectors import EMPTY, not_causal, start
+from hamblocks.state import HAMState, leaves, tree_map
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.packing import positions, sequence_of
-
-
-class HAMState(NamedTuple):
-    """All that a layer remembers between two calls. Explicit: each call returns a new one.
-
-    Attributes:
-        position: int32 `[N]`, tokens seen so far.
-        memory: the memory's own state, None before the first call.
-        ledger: the selector's ledger, None for one that never revises a lifetime.
-        cache: what is stored for attention.
-    """
-
-    position: Tensor
-    memory: Any
-    ledger: Any
-    cache: KVCache
 
 
 class LayerStats(NamedTuple):
@@ -155,27 +140,108 @@ class HAMLayer(nn.Module):
                 build(self.dims)
             setattr(self, name, part)
 
-    def init_state(self, sequences: int) -> HAMState:
+    @torch.no_grad()
+    def init_state(self, sequences: int, *, page_size: int = 32, max_pages: int | None = None) -> HAMState:
         """The state before the first token, to call the layer piece by piece.
 
+        Args:
+            sequences: N.
+            page_size: tokens in a page of the cache.
+            max_pages: the most pages its pool may grow to; None: no limit.
+
         Raises:
-            ValueError: `sequences` is no integer >= 0.
+            ValueError: a size is no integer or too small.
         """
         check_count("sequences", sequences)
-        weight = self.k_proj.weight
+        device = self.k_proj.weight.device
+        _, k, _, _, _, score, bias = self._nothing(sequences)
         return HAMState(
-            position=torch.zeros(sequences, dtype=torch.int32, device=weight.device),
+            position=torch.zeros(sequences, dtype=torch.int32, device=device),
             memory=None,
-            ledger=None,
-            cache=KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, weight),
+            ledger=start(self.selector, sequences, score.shape[2], device),
+            cache=KVCache.empty(
+                sequences,
+                self.dims.num_kv_heads,
+                self.dims.head_dim,
+                k,
+                shared=_rows(score, bias) == 1,
+                logit_bias=bias is not None,
+                page_size=page_size,
+                max_pages=max_pages,
+            ),
         )
+
+    @torch.no_grad()
+    def _nothing(self, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
+        """What `_scored` gives for pieces without a token: shapes, dtypes, and the memory's state before the first."""
+        x = self.k_proj.weight.new_empty(sequences, 0, self.dims.hidden_size)
+        return self._scored(x, torch.zeros(sequences, 0, dtype=torch.int32, device=x.device), None, None)
+
+    def reset(self, state: HAMState, sequences: Tensor) -> HAMState:
+        """The state after some sequences began anew, so that others may take their place; checkpoints are dropped.
+
+        Args:
+            state: it is spent.
+            sequences: bool `[N]`.
+
+        Raises:
+            ValueError: a bad argument.
+        """
+        cache = state.cache.reset(sequences)
+        *_, fresh, score, _ = self._nothing(len(sequences))
+
+        def renewed(old: Tensor, new: Tensor) -> Tensor:
+            return torch.where(sequences.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+
+        memory = None if state.memory is None else tree_map(renewed, state.memory, fresh)
+        ledger = tree_map(renewed, state.ledger, start(self.selector, len(sequences), score.shape[2], score.device))
+        return HAMState(state.position.masked_fill(sequences, 0), memory, ledger, cache)
+
+    def load_state(self, saved: dict[str, Any]) -> HAMState:
+        """The state that `HAMState.state_dict()` saved of this layer, on the layer's device.
+
+        Raises:
+            ValueError: it is of another layer.
+        """
+        device, sequences = self.k_proj.weight.device, len(saved["position"])
+        *_, memory, score, _ = self._nothing(sequences)
+
+        def filled(name: str, like: Any) -> Any:
+            values = iter(saved[name])
+            if len(list(leaves(like))) != len(saved[name]):
+                raise wrong(name, f"{len(list(leaves(like)))} tensors, as this layer's", f"{len(saved[name])}")
+            return tree_map(lambda _: next(values).to(device), like)
+
+        cache = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in saved["cache"].items()}
+        state = HAMState(
+            saved["position"].to(device),
+            None if saved["memory"] is None else filled("memory", memory),
+            filled("ledger", start(self.selector, sequences, score.shape[2], device)),
+            KVCache.load(cache),
+        )
+        self._check_state(state, len(state.position))
+        return state
+
+    def prefill(self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None) -> LayerOutput:
+        """`forward` with a state, a new one where none is given: the next piece of every sequence, of any size."""
+        if state is None:
+            check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
+            state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return self.forward(x, state=state, cu_seqlens=cu_seqlens)
+
+    def decode(self, x: Tensor, state: HAMState) -> LayerOutput:
+        """`forward` for the next token of every sequence: x `[N, hidden]` -> y `[N, hidden]`."""
+        check_tensor("x", x, "[N, hidden]", [None, self.dims.hidden_size])
+        result = self.forward(x[:, None], state=state)
+        return result._replace(y=result.y[:, 0])
 
     def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:
         """Mixes a batch, or its next piece.
 
         Args:
             x: `[B, T, hidden]`; packed: `[1, sum(T), hidden]`.
-            state: from `init_state(N)` or the last call, to go on where it ended. None: whole sequences.
+            state: from `init_state(N)` or the last call, to go on where it ended; it is spent (see `HAMState`). What
+                earlier calls stored passes no gradient, the memory does. None: whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one row.
 
         Raises:
@@ -187,8 +253,37 @@ class HAMLayer(nn.Module):
         if state is not None:
             begin = state.position[:, None] if cu_seqlens is None else state.position[sequence_of(cu_seqlens, tokens)]
             position = position + begin
+        q, k, v, memory_read, memory, score, logit_bias = self._scored(x, position, state, cu_seqlens)
+        if state is None:
+            evict_at = self.selector(score, position=position, cu_seqlens=cu_seqlens).evict_at
+            read, _ = self.attention(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
+            y = self.combiner(x, memory_read, read)
+            return LayerOutput(y, None, LayerStats(score, evict_at, position, cu_seqlens))
+        self._check_cache(state.cache, k, score, logit_bias)
+        pieces = _Pieces(cu_seqlens, state.position.shape[0], tokens)
+        where = pieces.apart(position, EMPTY)
+        selection = self.selector(pieces.apart(score, 0), state.ledger, position=where)
+        read, cache = self.attention(
+            pieces.apart(q, 0),
+            pieces.apart(k, 0),
+            pieces.apart(v, 0),
+            selection.evict_at,
+            position=where,
+            logit_bias=None if logit_bias is None else pieces.apart(logit_bias, 0),
+            cache=state.cache.lower(selection.lowered),
+        )
+        y = self.combiner(x, memory_read, pieces.together(read))
+        seen = torch.maximum(state.position, where.amax(1) + 1) if where.shape[1] else state.position
+        # the one thing that changes in place, when nothing can fail any more
+        state = HAMState(seen, memory, selection.ledger, cache.commit(seen), state.marks)
+        return LayerOutput(y, state, LayerStats(score, pieces.together(selection.evict_at), position, cu_seqlens))
+
+    def _scored(
+        self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
+        """q, k, v, what the memory reads, its state, the score and the logit bias, of a batch or packed."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        memory_read, trace, memory = self.memory(
+        read, trace, memory = self.memory(
             x,
             q,
             k,
@@ -199,48 +294,7 @@ class HAMLayer(nn.Module):
             metric=getattr(self.gate, "metric", None),
         )
         score, logit_bias = self.gate(x, trace)
-        score, logit_bias = self._per_kv_head(x, score, logit_bias)
-        if state is None:
-            evict_at = self.selector(score, position=position, cu_seqlens=cu_seqlens).evict_at
-            read, _ = self.attention(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
-        else:
-            read, evict_at, state = self._go_on(state, memory, q, k, v, score, logit_bias, position, cu_seqlens)
-        y = self.combiner(x, memory_read, read)
-        return LayerOutput(y, state, LayerStats(score, evict_at, position, cu_seqlens))
-
-    def _go_on(
-        self,
-        state: HAMState,
-        memory: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        score: Tensor,
-        logit_bias: Tensor | None,
-        position: Tensor,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, HAMState]:
-        """Selection and attention of one piece against the state: read, evict_at and the next state."""
-        sequences = state.position.shape[0]
-        pieces = _Pieces(cu_seqlens, sequences, k.shape[1])
-        q, k, v, score = (pieces.apart(x, 0) for x in (q, k, v, score))
-        position = pieces.apart(position, EMPTY)
-        bias = None if logit_bias is None else pieces.apart(logit_bias, 0)
-        ledger, cache = state.ledger, state.cache
-        if state.memory is None:
-            ledger = start(self.selector, sequences, score.shape[2], score.device)
-            cache = KVCache.empty(sequences, self.dims.num_kv_heads, self.dims.head_dim, k, bias is not None)
-        elif (bias is None) != (cache.logit_bias is None):
-            raise wrong("state", f"one {'without' if bias is None else 'with'} logit biases, as the gate", "the other")
-        selection = self.selector(score, ledger, position=position)
-        cache = cache.lower(selection.lowered)
-        read, cache = self.attention(q, k, v, selection.evict_at, position=position, logit_bias=bias, cache=cache)
-        seen = torch.maximum(state.position, position.amax(1) + 1) if position.shape[1] else state.position
-        return (
-            pieces.together(read),
-            pieces.together(selection.evict_at),
-            HAMState(seen, memory, selection.ledger, cache.evict(seen)),
-        )
+        return q, k, v, read, memory, *self._per_kv_head(x, score, logit_bias)
 
     def _per_kv_head(self, x: Tensor, score: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks what the gate returned and averages the scores of the query heads of a key/value head."""
@@ -268,14 +322,34 @@ class HAMLayer(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
         if state is not None:
-            if not isinstance(state, HAMState):
-                raise wrong("state", "a HAMState", type(state).__name__)
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            if state.position.shape[0] != sequences:
-                raise wrong("state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}")
-            sizes = self.dims.num_kv_heads, self.dims.head_dim
-            if tuple(state.cache.k.shape[2:]) != sizes:
-                raise wrong("state", f"[Hkv, D] = {list(sizes)}, as the layer", f"{list(state.cache.k.shape[2:])}")
+            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+    def _check_state(self, state: HAMState, sequences: int) -> None:
+        if not isinstance(state, HAMState):
+            raise wrong("state", "a HAMState", type(state).__name__)
+        state.cache.check()
+        if state.position.shape[0] != sequences:
+            raise wrong("state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}")
+        sizes = [self.dims.num_kv_heads, self.dims.head_dim]
+        got = [state.cache.kv_heads, state.cache.head_dim]
+        if got != sizes:
+            raise wrong("state", f"[Hkv, D] = {sizes}, as the layer", f"{got}")
+
+    def _check_cache(self, cache: KVCache, k: Tensor, score: Tensor, logit_bias: Tensor | None) -> None:
+        """Checks what the parts' results show only now."""
+        if (logit_bias is None) == cache.has_bias:
+            without = "without" if logit_bias is None else "with"
+            raise wrong("state", f"one {without} logit biases, as the gate", "the other")
+        if cache.dtype != k.dtype:
+            raise wrong("state", f"a cache of {k.dtype}, as keys and values here", f"one of {cache.dtype}")
+        rows = min(_rows(score, logit_bias), self.dims.num_kv_heads)
+        if cache.row_heads != rows:
+            raise wrong("state", f"a cache with {rows} rows per sequence, as the gate's heads", f"{cache.row_heads}")
+
+
+def _rows(score: Tensor, logit_bias: Tensor | None) -> int:
+    """Rows of the cache per sequence: 1 where all that is decided and stored is the same for every head."""
+    return max(x.shape[2] for x in (score, logit_bias) if x is not None)
 
 
 class _Pieces:

@@ -267,9 +267,23 @@ def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a state, a ledger, a layer's output."""
     if isinstance(tree, Tensor):
         return [tree]
+    if isinstance(tree, dict):
+        return tensors(list(tree.values()))
     if isinstance(tree, (tuple, list)):
         return [tensor for part in tree for tensor in tensors(part)]
     return []
+
+
+def content(state: hb.HAMState) -> list[list[tuple[Tensor, Tensor, int]]]:
+    """Positions in order of time, their lifetimes, and how many, of every sequence and key/value head."""
+    stored, tokens = state.cache.read(), state.cache.tokens
+
+    def row(n: int, head: int) -> tuple[Tensor, Tensor, int]:
+        there = stored.position[n, :, head] != NEVER
+        position, order = stored.position[n, there, head].sort()
+        return position, stored.evict_at[n, there, head][order], int(tokens[n, head])
+
+    return [[row(n, head) for head in range(tokens.shape[1])] for n in range(tokens.shape[0])]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -215,7 +215,7 @@ def _measure(name: str, model: Decoder, settings: Settings, corpus: Corpus, seco
         kept.append(fmean(float(stats.keep_fraction()) for stats in result.stats))
         tokens += rows.shape[0] * settings.length
         for state in result.state or []:
-            per_token = 2 * state.cache.k.shape[-1] * state.cache.k.element_size()
+            per_token = 2 * state.cache.head_dim * state.cache.dtype.itemsize
             stored_bytes += float(state.cache.tokens.sum()) * per_token
     return Run(name, fmean(losses) / math.log(2), fmean(kept), stored_bytes / tokens, seconds)
 

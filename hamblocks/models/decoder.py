@@ -8,9 +8,11 @@ from typing import NamedTuple, final
 from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
-from hamblocks.layer import HAMLayer, HAMState, LayerStats
+from hamblocks.layer import HAMLayer, LayerStats
+from hamblocks.models.stack import Stack
 from hamblocks.protocols import check_count
-from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
+from hamblocks.state import HAMState
+from hamblocks_ops.arguments import check_integer, check_range, check_tensor
 
 
 class DecoderOutput(NamedTuple):
@@ -45,17 +47,20 @@ class Decoder(nn.Module):
         super().__init__()
         check_count("vocab_size", vocab_size, 1)
         check_count("num_layers", num_layers, 1)
-        self.blocks = nn.ModuleList(HAMBlock(layer(index)) for index in range(num_layers))
-        hidden = layer_width(self.blocks)
-        self.embedding = nn.Embedding(vocab_size, hidden)
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
-        self.head = nn.Linear(hidden, vocab_size, bias=False)
+        self.stack = Stack(HAMBlock(layer(index)) for index in range(num_layers))
+        self.embedding = nn.Embedding(vocab_size, self.stack.hidden_size)
+        self.head = nn.Linear(self.stack.hidden_size, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return self.stack.blocks
+
     def init_state(self, sequences: int) -> list[HAMState]:
         """The state before the first token."""
-        return [block.layer.init_state(sequences) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return self.stack.init_state(sequences)
 
     def forward(
         self, tokens: Tensor, *, state: list[HAMState] | None = None, cu_seqlens: Tensor | None = None
@@ -73,28 +78,5 @@ class Decoder(nn.Module):
         check_tensor("tokens", tokens, "[B, T]", [None, None])
         check_integer("tokens", tokens)
         check_range("tokens", tokens, 0, self.embedding.num_embeddings - 1)
-        if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
-            got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
-            raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
-        x = self.embedding(tokens)
-        states: list[HAMState] = []
-        stats: list[LayerStats] = []
-        for index, block in enumerate(self.blocks):
-            result = block(x, state=None if state is None else state[index], cu_seqlens=cu_seqlens)
-            x = result.y
-            stats.append(result.stats)
-            if result.state is not None:
-                states.append(result.state)
-        return DecoderOutput(self.head(self.norm(x)), states or None, stats)
-
-
-def layer_width(blocks: nn.ModuleList) -> int:
-    """Hidden size of the blocks, which all have the same.
-
-    Raises:
-        ValueError: there is no block, or two differ.
-    """
-    widths = sorted({block.layer.dims.hidden_size for block in blocks if isinstance(block, HAMBlock)})
-    if len(widths) != 1:
-        raise ValueError(f"layer: expected layers of one hidden size, got hidden sizes {widths}")
-    return widths[0]
+        result = self.stack(self.embedding(tokens), state=state, cu_seqlens=cu_seqlens)
+        return DecoderOutput(self.head(result.y), result.state, result.stats)

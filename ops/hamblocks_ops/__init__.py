@@ -7,6 +7,7 @@ from hamblocks_ops.arguments import value_checks
 from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain
 from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
 from hamblocks_ops.packing import NEVER
+from hamblocks_ops.paged_attention import PagedRows, Pages, paged_attention, unpage
 from hamblocks_ops.select import (
     Compacted,
     compact,
@@ -24,15 +25,19 @@ __all__ = [
     "Compacted",
     "DeltaRuleOutput",
     "Explanation",
+    "PagedRows",
+    "Pages",
     "UnsupportedError",
     "compact",
     "explain",
     "gated_delta_rule",
+    "paged_attention",
     "select_first",
     "select_threshold",
     "select_topk",
     "select_window",
     "selected_attention",
     "surprise",
+    "unpage",
     "value_checks",
 ]

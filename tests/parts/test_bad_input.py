@@ -84,6 +84,31 @@ def state_of(case="delta-relative-topk", size=SIZE):
     return build(case, size)(inputs(size), state=build(case, size).init_state(size.batch)).state
 
 
+def spent(layer, state):
+    layer(X, state=state.fork())
+    fork = state.fork()
+    layer(X, state=fork)
+    return fork
+
+
+def float_cache(layer, state):
+    return state._replace(cache=build("delta-relative-topk", SIZE, torch.float32).init_state(2).cache)
+
+
+def shared(layer):
+    return (
+        build("delta-relative-topk", Size(0, 2, 6, (4, 2)))
+        .init_state(2)
+        ._replace(cache=hb.KVCache.empty(2, 2, 4, X, shared=True))
+    )
+
+
+def append(state, **changed):
+    new = {"k": torch.zeros(2, 1, 2, 4).double(), "v": torch.zeros(2, 1, 2, 4).double()}
+    new |= {"position": borders([6], [6]), "evict_at": borders([[7, 7]], [[7, 7]]), **changed}
+    return state.cache.append(**new)
+
+
 CALLS = {
     "x not a tensor": ("x", lambda layer, s: layer([1.0])),
     "x rank": ("x", lambda layer, s: layer(X[0])),
@@ -118,11 +143,45 @@ CALLS = {
     "state of another convolution": ("state", lambda layer, s: layer(X, state=state_of("shared-router-tree"))),
     "state with biases": (
         "state",
-        lambda layer, s: layer(
-            X, state=s._replace(cache=s.cache._replace(logit_bias=torch.zeros(s.cache.position.shape)))
-        ),
+        lambda layer, s: layer(X, state=s._replace(cache=state_of("router-and").cache)),
     ),
     "ledger of another k": ("ledger", lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2)))),
+    "spent state": ("state", lambda layer, s: layer(X, state=spent(layer, s))),
+    "state in another dtype": ("state", lambda layer, s: layer(X, state=float_cache(layer, s))),
+    "state of one row per sequence": ("state", lambda layer, s: layer(X, state=s._replace(cache=shared(layer).cache))),
+    "decode a piece": ("x", lambda layer, s: layer.decode(X, s)),
+    "decode another batch": ("state", lambda layer, s: layer.decode(X[:1, 0], s)),
+    "prefill without a batch": ("x", lambda layer, s: layer.prefill(X[0])),
+    "reorder beyond": ("index", lambda layer, s: s.reorder(borders(0, 2))),
+    "reorder before": ("index", lambda layer, s: s.reorder(borders(-1))),
+    "reorder by float": ("index", lambda layer, s: s.reorder(torch.tensor([0.0]))),
+    "reorder by a number": ("index", lambda layer, s: s.reorder(0)),
+    "reset by index": ("sequences", lambda layer, s: layer.reset(s, borders(0, 1))),
+    "reset another batch": ("sequences", lambda layer, s: layer.reset(s, torch.tensor([True]))),
+    "reset by a list": ("sequences", lambda layer, s: layer.reset(s, [True, False])),
+    "crop to no checkpoint": ("position", lambda layer, s: s.crop(3)),
+    "reserve less than nothing": ("steps", lambda layer, s: s.reserve(-1)),
+    "saved by another memory": (
+        "memory",
+        lambda layer, s: layer.load_state({**s.state_dict(), "memory": s.state_dict()["memory"][1:]}),
+    ),
+    "saved with other sizes": (
+        "state",
+        lambda layer, s: layer.load_state(state_of(size=Size(0, 2, 6, (3, 3))).state_dict()),
+    ),
+    "appended before what was seen": ("position", lambda layer, s: append(s, position=borders([6], [5]))),
+    "appended in another dtype": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 2, 4))),
+    "appended other heads": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 3, 4))),
+    "appended other values": ("v", lambda layer, s: append(s, v=torch.zeros(2, 2, 2, 4).double())),
+    "appended with a bias": ("logit_bias", lambda layer, s: append(s, logit_bias=torch.zeros(2, 1, 2))),
+    "appended float lifetimes": ("evict_at", lambda layer, s: append(s, evict_at=torch.zeros(2, 1, 2))),
+    "appended lifetimes of query heads": (
+        "evict_at",
+        lambda layer, s: append(s, evict_at=borders([[7] * 4], [[7] * 4])),
+    ),
+    "appended positions of one": ("position", lambda layer, s: append(s, position=borders([6]))),
+    "pages without a token": ("page_size", lambda layer, s: layer.init_state(2, page_size=0)),
+    "fewer pages than none": ("max_pages", lambda layer, s: layer.init_state(2, max_pages=-1)),
     "sequences": ("sequences", lambda layer, s: layer.init_state(-1)),
     "sequences float": ("sequences", lambda layer, s: layer.init_state(2.0)),
 }
@@ -133,9 +192,9 @@ CALLS = {
 def test_calls(what):
     name, call = CALLS[what]
     layer, state = build("delta-relative-topk", SIZE), state_of()
-    before = [tensor.clone() for tensor in tensors(state)]
+    before = [tensor.clone() for tensor in tensors(state.state_dict())]
     refuse(name, lambda: call(layer, state))
-    assert same(before, state)
+    assert same(before, state.state_dict())
     assert layer(X, state=state).y.isfinite().all()
 
 

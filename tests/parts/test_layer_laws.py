@@ -14,6 +14,7 @@ from parts_cases import (
     Size,
     build,
     close,
+    content,
     cuts,
     everyone_sees,
     inputs,
@@ -27,7 +28,9 @@ from parts_cases import (
 )
 
 import hamblocks as hb
+import hamblocks.attention
 from hamblocks.ops import NEVER
+from hamblocks_ops.selected_attention import AttentionOutput
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -130,25 +133,25 @@ def test_packed_is_one_by_one(case, seed, heads, lengths):
 
 
 def check_stream(layer, rows, steps):
-    """Each step is (y, stats, state), the first two as one tensor per row, and must be what one pass over it gives."""
+    """Each step is (y, score, evict_at, tokens seen, what is stored), per row, and must be what one pass gives."""
     for n, row in enumerate(rows):
         full = layer(row[None])
         seen = 0
-        for y, score, evict_at, state in steps:
+        for y, score, evict_at, position_of, stored in steps:
             begin, seen = seen, seen + len(y[n])
             close(y[n], full.y[0, begin:seen])
             close(score[n], full.stats.score[0, begin:seen])
             # what one pass over all that was seen decides: lifetimes lowered later show in the cache
             known = layer.selector(full.stats.score[:, :seen]).evict_at[0]
             assert torch.equal(evict_at[n], known[begin:])
-            assert state.position[n] == seen
+            assert position_of[n] == seen
             known = known.expand(-1, layer.dims.num_kv_heads)
             for head in range(layer.dims.num_kv_heads):
-                stored = state.cache.position[n, :, head] != NEVER
                 alive = (known[:, head] > seen).nonzero()[:, 0]
-                assert state.cache.position[n, stored, head].tolist() == alive.tolist()
-                assert torch.equal(state.cache.evict_at[n, stored, head], known[alive, head])
-                assert state.cache.tokens[n, head] == len(alive)
+                position, until, tokens = stored[n][head]
+                assert position.tolist() == alive.tolist()
+                assert torch.equal(until, known[alive, head])
+                assert tokens == len(alive)
         assert seen == len(row)
 
 
@@ -168,7 +171,7 @@ def test_any_split_is_one_pass(case, size, drawn):
     borders = cuts(size.tokens, drawn)
     for begin, end in itertools.pairwise(borders):
         y, state, stats = layer(x[:, begin:end], state=state)
-        steps.append((y, stats.score, stats.evict_at, state))
+        steps.append((y, stats.score, stats.evict_at, state.position, content(state)))
     check_stream(layer, list(x), steps)
 
 
@@ -191,7 +194,7 @@ def test_ragged_packed_pieces_are_one_pass(case, seed, heads, lengths, drawn):
         piece, cu_seqlens = pack([row[own[i] : own[i + 1]] for row, own in zip(rows, borders, strict=True)])
         y, state, stats = layer(piece, state=state, cu_seqlens=cu_seqlens)
         split = [x[0].tensor_split(cu_seqlens[1:-1].long().cpu()) for x in (y, stats.score, stats.evict_at)]
-        steps.append((*split, state))
+        steps.append((*split, state.position, content(state)))
     check_stream(layer, rows, steps)
 
 
@@ -248,12 +251,12 @@ def test_same_call_same_bits_and_nothing_given_changes(case, size):
     layer, x = build(case, size), inputs(size)
     half = size.tokens // 2
     first = layer(x[:, :half], state=layer.init_state(size.batch))
-    given_tensors = [x, *tensors(first.state), *layer.state_dict().values()]
+    given_tensors = [x, *tensors(first.state[:3]), *layer.state_dict().values()]
     given_tensors = [tensor for tensor in given_tensors if isinstance(tensor, torch.Tensor)]
     before = [tensor.detach().clone() for tensor in given_tensors]
     versions = [tensor._version for tensor in given_tensors]
-    results = [layer(x[:, half:], state=first.state) for _ in range(2)]
-    assert same(*results)
+    results = [layer(x[:, half:], state=first.state.fork()) for _ in range(2)]
+    assert same(*(result._replace(state=result.state.state_dict()) for result in results))
     assert same(layer(x), layer(x))
     # NaN equals itself here: a controller's sample starts so
     assert all(
@@ -263,7 +266,7 @@ def test_same_call_same_bits_and_nothing_given_changes(case, size):
 
 
 @pytest.mark.parametrize("case", ["delta-relative-topk", "shared-router-tree"])
-def test_gradients_flow_through_a_state(case):
+def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(case, monkeypatch):
     size = Size(0, 2, 12, (4, 2))
     layer, x = build(case, size), inputs(size)
     weights = list(layer.parameters())
@@ -271,11 +274,38 @@ def test_gradients_flow_through_a_state(case):
     def gradients(y):
         return torch.autograd.grad(y.sin().sum(), weights, allow_unused=True)
 
-    state, pieces = layer.init_state(2), []
-    for piece in x.split([5, 4, 3], 1):
-        y, state, _ = layer(piece, state=state)
-        pieces.append(y)
-    for one, other in zip(gradients(torch.cat(pieces, 1)), gradients(layer(x).y), strict=True):
+    def in_pieces():
+        state, pieces = layer.init_state(2), []
+        for piece in x.split([5, 4, 3], 1):
+            y, state, _ = layer(piece, state=state)
+            assert not any(stored.requires_grad for stored in state.cache.read() if stored is not None)
+            pieces.append(y)
+        return torch.cat(pieces, 1)
+
+    selector, layer.selector = layer.selector, hb.Threshold(math.inf)
+    for one, other in zip(gradients(in_pieces()), gradients(layer(x).y), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            close(one, other)
+    # keys and values of earlier pieces as constants: the gradient of one pass in which they are
+    layer.selector = selector
+    close(in_pieces(), layer(x).y)
+
+    def detached(q, k, v, evict_at, *, logit_bias, **rest):
+        reads = []
+        for begin, end in ((0, 5), (5, 9), (9, 12)):
+            past = (
+                None if x is None else torch.cat([x[:, :begin].detach(), x[:, begin:]], 1) for x in (k, v, logit_bias)
+            )
+            k_, v_, bias = past
+            reads.append(attend(q, k_, v_, evict_at, logit_bias=bias, **rest).out[:, begin:end])
+        return AttentionOutput(torch.cat(reads, 1), None)
+
+    pieces = gradients(in_pieces())
+    attend = hamblocks.attention.selected_attention
+    monkeypatch.setattr(hamblocks.attention, "selected_attention", detached)
+    whole = gradients(layer(x).y)
+    for one, other in zip(pieces, whole, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             close(one, other)

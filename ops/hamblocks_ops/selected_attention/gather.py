@@ -23,6 +23,8 @@ from torch.nn.functional import pad
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.precision import wide
 from hamblocks_ops.select import compact
+from hamblocks_ops.selected_attention.sdpa import attend as _attend
+from hamblocks_ops.selected_attention.sdpa import attend_backward as _attend_backward
 
 BLOCK, EDGE, FEW = 1024, 256, 160
 """Queries per block and per smaller block: SDPA is fastest on many queries, a mask cheapest on few. A block that has
@@ -233,37 +235,6 @@ def _pack(alive: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor | N
         else:
             filled = torch.arange(size, device=alive.device) < counts[rows, None]
             yield some, torch.zeros_like(filled, dtype=torch.int64).masked_scatter_(filled, slot), filled
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q [R, G, i, D], k and v [R, G, n, D] -> out [R, G, i, D] and lse [R, G, i]."""
-    if q.device.type == "cpu":
-        result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
-        )
-        return result
-    logits = _logits(q, k, mask, scale)
-    lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp() @ v, lse
-
-
-def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This part's share of the gradients; `out` and `lse` are those of all parts together."""
-    if q.device.type == "cpu":
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return grads
-    weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()
-    change = scale * weight * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
-    return change @ k, change.mT @ q, weight.mT @ grad
-
-
-def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    logits = scale * (q @ k.mT)
-    return logits if mask is None else logits + mask
 
 
 def _widened(call: _Call, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:

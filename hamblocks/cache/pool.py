@@ -1,0 +1,200 @@
+"""Fixed-size pages that the rows of a cache take from and return to a common pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from hamblocks_ops import Pages
+from hamblocks_ops.arguments import wrong
+from hamblocks_ops.precision import wide
+
+LEAST = 16
+"""Pages of the smallest slab: fewer are not worth an allocation of their own."""
+
+
+class Tokens(NamedTuple):
+    """Tokens in a list, without holes.
+
+    Attributes:
+        k, v: `[K, W, D]`, the W heads of a row.
+        position, evict_at: int32 `[K]`.
+        logit_bias: float32 `[K]`, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+
+
+@final
+class Pool:
+    """Pages of one layer, in slabs that never move: as the pool grows, no key and no value is copied.
+
+    A page holds `page_size` tokens of a row: one key/value head of a sequence, or all of them where the layer decides
+    for its heads together. A slot is a place in a page: page * page_size + offset. What a token's lifetime is stands
+    beside it, 8 bytes, in tensors that span all slabs. Two more pages stand there: one that nobody writes, for a row
+    without a page, and one that nobody reads, for what is not to be written, so that shapes need not depend on values.
+
+    Attributes:
+        users: int32 `[P + 2]`, how many rows list a page.
+        promised: pages that changes still to be applied will take.
+    """
+
+    def __init__(
+        self, page_size: int, heads: int, head_dim: int, like: Tensor, *, logit_bias: bool, max_pages: int | None
+    ) -> None:
+        """heads: key/value heads in a page. like: dtype and device. max_pages: None for no limit."""
+        self.page_size, self.heads, self.head_dim, self.max_pages = page_size, heads, head_dim, max_pages
+        self.dtype, self.device = like.dtype, like.device
+        self.keys: list[tuple[Tensor, Tensor]] = []
+        self.promised = 0
+        self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
+        self.evict_at = torch.zeros_like(self.position)
+        self.bias = torch.zeros(2, page_size, dtype=wide(like), device=like.device) if logit_bias else None
+        self.users = torch.ones(2, dtype=torch.int32, device=like.device)
+
+    @property
+    def pages(self) -> int:
+        """Pages in all slabs."""
+        return self.users.shape[0] - 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs and of what stands beside them."""
+        tables = (self.position, self.evict_at, self.users, self.bias)
+        beside = sum(x.nbytes for x in tables if x is not None)
+        return beside + sum(k.nbytes + v.nbytes for k, v in self.keys)
+
+    def listed(self, table: Tensor) -> Tensor:
+        """Pages of a table, int64; for none, the page that nobody writes."""
+        return torch.where(table < 0, self.pages, table).long()
+
+    @property
+    def waste(self) -> int:
+        """The page that nobody reads."""
+        return self.pages + 1
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token of a row: keys, values, position, lifetime and bias."""
+        bias = 0 if self.bias is None else self.bias.element_size()
+        return 2 * self.heads * self.head_dim * self.dtype.itemsize + 8 + bias
+
+    def slabs(self, evict_at: Tensor | None = None) -> list[Pages]:
+        """Every slab, one without a page if there is none; lifetimes from elsewhere where given."""
+        slabs, begin = [], 0
+        evict_at = self.evict_at if evict_at is None else evict_at
+        for k, v in self.keys or [self._slab(0)]:
+            own = slice(begin, begin + k.shape[0] - 1)
+            bias = None if self.bias is None else self.bias[own]
+            slabs.append(Pages(k[:-1], v[:-1], self.position[own], evict_at[own], bias))
+            begin = own.stop
+        return slabs
+
+    def used(self) -> int:
+        """How many pages some row lists; waits for the device."""
+        return int((self.users[:-2] > 0).sum())
+
+    def ensure(self, pages: int) -> None:
+        """Makes sure that so many pages are free beyond those promised; waits for the device.
+
+        Raises:
+            ValueError: `max_pages` does not allow it.
+        """
+        used = self.used() + self.promised
+        missing = used + pages - self.pages
+        if missing <= 0:
+            return
+        if self.max_pages is not None and used + pages > self.max_pages:
+            raise wrong(
+                "max_pages", f"at least {used + pages} pages ({used} in use and {pages} more)", str(self.max_pages)
+            )
+        grown = max(missing, self.pages // 2, LEAST)
+        if self.max_pages is not None:
+            grown = min(grown, self.max_pages - self.pages)
+        self.keys.append(self._slab(grown))
+        self.position, self.evict_at = (self._widened(x, grown) for x in (self.position, self.evict_at))
+        self.users = self._widened(self.users, grown)
+        if self.bias is not None:
+            self.bias = self._widened(self.bias, grown)
+
+    def _slab(self, pages: int) -> tuple[Tensor, Tensor]:
+        shape = pages + 1, self.page_size, self.heads, self.head_dim
+        # zeros, for a slot that never held a token takes part in sums, with weight 0
+        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return k, v
+
+    def _widened(self, x: Tensor, pages: int) -> Tensor:
+        return torch.cat([x[:-2], x.new_zeros(pages, *x.shape[1:]), x[-2:]])
+
+    def shrink(self) -> None:
+        """Gives slabs back to the system while two thirds of what then remains stay free; waits for the device."""
+        while self.keys and self.promised == 0:
+            rest = self.pages - (self.keys[-1][0].shape[0] - 1)
+            if bool((self.users[rest:-2] > 0).any()) or (rest and 3 * self.used() > rest):
+                return
+            self.keys.pop()
+            self.position, self.evict_at, self.users = (
+                torch.cat([x[:rest], x[-2:]]) for x in (self.position, self.evict_at, self.users)
+            )
+            if self.bias is not None:
+                self.bias = torch.cat([self.bias[:rest], self.bias[-2:]])
+
+    def free(self, turn: Tensor) -> Tensor:
+        """The turn-th free pages (from 0), int64; lower pages first, so that upper slabs empty."""
+        rank = (self.users[:-2] == 0).cumsum(0)
+        return torch.searchsorted(rank, turn + 1)
+
+    def list(self, pages: Tensor, count: int) -> None:
+        """Adds to the users of pages; -1 is none."""
+        some = torch.where(pages < 0, self.waste, pages).flatten()
+        self.users.index_add_(0, some.long(), torch.full_like(some, count, dtype=torch.int32))
+
+    def slots(self, pages: Tensor) -> Tensor:
+        """All slots of pages `[...]`, int64 `[..., page_size]`."""
+        return pages.long()[..., None] * self.page_size + torch.arange(self.page_size, device=self.device)
+
+    def read(self, slot: Tensor) -> Tokens:
+        """The tokens in slots, int64 `[K]`; waits for the device."""
+        shape = len(slot), self.heads, self.head_dim
+        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        for own, place, k_slab, v_slab in self._places(slot):
+            k[own], v[own] = k_slab[place], v_slab[place]
+        bias = None if self.bias is None else self.bias.flatten()[slot]
+        return Tokens(k, v, self.position.flatten()[slot], self.evict_at.flatten()[slot], bias)
+
+    def write(self, slot: Tensor, tokens: Tokens, *, wait: bool) -> None:
+        """Puts tokens into slots, int64 `[K]`, no two the same; -1 is nowhere. Waits for the device only if it may."""
+        for own, place, k_slab, v_slab in self._places(slot) if wait else self._all_places(slot):
+            k_slab.index_copy_(0, place, tokens.k[own])
+            v_slab.index_copy_(0, place, tokens.v[own])
+        anywhere = torch.where(slot < 0, self.waste * self.page_size, slot)
+        tables = (self.position, tokens.position), (self.evict_at, tokens.evict_at), (self.bias, tokens.logit_bias)
+        for table, values in tables:
+            if table is not None and values is not None:
+                table.view(-1).index_copy_(0, anywhere, values)
+
+    def _places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
+        """For each slab that has some: which of the slots are its own, where they stand in it, and its k and v."""
+        begin = 0
+        for k, v in self.keys:
+            end = begin + (k.shape[0] - 1) * self.page_size
+            own = ((slot >= begin) & (slot < end)).nonzero()[:, 0]
+            if len(own):
+                yield own, slot[own] - begin, k.flatten(0, 1), v.flatten(0, 1)
+            begin = end
+
+    def _all_places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
+        """The same without looking: what is another slab's goes to the page that nobody reads."""
+        begin = 0
+        for k, v in self.keys:
+            end = begin + (k.shape[0] - 1) * self.page_size
+            place = torch.where((slot >= begin) & (slot < end), slot - begin, end - begin)
+            yield slice(None), place, k.flatten(0, 1), v.flatten(0, 1)
+            begin = end

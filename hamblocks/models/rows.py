@@ -1,0 +1,191 @@
+"""Padded and packed batches as transformers writes them, and as the layers take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hamblocks_ops import packing
+from hamblocks_ops.arguments import check_cu_seqlens, check_integer, check_tensor, values_are_checked, wrong
+
+IGNORE = -100
+"""The label that no loss counts."""
+
+
+class Rows(NamedTuple):
+    """Where the real tokens of a batch `[B, T]` are.
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        real: int64 `[K]`, which of all B * T tokens are no padding; None: all.
+        cu_seqlens: int32 `[N+1]`, borders of the sequences among the real tokens; None: every row is one sequence.
+    """
+
+    batch: int
+    tokens: int
+    real: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` -> as the layers take it: the same, or `[1, K, ...]`."""
+        if self.cu_seqlens is None:
+            return x
+        x = x.flatten(0, 1)
+        return (x if self.real is None else x[self.real])[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Back again; zeros where there is no token."""
+        if self.cu_seqlens is None:
+            return x
+        if self.real is not None:
+            x = x.new_zeros(self.batch * self.tokens, *x.shape[2:]).index_copy(0, self.real, x[0])
+        return x.view(self.batch, self.tokens, *x.shape[2 if self.real is None else 1 :])
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """labels `[B, T]` -> the label of the next token, -100 where that is padding or of another sequence."""
+        labels = F.pad(labels, [0, 1], value=IGNORE)[:, 1:]
+        if self.cu_seqlens is None:
+            return labels
+        count = self.batch * self.tokens if self.real is None else len(self.real)
+        # counted from 1, for padding unpacks to 0
+        sequence = self.unpack(packing.sequence_of(self.cu_seqlens, count)[None] + 1)
+        goes_on = (sequence == F.pad(sequence, [0, 1])[:, 1:]) & (sequence > 0)
+        return labels.masked_fill(~goes_on, IGNORE)
+
+
+def rows_of(
+    x: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    past: int = 0,
+    seen: Tensor | None = None,
+) -> Rows:
+    """Reads the arguments with which transformers describes a batch.
+
+    Args:
+        x: `[B, T]` or `[B, T, hidden]`.
+        attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding, which stands on one side of a row's tokens or
+            on both, never between them.
+        position_ids: int `[B, T]` or `[1, T]`, of each token within its sequence, anything at padding. Without a mask
+            and a cache, every 0 begins a sequence.
+        cu_seqlens: `[N+1]`, borders of sequences packed into one row.
+        past: columns of the batch that a cache has seen.
+        seen: int `[B]`, tokens among them; None where there is no cache.
+
+    Raises:
+        ValueError: a bad argument; the message names it, what was expected and what came.
+    """
+    batch, tokens = x.shape[:2]
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids, "[B, T]", [None, tokens], like=x)
+        check_integer("position_ids", position_ids)
+        if position_ids.shape[0] not in (1, batch):
+            raise wrong("position_ids", f"shape [B, T] = [{batch}, {tokens}]", position_ids)
+        position_ids = position_ids.expand(batch, -1)
+    if cu_seqlens is not None:
+        return _bordered(x, cu_seqlens, attention_mask, position_ids, seen)
+    if attention_mask is None and seen is None and position_ids is not None:
+        return _restarting(position_ids)
+    if attention_mask is None:
+        rows, real = Rows(batch, tokens, None, None), None
+    else:
+        real = _real(x, attention_mask, past, seen)
+        if bool(real.all()):
+            rows = Rows(batch, tokens, None, None)
+        else:
+            borders = F.pad(real.sum(1).cumsum(0), [1, 0]).to(torch.int32)
+            rows = Rows(batch, tokens, real.flatten().nonzero()[:, 0], borders)
+    if position_ids is not None:
+        _check_positions(position_ids, real, seen)
+    return rows
+
+
+def _bordered(
+    x: Tensor, cu_seqlens: Tensor, mask: Tensor | None, position_ids: Tensor | None, seen: Tensor | None
+) -> Rows:
+    """One row, borders given."""
+    for name, value in (("attention_mask", mask), ("past_key_values", seen)):
+        if value is not None:
+            raise wrong(name, "None beside cu_seq_lens_q", "both")
+    check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    if position_ids is not None and values_are_checked(position_ids):
+        within = packing.positions(1, x.shape[1], device=x.device, cu_seqlens=cu_seqlens)
+        if not torch.equal(within, position_ids.to(within.dtype)):
+            raise wrong("position_ids", "positions that restart at 0 where cu_seq_lens_q has a border", "others")
+    return Rows(1, x.shape[1], None, cu_seqlens)
+
+
+def _restarting(position_ids: Tensor) -> Rows:
+    """Rows of one or several sequences; each begins where the position is 0."""
+    batch, tokens = position_ids.shape
+    begins = position_ids == 0
+    if bool((position_ids == torch.arange(tokens, device=position_ids.device)).all()):
+        return Rows(batch, tokens, None, None)
+    if values_are_checked(position_ids):
+        follows = F.pad(position_ids, [1, 0])[:, :-1] + 1
+        bad = ~begins & (position_ids != follows)
+        bad[:, 0] = ~begins[:, 0]
+        if bool(bad.any()):
+            row, column = (int(place) for place in bad.nonzero()[0])
+            expected = "0" if column == 0 else f"0 or {int(follows[row, column])}"
+            got = f"{int(position_ids[row, column])} in row {row}, column {column}"
+            raise wrong("position_ids", f"{expected} (padding goes by attention_mask)", got)
+    first = begins.flatten().nonzero()[:, 0]
+    return Rows(batch, tokens, None, F.pad(first, [0, 1], value=batch * tokens).to(torch.int32))
+
+
+def _real(x: Tensor, mask: Tensor, past: int, seen: Tensor | None) -> Tensor:
+    """Which of the new tokens are no padding, bool `[B, T]`."""
+    batch, tokens = x.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise wrong("attention_mask", "a tensor [B, past + T] of 0 and 1", mask)
+    if tuple(mask.shape) != (batch, past + tokens):
+        raise wrong("attention_mask", f"shape [B, past + T] = [{batch}, {past} + {tokens}]", mask)
+    if mask.device != x.device:
+        raise wrong("attention_mask", f"device {x.device}", mask)
+    real = mask != 0
+    if values_are_checked(mask):
+        if not bool(((mask == 1) | ~real).all()):
+            raise wrong("attention_mask", "0 and 1", "other values")
+        known = real[:, :past].sum(1)
+        if seen is not None and not torch.equal(known, seen.to(known.dtype)):
+            raise wrong(
+                "attention_mask", f"{seen.tolist()} tokens in its first {past} columns, as seen", f"{known.tolist()}"
+            )
+        real = real[:, past:]
+        blocks = real.sum(1) - (real[:, 1:] & real[:, :-1]).sum(1)
+        if bool((blocks > 1).any()):
+            raise wrong("attention_mask", "no padding between tokens", f"some in row {int(blocks.argmax())}")
+        return real
+    return real[:, past:]
+
+
+def _check_positions(position_ids: Tensor, real: Tensor | None, seen: Tensor | None) -> None:
+    """Positions go on where each row stands, one by one."""
+    if not values_are_checked(position_ids):
+        return
+    if real is None:
+        expected = torch.arange(position_ids.shape[1], device=position_ids.device).expand(position_ids.shape)
+    else:
+        expected = real.cumsum(1) - 1
+    if seen is not None:
+        expected = expected + seen[:, None]
+    bad = position_ids != expected
+    if real is not None:
+        bad &= real
+    if bool(bad.any()):
+        row, column = (int(place) for place in bad.nonzero()[0])
+        got = f"{int(position_ids[row, column])} in row {row}, column {column}"
+        raise wrong("position_ids", f"{int(expected[row, column])}, what follows on the tokens seen", got)

@@ -1,0 +1,98 @@
+"""Blocks in a row and a norm behind them: what all models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, final
+
+from torch import Tensor, nn
+
+from hamblocks.cache import transaction
+from hamblocks.layer import HAMLayer, LayerStats
+from hamblocks.state import HAMState
+from hamblocks_ops.arguments import wrong
+
+
+class StackOutput(NamedTuple):
+    """Result of a stack.
+
+    Attributes:
+        y: `[B, T, hidden]`, behind the norm.
+        state: one per layer, for the next call; None unless a state was given.
+        stats: what each layer decided.
+        inputs: `[B, T, hidden]`, what went into each block, where it was asked for.
+    """
+
+    y: Tensor
+    state: list[HAMState] | None
+    stats: list[LayerStats]
+    inputs: list[Tensor]
+
+
+@final
+class Stack(nn.Module):
+    """Blocks in a row, then RMSNorm."""
+
+    def __init__(self, blocks: Iterable[nn.Module], *, norm_eps: float = 1e-6) -> None:
+        """Makes the stack.
+
+        Args:
+            blocks: modules called as `HAMBlock`, each with its HAMLayer as attribute `layer`.
+            norm_eps: epsilon of the norm.
+
+        Raises:
+            ValueError: there is no block, or the layers are not of one hidden size.
+        """
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        widths = sorted({layer.dims.hidden_size for layer in self.layers})
+        if len(widths) != 1:
+            raise ValueError(f"layer: expected layers of one hidden size, got hidden sizes {widths}")
+        self.hidden_size = widths[0]
+        self.norm = nn.RMSNorm(self.hidden_size, eps=norm_eps)
+
+    @property
+    def layers(self) -> list[HAMLayer]:
+        """The sequence mixers, in order."""
+        layers: list[Any] = [block.layer for block in self.blocks]
+        return layers
+
+    def init_state(self, sequences: int, *, page_size: int = 32, max_pages: int | None = None) -> list[HAMState]:
+        """The states before the first token, one per layer; sizes of each layer's cache as in `HAMLayer.init_state`."""
+        return [layer.init_state(sequences, page_size=page_size, max_pages=max_pages) for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: list[HAMState] | None = None,
+        cu_seqlens: Tensor | None = None,
+        keep_inputs: bool = False,
+    ) -> StackOutput:
+        """Runs x through all blocks; an error leaves every layer's cache as it was.
+
+        Args:
+            x: `[B, T, hidden]`; packed: `[1, sum(T), hidden]`.
+            state: one per layer, from `init_state(N)` or the last call. None: whole sequences.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+            keep_inputs: return what went into each block.
+
+        Raises:
+            ValueError: a bad argument; the message names it, what was expected and what came.
+        """
+        if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
+            got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
+            raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
+        inputs: list[Tensor] = []
+        states: list[HAMState] = []
+        stats: list[LayerStats] = []
+        with transaction():
+            for index, block in enumerate(self.blocks):
+                if keep_inputs:
+                    inputs.append(x)
+                # a plain tuple where activations are checkpointed by a reentrant autograd function
+                x, after, decided = block(x, state=None if state is None else state[index], cu_seqlens=cu_seqlens)
+                stats.append(decided)
+                if after is not None:
+                    states.append(after)
+        return StackOutput(self.norm(x), None if state is None else states, stats, inputs)

@@ -1,0 +1,146 @@
+"""Keys and values in pages, and the same as padded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamblocks_ops.arguments import check_floating, check_integer, check_range, check_tensor, wrong
+from hamblocks_ops.packing import NEVER
+
+
+class Pages(NamedTuple):
+    """P pages of keys and values, each for W key/value heads that are stored and evicted together.
+
+    Query t sees a slot iff position <= t < evict_at. A slot that no query sees may hold anything, NaN included; one
+    that holds nothing has evict_at = 0.
+
+    Attributes:
+        k: `[P, page, W, D]`, any floating dtype.
+        v: `[P, page, W, D]`, same dtype.
+        position: int32 `[P, page]`.
+        evict_at: int32 `[P, page]`.
+        logit_bias: `[P, page]`, float32 (float64 for float64 keys), added to the logits of a slot; -inf hides it.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None = None
+
+
+class PagedRows(NamedTuple):
+    """What the rows of a block table list, in the order of the table: S = M * page slots each.
+
+    Attributes:
+        k, v: `[N, S, Hkv, D]`, 0 where a page is missing.
+        position: int32 `[N, S, H]`, NEVER where a page is missing.
+        evict_at: int32 `[N, S, H]`, 0 where a page is missing.
+        logit_bias: `[N, S, H]`, 0 where a page is missing; None without one.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+
+
+class PagedCall(NamedTuple):
+    """One checked call: what an implementation is given. There is a slab, and query_position is NEVER for padding."""
+
+    q: Tensor
+    slabs: Sequence[Pages]
+    block_table: Tensor
+    query_position: Tensor
+    scale: float
+    shared: bool | None
+
+
+def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
+    """What the rows of a block table list, as the padded tensors that `selected_attention` takes: a copy.
+
+    Reads the block table on the host, which waits for its device.
+
+    Args:
+        slabs: one or more; pages are counted through all of them. Where they differ in page size, shorter pages are
+            filled up as if the rest of the page were missing.
+        block_table: int32 or int64 `[N, H, M]`, pages of every row, -1 for none.
+
+    Raises:
+        ValueError: a bad argument; the message names it, what was expected and what came.
+    """
+    check_slabs(slabs)
+    if not slabs:
+        raise wrong("slabs", "at least one slab, for its sizes", slabs)
+    check_table(block_table, slabs, slabs[0].k)
+    table = block_table.flatten()
+    page = max(slab.k.shape[1] for slab in slabs)
+    k, v, _, _, bias = (None if x is None else x.new_zeros(len(table), page, *x.shape[2:]) for x in slabs[0])
+    position = torch.full((len(table), page), NEVER, dtype=torch.int32, device=table.device)
+    rows = k, v, position, torch.zeros_like(position), bias
+    begin = 0
+    for slab in slabs:
+        pages, size = slab.position.shape
+        entry = ((table >= begin) & (table < begin + pages)).nonzero()[:, 0]
+        place = table[entry] - begin
+        for whole, part in zip(rows, slab, strict=True):
+            if whole is not None and part is not None:
+                whole[:, :size].index_copy_(0, entry, part.index_select(0, place).to(whole.dtype))
+        begin += pages
+    return PagedRows(*(None if x is None else _by_sequence(x, block_table) for x in rows))  # type: ignore[arg-type]
+
+
+def _by_sequence(x: Tensor, block_table: Tensor) -> Tensor:
+    """[N * H * M, page, ...] -> [N, M * page, H, ...], of k and v [N, M * page, H * W, D]."""
+    x = x.unflatten(0, block_table.shape).movedim(1, 3).flatten(1, 2)
+    return x.flatten(2, 3) if x.dim() > 3 else x
+
+
+def users(table: Tensor, pages: int) -> Tensor:
+    """How many entries of a table list a page, int32 `[pages + 1]`; the last counts those without a page."""
+    page = torch.where(table < 0, pages, table).flatten()
+    return torch.zeros(pages + 1, dtype=torch.int32, device=table.device).index_add_(
+        0, page, torch.ones_like(page, dtype=torch.int32)
+    )
+
+
+def total(slabs: Sequence[Pages]) -> int:
+    """Pages in all slabs."""
+    return sum(slab.k.shape[0] for slab in slabs)
+
+
+def check_slabs(slabs: object, like: Tensor | None = None) -> None:
+    """Checks type, shapes, dtypes and devices of slabs; with `like`, `[..., D]`, they must agree with it too."""
+    if not isinstance(slabs, Sequence) or not all(isinstance(slab, Pages) for slab in slabs):
+        raise wrong("slabs", "a sequence of Pages", slabs)
+    for index, slab in enumerate(slabs):
+        name, first = f"slabs[{index}]", slabs[0]
+        heads = first.k.shape[2] if index else None
+        dim = first.k.shape[3] if index else None if like is None else like.shape[-1]
+        like = first.k if index and like is None else like
+        check_tensor(f"{name}.k", slab.k, "[P, page, W, D]", [None, None, heads, dim], like=like)
+        check_floating(f"{name}.k", slab.k, like=like)
+        check_tensor(f"{name}.v", slab.v, "[P, page, W, D]", [*slab.k.shape], like=slab.k)
+        check_floating(f"{name}.v", slab.v, like=slab.k)
+        for field in ("position", "evict_at"):
+            value = getattr(slab, field)
+            check_tensor(f"{name}.{field}", value, "[P, page]", [*slab.k.shape[:2]], like=slab.k)
+            check_integer(f"{name}.{field}", value)
+        if slab.logit_bias is not None:
+            check_tensor(f"{name}.logit_bias", slab.logit_bias, "[P, page]", [*slab.k.shape[:2]], like=slab.k)
+            check_floating(f"{name}.logit_bias", slab.logit_bias)
+        if (slab.logit_bias is None) != (first.logit_bias is None):
+            expected = "None" if first.logit_bias is None else "a bias"
+            raise wrong(f"{name}.logit_bias", f"{expected}, as in slabs[0]", slab.logit_bias)
+
+
+def check_table(block_table: Tensor, slabs: Sequence[Pages], like: Tensor, sequences: int | None = None) -> None:
+    """Checks `[N, H, M]` integers that name pages of the slabs or none."""
+    check_tensor("block_table", block_table, "[N, H, M]", [sequences, None, None], like=like)
+    check_integer("block_table", block_table)
+    check_range("block_table", block_table, -1, total(slabs) - 1)

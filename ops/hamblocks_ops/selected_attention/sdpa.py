@@ -1,0 +1,37 @@
+"""Softmax attention over one part of the keys, with its log-sum-exp, so that parts can be merged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q [R, G, i, D], k and v [R, G, n, D] -> out [R, G, i, D] and lse [R, G, i]."""
+    if q.device.type == "cpu":
+        result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask, scale=scale
+        )
+        return result
+    logits = _logits(q, k, mask, scale)
+    lse = logits.logsumexp(-1)
+    return (logits - lse[..., None]).exp() @ v, lse
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This part's share of the gradients; `out` and `lse` are those of all parts together."""
+    if q.device.type == "cpu":
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+        return grads
+    weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()
+    change = scale * weight * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+    return change @ k, change.mT @ q, weight.mT @ grad
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    logits = scale * (q @ k.mT)
+    return logits if mask is None else logits + mask

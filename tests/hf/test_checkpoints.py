@@ -1,0 +1,159 @@
+"""save_pretrained and from_pretrained: safetensors, bit for bit, thresholds included, and parts of a user's own."""
+
+import json
+
+import pytest
+import torch
+from hf_cases import bits, buffers, config, model, text
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import hamblocks as hb
+from hamblocks.models import HAMForCausalLM, HAMModel
+
+
+def target():
+    return hb.Threshold(hb.TargetFraction(0.3)) | hb.Window(2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_loaded_model_is_the_saved_one(tmp_path, dtype, tied):
+    made = model(dtype=dtype, selector=target(), tie_word_embeddings=tied)
+    made.set_keep_fraction(0.4)
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    for loaded in (HAMForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(loaded) is HAMForCausalLM
+        saved, got = made.state_dict(), loaded.state_dict()
+        assert saved.keys() == got.keys()
+        kept = (
+            {name for name in saved if name.endswith(("log_rate", "step_bias"))} if dtype == torch.bfloat16 else set()
+        )
+        for name in saved.keys() - kept:
+            assert saved[name].dtype == got[name].dtype
+            assert torch.equal(bits(saved[name]), bits(got[name])), name
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+        ids = text(1, 2, 12)
+        assert torch.equal(loaded(ids).logits, made(ids).logits)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is HAMModel
+    assert torch.equal(body(ids).last_hidden_state, made.model(ids).last_hidden_state)
+
+
+def test_thresholds_stay_float32_in_bfloat16(tmp_path):
+    made = model(dtype=torch.float32, selector=target())
+    made.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    before, after = buffers(made), buffers(loaded)
+    assert {name.rsplit(".")[-1] for name in before} >= {"tau", "target", "started", "sample"}
+    for name, buffer in before.items():
+        assert after[name].dtype == buffer.dtype
+        assert torch.equal(bits(after[name]), bits(buffer)), name
+    for name, weight in loaded.named_parameters():
+        wide = name.endswith(("log_rate", "step_bias"))
+        assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
+    assert loaded(text(0, 1, 9)).logits.dtype == torch.bfloat16
+    assert torch.equal(loaded.generate(text(0, 1, 9), max_new_tokens=3)[:, :9], text(0, 1, 9))
+
+
+def test_what_a_checkpoint_lacks_begins_as_in_a_new_model(tmp_path):
+    made = model(dtype=torch.float32, selector=hb.Window(2))
+    made.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = [name for name in weights if name.endswith(("log_rate", "step_bias", "conv.weight", "gate_proj.bias"))]
+    save_file(
+        {name: x for name, x in weights.items() if name not in lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    loaded, info = HAMForCausalLM.from_pretrained(tmp_path, selector=target(), output_loading_info=True)
+    assert set(lost) <= set(info["missing_keys"])
+    for module in loaded.modules():
+        if isinstance(module, hb.TargetFraction):
+            assert (module.fraction, float(module.tau), bool(module.started)) == (pytest.approx(0.3), -torch.inf, False)
+            assert module.sample.isnan().all()
+        if isinstance(module, hb.FixedThreshold):
+            assert module.tau.isinf()
+        if isinstance(module, hb.GatedDelta):
+            assert ((module.log_rate.exp() >= 1) & (module.log_rate.exp() < 16)).all()
+            step = torch.nn.functional.softplus(module.step_bias)
+            assert ((step > 0.0009) & (step < 0.11)).all()
+        if isinstance(module, hb.ShortConvolution):
+            assert module.weight.abs().max() <= 0.5
+            assert module.weight.std() > 0.1
+        if isinstance(module, hb.GatedSum):
+            assert not module.gate_proj.bias.any()
+    assert loaded(text(0, 1, 9)).logits.isfinite().all()
+
+
+class Bright(torch.nn.Module):
+    """A user's gate with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.build_weight = torch.nn.Parameter(torch.full((16,), 0.5))
+        self.proj = torch.nn.Linear(16, 1)
+        torch.nn.init.constant_(self.proj.bias, 3.0)
+
+    def forward(self, x, trace):
+        return hb.GateOutput((self.proj(x * self.build_weight)).sigmoid())
+
+
+def own_layer(index):
+    return hb.HAMLayer(16, 4, num_kv_heads=2, gate=Bright(), selector=hb.TopK(index + 1))
+
+
+def test_parts_of_a_users_own(tmp_path):
+    made = HAMForCausalLM(config(), layer=own_layer)
+    layers = made.model.stack.layers
+    assert [layer.selector.k for layer in layers] == [1, 2, 3]
+    # a user's weights stay as they were made; the model's own begin as the configuration says
+    assert all(layer.gate.proj.bias.item() == 3.0 for layer in layers)
+    assert made.config.own_layers
+    assert made.config is made.model.config
+    made.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["own_layers"] is True
+    ids = text(0, 2, 12)
+    for cls in (HAMForCausalLM, AutoModelForCausalLM):
+        loaded = cls.from_pretrained(tmp_path, layer=own_layer)
+        assert type(loaded.model.stack.layers[0].gate) is Bright
+        assert torch.equal(loaded(ids).logits, made.eval()(ids).logits)
+    with pytest.raises(ValueError, match=r"^layer: expected the function that made the layers"):
+        HAMForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^layer: expected layers of hidden_size = 16, got of 8"):
+        HAMModel(config(), layer=lambda index: hb.HAMLayer(8, 2, selector=hb.Window(1)))
+
+
+def sharing():
+    """Layers whose thresholds are one."""
+    controller = hb.TargetFraction(0.3)
+    return lambda index: hb.HAMLayer(16, 4, num_kv_heads=2, selector=hb.Threshold(controller) | hb.Window(2))
+
+
+def test_a_shared_controller_is_saved_once_and_stays_shared(tmp_path):
+    made = model(dtype=torch.float32, layer=sharing())
+    made.save_pretrained(tmp_path)
+    names = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("tau")]
+    assert names == ["model.stack.blocks.0.block.layer.selector.left.controller.tau"]
+    for cls in (HAMForCausalLM, HAMModel):
+        loaded, info = cls.from_pretrained(tmp_path, layer=sharing(), output_loading_info=True)
+        assert not info["missing_keys"]
+        controllers = [module for module in loaded.modules() if isinstance(module, hb.TargetFraction)]
+        assert len(controllers) == 1
+        assert controllers[0].tau == made.model.stack.layers[2].selector.left.controller.tau
+        assert controllers[0].tau.isfinite()
+    ids = text(0, 2, 12)
+    assert torch.equal(loaded(ids).last_hidden_state, made.model(ids).last_hidden_state)
+
+
+def test_a_larger_vocabulary():
+    made = model(dtype=torch.float32)
+    made.resize_token_embeddings(25)
+    assert made.config.vocab_size == 25
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    assert made(text(0, 1, 4) + 5).logits.shape == (1, 4, 25)
+
+
+def test_a_configuration_is_not_changed_by_own_layers():
+    given = config()
+    HAMModel(given, layer=own_layer)
+    assert not given.own_layers

@@ -1,0 +1,663 @@
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from budget import Problem, assert_close, assert_close_to_reference
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from strategies import Draw, lay_out, layouts, seeds
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hamblocks_ops import NEVER, Pages, UnsupportedError, explain, paged_attention, selected_attention, unpage
+
+op = import_module("hamblocks_ops.paged_attention")
+layout = import_module("hamblocks_ops.paged_attention.layout")
+pages = import_module("hamblocks_ops.paged_attention.pages")
+IMPLS = ("reference", "pages")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAN, INF = float("nan"), float("inf")
+LAST = 40
+"""Positions are drawn below it, queries a little beyond it."""
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A call of paged_attention; slabs are (pages, page size)."""
+
+    queries: int = 1
+    sequences: int = 2
+    rows: int = 2
+    together: int = 1
+    group: int = 1
+    dim: int = 4
+    slabs: tuple[tuple[int, int], ...] = ((9, 4), (5, 4))
+    width: int = 3
+    forked: bool = False
+    policy: str = "any"  # any | all | none
+    bias: str = "none"  # none | some | hidden
+    garbage: float | None = NAN
+    dtype: torch.dtype = torch.float64
+    layout: str = "contiguous"
+    seed: int = 0
+
+    @property
+    def pages(self) -> int:
+        return sum(size for size, _ in self.slabs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Arguments of `paged`. What no query sees is garbage: slots, and pages that no row lists."""
+        draw = Draw(self.seed, self.layout)
+        heads = self.rows * self.together * self.group
+        index = torch.int64 if self.seed % 2 else torch.int32
+        asks = draw.integers(-1, LAST + 5, (self.sequences, self.queries)).to(index)
+        table = self.table(draw)
+        result = {
+            "q": 2 * draw.normal(self.sequences, self.queries, heads, self.dim, dtype=self.dtype),
+            "block_table": table.to(index),
+            "query_position": asks,
+        }
+        begin = 0
+        for number, shape in enumerate(self.slabs):
+            position = draw.integers(0, LAST, shape)
+            evict_at = self.lifetimes(draw, position)
+            bias = draw.normal(*shape, dtype=self.wide) if self.bias != "none" else None
+            if bias is not None and self.bias == "hidden":
+                bias = draw.choice(shape, bias, bias, float("-inf")).to(self.wide)
+            size = *shape, self.together, self.dim
+            k, v = 2 * draw.normal(*size, dtype=self.dtype), draw.normal(*size, dtype=self.dtype)
+            if self.garbage is not None:
+                unseen = ~self.seen(table, asks, begin, position, evict_at)
+                k, v = (x.masked_fill(unseen[..., None, None], self.garbage) for x in (k, v))
+                bias = None if bias is None else bias.masked_fill(unseen, self.garbage)
+            fields = Pages(
+                *(lay_out(x, self.layout) for x in (k, v)),
+                *(lay_out(x.to(torch.int32), "contiguous") for x in (position, evict_at)),
+                bias,
+            )
+            result |= {f"{name}{number}": x for name, x in fields._asdict().items() if x is not None}
+            begin += shape[0]
+        return result
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def table(self, draw: Draw) -> Tensor:
+        """Ragged: none may stand anywhere, and about every fifth row is empty."""
+        shape = self.sequences, self.rows, self.width
+        entries = self.sequences * self.rows * self.width
+        if self.forked:
+            table = draw.integers(-1, max(self.pages, 1), shape) if self.pages else torch.full(shape, -1)
+        else:
+            order = torch.randperm(max(self.pages, entries), generator=draw.generator)[:entries]
+            table = torch.where(order < self.pages, order, -1).view(shape)
+        gone = (draw.integers(0, 5, shape) == 0) | (draw.integers(0, 5, (*shape[:2], 1)) == 0)
+        return table.masked_fill(gone, -1)
+
+    def lifetimes(self, draw: Draw, position: Tensor) -> Tensor:
+        shape = tuple(position.shape)
+        if self.policy != "any":
+            return torch.full(shape, NEVER) if self.policy == "all" else position
+        ends = (torch.full(shape, NEVER), position, position + 7, torch.zeros(shape), draw.integers(-2, LAST, shape))
+        return draw.choice(shape, *(x.double() for x in ends)).long()
+
+    @staticmethod
+    def seen(table: Tensor, asks: Tensor, begin: int, position: Tensor, evict_at: Tensor) -> Tensor:
+        """Which slots [P, page] of a slab some query of some row sees."""
+        seen = torch.zeros(position.shape, dtype=torch.bool)
+        for n, times in enumerate(asks.tolist()):
+            for page in (table[n].flatten() - begin).tolist():
+                for t in times if 0 <= page < len(position) else ():
+                    seen[page] |= (t >= 0) & (position[page] <= t) & (t < evict_at[page])
+        return seen
+
+
+def paged_calls(**fixed: object) -> st.SearchStrategy[Paged]:
+    fields: dict[str, st.SearchStrategy[object]] = {
+        "queries": st.integers(0, 8),
+        "sequences": st.integers(0, 3),
+        "rows": st.integers(1, 3),
+        "together": st.integers(1, 3),
+        "group": st.integers(1, 3),
+        "dim": st.integers(1, 9),
+        "slabs": st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), max_size=3).map(tuple),
+        "width": st.integers(0, 5),
+        "forked": st.booleans(),
+        "policy": st.sampled_from(["any", "any", "all", "none"]),
+        "bias": st.sampled_from(["none", "some", "hidden"]),
+        "garbage": st.sampled_from([None, NAN, INF, -INF, 1e4]),
+        "dtype": st.sampled_from(DTYPES),
+        "layout": layouts,
+        "seed": seeds,
+    }
+    fields |= {name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()}
+    return st.builds(Paged, **fields).filter(lambda case: case.slabs or case.together == 1)
+
+
+def slabs_of(fields: dict[str, Tensor]) -> list[Pages]:
+    numbers = sorted({int(re.sub(r"\D", "", name)) for name in fields})
+    return [Pages(*(fields.get(f"{name}{i}") for name in Pages._fields)) for i in numbers]
+
+
+def paged(
+    q: Tensor, block_table: Tensor, query_position: Tensor, *, impl: str, shared: Any = None, **fields: Any
+) -> Any:
+    """The op, with the fields of the slabs as arguments of their own."""
+    with torch.no_grad():
+        return paged_attention(
+            q, slabs_of(fields), block_table, query_position=query_position, shared=shared, impl=impl
+        )
+
+
+def problem(case: Paged, **options: object) -> Problem:
+    return Problem(paged, case.tensors(), options)
+
+
+def split(case: Paged) -> tuple[Tensor, list[Pages], Tensor, Tensor]:
+    """q, slabs, block_table, query_position."""
+    fields = case.tensors()
+    q, table, asks = (fields.pop(name) for name in ("q", "block_table", "query_position"))
+    return q, slabs_of(fields), table, asks
+
+
+IN_PLACE, LISTED, ALL = "in place", "gathered as listed", "gathered without a look"
+
+
+@contextmanager
+def path(way: str) -> Iterator[dict[str, object]]:
+    """Forces a path and yields the options for it."""
+
+    def wrong(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError(f"not {way}")
+
+    with patch.object(pages, "SPARE", 0 if way == ALL else 10**6), ExitStack() as stack:
+        stack.enter_context(patch.object(pages._Listed, "gathered" if way == IN_PLACE else "lying", wrong))
+        yield {"shared": way == LISTED}
+
+
+@contextmanager
+def arithmetic_of_other_devices() -> Iterator[None]:
+    """Has `pages` take the branch that it takes for tensors that are not on the CPU."""
+
+    class Elsewhere(Tensor):
+        device = torch.device("meta")
+
+    def attend(*args: Any) -> tuple[Tensor, ...]:
+        moved = [x.as_subclass(Elsewhere) if isinstance(x, Tensor) else x for x in args]
+        return tuple(x.as_subclass(Tensor) for x in real(*moved))
+
+    real = pages.attend
+    with (
+        patch.object(pages, "attend", attend),
+        patch.object(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_pages_is_the_reference(dtype: torch.dtype, data: st.DataObject) -> None:
+    got = assert_close_to_reference(problem(data.draw(paged_calls(dtype=dtype))), "pages")
+    assert not any(bool(x.isnan().any()) for x in got.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", [IN_PLACE, LISTED, ALL])
+@given(data=st.data())
+def test_every_path_is_the_reference(way: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(paged_calls(dtype=dtype, forked=st.just(False) if way != LISTED else st.booleans()))
+    with path(way) as options:
+        assert_close_to_reference(problem(case, **options), "pages")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"queries": 0},
+        {"sequences": 0},
+        {"width": 0},
+        {"slabs": ()},
+        {"slabs": ((0, 4),)},
+        {"slabs": ((0, 4), (12, 4), (0, 4)), "queries": 3},
+        {"slabs": ((12, 32), (12, 1))},
+        {"slabs": ((12, 4), (12, 0))},
+        {"slabs": ((400, 2),), "bias": "hidden"},
+        {"slabs": ((1, 70),), "forked": True, "queries": 8, "width": 1},
+        {"width": 90, "slabs": ((200, 3), (150, 3)), "sequences": 1, "group": 2, "bias": "some", "policy": "all"},
+        {"policy": "none", "queries": 2},
+        {"policy": "all", "queries": 8, "together": 3, "group": 3, "layout": "strided"},
+        {"together": 2, "rows": 1, "group": 2, "layout": "transposed", "queries": 4},
+    ],
+    ids=str,
+)
+def test_pages_is_the_reference_at_borders(dtype: torch.dtype, sizes: dict[str, Any]) -> None:
+    for seed in range(4):
+        got = assert_close_to_reference(problem(Paged(dtype=dtype, seed=seed, **sizes)), "pages")
+        assert not any(bool(x.isnan().any()) for x in got.values())
+
+
+@given(case=paged_calls())
+@example(case=Paged(queries=4, group=2, bias="hidden"))
+def test_arithmetic_of_other_devices_is_the_reference(case: Paged) -> None:
+    with arithmetic_of_other_devices():
+        assert_close_to_reference(problem(case), "pages")
+
+
+@given(case=paged_calls(queries=st.integers(0, 3), dtype=torch.float64))
+def test_reference_is_softmax_over_what_is_visible(case: Paged) -> None:
+    """Against one softmax per query over a list of visible slots."""
+    q, slabs, table, asks = split(case)
+    every = [(slab, page) for slab in slabs for page in range(len(slab.k))]
+    result = paged_attention(q, slabs, table, query_position=asks, scale=0.7, impl="reference")
+    for n, i, head in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
+        row, w = divmod(head // case.group, case.together)
+        t, logits, values = int(asks[n, i]), [], [q.new_zeros(0, case.dim)]
+        for slab, page in (every[entry] for entry in table[n, row].tolist() if entry >= 0):
+            for slot in range(slab.k.shape[1]):
+                bias = 0.0 if slab.logit_bias is None else float(slab.logit_bias[page, slot])
+                if t >= 0 and slab.position[page, slot] <= t < slab.evict_at[page, slot] and bias > -INF:
+                    logits.append(0.7 * q[n, i, head] @ slab.k[page, slot, w] + bias)
+                    values.append(slab.v[page, slot, w][None])
+        found = torch.stack(logits) if logits else q.new_zeros(0)
+        lse = found.logsumexp(0) if logits else q.new_tensor(-INF)
+        assert torch.allclose(result.lse[n, i, head], lse, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(result.out[n, i, head], found.softmax(0) @ torch.cat(values), rtol=1e-12, atol=1e-12)
+
+
+@given(case=paged_calls(garbage=st.sampled_from([None, NAN])))
+def test_reference_is_selected_attention_over_unpaged_keys(case: Paged) -> None:
+    assume(case.slabs and case.bias != "hidden")  # a bias that is garbage there is one that hides here
+    q, slabs, table, asks = split(case if case.garbage is None else replace(case, bias="none"))
+    rows = unpage(slabs, table)
+    position, evict_at, bias = (None if x is None else x.repeat_interleave(case.together, 2) for x in rows[2:])
+    expected = selected_attention(
+        q,
+        rows.k,
+        rows.v,
+        evict_at.masked_fill((asks < 0).all(1)[:, None, None], 0),
+        logit_bias=bias,
+        query_position=torch.where(asks < 0, NEVER, asks),
+        key_position=position,
+        impl="reference",
+    )
+    for got, same in zip(
+        paged_attention(q, slabs, table, query_position=asks, impl="reference"), expected, strict=True
+    ):
+        assert torch.equal(got, same)
+
+
+@given(case=paged_calls(garbage=None))
+@example(case=Paged(slabs=((5, 2), (9, 4)), together=2, bias="some", garbage=None))
+def test_unpage_lists_the_pages_of_every_row(case: Paged) -> None:
+    assume(case.slabs)
+    _, slabs, table, _ = split(case)
+    size = max(slab.k.shape[1] for slab in slabs)
+    every = [(slab, page) for slab in slabs for page in range(len(slab.k))]
+    rows = unpage(slabs, table)
+    slots = case.width * size
+    assert rows.k.shape == rows.v.shape == (case.sequences, slots, case.rows * case.together, case.dim)
+    assert rows.position.shape == rows.evict_at.shape == (case.sequences, slots, case.rows)
+    assert rows.position.dtype == rows.evict_at.dtype == torch.int32
+    missing = Pages(*(torch.zeros(()) for _ in range(5)))._replace(position=torch.tensor(NEVER))
+    for n, h, m in torch.cartesian_prod(*(torch.arange(x) for x in table.shape)).tolist():
+        slab, page = every[int(table[n, h, m])] if table[n, h, m] >= 0 else (None, 0)
+        for slot in range(size):
+            there = slab is not None and slot < slab.k.shape[1]
+            heads = slice(h * case.together, (h + 1) * case.together)
+            for name, whole in rows._asdict().items():
+                if whole is not None:
+                    got = whole[n, m * size + slot, heads if name in "kv" else h]
+                    expected = getattr(slab, name)[page, slot] if there else getattr(missing, name)
+                    assert bool((got == expected).all()), name
+    assert (rows.logit_bias is None) == (case.bias == "none")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(case=paged_calls(policy="none"))
+def test_seeing_nothing_is_zero(impl: str, case: Paged) -> None:
+    got = problem(case).run(impl)
+    assert bool((got["lse"] == -INF).all())
+    assert not bool(got["out"].any())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(case=paged_calls(policy="all", queries=2, garbage=None))
+def test_padding_queries_see_nothing(impl: str, case: Paged) -> None:
+    q, slabs, table, asks = split(case)
+    early = [slab._replace(position=slab.position - LAST - 1) for slab in slabs]  # also before position 0
+    asks = asks.clone()
+    asks[:, 1:] = -1
+    got = paged_attention(q, early, table, query_position=asks, impl=impl)
+    assert bool((got.lse[:, 1:] == -INF).all())
+    assert not bool(got.out[:, 1:].any())
+
+
+@pytest.mark.parametrize("way", [IN_PLACE, LISTED, ALL, "reference"])
+@given(case=paged_calls(forked=False), garbage=st.sampled_from([NAN, INF, -INF, 6e4]))
+@example(case=Paged(queries=4, slabs=((40, 3),)), garbage=NAN)
+def test_what_no_query_sees_does_not_leak(way: str, case: Paged, garbage: float) -> None:
+    clean, poisoned = (problem(replace(case, garbage=x)) for x in (None, garbage))
+    with path(way) as options:
+        impl = "reference" if way == "reference" else "pages"
+        clean.options = poisoned.options = options
+        expected = clean.run(impl)
+        for name, x in poisoned.run(impl).items():
+            assert torch.equal(x, expected[name]), name
+
+
+@given(case=paged_calls(garbage=NAN, queries=1, dtype=torch.float64), nan=st.sampled_from([NAN, INF]))
+@example(case=Paged(garbage=NAN, policy="all", sequences=3), nan=NAN)
+def test_a_sequence_that_is_not_finite_leaves_the_others_alone(case: Paged, nan: float) -> None:
+    assume(case.sequences > 0)
+    q, slabs, table, asks = split(case)
+    before = paged_attention(q, slabs, table, query_position=asks)
+    q = q.clone()
+    q[0] = nan
+    after = paged_attention(q, slabs, table, query_position=asks)
+    for got, expected in zip(after, before, strict=True):
+        assert torch.equal(got[1:], expected[1:])
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """k and v of every call of SDPA."""
+    seen, attend = [], pages.attend
+
+    def watching(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        seen.append((k, v))
+        return attend(q, k, v, *rest)
+
+    with patch.object(pages, "attend", watching):
+        yield seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", ["none", "some"])
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_pages_are_read_once_where_they_lie(dtype: torch.dtype, bias: str, garbage: float) -> None:
+    """Unlisted pages may be anything: nothing is copied, cleaned or read again for them."""
+    case = Paged(slabs=((9, 4), (20, 2)), dtype=dtype, bias=bias, queries=2, policy="all", garbage=None)
+    q, slabs, table, asks = split(case)
+    for begin, slab in ((0, slabs[0]), (9, slabs[1])):
+        for page in set(range(len(slab.k))) - set((table - begin).flatten().tolist()):
+            slab.k[page] = slab.v[page] = garbage
+    with watched() as seen:
+        paged_attention(q, slabs, table, query_position=asks.clamp(min=0))
+    assert [(k.data_ptr(), v.data_ptr()) for k, v in seen] == [(x.k.data_ptr(), x.v.data_ptr()) for x in slabs]
+    assert all(k.mT.shape[0] == len(slab.k) for (k, _), slab in zip(seen, slabs, strict=True))
+
+
+def test_only_slabs_with_a_page_that_is_listed_twice_are_gathered() -> None:
+    q, slabs, table, asks = split(Paged(slabs=((12, 4), (12, 4)), sequences=2, rows=1, width=4, garbage=None))
+    table[:] = torch.tensor([[[3, 12, 14, -1]], [[5, 3, 13, 20]]])
+    with watched() as seen:
+        got = paged_attention(q, slabs, table, query_position=asks)
+    assert [len(k) for k, _ in seen] == [3, 12]
+    assert seen[1][0].data_ptr() == slabs[1].k.data_ptr()
+    expected = paged_attention(q, slabs, table, query_position=asks, impl="reference")
+    assert torch.allclose(got.out, expected.out, rtol=1e-12, atol=1e-12)
+
+
+def test_a_slab_with_many_spare_pages_is_gathered() -> None:
+    q, slabs, table, asks = split(Paged(slabs=((12 * 3 + 1, 4),), width=3, garbage=None))
+    with watched() as seen:
+        paged_attention(q, slabs, table, query_position=asks)
+        paged_attention(q, [Pages(*(x[1:] for x in slabs[0][:4]))], (table - 1).clamp(min=-1), query_position=asks)
+    assert [len(k) for k, _ in seen] == [int((table >= 0).sum()), 36]
+
+
+@given(case=paged_calls(dtype=torch.float64), seed=seeds)
+def test_the_order_of_pages_does_not_matter(case: Paged, seed: int) -> None:
+    """Neither in the slabs nor in the table, nor how they are shared out among slabs."""
+    assume(len({size for _, size in case.slabs}) == 1)
+    q, slabs, table, asks = split(case)
+    generator = torch.Generator().manual_seed(seed)
+    whole = [torch.cat(x) if x[0] is not None else None for x in zip(*slabs, strict=True)]
+    order = torch.randperm(case.pages, generator=generator)
+    cut = seed % (case.pages + 1)
+    moved = [Pages(*(None if x is None else x[order][own] for x in whole)) for own in (slice(cut), slice(cut, None))]
+    new = torch.cat([order.argsort(), torch.tensor([-1])])[table.long()]
+    new = new.gather(2, torch.rand(new.shape, generator=generator).argsort(2))
+    noise = problem(case).noise()
+    before, after = (paged_attention(q, x, y, query_position=asks) for x, y in ((slabs, table), (moved, new)))
+    for name in ("out", "lse"):
+        assert_close(getattr(after, name), getattr(before, name), name, own=noise[name])
+
+
+@given(case=paged_calls(dtype=torch.float64), size=st.integers(1, 11))
+def test_the_page_size_does_not_matter(case: Paged, size: int) -> None:
+    assume(case.slabs)
+    q, slabs, table, asks = split(case)
+    rows = unpage(slabs, table)
+    more = -rows.k.shape[1] % size
+    fields = []
+    for x, fill in zip(rows, (NAN, NAN, 0, 0, NAN), strict=True):
+        if x is not None:
+            x = torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), fill)], 1).unflatten(1, (-1, size))
+            x = x.unflatten(3, (case.rows, case.together)) if x.dim() == 5 else x
+            x = x.movedim(3, 1).flatten(0, 2)
+        fields.append(x)
+    width = (rows.k.shape[1] + more) // size
+    new = torch.arange(case.sequences * case.rows * width).view(case.sequences, case.rows, width)
+    before = paged_attention(q, slabs, table, query_position=asks)
+    after = paged_attention(q, [Pages(*fields)], new, query_position=asks)
+    noise = problem(case).noise()
+    for name in ("out", "lse"):
+        assert_close(getattr(after, name), getattr(before, name), name, own=noise[name])
+
+
+@given(case=paged_calls(garbage=st.sampled_from([None, INF])), impl=st.sampled_from(IMPLS))
+def test_inputs_stay_and_the_same_call_gives_the_same_bits(case: Paged, impl: str) -> None:
+    call = problem(case)
+    before = {name: x.clone() for name, x in call.tensors.items()}
+    first, second = call.run(impl), call.run(impl)
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in call.tensors.items())
+
+
+class NothingDependsOnValues(TorchDispatchMode):
+    """Raises where a shape or the host would come to depend on what a tensor holds."""
+
+    FORBIDDEN = re.compile(r"^(_local_scalar_dense|nonzero|masked_select|_?unique|equal|is_nonzero|bincount)")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        indices = (
+            [x for x in args[1] if x is not None] if name.startswith(("index.", "index_put", "_index_put")) else []
+        )
+        if self.FORBIDDEN.match(name) or any(x.dtype in (torch.bool, torch.uint8) for x in indices):
+            raise AssertionError(f"{func} depends on values")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def values_that_may_not_be_read() -> Iterator[None]:
+    arguments = import_module("hamblocks_ops.arguments")
+    with ExitStack() as stack:
+        for module in (arguments, op, pages):
+            stack.enter_context(patch.object(module, "values_are_checked", lambda _tensor: False))
+        yield
+
+
+@given(case=paged_calls(forked=False), way=st.sampled_from([IN_PLACE, ALL]))
+@example(case=Paged(queries=3, garbage=NAN, bias="hidden"), way=IN_PLACE)
+@example(case=Paged(queries=3, garbage=INF), way=ALL)
+def test_no_step_depends_on_values(case: Paged, way: str) -> None:
+    """As a CUDA graph needs it; without a look at the result, what no query sees is always cleared."""
+    call = problem(case, shared=False)
+    expected = call.run("pages")
+    with values_that_may_not_be_read(), path(way), NothingDependsOnValues():
+        got = call.run("pages", backward=False)
+    if way == IN_PLACE:
+        assert_close_to_reference(call, "pages")
+    for name, x in got.items():
+        assert not bool(x.isnan().any()), name
+        own = 0 if way == IN_PLACE else 2 * call.noise()[name]
+        assert_close(x, expected[name], name, own=own)
+
+
+def test_no_step_reads_values_of_fake_tensors() -> None:
+    call = Paged(queries=3, bias="some").tensors()
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) for name, x in call.items()}
+        assert paged(**fake, impl="pages", shared=False).out.shape == fake["q"].shape
+
+
+@pytest.mark.parametrize(
+    "step", [Tensor.nonzero, Tensor.unique, lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())]
+)
+def test_dependence_on_values_is_noticed(step: Callable[[Tensor], object]) -> None:
+    with pytest.raises(AssertionError, match="depends on values"), NothingDependsOnValues():
+        step(torch.ones(3))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    call = problem(Paged(dtype=torch.float32, queries=2))
+    plain = {impl: call.run(impl) for impl in IMPLS}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for impl in IMPLS:
+            assert all(torch.equal(x, plain[impl][name]) for name, x in call.run(impl).items())
+
+
+@pytest.mark.parametrize("name", ["q", "k1", "v0", "logit_bias1"])
+def test_there_is_no_gradient(name: str) -> None:
+    fields = Paged(bias="some").tensors()
+    fields[name].requires_grad_()
+    q, table, asks = (fields.pop(key) for key in ("q", "block_table", "query_position"))
+    slabs = slabs_of(fields)
+    with pytest.raises(ValueError, match=r"^q: expected no gradient.*, got grad required by (q|slabs\[\d\]\.\w+)$"):
+        paged_attention(q, slabs, table, query_position=asks)
+    with torch.no_grad():
+        assert not paged_attention(q, slabs, table, query_position=asks).out.requires_grad
+
+
+def test_explain_and_impl() -> None:
+    q, slabs, table, asks = split(Paged(queries=2))
+    explanation = explain(paged_attention, q, slabs, table, query_position=asks)
+    assert list(explanation) == ["pages", "reference"]
+    assert set(explanation.values()) == {"yes"}
+    assert explanation.chosen == "pages"
+    auto, named = (paged_attention(q, slabs, table, query_position=asks, impl=impl) for impl in ("auto", "pages"))
+    assert torch.equal(auto.out, named.out)
+    with pytest.raises(ValueError, match=r"^impl: expected 'auto' or one of 'pages', 'reference'.*got 'quick'"):
+        paged_attention(q, slabs, table, query_position=asks, impl="quick")
+    with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):
+        paged_attention(q, slabs, table, query_position=asks, impl=None)
+    with pytest.raises(ValueError, match=r"^q: "):
+        explain(paged_attention, q[0], slabs, table, query_position=asks)
+    refusing = tuple(row._replace(refuses=lambda _call: "not here") for row in op.TABLE)
+    with patch.object(op, "TABLE", refusing), pytest.raises(UnsupportedError, match="pages: not here"):
+        paged_attention(q, slabs, table, query_position=asks)
+    ours, theirs = (inspect.signature(f).parameters for f in (paged_attention, op.explain))
+    assert [*ours] == [*theirs, "impl"]
+
+
+BAD: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("q", lambda x: x.tolist(), "list"),
+    ("q", lambda x: x[0], r"\[1, 4, 4\]"),
+    ("q", lambda x: x.long(), "int64"),
+    ("query_position", lambda x: x[0], r"\[1\]"),
+    ("query_position", lambda x: x.float(), "float32"),
+    ("query_position", lambda x: x - 1000, "values from"),
+    ("query_position", lambda x: x.tolist(), "list"),
+    ("query_position", lambda x: x.to("meta"), "meta"),
+    ("block_table", lambda x: x[0], r"\[2, 3\]"),
+    ("block_table", lambda x: x[:1], r"\[1, 2, 3\]"),
+    ("block_table", lambda x: x.float(), "float32"),
+    ("block_table", lambda x: x.tolist(), "list"),
+    ("block_table", lambda x: x.to("meta"), "meta"),
+    ("block_table", lambda x: torch.full_like(x, 14), "values from 14 to 14"),
+    ("block_table", lambda x: torch.full_like(x, -2), "values from -2 to -2"),
+    ("block_table", lambda x: torch.cat([x, x, x], 1), "6 of them, each for 2 heads"),
+    ("block_table", lambda x: x[:, :0], "0 of them"),
+    ("slabs", lambda _: None, "NoneType"),
+    ("slabs", lambda x: x[0], r"tuple|Pages"),
+    ("slabs", lambda x: [tuple(slab) for slab in x], "list"),
+    ("shared", lambda _: 1, "int 1"),
+    ("shared", lambda _: "no", "no"),
+]
+FIELDS: list[tuple[str, Callable[[Tensor], Any], str]] = [
+    ("k", lambda x: x.tolist(), "list"),
+    ("k", lambda x: x[0], r"\[4, 2, 4\]"),
+    ("k", lambda x: x[..., :3], r"\[5, 4, 2, 3\]"),
+    ("k", lambda x: x[:, :, :1], r"\[5, 4, 1, 4\]"),
+    ("k", lambda x: x.double(), "float64"),
+    ("k", lambda x: x.to("meta"), "meta"),
+    ("v", lambda x: x[..., :3], r"\[5, 4, 2, 3\]"),
+    ("v", lambda x: x[:4], r"\[4, 4, 2, 4\]"),
+    ("v", lambda x: x.half(), "float16"),
+    ("v", lambda x: x.to("meta"), "meta"),
+    ("position", lambda x: x[:4], r"\[4, 4\]"),
+    ("position", lambda x: x.float(), "float32"),
+    ("position", lambda x: x.to("meta"), "meta"),
+    ("evict_at", lambda x: x[:, :3], r"\[5, 3\]"),
+    ("evict_at", lambda x: x.bool(), "bool"),
+    ("evict_at", lambda x: x.to("meta"), "meta"),
+    ("evict_at", lambda _: None, "NoneType"),
+    ("logit_bias", lambda _: None, "NoneType"),
+    ("logit_bias", lambda x: x[..., None], r"\[5, 4, 1\]"),
+    ("logit_bias", lambda x: x.long(), "int64"),
+    ("logit_bias", lambda x: x.to("meta"), "meta"),
+]
+GOOD = Paged(together=2, bias="some", dtype=torch.float32)
+
+
+def good() -> dict[str, Any]:
+    q, slabs, table, asks = split(GOOD)
+    return {"q": q, "slabs": slabs, "block_table": table, "query_position": asks}
+
+
+@pytest.mark.parametrize(("name", "change", "got"), BAD)
+def test_bad_arguments(name: str, change: Callable[[Any], Any], got: str) -> None:
+    call = good()
+    paged_attention(**call)
+    call[name] = change(call.get(name))
+    with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .*({got})"):
+        paged_attention(**call)
+    if name in ("slabs", "block_table") and "of them" not in got and "[1, 2" not in got:  # which only q rules out
+        with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .*({got})"):
+            unpage(call["slabs"], call["block_table"])
+
+
+@pytest.mark.parametrize(("name", "change", "got"), FIELDS)
+def test_bad_slabs(name: str, change: Callable[[Tensor], Any], got: str) -> None:
+    call = good()
+    call["slabs"][1] = call["slabs"][1]._replace(**{name: change(getattr(call["slabs"][1], name))})
+    for run in (lambda: paged_attention(**call), lambda: unpage(call["slabs"], call["block_table"])):
+        with pytest.raises(ValueError, match=rf"^slabs\[1\]\.{name}: expected .+, got .*{got}"):
+            run()
+
+
+def test_slabs_agree_with_q() -> None:
+    call = good()
+    for change in (lambda x: x.double(), lambda x: x[..., :3], lambda x: x.to("meta")):
+        with pytest.raises(ValueError, match=r"^slabs\[0\]\.k: expected "):
+            paged_attention(**(call | {"q": change(call["q"])}))
+    bare = [call["slabs"][0]._replace(logit_bias=None), call["slabs"][1]]
+    with pytest.raises(ValueError, match=r"^slabs\[1\]\.logit_bias: expected None, as in slabs\[0\], got float32"):
+        paged_attention(**(call | {"slabs": bare}))
+    with pytest.raises(ValueError, match=r"^slabs: expected at least one slab"):
+        unpage([], call["block_table"])
+
+
+def test_a_page_that_is_listed_twice_is_not_private() -> None:
+    call = good()
+    call["block_table"][:] = -1
+    call["block_table"][0, 0, 0] = call["block_table"][1, 1, 2] = 13
+    with pytest.raises(
+        ValueError, match=r"^shared: expected True or None where a page is listed twice, got bool False"
+    ):
+        paged_attention(**call, shared=False)
+    paged_attention(**call)

@@ -1,0 +1,277 @@
+"""The KV cache against plain lists: content, pages and bytes, whatever is done to it in whatever order."""
+
+import copy
+import gc
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from parts_cases import same
+
+import hamblocks as hb
+from hamblocks.ops import NEVER
+
+
+class Token(NamedTuple):
+    name: int  # what its keys are made of
+    evict_at: int
+
+
+def keys_of(name, heads, dim):
+    """k and v of a token, [heads, dim] each, and its bias."""
+    k = name + 0.25 * torch.arange(heads * dim, dtype=torch.float64).view(heads, dim) / (heads * dim)
+    return k, -k, float(name) / 7
+
+
+class Plain:
+    """A cache written down once more: for each sequence what was seen, and per row a dict of its tokens by position."""
+
+    def __init__(self, sequences, heads):
+        self.seen = [0] * sequences
+        self.rows = [[{} for _ in range(heads)] for _ in range(sequences)]
+
+    def evict(self):
+        for seen, rows in zip(self.seen, self.rows, strict=True):
+            for row in rows:
+                for position in [p for p, token in row.items() if token.evict_at <= seen]:
+                    del row[position]
+
+
+class Handle:
+    def __init__(self, cache, plain):
+        self.cache, self.plain = cache, plain
+
+
+class Caches(RuleBasedStateMachine):
+    handles = Bundle("handles")
+
+    @initialize(
+        target=handles,
+        sequences=st.integers(0, 3),
+        heads=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
+        bias=st.booleans(),
+        page_size=st.integers(1, 4),
+    )
+    def start(self, sequences, heads, bias, page_size):
+        self.heads, self.wide = heads
+        self.bias, self.page_size, self.names = bias, page_size, 0
+        self.live = []
+        cache = hb.KVCache.empty(
+            sequences,
+            self.heads * self.wide,
+            2,
+            torch.zeros((), dtype=torch.float64),
+            shared=self.heads == 1,
+            logit_bias=bias,
+            page_size=page_size,
+        )
+        if self.heads == 1:
+            assert (cache.row_heads, cache._pool.heads) == (1, self.wide)
+        return self.keep(Handle(cache, Plain(sequences, self.heads)))
+
+    def keep(self, handle):
+        self.live.append(handle)
+        return handle
+
+    def change(self, handle, data, *, lowered=True):
+        """A step of up to 9 tokens, on both: the committing handle, and what it is to hold."""
+        cache, plain = handle.cache, copy.deepcopy(handle.plain)
+        sequences = len(plain.seen)
+        if lowered and sequences and data.draw(st.booleans(), "lowers"):
+            cache = cache.lower(self.lower(plain, data))
+        tokens = data.draw(st.sampled_from([0, 1, 1, 1, 2, 5, 9]), "tokens")
+        k = torch.zeros(sequences, tokens, self.heads * self.wide, 2, dtype=torch.float64)
+        v, bias = k.clone(), torch.zeros(sequences, tokens, self.heads * self.wide)
+        position = torch.full((sequences, tokens), -1, dtype=torch.int32)
+        evict_at = torch.full((sequences, tokens, self.heads), -1, dtype=torch.int32)
+        for n in range(sequences):
+            own = data.draw(st.integers(0, tokens), "own")
+            lives = data.draw(
+                st.lists(st.sampled_from([0, 1, 2, 4, NEVER]), min_size=own * self.heads, max_size=own * self.heads),
+                "lives",
+            )
+            for t in range(own):
+                where = plain.seen[n] + t
+                position[n, t] = where
+                self.names += 1
+                for h in range(self.heads):
+                    until = min(where + lives[t * self.heads + h], NEVER)
+                    evict_at[n, t, h] = until
+                    part = slice(h * self.wide, (h + 1) * self.wide)
+                    k[n, t, part], v[n, t, part], bias[n, t, part] = keys_of(self.names, self.wide, 2)
+                    if until > where:
+                        plain.rows[n][h][where] = Token(self.names, until)
+            plain.seen[n] += own
+        cache = cache.append(k, v, position, evict_at, bias if self.bias else None)
+        plain.evict()
+        return cache, torch.tensor(plain.seen, dtype=torch.int32), plain
+
+    def lower(self, plain, data):
+        """Some tokens are to live shorter, never shorter than now; rows of the ledger that are empty come first."""
+        lists = []
+        for n, rows in enumerate(plain.rows):
+            for row in rows:
+                chosen = sorted(data.draw(st.sets(st.sampled_from(sorted(row))), "chosen") if row else [])
+                for p in chosen:
+                    until = min(row[p].evict_at, plain.seen[n] + data.draw(st.integers(0, 3), "until"))
+                    row[p] = row[p]._replace(evict_at=until)
+                lists.append([(p, row[p].evict_at) for p in chosen])
+        most = max((len(one) for one in lists), default=0)
+        table = torch.tensor([[(-1, -1)] * (most - len(one)) + one for one in lists], dtype=torch.int32)
+        table = table.view(len(plain.seen), self.heads, most, 2).transpose(1, 2)
+        plain.evict()
+        return hb.Lifetimes(table[..., 0], table[..., 1])
+
+    @rule(handle=handles, data=st.data())
+    def step(self, handle, data):
+        staged, seen, plain = self.change(handle, data)
+        spent = handle.cache
+        handle.cache, handle.plain = staged.commit(seen), plain
+        for old in (spent, staged):
+            with pytest.raises(ValueError, match=r"^state: expected the newest, got one .*fork\(\)"):
+                old.commit(seen)
+
+    @rule(handle=handles, data=st.data())
+    def abandoned_step(self, handle, data):
+        self.change(handle, data)
+
+    @rule(handle=handles, data=st.data())
+    def failed_transaction(self, handle, data):
+        staged, seen, _ = self.change(handle, data)
+        following = []
+
+        def fails():
+            with hb.transaction():
+                following.append(staged.commit(seen))
+                for cache in (staged, *following):
+                    with pytest.raises(ValueError, match=r"^state: expected one call"):
+                        cache.commit(seen)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fails()
+        assert following[0].spent
+
+    @rule(one=handles, other=handles, data=st.data())
+    def transaction(self, one, other, data):
+        if one is other:
+            return
+        changes = [(handle, *self.change(handle, data)) for handle in (one, other)]
+        with hb.transaction():
+            for handle, staged, seen, plain in changes:
+                with hb.transaction():  # the outer one decides
+                    handle.cache, handle.plain = staged.commit(seen), plain
+
+    @rule(target=handles, handle=handles)
+    def fork(self, handle):
+        return self.keep(Handle(handle.cache.fork(), copy.deepcopy(handle.plain)))
+
+    @rule(handle=handles, data=st.data())
+    def reorder(self, handle, data):
+        sequences = len(handle.plain.seen)
+        index = data.draw(st.lists(st.integers(0, sequences - 1), max_size=4)) if sequences else []
+        old = handle.cache
+        handle.cache = old.reorder(torch.tensor(index, dtype=torch.int64))
+        assert old.spent
+        plain = Plain(len(index), self.heads)
+        plain.seen = [handle.plain.seen[i] for i in index]
+        plain.rows = [copy.deepcopy(handle.plain.rows[i]) for i in index]
+        handle.plain = plain
+
+    @rule(handle=handles, data=st.data())
+    def reset(self, handle, data):
+        plain = handle.plain
+        gone = [data.draw(st.booleans()) for _ in plain.seen]
+        old = handle.cache
+        handle.cache = old.reset(torch.tensor(gone, dtype=torch.bool))
+        assert old.spent
+        for n, which in enumerate(gone):
+            if which:
+                plain.seen[n], plain.rows[n] = 0, [{} for _ in range(self.heads)]
+
+    @rule(handle=handles, steps=st.integers(0, 6))
+    def reserve(self, handle, steps):
+        handle.cache.reserve(steps)
+
+    @rule(handle=handles, how=st.sampled_from(["to", "deepcopy", "state_dict"]))
+    def copied(self, handle, how):
+        old = handle.cache
+        if how == "to":
+            handle.cache = old.to("cpu")
+        elif how == "deepcopy":
+            handle.cache = copy.deepcopy(old)
+        else:
+            handle.cache = hb.KVCache.load(old.state_dict())
+        assert handle.cache._pool is not old._pool
+        assert not old.spent
+
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(handle=consumes(handles))
+    def drop(self, handle):
+        self.live.remove(handle)
+        handle.cache = None  # the machine remembers the handle itself
+
+    @rule(handle=handles)
+    def limit(self, handle):
+        """No more pages than there are: what asks for more fails and leaves everything as it was."""
+        cache, pool = handle.cache, handle.cache._pool
+        pool.max_pages = pool.pages
+        wanted = (pool.pages + 1) * self.page_size
+        if len(handle.plain.seen):
+            before = cache.state_dict()
+            with pytest.raises(ValueError, match=r"^max_pages: expected at least \d+ pages .*, got"):
+                cache.reserve(wanted)
+            assert same(before, cache.state_dict())
+        pool.max_pages = None
+
+    @invariant()
+    def content(self):
+        for handle in getattr(self, "live", []):
+            stored, plain = handle.cache.read(), handle.plain
+            assert handle.cache.seen.tolist() == plain.seen
+            assert handle.cache.tokens.tolist() == [
+                [len(rows[h // self.wide]) for h in range(self.heads * self.wide)] for rows in plain.rows
+            ]
+            for n, rows in enumerate(plain.rows):
+                for h in range(self.heads * self.wide):
+                    there = (stored.position[n, :, h] != NEVER).nonzero()[:, 0]
+                    got = {int(stored.position[n, i, h]): i for i in there}
+                    assert len(got) == len(there)
+                    assert got.keys() == rows[h // self.wide].keys()
+                    for p, token in rows[h // self.wide].items():
+                        k, v, bias = keys_of(token.name, self.wide, 2)
+                        assert torch.equal(stored.k[n, got[p], h], k[h % self.wide])
+                        assert torch.equal(stored.v[n, got[p], h], v[h % self.wide])
+                        assert stored.evict_at[n, got[p], h] == token.evict_at
+                        if self.bias:
+                            assert stored.logit_bias[n, got[p], h] == torch.tensor(bias).to(stored.logit_bias.dtype)
+            assert not stored.evict_at[stored.position == NEVER].any()
+
+    @invariant()
+    def pages(self):
+        pools = {id(handle.cache._pool): handle.cache._pool for handle in getattr(self, "live", [])}
+        for pool in pools.values():
+            own = [handle for handle in self.live if handle.cache._pool is pool]
+            users = torch.zeros(pool.pages, dtype=torch.int32)
+            for handle in own:
+                rows = handle.cache._rows
+                listed = rows.table[rows.table >= 0].long()
+                users.index_add_(0, listed, torch.ones(len(listed), dtype=torch.int32))
+                assert not rows.private or (listed.unique().numel() == listed.numel())
+                have = (rows.table >= 0).sum(1)
+                assert ((rows.table >= 0) == (torch.arange(rows.width) < have[:, None])).all()
+                if not rows.credit:  # else holes may be left, and pages not given back
+                    live = torch.tensor([len(row) for one in handle.plain.rows for row in one])
+                    assert (have * self.page_size >= live).all()
+            if not torch.equal(users, pool.users[:-2]):
+                gc.collect()  # a traceback may hold a handle in a cycle
+            assert torch.equal(users, pool.users[:-2])
+            assert pool.promised == sum(handle.cache._rows.lease.promised for handle in own)
+            assert not pool.evict_at[-2].any()
+
+
+Caches.TestCase.settings = settings(max_examples=max(settings().max_examples * 4, 20), stateful_step_count=20)
+TestCaches = Caches.TestCase
