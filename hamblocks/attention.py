@@ -86,7 +86,7 @@ class SelectedAttention(Built):
             return result.out, None
         cache = cache.append(k, v, position, evict_at, logit_bias)
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, logit_bias))
-        if q.shape[1] <= FEW and not learns and self.impl in ("auto", "reference"):
+        if q.shape[1] <= FEW and not learns and cache.in_place and self.impl in ("auto", "reference"):
             read = paged_attention(
                 q,
                 cache.slabs,

@@ -36,6 +36,8 @@ class Commit:
         page_size, table = rows.pool.page_size, rows.table
         self.count = 0 if new is None or not len(table) else len(new.evict_at) // len(table)
         self.wait = rows.credit < self.count or not rows.private
+        if self.wait:
+            rows.pool.collect()
         stays = rows.alive(rows.lifetimes() if until is None else until, seen)
         if new is None:
             enters = stays[:, :0]

@@ -44,6 +44,7 @@ class Pool:
     Attributes:
         users: int32 `[P + 2]`, how many rows list a page.
         promised: pages that changes still to be applied will take.
+        returned: tables `[R, C + 1]` whose pages, all but those of the last column, go back.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Pool:
         self.dtype, self.device = like.dtype, like.device
         self.keys: list[tuple[Tensor, Tensor]] = []
         self.promised = 0
+        self.returned: list[Tensor] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
         self.bias = torch.zeros(2, page_size, dtype=wide(like), device=like.device) if logit_bias else None
@@ -97,8 +99,14 @@ class Pool:
             begin = own.stop
         return slabs
 
+    def collect(self) -> None:
+        """Takes back what was returned."""
+        while self.returned:
+            self.list(self.returned.pop()[:, :-1], -1)
+
     def used(self) -> int:
         """How many pages some row lists; waits for the device."""
+        self.collect()
         return int((self.users[:-2] > 0).sum())
 
     def ensure(self, pages: int) -> None:

@@ -37,10 +37,12 @@ class Lease:
         self.promised = 0
 
     def end(self) -> None:
-        """Gives everything back."""
+        """Gives everything back when the pool next looks.
+
+        No tensor is touched: the garbage collector calls this at any time, in a graph's capture or a trace of another.
+        """
         self.unpromise()
-        self.pool.list(self.table[:, :-1], -1)
-        self.table = self.table[:, :1].fill_(-1)
+        self.pool.returned.append(self.table)
 
 
 @final
@@ -55,13 +57,15 @@ class Rows:
         private: no page has another user.
         pending: a transaction has still to change them.
         turn: counts the changes; a handle of another turn is spent.
+        end: gives all pages back; called once, at the latest with the last handle.
     """
 
     def __init__(self, pool: Pool, table: Tensor, seen: Tensor, heads: int, *, private: bool = True) -> None:
         """table: int32 `[R, M]`, of pages that were listed for these rows."""
         self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
         self.lease, self.width = Lease(pool, table), table.shape[1]
-        weakref.finalize(self, self.lease.end).atexit = False
+        self.end = weakref.finalize(self, self.lease.end)
+        self.end.atexit = False
         self.credit = self.turn = 0
         self.pending = False
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from hamblocks.cache.changes import make
 from hamblocks.cache.commit import Commit
 from hamblocks.cache.pool import Pool, Tokens
 from hamblocks.cache.rows import Rows, ranked
-from hamblocks.cache.changes import make
 from hamblocks.protocols import Lifetimes, check_count
 from hamblocks.selectors import EMPTY, lower
 from hamblocks_ops import NEVER, Pages, unpage
@@ -184,8 +184,14 @@ class KVCache:
 
     @property
     def slabs(self) -> list[Pages]:
-        """The pool's slabs and, as the last one, the tokens that were appended: what `paged_attention` takes."""
+        """The pool's slabs and, as the last one, the tokens that were appended: what `paged_attention` takes.
+
+        Raises:
+            ValueError: not `in_place`.
+        """
         rows, pool = self._own(), self._pool
+        if not self.in_place:
+            raise ValueError("cache: expected one whose pages have one user, to show lowered lifetimes, got one forked")
         slabs = pool.slabs(None if self._until is None else rows.put_back(self._until, pool.evict_at.clone()))
         if self._new is not None:
             slabs.append(self._by_row(self._new))
@@ -204,6 +210,11 @@ class KVCache:
     def private(self) -> bool:
         """Whether it is known that no page is listed twice."""
         return self._own().private
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `slabs` show it: lifetimes lowered for one row only cannot be shown in a page that another lists."""
+        return self._until is None or self.private
 
     def read(self) -> Stored:
         """All that is stored, and what was appended, as padded tensors: a copy. Those appended carry gradient."""
@@ -358,7 +369,7 @@ class KVCache:
         index = index.long()
         table = rows.table.unflatten(0, (self.sequences, self.row_heads))[index].flatten(0, 1)
         self._pool.list(table, 1)
-        rows.lease.end()
+        rows.end()
         rows.turn += 1
         return KVCache(Rows(self._pool, table, rows.seen[index], rows.heads, private=False))
 

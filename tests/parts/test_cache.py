@@ -9,10 +9,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from parts_cases import same
+from parts_cases import close, same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hamblocks as hb
-from hamblocks.ops import NEVER
+from hamblocks.ops import NEVER, paged_attention, selected_attention
 
 
 class Token(NamedTuple):
@@ -106,8 +107,33 @@ class Caches(RuleBasedStateMachine):
                         plain.rows[n][h][where] = Token(self.names, until)
             plain.seen[n] += own
         cache = cache.append(k, v, position, evict_at, bias if self.bias else None)
+        self.attend(cache, position)
         plain.evict()
         return cache, torch.tensor(plain.seen, dtype=torch.int32), plain
+
+    def attend(self, cache, position):
+        """Attention sees the staged change, in pages as in copies."""
+        if not cache.in_place:
+            with pytest.raises(ValueError, match=r"^cache: expected one whose pages have one user"):
+                _ = cache.slabs
+            return
+        stored = cache.read()
+        q = torch.linspace(-1, 1, position.numel() * self.heads * self.wide * 2, dtype=torch.float64)
+        q = q.view(*position.shape, self.heads * self.wide, 2)
+        shared = False if cache.private else None
+        paged = paged_attention(q, cache.slabs, cache.block_table, query_position=position, shared=shared)
+        plain = selected_attention(
+            q,
+            stored.k,
+            stored.v,
+            stored.evict_at,
+            logit_bias=stored.logit_bias,
+            query_position=position,
+            key_position=stored.position,
+            impl="reference",
+        )
+        close(paged.out, plain.out)
+        close(paged.lse, plain.lse)
 
     def lower(self, plain, data):
         """Some tokens are to live shorter, never shorter than now; rows of the ledger that are empty come first."""
@@ -266,8 +292,10 @@ class Caches(RuleBasedStateMachine):
                 if not rows.credit:  # else holes may be left, and pages not given back
                     live = torch.tensor([len(row) for one in handle.plain.rows for row in one])
                     assert (have * self.page_size >= live).all()
+            pool.collect()
             if not torch.equal(users, pool.users[:-2]):
                 gc.collect()  # a traceback may hold a handle in a cycle
+                pool.collect()
             assert torch.equal(users, pool.users[:-2])
             assert pool.promised == sum(handle.cache._rows.lease.promised for handle in own)
             assert not pool.evict_at[-2].any()
@@ -275,3 +303,17 @@ class Caches(RuleBasedStateMachine):
 
 Caches.TestCase.settings = settings(max_examples=max(settings().max_examples * 4, 20), stateful_step_count=20)
 TestCaches = Caches.TestCase
+
+
+def test_a_handle_may_die_inside_a_trace():
+    cache = hb.KVCache.empty(2, 1, 2, torch.zeros(()), page_size=2)
+    position, evict_at = torch.arange(3).int().expand(2, -1), torch.full((2, 3, 1), NEVER, dtype=torch.int32)
+    cache = cache.append(torch.ones(2, 3, 1, 2), torch.ones(2, 3, 1, 2), position, evict_at).commit(
+        torch.tensor([3, 3], dtype=torch.int32)
+    )
+    fork, pool = cache.fork(), cache._pool
+    with FakeTensorMode():
+        del fork
+        gc.collect()
+    assert pool.used() == 4
+    assert not (pool.users > 1).any()

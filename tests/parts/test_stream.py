@@ -290,6 +290,26 @@ def test_low_precision_pieces_are_one_pass_within_the_budget(case, dtype, size, 
     assert_close(torch.cat(pieces, 1), right, "y", own=own)
 
 
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_beams_are_one_pass(case):
+    """Sequences that share pages go on unlike each other."""
+    layer = build(case, Size(0, 1, 0, (4, 2)))
+    generator = torch.Generator().manual_seed(0)
+    histories = list(torch.randn(2, 9, 16, generator=generator, dtype=torch.float64))
+    _, state, _ = layer.prefill(torch.stack(histories), layer.init_state(2, page_size=4))
+    for step, index in enumerate([[0, 0, 1, 0, 1], [4, 4, 0, 1, 2], [2, 1, 0, 0, 3], [3, 3, 3, 4, 4]]):
+        state = state.reorder(torch.tensor(index))
+        x = torch.randn(5, 1 + step % 2, 16, generator=generator, dtype=torch.float64)
+        histories = [torch.cat([histories[i], own]) for i, own in zip(index, x, strict=True)]
+        y, state, _ = layer.prefill(x, state)
+        for n, history in enumerate(histories):
+            close(y[n], layer(history[None]).y[0, -x.shape[1] :])
+            known = layer.selector(layer(history[None]).stats.score).evict_at[0].expand(-1, 2)
+            for head, (position, _, _) in enumerate(content(state)[n]):
+                assert position.tolist() == (known[:, head] > len(history)).nonzero()[:, 0].tolist()
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses whatever would read a value off the device."""
 
