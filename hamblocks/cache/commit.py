@@ -36,8 +36,7 @@ class Commit:
         page_size, table = rows.pool.page_size, rows.table
         self.count = 0 if new is None or not len(table) else len(new.evict_at) // len(table)
         self.wait = rows.credit < self.count or not rows.private
-        if self.wait:
-            rows.pool.collect()
+        self.freed = self.wait and rows.pool.collect()
         stays = rows.alive(rows.lifetimes() if until is None else until, seen)
         if new is None:
             enters = stays[:, :0]
@@ -57,15 +56,16 @@ class Commit:
         inside = torch.arange(slots, device=table.device) < self.keep[:, None] * page_size
         # the n-th token that comes takes the n-th hole, first those that move
         self.holes = (inside & ~stays).cumsum(1)
-        self.moves = _Moves(stays & ~inside, self.holes) if self.wait else None
+        outside = stays & ~inside
+        self.moves = _Moves(outside, self.holes) if self.wait and bool(outside.any()) else None
         moving = 0 if self.moves is None else self.moves.count[:, None]
         self.place = torch.where(enters, torch.searchsorted(self.holes, moving + enters.cumsum(1)), -1)
-        self.copies = torch.zeros_like(table, dtype=torch.bool)
+        self.copies = None if rows.private else self._changed() & rows.common()
         self.need = 0
         if self.wait:
-            self.copies = self._changed() & rows.common()
-            self.need = int(self.more.sum() + self.copies.sum())
-            self.pool.ensure(self.need - rows.lease.promised)
+            self.need = int(self.more.sum()) + (0 if self.copies is None else int(self.copies.sum()))
+            if self.need > rows.lease.promised:
+                self.pool.ensure(self.need - rows.lease.promised)
             self.pool.promised += self.need
         rows.pending = True
 
@@ -93,14 +93,16 @@ class Commit:
         self.drop()
         if self.wait:
             rows.stop_reserving()
+        if self.copies is not None:
             rows.unshare(self.copies)
         if self.until is not None:
             # pages that go back may still be another's
             rows.put_back(self.until, pool.evict_at, self.keep)
         rows.lease.widen(self.width)
-        self._take_pages()
+        if self.most:
+            self._take_pages()
         rows.width = max(self.width, rows.width)
-        if self.moves is not None and len(self.moves.row):
+        if self.moves is not None:
             moved = pool.read(rows.slots(self.moves.row, self.moves.source))
             if self.until is not None:
                 moved = moved._replace(evict_at=self.until[self.moves.row, self.moves.source])
@@ -129,13 +131,16 @@ class Commit:
 
     def _return_pages(self) -> None:
         pool, rows = self.pool, self.rows
-        gone = torch.arange(rows.width, device=self.keep.device) >= self.keep[:, None]
-        pool.list(torch.where(gone, rows.table, -1), -1)
-        rows.table.masked_fill_(gone, -1)
+        less = bool((self.keep < self.have).any())
+        if less:
+            gone = torch.arange(rows.width, device=self.keep.device) >= self.keep[:, None]
+            pool.list(torch.where(gone, rows.table, -1), -1)
+            rows.table.masked_fill_(gone, -1)
+        if self.freed or less:
+            pool.shrink()
         rows.width = self.width
         if not rows.private:
             rows.private = not bool(rows.common().any())
-        pool.shrink()
 
 
 @final

@@ -99,10 +99,12 @@ class Pool:
             begin = own.stop
         return slabs
 
-    def collect(self) -> None:
-        """Takes back what was returned."""
+    def collect(self) -> bool:
+        """Takes back what was returned; whether something was."""
+        some = bool(self.returned)
         while self.returned:
             self.list(self.returned.pop()[:, :-1], -1)
+        return some
 
     def used(self) -> int:
         """How many pages some row lists; waits for the device."""

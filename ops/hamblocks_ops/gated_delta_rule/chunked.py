@@ -40,6 +40,8 @@ def chunked(
     tokens = v.shape[1]
     if tokens == 0:
         return v.to(wide), v.to(wide), initial_state
+    if tokens == 1 and cu_seqlens is None:
+        return _step(q.to(wide), k.to(wide), v.to(wide), beta.to(wide), g.to(wide), scale, initial_state)
     size = min(chunk_size, tokens)
     packed = None if cu_seqlens is None else _lay_out(cu_seqlens, tokens, size)
 
@@ -62,6 +64,17 @@ def chunked(
     step = _Chunks.prepare(chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g), scale)
     out, residual, state = _scan(step, initial_state, packed)
     return tokens_of(out), tokens_of(residual), state
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token, as in decoding: a chunk of one has no system to solve."""
+    q, k, v, beta = (x[:, 0, :, None] for x in (q, k, v, beta))
+    state = g[:, 0, :, None, None].exp() * state
+    residual = v - k @ state
+    state = state + (beta[..., None] * k).mT * residual
+    return (scale * q @ state).transpose(1, 2), residual.transpose(1, 2), state
 
 
 class _Layout(NamedTuple):

@@ -64,6 +64,11 @@ class _Listed(NamedTuple):
     place: Tensor
     inside: Tensor
 
+    def up_to(self, pages: int) -> _Listed:
+        """The same of the first pages of the slab."""
+        slab = Pages(*(None if x is None else x[:pages] for x in self.slab))  # type: ignore[arg-type]
+        return self._replace(slab=slab)
+
     def lying(self) -> _Part:
         """All pages of the slab, as they are."""
         size = len(self.slab.k)
@@ -112,14 +117,20 @@ def _parts(call: PagedCall) -> Iterator[_Part]:
     table = call.block_table.flatten(0, 1).long()
     row = torch.arange(len(table), device=table.device)[:, None].expand_as(table)
     count = users(table, total(call.slabs)) if call.shared is None else None
-    begin = 0
+    look, begin = values_are_checked(call.q), 0
     for slab in call.slabs:
         size, place = len(slab.k), table - begin
         listed = _Listed(slab, row, place, (place >= 0) & (place < size))
+        own = slice(begin, begin + size)
         begin += size
         if table.numel() == 0 or slab.k.numel() == 0 or call.q.numel() == 0:
             continue
-        shared = call.shared if count is None else bool((count[begin - size : begin] > 1).any())
+        if look:  # pools fill from below: what lies behind the last page that is listed is free
+            listed = listed.up_to(int(place.masked_fill(~listed.inside, -1).max()) + 1)
+            size = len(listed.slab.k)
+            if size == 0:
+                continue
+        shared = call.shared if count is None else bool((count[own] > 1).any())
         if shared or size > SPARE * table.numel():
             yield listed.gathered(look=call.shared is not False)
         else:
@@ -129,16 +140,17 @@ def _parts(call: PagedCall) -> Iterator[_Part]:
 def _read(call: PagedCall, queries: _Queries, parts: list[_Part], *, clean: bool) -> tuple[Tensor, Tensor]:
     """out [R, W, G * T, D] and lse [R, W, G * T]; `clean`: with zeros in place of what no query sees."""
     # page 0 of all parts together stands for none; a row has it at least once, for it may have no other
-    begin, table = 1, call.block_table.flatten(0, 1)
-    which = torch.zeros(len(table), table.shape[1] + 1, dtype=torch.int64, device=table.device)
+    begin, which = 1, torch.zeros_like(call.block_table.flatten(0, 1), dtype=torch.int64)
     none = queries.q.new_zeros(1, *queries.q.shape[1:])
     outs, lses = [none], [torch.full_like(none[..., 0], float("-inf"))]
-    for part in parts:
-        out, lse = _attend(queries, part, call.scale, clean=clean)
+    for alike in _by_page_size(parts):
+        out, lse = _attend(queries, alike, call.scale, clean=clean)
         outs.append(out)
         lses.append(lse)
-        which = torch.where(pad(part.where, [0, 1], value=-1) < 0, which, pad(part.where, [0, 1]) + begin)
-        begin += len(part.owner)
+        for part in alike:
+            which = torch.where(part.where < 0, which, part.where + begin)
+            begin += len(part.owner)
+    which = pad(which, [0, 1])
     out, lse = (torch.cat(x).index_select(0, which.flatten()).unflatten(0, which.shape) for x in (outs, lses))
     peak = lse.amax(1, keepdim=True)
     weight = (lse - peak.masked_fill(peak == float("-inf"), 0)).exp()
@@ -147,24 +159,49 @@ def _read(call: PagedCall, queries: _Queries, parts: list[_Part], *, clean: bool
     return out, whole.log() + peak[:, 0]
 
 
-def _attend(queries: _Queries, part: _Part, scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
-    """out [U, W, G * T, D] and lse [U, W, G * T] of every page; 0 and -inf where its row sees nothing of it."""
-    (k, v, position, evict_at, logit_bias), owner, dtype = part.pages, part.owner, queries.q.dtype
-    time = queries.time[owner][:, :, None]
+def _by_page_size(parts: list[_Part]) -> list[list[_Part]]:
+    """Parts whose pages are of one size, together."""
+    sizes: dict[int, list[_Part]] = {}
+    for part in parts:
+        sizes.setdefault(part.pages.k.shape[1], []).append(part)
+    return list(sizes.values())
+
+
+def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
+    """out [U, W, G * T, D] and lse [U, W, G * T] of every page; 0 and -inf where its row sees nothing of it.
+
+    All but keys and values is small, and put together for all parts, whose pages are of one size.
+    """
+    owner, position, evict_at, bias = (
+        None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x)
+        for x in zip(*((part.owner, *part.pages[2:]) for part in parts), strict=True)
+    )
+    assert owner is not None
+    assert position is not None
+    assert evict_at is not None
+    time, dtype = queries.time[owner][:, :, None], queries.q.dtype
     visible = (position[:, None] <= time) & (time < evict_at[:, None])  # [U, T, page]
-    if logit_bias is None:
-        mask = torch.where(visible, torch.zeros((), dtype=dtype, device=k.device), float("-inf"))
+    if bias is None:
+        mask = torch.where(visible, torch.zeros((), dtype=dtype, device=owner.device), float("-inf"))
     else:
-        visible &= (logit_bias != float("-inf"))[:, None]
-        mask = torch.where(visible, logit_bias[:, None].to(dtype), float("-inf"))
-    if clean:
-        unseen = ~visible.any(1)[:, :, None, None]
-        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+        visible &= (bias != float("-inf"))[:, None]
+        mask = torch.where(visible, bias[:, None].to(dtype), float("-inf"))
     q, blind = queries.q.index_select(0, owner), ~visible.any(2)
     if time.shape[1] > 1:  # the queries of a group stand one after the other; what is the same for all, SDPA repeats
         group = q.shape[2] // time.shape[1]
         mask, blind = mask.repeat(1, group, 1), blind.repeat(1, group)
-    k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
-    out, lse = attend(q, k, v, mask[:, None], scale)
+    outs, lses, begin = [], [], 0
+    for part in parts:
+        own = slice(begin, begin + len(part.owner))
+        begin = own.stop
+        k, v = part.pages[:2]
+        if clean:
+            unseen = ~visible[own].any(1)[:, :, None, None]
+            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+        k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
+        out, lse = attend(q[own], k, v, mask[own, None], scale)
+        outs.append(out)
+        lses.append(lse)
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
     blind = blind[:, None]
     return out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, float("-inf"))
