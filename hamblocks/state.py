@@ -52,6 +52,7 @@ class HAMState(NamedTuple):
         Raises:
             ValueError: no such sequence.
         """
+        self.cache.check()
         check_tensor("index", index, "[K]", [None], like=self.position)
         check_integer("index", index)
         check_range("index", index, 0, self.position.shape[0] - 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks.cache.pool import Tokens
-from hamblocks.cache.rows import Rows
+from hamblocks.cache.rows import Rows, lasting
 
 
 @final
@@ -87,6 +87,7 @@ class Commit:
         self.pool.promised -= self.need
         self.rows.pending = False
 
+    @lasting
     def apply(self) -> None:
         """Makes the change."""
         rows, pool = self.rows, self.pool

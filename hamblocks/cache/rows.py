@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from typing import final
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks.cache.pool import Pool
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def lasting(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs it without gradient and out of inference mode: what it makes or changes may be changed in any mode later."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @final

@@ -10,7 +10,7 @@ from torch import Tensor
 from hamblocks.cache.changes import make
 from hamblocks.cache.commit import Commit
 from hamblocks.cache.pool import Pool, Tokens
-from hamblocks.cache.rows import Rows, ranked
+from hamblocks.cache.rows import Rows, lasting, ranked
 from hamblocks.protocols import Lifetimes, check_count
 from hamblocks.selectors import EMPTY, lower
 from hamblocks_ops import NEVER, Pages, unpage
@@ -54,6 +54,7 @@ class KVCache:
         self._until, self._new = until, new
 
     @staticmethod
+    @lasting
     def empty(
         sequences: int,
         kv_heads: int,
@@ -298,6 +299,7 @@ class KVCache:
         until = rows.for_heads(evict_at.to(torch.int32))
         return KVCache(rows, until=self._until, new=Stored(k, v, where, until, bias))
 
+    @lasting
     def commit(self, seen: Tensor) -> KVCache:
         """Stores what was appended and lowered, without what no query from position `seen` on sees.
 
@@ -322,6 +324,7 @@ class KVCache:
         following._turn = self._turn + 1
         return following
 
+    @lasting
     def reserve(self, steps: int) -> None:
         """Takes the pages that `steps` more tokens per sequence need at the worst.
 
@@ -345,6 +348,7 @@ class KVCache:
         rows.lease.promised = wanted
         pool.promised += wanted
 
+    @lasting
     def fork(self) -> KVCache:
         """A second cache with the same tokens; a page is copied when one of the two changes it."""
         rows = self._own()
@@ -353,6 +357,7 @@ class KVCache:
         self._pool.list(rows.table, 1)
         return KVCache(Rows(self._pool, rows.table, rows.seen.clone(), rows.heads, private=False))
 
+    @lasting
     def reorder(self, index: Tensor) -> KVCache:
         """The cache of sequences index[0], index[1], ..., as beam search wants; this one is spent.
 
@@ -373,6 +378,7 @@ class KVCache:
         rows.turn += 1
         return KVCache(Rows(self._pool, table, rows.seen[index], rows.heads, private=False))
 
+    @lasting
     def reset(self, sequences: Tensor) -> KVCache:
         """The cache after some sequences, bool `[N]`, forgot everything; this handle is spent.
 
@@ -406,6 +412,7 @@ class KVCache:
         }
 
     @staticmethod
+    @lasting
     def load(state: dict[str, Any]) -> KVCache:
         """A cache of its own from `state_dict()`, on the device of its tensors.
 

@@ -310,6 +310,23 @@ def test_beams_are_one_pass(case):
                 assert position.tolist() == (known[:, head] > len(history)).nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize(
+    "modes", list(itertools.product([torch.no_grad, torch.inference_mode, torch.enable_grad], repeat=2))
+)
+def test_a_state_goes_on_in_another_mode(modes):
+    size = Size(0, 2, 12, (4, 2))
+    layer, x = build("delta-relative-topk", size).requires_grad_(False), inputs(size)
+    with modes[0]():
+        _, state, _ = layer.prefill(x[:, :6], layer.init_state(2, page_size=2).fork())
+        state = state.checkpoint()
+    with modes[1]():
+        state.reserve(2)
+        for t in range(6, 12):
+            y, state, _ = layer.decode(x[:, t], state)
+        layer.decode(x[:, 6], layer.reset(state.crop(6).reorder(torch.tensor([1, 0])), torch.tensor([True, False])))
+    close(y.clone(), layer(x).y[:, -1])
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses whatever would read a value off the device."""
 

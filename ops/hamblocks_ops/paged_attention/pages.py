@@ -8,6 +8,7 @@ log-sum-exp of a page says how much it counts in its row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks_ops.arguments import values_are_checked
-from hamblocks_ops.paged_attention.layout import PagedCall, Pages, total, users
+from hamblocks_ops.paged_attention.layout import PagedCall, Pages, users
 from hamblocks_ops.precision import wide
 from hamblocks_ops.selected_attention.sdpa import attend
 
@@ -38,62 +39,36 @@ class _Queries(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """U pages for one call of SDPA: a slab, or what was gathered from one.
+    """U pages for one call of SDPA: those of a slab as they lie, or copies.
 
     Attributes:
         owner: int64 [U], the row of each; any row for a page that none lists, for nobody merges what it gives.
-        where: int64 [R, M], which of them an entry of the block table is, -1 for none.
     """
 
     pages: Pages
     owner: Tensor
-    where: Tensor
 
 
-class _Listed(NamedTuple):
-    """The pages of one slab that a block table of R rows lists.
+class _Plan(NamedTuple):
+    """What is to be read.
 
     Attributes:
-        row: int64 [R, M].
-        place: int64 [R, M], in the slab.
-        inside: bool [R, M], which entries list one of its pages.
+        parts: ordered by the size of their pages.
+        which: int64 [R, M + 1], where what an entry of the block table lists stands among the pages of all parts,
+            counted from 1; 0 where it lists none, as in the last column: a row may have nothing else.
     """
 
-    slab: Pages
-    row: Tensor
-    place: Tensor
-    inside: Tensor
-
-    def up_to(self, pages: int) -> _Listed:
-        """The same of the first pages of the slab."""
-        slab = Pages(*(None if x is None else x[:pages] for x in self.slab))  # type: ignore[arg-type]
-        return self._replace(slab=slab)
-
-    def lying(self) -> _Part:
-        """All pages of the slab, as they are."""
-        size = len(self.slab.k)
-        # one more page, for entries that list none of these
-        owner = torch.zeros(size + 1, dtype=torch.int64, device=self.row.device)
-        owner.scatter_(0, torch.where(self.inside, self.place, size).flatten(), self.row.flatten())
-        return _Part(self.slab, owner[:-1], torch.where(self.inside, self.place, -1))
-
-    def gathered(self, *, look: bool) -> _Part:
-        """Copies of those that are listed; without a look at the table, one for each of its entries."""
-        place, inside = self.place.flatten(), self.inside.flatten()
-        entry = inside.nonzero()[:, 0] if look else torch.arange(len(inside), device=inside.device)
-        where = torch.full_like(place, -1).index_copy_(0, entry, torch.arange(len(entry), device=entry.device))
-        place = torch.where(inside, place, 0)[entry]
-        copies = Pages(*(None if x is None else x.index_select(0, place) for x in self.slab))  # type: ignore[arg-type]
-        return _Part(copies, self.row.flatten()[entry], torch.where(inside, where, -1).view_as(self.row))
+    parts: list[_Part]
+    which: Tensor
 
 
 def pages(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` and lse `[N, T, Hq]`, unrounded."""
-    queries, parts = _queries(call), list(_parts(call))
     look = values_are_checked(call.q)
-    out, lse = _read(call, queries, parts, clean=not look)
+    queries, plan = _queries(call), _plan(call, look=look)
+    out, lse = _read(queries, plan, call.scale, clean=not look)
     if look and not bool(out.isfinite().all()):  # what no query sees may be anything, and 0 times infinity is NaN
-        out, lse = _read(call, queries, parts, clean=True)
+        out, lse = _read(queries, plan, call.scale, clean=True)
     return _by_sequence(out, call), _by_sequence(lse[..., None], call)[..., 0]
 
 
@@ -112,46 +87,74 @@ def _by_sequence(x: Tensor, call: PagedCall) -> Tensor:
     return x.permute(0, 4, 1, 2, 3, 5).flatten(2, 4)
 
 
-def _parts(call: PagedCall) -> Iterator[_Part]:
-    """One for every slab: in place where each page has one row at most, else gathered."""
+def _plan(call: PagedCall, *, look: bool) -> _Plan:
+    """Slabs are read in place where each page has one row at most, else listed pages are gathered."""
     table = call.block_table.flatten(0, 1).long()
+    ends = list(itertools.accumulate(len(slab.k) for slab in call.slabs))
+    count = ends[-1]
+    page = torch.where(table < 0, count, table)
     row = torch.arange(len(table), device=table.device)[:, None].expand_as(table)
-    count = users(table, total(call.slabs)) if call.shared is None else None
-    look, begin = values_are_checked(call.q), 0
-    for slab in call.slabs:
-        size, place = len(slab.k), table - begin
-        listed = _Listed(slab, row, place, (place >= 0) & (place < size))
-        own = slice(begin, begin + size)
-        begin += size
-        if table.numel() == 0 or slab.k.numel() == 0 or call.q.numel() == 0:
+    owner = torch.zeros(count + 1, dtype=torch.int64, device=table.device)
+    owner.scatter_(0, page.flatten(), row.flatten())
+    often = users(table, count) > 1 if call.shared is None else None
+    lasts = _last_listed(table, ends) if look else ends
+    place, copies, parts, units = torch.zeros_like(owner), [], [], 1
+    for slab, end, last in sorted(zip(call.slabs, ends, lasts, strict=True), key=lambda one: one[0].k.shape[1]):
+        begin = end - len(slab.k)
+        size = last - begin
+        if size == 0 or slab.k.numel() == 0 or table.numel() == 0 or call.q.numel() == 0:
             continue
-        if look:  # pools fill from below: what lies behind the last page that is listed is free
-            listed = listed.up_to(int(place.masked_fill(~listed.inside, -1).max()) + 1)
-            size = len(listed.slab.k)
-            if size == 0:
-                continue
-        shared = call.shared if count is None else bool((count[own] > 1).any())
+        shared = call.shared if often is None else bool(often[begin:end].any())
         if shared or size > SPARE * table.numel():
-            yield listed.gathered(look=call.shared is not False)
+            inside = ((table >= begin) & (table < end)).flatten()
+            part, entry = _gathered(slab, (table - begin).flatten(), inside, row, look=call.shared is not False)
+            copies.append((inside, torch.zeros_like(page).flatten().index_copy_(0, entry, units + _count(entry))))
         else:
-            yield listed.lying()
+            part = _lying(slab, owner[begin:last])
+            place[begin:last] = units + _count(part.owner)
+        parts.append(part)
+        units += len(part.owner)
+    which = place[page.flatten()]
+    for inside, unit in copies:
+        which = torch.where(inside, unit, which)
+    return _Plan(parts, pad(which.view_as(table), [0, 1]))
 
 
-def _read(call: PagedCall, queries: _Queries, parts: list[_Part], *, clean: bool) -> tuple[Tensor, Tensor]:
+def _count(x: Tensor) -> Tensor:
+    """0, 1, ... beside a list."""
+    return torch.arange(len(x), device=x.device)
+
+
+def _lying(slab: Pages, owner: Tensor) -> _Part:
+    """The first pages of a slab as they are."""
+    k, v, position, evict_at, bias = (None if x is None else x[: len(owner)] for x in slab)
+    return _Part(Pages(k, v, position, evict_at, bias), owner)  # type: ignore[arg-type]
+
+
+def _gathered(slab: Pages, place: Tensor, inside: Tensor, row: Tensor, *, look: bool) -> tuple[_Part, Tensor]:
+    """Copies of what the entries inside list, and the entries; without a look, of something for the others too."""
+    entry = inside.nonzero()[:, 0] if look else _count(inside)
+    which = torch.where(inside, place, 0)[entry]
+    k, v, position, evict_at, bias = (None if x is None else x.index_select(0, which) for x in slab)
+    return _Part(Pages(k, v, position, evict_at, bias), row.flatten()[entry]), entry  # type: ignore[arg-type]
+
+
+def _last_listed(table: Tensor, ends: list[int]) -> list[int]:
+    """Behind which page of every slab none is listed; pools fill from below, so what lies behind it is free."""
+    slab = torch.bucketize(table, torch.tensor(ends, device=table.device), right=True).flatten()
+    begins = torch.tensor([0, *ends[:-1]], device=table.device)
+    last: list[int] = begins.scatter_reduce(0, slab, table.flatten() + 1, "amax").tolist()
+    return last
+
+
+def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
     """out [R, W, G * T, D] and lse [R, W, G * T]; `clean`: with zeros in place of what no query sees."""
-    # page 0 of all parts together stands for none; a row has it at least once, for it may have no other
-    begin, which = 1, torch.zeros_like(call.block_table.flatten(0, 1), dtype=torch.int64)
     none = queries.q.new_zeros(1, *queries.q.shape[1:])
-    outs, lses = [none], [torch.full_like(none[..., 0], float("-inf"))]
-    for alike in _by_page_size(parts):
-        out, lse = _attend(queries, alike, call.scale, clean=clean)
-        outs.append(out)
-        lses.append(lse)
-        for part in alike:
-            which = torch.where(part.where < 0, which, part.where + begin)
-            begin += len(part.owner)
-    which = pad(which, [0, 1])
-    out, lse = (torch.cat(x).index_select(0, which.flatten()).unflatten(0, which.shape) for x in (outs, lses))
+    results = [(none, torch.full_like(none[..., 0], float("-inf")))]
+    for _, alike in itertools.groupby(plan.parts, lambda part: part.pages.k.shape[1]):
+        results += _attend(queries, list(alike), scale, clean=clean)
+    which = plan.which.flatten()
+    out, lse = (torch.cat(x).index_select(0, which).unflatten(0, plan.which.shape) for x in zip(*results, strict=True))
     peak = lse.amax(1, keepdim=True)
     weight = (lse - peak.masked_fill(peak == float("-inf"), 0)).exp()
     whole = weight.sum(1)
@@ -159,16 +162,8 @@ def _read(call: PagedCall, queries: _Queries, parts: list[_Part], *, clean: bool
     return out, whole.log() + peak[:, 0]
 
 
-def _by_page_size(parts: list[_Part]) -> list[list[_Part]]:
-    """Parts whose pages are of one size, together."""
-    sizes: dict[int, list[_Part]] = {}
-    for part in parts:
-        sizes.setdefault(part.pages.k.shape[1], []).append(part)
-    return list(sizes.values())
-
-
-def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
-    """out [U, W, G * T, D] and lse [U, W, G * T] of every page; 0 and -inf where its row sees nothing of it.
+def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """out [U, W, G * T, D] and lse [U, W, G * T] of every part; 0 and -inf where a row sees nothing of its page.
 
     All but keys and values is small, and put together for all parts, whose pages are of one size.
     """
@@ -190,7 +185,7 @@ def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool)
     if time.shape[1] > 1:  # the queries of a group stand one after the other; what is the same for all, SDPA repeats
         group = q.shape[2] // time.shape[1]
         mask, blind = mask.repeat(1, group, 1), blind.repeat(1, group)
-    outs, lses, begin = [], [], 0
+    begin = 0
     for part in parts:
         own = slice(begin, begin + len(part.owner))
         begin = own.stop
@@ -200,8 +195,5 @@ def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool)
             k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
         k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
         out, lse = attend(q[own], k, v, mask[own, None], scale)
-        outs.append(out)
-        lses.append(lse)
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
-    blind = blind[:, None]
-    return out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, float("-inf"))
+        hidden = blind[own, None]
+        yield out.masked_fill_(hidden[..., None], 0), lse.masked_fill_(hidden, float("-inf"))
