@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple, final
 
@@ -86,7 +87,8 @@ class Stack(nn.Module):
         inputs: list[Tensor] = []
         states: list[HAMState] = []
         stats: list[LayerStats] = []
-        with transaction():
+        # without caches there is nothing to hold together, and torch.compile cannot look into it
+        with contextlib.nullcontext() if state is None else transaction():
             for index, block in enumerate(self.blocks):
                 if keep_inputs:
                     inputs.append(x)

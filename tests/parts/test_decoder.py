@@ -96,3 +96,10 @@ def test_loss_reaches_every_weight_that_acts():
     loss.backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
     assert same(model(draw_tokens(0, 2, 12)), model(draw_tokens(0, 2, 12)))
+
+
+def test_traces_without_a_break():
+    torch.compiler.reset()
+    model, text = make(0, LAYERS[:2]), draw_tokens(0, 2, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(text).logits, model(text).logits)
