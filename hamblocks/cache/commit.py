@@ -35,7 +35,7 @@ class Commit:
         self.rows, self.pool, self.seen, self.until, self.new = rows, rows.pool, seen, until, new
         page_size, table = rows.pool.page_size, rows.table
         self.count = 0 if new is None or not len(table) else len(new.evict_at) // len(table)
-        self.wait = rows.credit < self.count or not rows.private
+        self.wait = rows.credit < max(self.count, 1) or not rows.private
         self.freed = self.wait and rows.pool.collect()
         stays = rows.alive(rows.lifetimes() if until is None else until, seen)
         if new is None:

@@ -90,6 +90,7 @@ class Caches(RuleBasedStateMachine):
         evict_at = torch.full((sequences, tokens, self.heads), -1, dtype=torch.int32)
         for n in range(sequences):
             own = data.draw(st.integers(0, tokens), "own")
+            evict_at[n, own:] = data.draw(st.sampled_from([-1, NEVER]), "padding")
             lives = data.draw(
                 st.lists(st.sampled_from([0, 1, 2, 4, NEVER]), min_size=own * self.heads, max_size=own * self.heads),
                 "lives",
@@ -317,3 +318,63 @@ def test_a_handle_may_die_inside_a_trace():
         gc.collect()
     assert pool.used() == 4
     assert not (pool.users > 1).any()
+
+
+def one_row(cache, evict_at, lowered=()):
+    """The next tokens of one sequence with one head, named by their positions; some older ones live shorter."""
+    seen, tokens = int(cache.seen), len(evict_at)
+    if lowered:
+        cache = cache.lower(
+            hb.Lifetimes(*(torch.tensor(x, dtype=torch.int32)[None, :, None] for x in zip(*lowered, strict=True)))
+        )
+    position = torch.arange(seen, seen + tokens, dtype=torch.int32)
+    k = position.double()[None, :, None, None].expand(-1, -1, 1, 2)
+    until = torch.tensor(evict_at, dtype=torch.int32)[None, :, None]
+    return cache.append(k, -k, position[None], until).commit(torch.tensor([seen + tokens], dtype=torch.int32))
+
+
+def row_of(cache):
+    """{position: lifetime}; keys are those of the position."""
+    stored = cache.read()
+    there = stored.position[0, :, 0] != NEVER
+    assert torch.equal(stored.k[0, there, 0, 0], stored.position[0, there, 0].double())
+    assert torch.equal(stored.v[0, there, 0, 1], -stored.position[0, there, 0].double())
+    return dict(zip(stored.position[0, there, 0].tolist(), stored.evict_at[0, there, 0].tolist(), strict=True))
+
+
+def six():
+    """Six tokens on three pages."""
+    return one_row(hb.KVCache.empty(1, 1, 2, torch.zeros((), dtype=torch.float64), page_size=2), [NEVER] * 6)
+
+
+def test_tokens_that_move_take_their_lowered_lifetimes_along():
+    cache = one_row(six(), [], lowered=[(0, 6), (1, 6), (5, 9)])
+    assert row_of(cache) == {2: NEVER, 3: NEVER, 4: NEVER, 5: 9}
+    assert cache._pool.used() == 2
+
+
+@pytest.mark.parametrize("reserve", [0, 4])
+@pytest.mark.parametrize("lowered", [[(0, 6), (1, 6), (5, 9)], [(1, 8)], [(4, 6), (5, 6)], [(n, 6) for n in range(6)]])
+def test_what_a_fork_does_is_its_own_affair(lowered, reserve):
+    cache = six()
+    fork = cache.fork()
+    fork.reserve(reserve)
+    fork = one_row(fork, [NEVER], lowered=lowered)
+    assert row_of(cache) == dict.fromkeys(range(6), NEVER)
+    kept = dict.fromkeys(range(7), NEVER) | dict(lowered)
+    assert row_of(fork) == {n: until for n, until in kept.items() if until > 7}
+    cache = one_row(cache, [NEVER, NEVER])
+    assert row_of(cache) == dict.fromkeys(range(8), NEVER)
+    assert row_of(fork) == {n: until for n, until in kept.items() if until > 7}
+
+
+def test_reserved_steps_fill_holes_and_move_nothing():
+    cache = one_row(six(), [], lowered=[(n, 7) for n in range(4)])
+    cache.reserve(3)
+    for _ in range(3):
+        cache = one_row(cache, [NEVER])
+    assert row_of(cache) == dict.fromkeys(range(4, 9), NEVER)
+    assert (cache._rows.table >= 0).sum() == 3  # five tokens, where they fit without a move
+    cache = one_row(cache, [NEVER])
+    assert row_of(cache) == dict.fromkeys(range(4, 10), NEVER)
+    assert cache._pool.promised == 0
