@@ -358,7 +358,8 @@ def test_tokens_that_move_take_their_lowered_lifetimes_along():
 def test_what_a_fork_does_is_its_own_affair(lowered, reserve):
     cache = six()
     fork = cache.fork()
-    fork.reserve(reserve)
+    if reserve:
+        fork.reserve(reserve)
     fork = one_row(fork, [NEVER], lowered=lowered)
     assert row_of(cache) == dict.fromkeys(range(6), NEVER)
     kept = dict.fromkeys(range(7), NEVER) | dict(lowered)
