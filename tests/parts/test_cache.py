@@ -364,9 +364,16 @@ def test_what_a_fork_does_is_its_own_affair(lowered, reserve):
     assert row_of(cache) == dict.fromkeys(range(6), NEVER)
     kept = dict.fromkeys(range(7), NEVER) | dict(lowered)
     assert row_of(fork) == {n: until for n, until in kept.items() if until > 7}
-    cache = one_row(cache, [NEVER, NEVER])
-    assert row_of(cache) == dict.fromkeys(range(8), NEVER)
-    assert row_of(fork) == {n: until for n, until in kept.items() if until > 7}
+    left = {n: until for n, until in kept.items() if until > 7}
+    for n in range(3):  # each of these changes a page that was common
+        cache = one_row(cache, [], lowered=[(2 * n, 9)])
+        assert row_of(cache) == {m: 9 if m % 2 == 0 and m <= 2 * n else NEVER for m in range(6)}
+        assert row_of(fork) == left
+    for n in list(left):
+        fork = one_row(fork, [], lowered=[(n, 8)])
+        left[n] = 8
+        assert row_of(fork) == left
+        assert row_of(cache) == {m: 9 if m % 2 == 0 else NEVER for m in range(6)}
 
 
 def test_reserved_steps_fill_holes_and_move_nothing():

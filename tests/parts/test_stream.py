@@ -327,6 +327,29 @@ def test_a_state_goes_on_in_another_mode(modes):
     close(y.clone(), layer(x).y[:, -1])
 
 
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_checkpoints_of_a_fork_are_its_own_and_others_may_begin_anew(case):
+    layer, x = build(case, Size(0, 1, 0, (4, 2))), inputs(Size(0, 2, 14, (4, 2)))
+    whole = layer(x).y
+    _, state, _ = layer.prefill(x[:, :9], layer.init_state(2, page_size=2))
+    state = state.checkpoint()
+    fork = state.fork()
+    for one in (state, fork):
+        _, one, _ = layer.prefill(x[:, 9:12], one)
+        for _ in range(2):
+            back = one.crop(9)
+            assert [mark.position.tolist() for mark in back.marks] == [[9, 9]]
+            y, back, _ = layer.prefill(x[:, 9:], back.reorder(torch.tensor([0, 1])))
+            close(y, whole[:, 9:])
+    anew = layer.reset(back, torch.tensor([True, False]))
+    assert anew.position.tolist() == [0, 14]
+    y, anew, stats = layer.prefill(x[:, :3], anew)
+    assert stats.position.tolist() == [[0, 1, 2], [14, 15, 16]]
+    close(y[0], whole[0, :3])
+    close(y[1], layer(torch.cat([x[1:], x[1:, :3]], 1)).y[0, 14:])
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses whatever would read a value off the device."""
 
