@@ -13,7 +13,7 @@ from hamblocks_ops import paged_attention, selected_attention
 from hamblocks_ops.precision import wide
 
 FEW = 8
-"""Up to so many new tokens per sequence, the stored ones are read where they lie; for more, a copy pays."""
+"""Up to so many new tokens per sequence, the stored ones are read where they lie; for more, as padded copies."""
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:

@@ -140,7 +140,6 @@ class HAMLayer(nn.Module):
                 build(self.dims)
             setattr(self, name, part)
 
-    @torch.no_grad()
     def init_state(self, sequences: int, *, page_size: int = 32, max_pages: int | None = None) -> HAMState:
         """The state before the first token, to call the layer piece by piece.
 
@@ -212,12 +211,11 @@ class HAMLayer(nn.Module):
                 raise wrong(name, f"{len(list(leaves(like)))} tensors, as this layer's", f"{len(saved[name])}")
             return tree_map(lambda _: next(values).to(device), like)
 
-        cache = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in saved["cache"].items()}
         state = HAMState(
             saved["position"].to(device),
             None if saved["memory"] is None else filled("memory", memory),
             filled("ledger", start(self.selector, sequences, score.shape[2], device)),
-            KVCache.load(cache),
+            KVCache.load(saved["cache"], device),
         )
         self._check_state(state, len(state.position))
         return state
@@ -342,7 +340,7 @@ class HAMLayer(nn.Module):
             raise wrong("state", f"one {without} logit biases, as the gate", "the other")
         if cache.dtype != k.dtype:
             raise wrong("state", f"a cache of {k.dtype}, as keys and values here", f"one of {cache.dtype}")
-        rows = min(_rows(score, logit_bias), self.dims.num_kv_heads)
+        rows = _rows(score, logit_bias)
         if cache.row_heads != rows:
             raise wrong("state", f"a cache with {rows} rows per sequence, as the gate's heads", f"{cache.row_heads}")
 

@@ -37,7 +37,12 @@ class ShortConvolution(nn.Module):
         super().__init__()
         check_count("size", size, 1)
         self.size = size
-        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size))
+        self.weight = nn.Parameter(self.fresh(channels, size))
+
+    @staticmethod
+    def fresh(channels: int, size: int) -> Tensor:
+        """Weights to begin with, uniform in +-size ** -0.5."""
+        return torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -173,12 +178,17 @@ class GatedDelta(_DeltaMemory):
         super().__init__(conv_size, negative_eigenvalues, impl)
 
     def make(self, dims: Dims) -> None:
-        """Makes the parameters; rates start as in Mamba-2: A in [1, 16), steps log-uniform in [0.001, 0.1]."""
+        """Makes the parameters."""
         super().make(dims)
         self.decay_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
-        self.log_rate = nn.Parameter(torch.empty(dims.num_heads).uniform_(1, 16).log())
-        step = torch.empty(dims.num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.step_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
+        self.log_rate, self.step_bias = (nn.Parameter(x) for x in self.fresh_rates(dims.num_heads))
+
+    @staticmethod
+    def fresh_rates(heads: int) -> tuple[Tensor, Tensor]:
+        """log_rate and step_bias to begin with, as in Mamba-2: A in [1, 16), steps log-uniform in [0.001, 0.1]."""
+        log_rate = torch.empty(heads).uniform_(1, 16).log()
+        step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+        return log_rate, step + (-torch.expm1(-step)).log()  # softplus of it is the step
 
     def decay(self, x: Tensor) -> Tensor:
         """Log decay `[B, T, H]`, float32 or float64, < 0."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.cache import KVCache
-from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
+from hamblocks_ops.arguments import wrong
 
 
 class HAMState(NamedTuple):
@@ -52,14 +52,11 @@ class HAMState(NamedTuple):
         Raises:
             ValueError: no such sequence.
         """
-        self.cache.check()
-        check_tensor("index", index, "[K]", [None], like=self.position)
-        check_integer("index", index)
-        check_range("index", index, 0, self.position.shape[0] - 1)
+        cache = self.cache.reorder(index)  # checks it
         trees = self.position, self.memory, self.ledger
         position, memory, ledger = tree_map(lambda x: x.index_select(0, index), trees)
         marks = tuple(mark.reorder(index) for mark in self.marks)
-        return HAMState(position, memory, ledger, self.cache.reorder(index), marks)
+        return HAMState(position, memory, ledger, cache, marks)
 
     def checkpoint(self) -> HAMState:
         """This state with a record of itself, to `crop` back to; it goes on where this one is."""

@@ -41,7 +41,7 @@ class Commit:
         if new is None:
             enters = stays[:, :0]
         else:
-            arriving = new.evict_at.view(len(table), -1) if len(table) else new.evict_at.view(0, 0)
+            arriving = new.evict_at.view(len(table), self.count)
             enters = rows.alive(arriving, seen) & (new.position.view_as(arriving) < arriving)
         self.have = (table >= 0).sum(1)
         self.keep = -(-(stays.sum(1) + enters.sum(1)) // page_size)

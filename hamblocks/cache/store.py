@@ -413,12 +413,13 @@ class KVCache:
 
     @staticmethod
     @lasting
-    def load(state: dict[str, Any]) -> KVCache:
-        """A cache of its own from `state_dict()`, on the device of its tensors.
+    def load(state: dict[str, Any], device: torch.device | str | None = None) -> KVCache:
+        """A cache of its own from `state_dict()`; device: None for that of its tensors.
 
         Raises:
             ValueError: `max_pages` is less than it takes.
         """
+        state = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
         k, lengths, bias = state["k"], state["lengths"], state.get("logit_bias")
         pool = Pool(
             state["page_size"], k.shape[1], k.shape[2], k, logit_bias=bias is not None, max_pages=state["max_pages"]
@@ -439,8 +440,7 @@ class KVCache:
 
     def to(self, device: torch.device | str) -> KVCache:
         """A copy of its own on a device."""
-        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.state_dict().items()}
-        return KVCache.load(moved)
+        return KVCache.load(self.state_dict(), device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         return self.to(self.device)

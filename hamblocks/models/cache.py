@@ -227,7 +227,7 @@ class HAMCache(Cache):
 
     @property
     def tokens(self) -> list[Tensor]:
-        """Tokens stored, int64 `[N, Hkv or 1]` for every layer."""
+        """Tokens stored, int64 `[N, Hkv]` for every layer."""
         return [state.cache.tokens for state in self.states or []]
 
     def _change(self, change: Callable[[HAMState], HAMState]) -> None:

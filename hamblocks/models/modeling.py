@@ -121,13 +121,11 @@ class HAMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, ShortConvolution):
-            bound = 1 / math.sqrt(module.size)
-            init.uniform_(module.weight, -bound, bound)
+            init.copy_(module.weight, module.fresh(*module.weight.shape))
         elif isinstance(module, GatedDelta):
-            fresh = torch.empty_like(module.log_rate, dtype=torch.float32)
-            init.copy_(module.log_rate, fresh.uniform_(1, 16).log())
-            step = fresh.uniform_(math.log(0.001), math.log(0.1)).exp()
-            init.copy_(module.step_bias, step + (-torch.expm1(-step)).log())
+            log_rate, step_bias = module.fresh_rates(len(module.log_rate))
+            init.copy_(module.log_rate, log_rate)
+            init.copy_(module.step_bias, step_bias)
         elif isinstance(module, (FixedThreshold, TargetFraction)) and self._lacks(module.tau):
             module.reset()
 

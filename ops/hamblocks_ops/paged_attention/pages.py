@@ -22,8 +22,8 @@ from hamblocks_ops.precision import wide
 from hamblocks_ops.selected_attention.sdpa import attend
 
 SPARE = 3
-"""A slab is read in place if it has up to so many pages per entry of the block table: beyond that it is cheaper to copy
-pages and read the copies."""
+"""A slab is read in place if it has up to so many pages per entry of the block table; beyond that those that are listed
+are copied, and the copies read."""
 
 
 class _Queries(NamedTuple):
