@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hamblocks.protocols import Trace
+from hamblocks_ops import surprise
 from hamblocks_ops.precision import wide
 
 
 @final
 class NoMemory:
-    """Remembers nothing: reads zeros and is surprised by nothing, so that attention alone is left.
+    """Remembers nothing and predicts nothing: reads zeros, and all of a value is residual. Attention alone is left.
 
     HAMLayer(512, 8, memory=NoMemory(), gate=Periodic(1), selector=Threshold(-math.inf))
     """
@@ -30,11 +31,11 @@ class NoMemory:
         cu_seqlens: Tensor | None = None,
         metric: str | None = None,
     ) -> tuple[Tensor, Trace, tuple[()]]:
-        """See `hamblocks.protocols.Memory`; nothing was written, so residual and score are zero."""
-        nothing = q.new_zeros(()).expand(q.shape)
-        none = torch.zeros((), dtype=wide(q), device=q.device).expand(q.shape[:3])
-        residual, score = (nothing, None) if metric is None else (None, none)
-        trace = Trace(k=nothing, v=nothing, beta=none, residual=residual, score=score, position=position)
+        """See `hamblocks.protocols.Memory`; keys and values are as they came."""
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        beta = torch.zeros((), dtype=wide(q), device=q.device).expand(q.shape[:3])
+        score = None if metric is None else surprise(v.detach(), v.detach(), metric=metric)
+        trace = Trace(k=k, v=v, beta=beta, residual=v if metric is None else None, score=score, position=position)
         return torch.zeros_like(q), trace, ()
 
     def __repr__(self) -> str:

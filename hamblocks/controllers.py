@@ -102,15 +102,15 @@ class TargetFraction(_Tau):
 
         Args:
             fraction: target, in [0, 1].
-            rate: step size in units of the scores' spread; 0 freezes tau after its start.
+            rate: step size in units of the scores' spread, finite and >= 0; 0 freezes tau after its start.
 
         Raises:
             ValueError: a number is out of range.
         """
         if not 0 <= _number("fraction", fraction) <= 1:
             raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
-        if not _number("rate", rate) >= 0:
-            raise ValueError(f"rate: expected a number >= 0, got {rate}")
+        if not 0 <= _number("rate", rate) < math.inf:
+            raise ValueError(f"rate: expected a finite number >= 0, got {rate}")
         super().__init__(
             tau=_float32(-math.inf),
             target=_float32(fraction),
@@ -220,7 +220,7 @@ class TargetFraction(_Tau):
 
 def _quantile(scores: Tensor, fraction: Tensor) -> Tensor:
     """The threshold that `fraction` of the scores reach; NaN does not count."""
-    return scores.nanquantile(1 - fraction).where(fraction > 0, math.inf).where(fraction < 1, -math.inf)
+    return _tame(scores).nanquantile(1 - fraction).where(fraction > 0, math.inf).where(fraction < 1, -math.inf)
 
 
 def _spread(scores: Tensor) -> Tensor:
@@ -228,9 +228,15 @@ def _spread(scores: Tensor) -> Tensor:
 
     NaN does not count, and of nothing it is 0.
     """
+    scores = _tame(scores)
     low, high = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device))
     deviation = (scores - scores.nanmean()).square().nanmean().sqrt()
     return torch.where(high > low, (high - low) / 1.349, deviation).nan_to_num(0.0)
+
+
+def _tame(scores: Tensor) -> Tensor:
+    """Infinite scores as large finite ones, between which a quantile is a number and whose squares have a mean."""
+    return scores.clamp(-1e17, 1e17)
 
 
 def _float32(value: float) -> Tensor:

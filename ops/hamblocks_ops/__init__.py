@@ -4,7 +4,7 @@ Each op checks its arguments, picks an implementation and can `explain` the choi
 """
 
 from hamblocks_ops.arguments import value_checks
-from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain
+from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain, implementations
 from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention import PagedRows, Pages, paged_attention, unpage
@@ -31,6 +31,7 @@ __all__ = [
     "compact",
     "explain",
     "gated_delta_rule",
+    "implementations",
     "paged_attention",
     "select_first",
     "select_threshold",

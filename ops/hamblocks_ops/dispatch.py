@@ -67,6 +67,12 @@ def always(_call: Any) -> None:
     return
 
 
+def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the implementations of `op`, in the order in which `impl="auto"` tries them; none if it has no choice."""
+    table: Sequence[Implementation] = getattr(sys.modules.get(getattr(op, "__module__", "")), "TABLE", ())
+    return tuple(row.name for row in table)
+
+
 def explain(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Every implementation of `op` with "yes", or the reason why it cannot run `op(*args, **kwargs)`.
 

@@ -11,6 +11,22 @@ from torch import Tensor
 from hamblocks_ops.packing import NEVER
 
 
+def threshold(score: Tensor, tau: float, position: Tensor) -> Tensor:
+    """For good iff the score reaches tau, nothing at +inf; NaN reaches nothing, an empty row (-1) is no token."""
+    reached = (score >= tau) & (position >= 0) & (tau < float("inf"))
+    return torch.where(reached, NEVER, position)
+
+
+def window(width: int, position: Tensor) -> Tensor:
+    """Until `width` queries have seen it, the token itself among them."""
+    return torch.where(position < 0, position, (position + width).clamp(max=NEVER))
+
+
+def first(n: int, position: Tensor) -> Tensor:
+    """For good iff it is among the first n."""
+    return torch.where((position >= 0) & (position < n), NEVER, position)
+
+
 def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Tensor:
     """The first position at which k seen tokens of the same sequence beat token j."""
     score = score.masked_fill(score.isnan(), float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The lowest floating dtype among the tensors: what cotangents are rounded to, whatever dtype is run."""
-        return max((x.dtype for x in self.tensors.values() if x.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+        floating = [x.dtype for x in self.tensors.values() if x.is_floating_point()]
+        return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
     def run(self, impl: str, *, dtype: torch.dtype | None = None, backward: bool = True) -> dict[str, Tensor]:
         """Results by field name, gradients as "grad of <argument>"; floating tensors in `dtype` where one is given."""
@@ -84,7 +85,7 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
     In float64 it is the only yardstick, for there `exact` is the reference itself; and since `exact` then errs like any
     other run, its own error is allowed once more.
 
-    NaN and infinities must stand exactly where they stand in float64.
+    NaN and infinities must stand exactly where they stand in float64, and integers must be equal.
     """
     got = problem.run(impl)
     once = problem.run("reference")
@@ -94,6 +95,9 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
     for name, value in got.items():
         assert value.dtype == once[name].dtype, f"{name}: {value.dtype}, the reference gives {once[name].dtype}"
         assert value.shape == once[name].shape, f"{name}: {value.shape}, the reference gives {once[name].shape}"
+        if not value.is_floating_point():
+            assert torch.equal(value, once[name]), f"{impl}: {_unequal(name, value, once[name])}"
+            continue
         message = _report(name, value, [x[name] for x in samples], exact[name])
         while message and len(samples) <= SAMPLES:
             samples.append(problem._moved(seed=len(samples)))
@@ -102,42 +106,102 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
     return got
 
 
+def assert_same(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], rerun: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Two ways to compute the same thing agree, in any dtype: neither is exact, each may err by what rounding does.
+
+    Integers and booleans must be equal. Floating tensors may differ by one rounding; where they differ by more,
+    `rerun`, which computes `expected` once more, is run with every operand moved by up to one rounding to find out how
+    much that changes, as in `assert_close_to_reference`.
+
+    Args:
+        got: tensors by name.
+        expected: the same names.
+        rerun: computes `expected` anew.
+
+    Raises:
+        AssertionError: they do not agree; the message names the tensor and its worst element.
+    """
+    samples: list[Mapping[str, Tensor]] = []
+    assert got.keys() == expected.keys(), f"{sorted(got)} here, {sorted(expected)} there"
+    for name, value in got.items():
+        other = expected[name]
+        assert value.dtype == other.dtype, f"{name}: {value.dtype} here, {other.dtype} there"
+        assert value.shape == other.shape, f"{name}: {list(value.shape)} here, {list(other.shape)} there"
+        if not value.is_floating_point():
+            assert torch.equal(value, other), _unequal(name, value, other)
+            continue
+        message = _report(name, value, [], other)
+        while message and len(samples) < SAMPLES:
+            with _MovedByOneRounding(len(samples)):
+                samples.append(rerun())
+            message = _report(name, value, [x[name] for x in samples], other, both=True)
+        assert not message, message
+
+
+def assert_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+    """The same bits; NaN equals NaN."""
+    for name in expected if names is None else names:
+        one, other = got[name], expected[name]
+        same = one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
+        same = same and torch.equal(one.masked_fill(one.isnan(), 0), other.masked_fill(other.isnan(), 0))
+        assert same, _unequal(name, one, other)
+
+
+def _unequal(name: str, one: Tensor, other: Tensor) -> str:
+    if one.shape != other.shape:
+        return f"{name}: {list(one.shape)} here, {list(other.shape)} there"
+    at = tuple(int(i) for i in ((one != other) & ~(one.isnan() & other.isnan())).nonzero()[0])
+    return f"{name}{list(at)}: {one[at].item()!r}, expected {other[at].item()!r}"
+
+
 def assert_close(got: Tensor, expected: Tensor, name: str = "result", *, own: float = 0.0) -> None:
     """The same for one tensor whose exact value is at hand: |got - expected| <= 2 own + eps |expected|."""
     message = _report(name, got, [], expected, own)
     assert not message, message
 
 
-def _report(name: str, got: Tensor, samples: list[Tensor], exact: Tensor, own: float = 0.0) -> str:
-    """What is wrong, or nothing."""
+def _report(
+    name: str, got: Tensor, samples: list[Tensor], exact: Tensor, own: float = 0.0, *, both: bool = False
+) -> str:
+    """What is wrong, or nothing. `both`: `exact` errs as well."""
     eps = torch.finfo(got.dtype).eps
     got, exact = got.detach().double(), exact.detach().double()
     finite = exact.isfinite()
     same = torch.where(finite, got.isfinite(), (got == exact) | (got.isnan() & exact.isnan()))
     if not bool(same.all()):
         at = tuple(int(i) for i in (~same).nonzero()[0])
-        return f"{name}{list(at)}: {float(got[at])}, exact is {float(exact[at])}"
+        return f"{name}{list(at)}: {float(got[at])}, expected {float(exact[at])}"
     if not bool(finite.any()):
         return ""
     difference = (got - exact).masked_fill(~finite, 0)
     size = exact.masked_fill(~finite, 0).norm()
     own = max([own, *(float((x.double() - exact).masked_fill(~finite, 0).norm()) for x in samples)])
-    if eps == torch.finfo(torch.float64).eps:
+    if both or eps == torch.finfo(torch.float64).eps:
         own *= 1.5
     if float(difference.norm()) <= 2 * own + eps * float(size):
         return ""
     at = tuple(int(i) for i in torch.unravel_index(difference.abs().argmax(), exact.shape))
     error, own = (f"{x / max(float(size), 1e-300):.2e}" for x in (float(difference.norm()), own))
+    measure = "what rounding moves it by," if both else "the reference's own"
     return (
-        f"{name} {list(exact.shape)}: norm-relative error {error}, allowed is twice the reference's own {own} "
-        f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, exact is {float(exact[at])!r}"
+        f"{name} {list(exact.shape)}: norm-relative error {error}, allowed is twice {measure} {own} "
+        f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, expected {float(exact[at])!r}"
     )
 
 
 class _MovedByOneRounding(TorchDispatchMode):
     """Moves the floating operands of arithmetic by up to one rounding of their dtype; exact operations stay exact."""
 
-    ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "exp", "log", "sum", "mean", "sqrt", "pow", "mm", "bmm")
+    ARITHMETIC = frozenset(
+        "add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1 log log2 log1p erf tanh "
+        "sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum mean var cumsum prod norm linalg_vector_norm "
+        "logsumexp _softmax _log_softmax mm bmm addmm baddbmm mv dot convolution native_layer_norm native_group_norm "
+        "_fused_rms_norm _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable "
+        "sigmoid_backward tanh_backward silu_backward softplus_backward gelu_backward log_sigmoid_backward "
+        "_softmax_backward_data native_layer_norm_backward _fused_rms_norm_backward convolution_backward".split()
+    )
 
     def __init__(self, seed: int) -> None:
         super().__init__()

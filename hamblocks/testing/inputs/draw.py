@@ -1,0 +1,101 @@
+"""How inputs are made: hypothesis draws sizes, kinds and a seed; tensors come from the seed, so shrinking is fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+T = TypeVar("T")
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+LAYOUTS = ("contiguous", "transposed", "strided")
+
+seeds: st.SearchStrategy[int] = st.integers(0, 2**16)
+dtypes: st.SearchStrategy[torch.dtype] = st.sampled_from(DTYPES)
+layouts: st.SearchStrategy[str] = st.sampled_from(LAYOUTS)
+
+
+def ragged_lengths(longest: int = 20, most: int = 5, chunk: int | None = None) -> st.SearchStrategy[tuple[int, ...]]:
+    """Lengths of packed sequences, in tokens: many empty ones, length 1, and the borders of a chunk +- 1.
+
+    Args:
+        longest: the longest sequence drawn, chunk borders aside.
+        most: how many sequences at the most; none at all is drawn too.
+        chunk: chunk size of a kernel, whose borders are to be met.
+    """
+    special = [0, 0, 1] + ([] if chunk is None else [chunk - 1, chunk, chunk + 1])
+    return st.lists(st.one_of(st.sampled_from(special), st.integers(0, longest)), max_size=most).map(tuple)
+
+
+def lengths(longest: int = 40, chunk: int = 64) -> st.SearchStrategy[int]:
+    """Length of one sequence, in tokens: none, one, and the borders of a chunk +- 1 among them."""
+    return st.one_of(st.sampled_from([0, 1, 2, chunk - 1, chunk, chunk + 1]), st.integers(0, longest))
+
+
+class Inputs:
+    """Base of all drawn inputs: frozen dataclasses of sizes, kinds and a seed, whose repr makes them again."""
+
+    def __repr__(self) -> str:
+        """Only what differs from the defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        told = ((field.name, getattr(self, field.name), field.default) for field in fields)
+        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x, default in told if x != default)})"
+
+
+def building(inputs: type[T], fields: Mapping[str, st.SearchStrategy[Any]], fixed: Mapping[str, object]) -> Any:
+    """Strategy of `inputs`; values or strategies in `fixed` take the place of the drawn fields."""
+    chosen = {name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()}
+    return st.builds(inputs, **{**fields, **chosen})
+
+
+class Draw:
+    """Random tensors from one seed."""
+
+    def __init__(self, seed: int, layout: str = "contiguous") -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layout = layout
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal numbers, the same whatever the dtype."""
+        return lay_out(torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype), self.layout)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Uniform numbers in [0, 1)."""
+        return lay_out(torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype), self.layout)
+
+    def integers(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
+        """Uniform integers in [low, high), int64."""
+        return torch.randint(low, high, tuple(shape), generator=self.generator)
+
+    def choice(self, shape: Sequence[int], *options: Tensor | float) -> Tensor:
+        """Every element from one of the options at random, float64."""
+        which = self.integers(0, len(options), shape)
+        result = torch.zeros(tuple(shape), dtype=torch.float64)
+        for index, option in enumerate(options):
+            result = torch.where(which == index, option, result)
+        return result
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values behind other strides: "contiguous", "transposed", or "strided" with NaN in between."""
+    if layout == "transposed" and x.dim() > 2:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    return x
+
+
+def borders(lengths: Sequence[int]) -> Tensor:
+    """cu_seqlens, int32 `[N+1]`, of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def pieces(lengths: Sequence[int]) -> list[slice]:
+    """Where the tokens of every packed sequence stand."""
+    return [slice(start, stop) for start, stop in pairwise(borders(lengths).tolist())]

@@ -1,0 +1,1 @@
+"""The checks, one page per kind of part."""

@@ -1,0 +1,234 @@
+"""Checks of controllers: `controller(score) -> tau`, moved by `step()`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamblocks.testing.budget import assert_bits
+from hamblocks.testing.check import Check, Options
+from hamblocks.testing.inputs.draw import Draw
+from hamblocks.testing.inputs.scores import Scores, scores
+from hamblocks.testing.laws import compiled, told
+from hamblocks.testing.uninitialised import FilledMemory
+
+
+def _training(part: Any) -> Any:
+    part = copy.deepcopy(part)
+    return part.train() if isinstance(part, nn.Module) else part
+
+
+def _held(controller: Any) -> dict[str, Tensor]:
+    """All that a module remembers."""
+    return {name: x.clone() for name, x in controller.state_dict().items()} if isinstance(controller, nn.Module) else {}
+
+
+def _steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
+    """Tau after every step over drawn scores."""
+    taus = {}
+    for number in range(count):
+        score = Scores(case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + number).tensors()["score"]
+        controller(score)
+        controller.step()
+        taus[f"tau after step {number + 1}"] = controller(score).detach().clone()
+    return taus
+
+
+def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
+    """Tau is a float32 number [], never NaN, without gradient, whatever the scores are: none, ties, infinities, NaN."""
+    controller = _training(part)
+    score = case.tensors()["score"]
+    for _ in range(3):
+        tau = controller(score)
+        assert isinstance(tau, Tensor), f"tau: {type(tau).__name__}, expected a tensor"
+        assert tau.dtype == torch.float32, f"tau: {tau.dtype}, expected torch.float32"
+        assert tau.shape == (), f"tau: shape {list(tau.shape)}, expected []"
+        assert not tau.requires_grad, "tau: carries a gradient, expected none"
+        assert not bool(tau.isnan()), f"tau: NaN, of {case.kind} scores"
+        controller.step()
+
+
+def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
+    """Casting the model casts no threshold."""
+    controller = _training(part)
+    _steps(controller, case)
+    score = case.tensors()["score"]
+    before = controller.eval()(score).clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        tau = copy.deepcopy(controller).to(dtype)(score)
+        assert tau.dtype == torch.float32, f"tau: {tau.dtype} after to({dtype}), expected torch.float32"
+        with told(f"tau changed with to({dtype})"):
+            assert_bits({"tau": tau}, {"tau": before})
+
+
+def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
+    """Calls count; only step() moves tau."""
+    controller = _training(part)
+    _steps(controller, case)
+    score = case.tensors()["score"]
+    before = controller(score).clone()
+    for _ in range(3):
+        controller(score - 5)
+    with told("tau moved without a step"):
+        assert_bits({"tau": controller(score)}, {"tau": before})
+
+
+def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
+    """In eval mode nothing counts and nothing moves."""
+    controller = _training(part)
+    _steps(controller, case)
+    controller.eval()
+    before = _held(controller)
+    _steps(controller, case)
+    with told("eval mode changed what the controller holds"):
+        assert_bits(_held(controller), before)
+
+
+def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Options) -> None:
+    """A step for which no score was counted, or only padding (NaN), moves nothing."""
+    controller = _training(part)
+    _steps(controller, case)
+    score = case.tensors()["score"]
+    before = controller.eval()(score).clone()
+    controller.train()
+    controller.step()  # what the last call counted
+    before = copy.deepcopy(controller).eval()(score).clone()
+    for nothing in (None, score[:, :0], torch.full_like(score, math.nan)):
+        if nothing is not None:
+            controller(nothing)
+        controller.step()
+        with told("tau moved by " + ("nothing" if nothing is None else f"{list(nothing.shape)} scores of padding")):
+            assert_bits({"tau": copy.deepcopy(controller).eval()(score)}, {"tau": before})
+
+
+def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
+    """On scores that stay as they are, the fraction that reaches tau becomes the target within 0.03."""
+    controller = _training(part)
+    draw = Draw(case.seed)
+    for _ in range(200):
+        controller(draw.normal(2, 128, 2, dtype=torch.float32))
+        controller.step()
+    score = draw.normal(4, 4096, 2, dtype=torch.float32)
+    admitted = float((score >= controller.eval()(score)).float().mean())
+    assert abs(admitted - controller.fraction) < 0.03, f"{admitted:.3f} reach tau, expected {controller.fraction}"
+
+
+def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
+    """set_threshold(x) makes tau x at once; NaN is a ValueError that changes nothing."""
+    score = case.tensors()["score"]
+    controller = copy.deepcopy(part).eval() if isinstance(part, nn.Module) else copy.deepcopy(part)
+    for value in (0.25, -math.inf, math.inf, -3.0):
+        controller.set_threshold(value)
+        assert float(controller(score)) == value, f"tau: {float(controller(score))} after set_threshold({value})"
+    try:
+        controller.set_threshold(math.nan)
+    except ValueError:
+        assert float(controller(score)) == -3.0, "a refused NaN changed tau"
+        return
+    raise AssertionError("set_threshold(NaN) was accepted")
+
+
+def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> None:
+    """A copy that loads the state dict goes on to the same thresholds."""
+    controller, other = _training(part), _training(part)
+    _steps(controller, case)
+    file = io.BytesIO()
+    torch.save(controller.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    again = Scores(case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + 9)
+    with told("a copy that loaded the state dict goes on otherwise"):
+        assert_bits(_steps(other, again), _steps(controller, again))
+
+
+def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
+    """The same steps twice give the same thresholds, whatever the random state."""
+    with torch.random.fork_rng(devices=[]):
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            results.append(_steps(_training(part), case))
+    with told("the same steps gave two results"):
+        assert_bits(*results)
+
+
+def _nothing_given_changes(part: Any, case: Scores, _options: Options) -> None:
+    """The scores are as before after a call and a step."""
+    controller, score = _training(part), case.tensors()["score"]
+    before = score.clone()
+    controller(score)
+    controller.step()
+    with told("a call changed what it was given"):
+        assert_bits({"score": score}, {"score": before})
+
+
+def _reads_no_unwritten_memory(part: Any, case: Scores, _options: Options) -> None:
+    """Thresholds do not depend on what `torch.empty` happens to hold."""
+    filled = []
+    for value in (0.0, math.nan, 3.0):
+        with FilledMemory(value):
+            filled.append(_steps(_training(part), case))
+    with told("the result depends on memory that nobody wrote"):
+        for other in filled[1:]:
+            assert_bits(other, filled[0])
+
+
+def _compiled_is_eager(part: Any, case: Scores, _options: Options) -> None:
+    """torch.compile(fullgraph=True) counts and answers as eager does."""
+    eager, traced = _training(part), _training(part)
+    with compiled(traced) as fast:
+        for _ in range(2):
+            score = case.tensors()["score"]
+            with told("compiled and eager differ"):
+                assert_bits({"tau": fast(score)}, {"tau": eager(score)})
+                assert_bits(_held(traced), _held(eager))
+            for one in (eager, traced):
+                one.step()
+
+
+def _no_module(part: Any, _options: Options) -> str | None:
+    return None if isinstance(part, nn.Module) else "it is no torch.nn.Module"
+
+
+def _no_fraction(part: Any, _options: Options) -> str | None:
+    return None if hasattr(part, "fraction") else "it has no target fraction"
+
+
+def _no_threshold(part: Any, _options: Options) -> str | None:
+    return None if hasattr(part, "set_threshold") else "it has no set_threshold"
+
+
+PLAIN = (Scores(9, 2, kind="normal"), Scores(7, 1, kind="ties", seed=1), Scores(5, 2, kind="constant"))
+
+
+def _check(name: str, body: Any, edges: Any = PLAIN, **more: Any) -> Check:
+    drawn = {"kind": "normal"} if name == "reaches_its_fraction" else {}
+
+    def cases(_options: Options) -> Any:
+        return scores(packed=None, empty_rows=False, **drawn)
+
+    alone = more.pop("alone", False)
+    return Check(
+        f"check_controller_{name}", "controller", body, None if alone else cases, lambda _options: edges, **more
+    )
+
+
+CHECKS = [
+    _check("tau_is_a_number", _tau_is_a_number, (*PLAIN, Scores(0), Scores(batch=0), Scores(kind="infinite"))),
+    _check("tau_stays_float32", _tau_stays_float32, applies=_no_module, share=2),
+    _check("moves_only_in_step", _moves_only_in_step, share=2),
+    _check("rests_in_eval", _rests_in_eval, applies=_no_module, share=2),
+    _check("steps_without_scores_move_nothing", _steps_without_scores_move_nothing, share=2, applies=_no_module),
+    _check("reaches_its_fraction", _reaches_its_fraction, PLAIN[:1], applies=_no_fraction, alone=True),
+    _check("set_threshold_sets_tau", _set_threshold_sets_tau, PLAIN[:1], applies=_no_threshold, alone=True),
+    _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, applies=_no_module, share=2),
+    _check("same_call_same_bits", _same_call_same_bits, share=2),
+    _check("nothing_given_changes", _nothing_given_changes, share=2),
+    _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, share=2),
+    _check("compiled_is_eager", _compiled_is_eager, PLAIN[:1], applies=_no_module, slow=True, alone=True),
+]

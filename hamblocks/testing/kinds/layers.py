@@ -1,0 +1,249 @@
+"""Checks of whole layers: `layer(x, state=, cu_seqlens=) -> y, state, stats`, or plainly `layer(x) -> y`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from hamblocks.absent import NoAttention
+from hamblocks.layer import HAMLayer
+from hamblocks.selectors import Threshold
+from hamblocks.testing.budget import assert_bits, assert_same
+from hamblocks.testing.check import Check, Options
+from hamblocks.testing.inputs.draw import borders
+from hamblocks.testing.inputs.parts import PartInputs, part_inputs
+from hamblocks.testing.kinds.selectors import at, thresholds
+from hamblocks.testing.laws import EDGES, SPLIT, by_token, cases_of, common, edges_of, exact, told
+from hamblocks.testing.subjects import LayerSubject, Results, made
+from hamblocks_ops import NEVER
+
+
+def takes(part: Any, name: str) -> bool:
+    """Whether a layer can be called with an argument of that name."""
+    call = part.forward if isinstance(part, torch.nn.Module) else part
+    return name in inspect.signature(call).parameters
+
+
+def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> None:
+    """After every piece the cache holds, per key/value head, the tokens that one pass so far would still keep."""
+    subject = LayerSubject(part, case)
+    kv_heads = subject.part.dims.num_kv_heads
+    with torch.no_grad():
+        state, ends = subject.start(case.batch), case.borders
+        for begin, end in zip(ends, ends[1:], strict=False):
+            _, state = subject.run(by_token(subject.inputs, slice(begin, end)), state)
+            known = subject.run(by_token(subject.inputs, slice(0, end)))[0]["evict_at"].expand(-1, -1, kv_heads)
+            stored, tokens = state.cache.read(), state.cache.tokens
+            for n, head in [(n, h) for n in range(case.batch) for h in range(kv_heads)]:
+                alive = (known[n, :, head] > end).nonzero()[:, 0]
+                row = head if stored.position.shape[2] > 1 else 0
+                there = stored.position[n, :, row] != NEVER
+                position, order = stored.position[n, there, row].sort()
+                until = stored.evict_at[n, there, row][order]
+                where = f"row {n}, head {head} after {end} tokens"
+                assert position.tolist() == alive.tolist(), (
+                    f"{where}: {position.tolist()} stored, {alive.tolist()} kept"
+                )
+                with told(where):
+                    assert_bits({"evict_at": until}, {"evict_at": known[n, alive, head]})
+                count = int(tokens[n, head if tokens.shape[1] > 1 else 0])
+                assert count == len(alive), f"{where}: {count} counted, {len(alive)} kept"
+
+
+def _forks_go_on_alone(part: Any, case: PartInputs, _options: Options) -> None:
+    """A fork of a state goes on as the state itself would have, whatever becomes of the other."""
+    subject = LayerSubject(part, case)
+    t = min(case.cuts[0], case.tokens)
+    rest = by_token(subject.inputs, slice(t, None))
+    other = {"x": 3 - rest["x"]}
+    with torch.no_grad():
+
+        def plain() -> Results:
+            return subject.run(rest, reached())[0]
+
+        def reached() -> Any:
+            return subject.run(by_token(subject.inputs, slice(0, t)), subject.start(case.batch))[1]
+
+        state = reached()
+        fork = state.fork()
+        subject.run(other, state)
+        with told("a fork changed with what the other one went on with"):
+            assert_same(subject.run(rest, fork)[0], plain(), plain)
+
+
+def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options) -> None:
+    """With a higher threshold no token lives longer: what is stored has no say in the scores."""
+    subject = LayerSubject(part, case)
+    kept = []
+    for tau in (-math.inf, 0.3, 0.7, 1.0, math.inf):
+        for one in thresholds(subject.part):
+            one.set_threshold(tau)
+        with torch.no_grad():
+            kept.append(subject.run(subject.inputs)[0]["evict_at"])
+    for low, high in zip(kept, kept[1:], strict=False):
+        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
+
+
+def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> None:
+    """At tau = -inf everything is stored for good; at +inf nothing is, and the layer is its memory alone."""
+    subject = LayerSubject(part, case)
+    position = case.position[..., None]
+    for tau in (-math.inf, math.inf):
+        subject.part.selector = at(Threshold(0.0), tau)
+        with torch.no_grad():
+            results, _ = subject.run(subject.inputs)
+        right = torch.full_like(results["evict_at"], NEVER) if tau < 0 else position.expand_as(results["evict_at"])
+        with told(f"at tau = {tau}"):
+            assert_bits({"evict_at": results["evict_at"]}, {"evict_at": right})
+
+    @torch.no_grad()
+    def alone() -> Results:
+        return subject.run(subject.inputs)[0]
+
+    del subject.part.attention
+    subject.part.attention = NoAttention()
+    with told("at tau = +inf the layer is not its memory alone"):
+        assert_same(results, alone(), alone)
+
+
+def _low_precision_streams(part: Any, case: PartInputs, _options: Options) -> None:
+    """Token by token in every dtype: finite, in the dtype of x, scores in float32 at least."""
+    subject = LayerSubject(part, case)
+    with torch.no_grad():
+        state = subject.start(case.batch)
+        for t in range(case.tokens):
+            results, state = subject.run(by_token(subject.inputs, slice(t, t + 1)), state)
+            assert results["y"].dtype == case.dtype, f"y: {results['y'].dtype}, expected {case.dtype}"
+            assert bool(results["y"].isfinite().all()), f"y: not finite at position {t}"
+
+
+def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
+    """A bad argument is a ValueError that begins with its name and says what was expected and what came."""
+    subject = LayerSubject(part, case)
+    x = subject.inputs["x"]
+    calls: dict[str, Callable[[], Any]] = {
+        "x": lambda: subject.part(x[..., :-1]),
+        "x ": lambda: subject.part(x[0]),
+        "x  ": lambda: subject.part(x.long()),
+    }
+    if takes(part, "cu_seqlens"):
+        whole = x.flatten(0, 1)[None]
+        end = whole.shape[1]
+        calls["cu_seqlens"] = lambda: subject.part(whole, cu_seqlens=torch.tensor([0, end - 1], dtype=torch.int32))
+        calls["cu_seqlens "] = lambda: subject.part(whole, cu_seqlens=torch.tensor([0, 3, 2, end], dtype=torch.int32))
+    if takes(part, "state"):
+        calls["state"] = lambda: subject.part(x, state=subject.start(case.batch + 1))
+        calls["state "] = lambda: subject.part(x, state=[1])
+    for label, call in calls.items():
+        name = label.strip()
+        try:
+            call()
+        except ValueError as error:
+            text = str(error)
+            right = text.startswith(name) and "expected" in text and "got" in text
+            assert right, f"the error is {text!r}, expected '{name}: expected ..., got ...'"
+        except Exception as error:
+            raise AssertionError(f"a bad {name} gave {type(error).__name__}: {error}, expected a ValueError") from error
+        else:
+            raise AssertionError(f"a bad {name} was accepted")
+
+
+def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) -> None:
+    """Ragged pieces of several sequences, packed into one row, give what each sequence gives in one pass."""
+    subject = LayerSubject(part, case)
+    rows = list(subject.inputs["x"])
+    # every row is cut at places of its own
+    own = [[0, *sorted((cut + 5 * n) % (case.tokens + 1) for cut in case.cuts), case.tokens] for n in range(len(rows))]
+
+    @torch.no_grad()
+    def whole() -> Results:
+        return subject.run(subject.inputs)[0]
+
+    with torch.no_grad():
+        state = subject.start(len(rows))
+        told_rows: list[list[Results]] = [[] for _ in rows]
+        for i in range(len(case.cuts) + 1):
+            parts = [row[ends[i] : ends[i + 1]] for row, ends in zip(rows, own, strict=True)]
+            packed = torch.cat(parts)[None] if parts else subject.inputs["x"].flatten(0, 1)[None]
+            cu_seqlens = borders([len(one) for one in parts])
+            results, state = subject.run({"x": packed}, state, cu_seqlens)
+            for n, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
+                told_rows[n].append(by_token(results, slice(begin, end)))
+        exact = whole()
+        for n, told_pieces in enumerate(told_rows):
+            got = {name: torch.cat([piece[name] for piece in told_pieces], 1) for name in told_pieces[0]}
+            if "evict_at" in got:  # lowered later
+                got["evict_at"] = torch.minimum(got["evict_at"], exact["evict_at"][n : n + 1])
+            with told(f"row {n}, cut at {own[n]}"):
+                assert_same(got, {name: x[n : n + 1] for name, x in exact.items()}, lambda n=n: _row(whole(), n))
+
+
+def _row(results: Results, n: int) -> Results:
+    return {name: x[n : n + 1] for name, x in results.items()}
+
+
+def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:
+    return lambda part, _options: None if takes(part, name) else f"it {what}"
+
+
+def _no_ham_layer(part: Any, _options: Options) -> str | None:
+    return None if isinstance(part, HAMLayer) else "it is no HAMLayer"
+
+
+def _no_threshold(part: Any, options: Options) -> str | None:
+    if _no_ham_layer(part, options) is not None:
+        return "it is no HAMLayer"
+    return None if thresholds(part) else "it has no threshold to set"
+
+
+def _no_fork(part: Any, options: Options) -> str | None:
+    if not takes(part, "state"):
+        return "it takes no state"
+    state = made(part, None, options.dtypes[0], 0).init_state(1)
+    return None if hasattr(state, "fork") else "its states do not fork"
+
+
+STREAMS = _no_argument("state", "takes no state")
+PACKS = _no_argument("cu_seqlens", "takes no packed sequences")
+CASES = cases_of(part_inputs)
+
+
+def _common() -> list[Check]:
+    found = []
+    for check in common(LayerSubject, share=2):
+        if "packed" in check.name:
+            check = replace(check, applies=PACKS)
+        elif "split" in check.name:
+            check = replace(check, applies=STREAMS)
+        found.append(check)
+    return found
+
+
+def _check(name: str, body: Any, cases: Any = CASES, edges: Any = SPLIT, **more: Any) -> Check:
+    return Check(f"check_layer_{name}", "layer", body, cases, edges, **({"share": 2} | more))
+
+
+def _any_dtype(options: Options) -> Any:
+    return part_inputs(**(exact(options) | {"dtype": st.sampled_from(options.dtypes)}))
+
+
+CHECKS = [
+    *_common(),
+    _check(
+        "packed_pieces_are_one_pass",
+        _packed_pieces_are_one_pass,
+        applies=lambda part, options: STREAMS(part, options) or PACKS(part, options),
+    ),
+    _check("stores_what_it_decided", _stores_what_it_decided, applies=_no_ham_layer),
+    _check("forks_go_on_alone", _forks_go_on_alone, applies=_no_fork),
+    _check("low_precision_streams", _low_precision_streams, _any_dtype, share=4, applies=STREAMS),
+    _check("limits_of_the_threshold", _limits_of_the_threshold, edges=EDGES, applies=_no_ham_layer),
+    _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, edges=EDGES, applies=_no_threshold),
+    _check("refuses_bad_input", _refuses_bad_input, None, edges_of({})),
+]

@@ -1,0 +1,786 @@
+"""Checks of ops: each implementation against the reference, forward and backward, and what every call promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hamblocks_ops as ops
+from hamblocks.testing.budget import Problem, assert_bits, assert_close_to_reference, assert_same
+from hamblocks.testing.check import Check, Options
+from hamblocks.testing.inputs.attention import AttentionInputs, EvictAt, attention_inputs, evict_at
+from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs, delta_rule_inputs
+from hamblocks.testing.inputs.draw import pieces, ragged_lengths
+from hamblocks.testing.inputs.paged import PagedInputs, paged, paged_inputs
+from hamblocks.testing.inputs.rows import RowInputs, row_inputs
+from hamblocks.testing.inputs.scores import Scores, scores
+from hamblocks.testing.laws import compiled, told
+from hamblocks.testing.uninitialised import FilledMemory
+from hamblocks_ops.arguments import wrong
+from hamblocks_ops.packing import NEVER
+from hamblocks_ops.select import reference as lifetimes
+from hamblocks_ops.surprise import METRICS
+
+Results = dict[str, Tensor]
+INF, NAN = float("inf"), float("nan")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the kit knows of one op.
+
+    Attributes:
+        function: the public op.
+        inputs: strategy of its calls.
+        edges: calls by hand: degenerate sizes and borders.
+        options: arguments that are no tensors, out of the case's seed.
+        reference: called like the op, without `impl`; None: the op with impl="reference".
+        by_token: arguments with the tokens in their second dimension.
+        streams: name of the argument that takes the state which the result of that other name hands on.
+        causal: whether results before t depend on nothing from t on.
+        packs: whether it takes cu_seqlens.
+        attends: whether keys can be invisible.
+        dtypes: floating dtypes it takes.
+        degenerate: calls out of zeros and infinities that must give finite results.
+        call: how it is called with tensors by name.
+    """
+
+    function: Callable[..., Any]
+    inputs: Callable[..., st.SearchStrategy[Any]]
+    edges: Sequence[Any]
+    options: Callable[[Any], dict[str, Any]] = lambda _case: {}
+    reference: Callable[..., Any] | None = None
+    by_token: tuple[str, ...] = ()
+    streams: tuple[str, str] | None = None
+    causal: bool = True
+    packs: bool = True
+    attends: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
+    degenerate: Sequence[Any] = ()
+    plain: dict[str, Any] = field(default_factory=dict)
+    call: Callable[..., Any] | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it takes floating tensors whose gradient it promises."""
+        return self.function in (ops.gated_delta_rule, ops.surprise, ops.selected_attention)
+
+
+@dataclass(frozen=True)
+class OpImplementation:
+    """One way to compute an op: a name of its table, or a callable of one's own.
+
+    Attributes:
+        like: the op of `hamblocks.ops` whose signature and mathematics it has.
+        run: a callable with the op's signature, without `impl`; None: the op itself.
+        impl: the implementation to be named, where `run` is None; "auto" is what the op would take.
+    """
+
+    like: Callable[..., Any]
+    run: Callable[..., Any] | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks that the op is one of ours and has such an implementation."""
+        if self.like not in OPS:
+            raise wrong("like", "one of " + ", ".join(one.__name__ for one in OPS), repr(self.like))
+        names = ops.implementations(self.like)
+        if self.run is None and self.impl != "auto" and self.impl not in names:
+            raise wrong(
+                "impl", f"'auto' or one of {', '.join(map(repr, names))} for {self.like.__name__}", repr(self.impl)
+            )
+
+    @property
+    def op(self) -> Op:
+        """What the kit knows of it."""
+        return OPS[self.like]
+
+    def __call__(self, **call: Any) -> Any:
+        """Runs it."""
+        through = self.op.call
+        if through is not None:
+            return through(self.run, impl=self.impl, **call)
+        if self.run is not None:
+            return self.run(**call)
+        return self.like(**call, **({"impl": self.impl} if ops.implementations(self.like) else {}))
+
+    def reference(self, **call: Any) -> Any:
+        """Runs the reference."""
+        if self.op.call is not None:
+            return self.op.call(None, impl="reference", **call)
+        return self.like(**call, impl="reference") if self.op.reference is None else self.op.reference(**call)
+
+    def problem(self, case: Any, tensors: Mapping[str, Tensor] | None = None, **options: Any) -> Problem:
+        """A case as a call that runs by this implementation or by the reference."""
+
+        def either(impl: str, **call: Any) -> Any:
+            return self.reference(**call) if impl == "reference" else self(**call)
+
+        given = case.tensors() if tensors is None else tensors
+        return Problem(either, given, self.op.options(case) | options, seed=case.seed)
+
+    def __repr__(self) -> str:
+        if self.run is not None:
+            name = getattr(self.run, "__qualname__", type(self.run).__name__)
+            return f"OpImplementation({self.like.__name__}, {name})"
+        return f"OpImplementation({self.like.__name__}, impl={self.impl!r})"
+
+
+# what is drawn
+
+
+def _metric(case: Any) -> dict[str, Any]:
+    return {"metric": METRICS[case.seed % len(METRICS)]}
+
+
+def _tau(case: Scores) -> dict[str, Any]:
+    return {"tau": (0.0, 0.25, -0.5, INF, -INF, 1.0, -0.0)[case.seed % 7]}
+
+
+def _count(name: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda case: {name: (2, 0, 1, 3, 5, 40, 2**40)[case.seed % 7]}
+
+
+def placed(like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Position int64 `[B, T, H]` and, packed, sequence `[T]` of every token, by loops."""
+    batch, tokens, heads = like.shape
+    lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
+    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    where = own[None, :, None].expand(batch, tokens, heads) if position is None else position.long()
+    return where, None if cu_seqlens is None else sequence
+
+
+def _by_definition(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reference(
+        score: Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        where, sequence = placed(score, position, cu_seqlens)
+        return rule(score, where, sequence, **options).to(torch.int32)
+
+    return reference
+
+
+def compact_by_definition(
+    evict_at: Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> ops.Compacted:
+    """Lists by loops over tokens."""
+    where, sequence = placed(evict_at, position, cu_seqlens)
+    batch, tokens, heads = evict_at.shape
+    kept = [
+        [[t for t in range(tokens) if evict_at[b, t, h] > where[b, t, h]] for h in range(heads)] for b in range(batch)
+    ]
+    length = max((len(row) for rows in kept for row in rows), default=0)
+    lists = [torch.full((batch, heads, length), fill, dtype=torch.int32) for fill in (tokens, NEVER, 0)]
+    counted = torch.zeros(batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, dtype=torch.int32)
+    for b in range(batch):
+        for h in range(heads):
+            for slot, t in enumerate(kept[b][h]):
+                for x, value in zip(lists, (t, where[b, t, h], evict_at[b, t, h]), strict=True):
+                    x[b, h, slot] = value
+                counted[b if sequence is None else int(sequence[t]), h] += 1
+    return ops.Compacted(*lists, counted)
+
+
+def _paged(run: Callable[..., Any] | None, *, impl: str, **call: Any) -> Any:
+    return paged(**call, impl=impl, run=run)
+
+
+SCORE_EDGES = (
+    Scores(tokens=0),
+    Scores(batch=0),
+    Scores(tokens=1, heads=1),
+    Scores(tokens=65, kind="constant"),
+    Scores(tokens=64, kind="infinite"),
+    Scores(tokens=40, kind="ties", empty_rows=True, layout="strided"),
+    Scores(packed=(0, 5, 0, 0, 33, 1, 0), kind="ties"),
+    Scores(packed=(0, 5, 0, 33, 1, 0), kind="mixed", empty_rows=True),
+    Scores(packed=()),
+    *(Scores(tokens=12, kind="mixed", seed=seed) for seed in range(7)),
+)
+DELTA = DeltaRuleInputs
+ATTEND = AttentionInputs
+OPS: dict[Callable[..., Any], Op] = {
+    one.function: one
+    for one in (
+        Op(
+            ops.gated_delta_rule,
+            delta_rule_inputs,
+            (
+                DELTA(tokens=0),
+                DELTA(tokens=1),
+                DELTA(batch=0),
+                DELTA(tokens=63, heads=1),
+                DELTA(tokens=64, group=3, layout="transposed"),
+                DELTA(tokens=65, decay="forget", layout="strided"),
+                DELTA(tokens=130, decay="hard", write="any"),
+                DELTA(tokens=65, write="zero"),
+                DELTA(tokens=130, write="two", decay="none"),
+                DELTA(tokens=65, key_dim=1, write="two", decay="none"),
+                DELTA(packed=()),
+                DELTA(packed=(0,)),
+                DELTA(packed=(0, 3, 0, 0, 65, 1, 0)),
+                DELTA(packed=(64, 64), state=False, group=2),
+            ),
+            options=_metric,
+            by_token=("q", "k", "v", "beta", "g"),
+            streams=("initial_state", "final_state"),
+            degenerate=(
+                DELTA(write="zero", decay="forget"),
+                DELTA(tokens=65, write="zero", decay="none", state=False),
+                DELTA(tokens=70, write="any", decay="forget", dtype=torch.bfloat16),
+            ),
+        ),
+        Op(
+            ops.surprise,
+            row_inputs,
+            (RowInputs(batch=0), RowInputs(tokens=1, batch=1, dim=1), RowInputs(layout="strided")),
+            options=_metric,
+            by_token=("residual", "v"),
+            packs=False,
+            degenerate=[
+                RowInputs(kind=kind, dtype=dtype, seed=seed)
+                for kind in ("zero", "right", "extreme")
+                for dtype in (torch.float32, torch.bfloat16)
+                for seed in range(3)
+            ],
+        ),
+        Op(
+            ops.select_threshold,
+            scores,
+            SCORE_EDGES,
+            options=_tau,
+            reference=_by_definition(
+                lambda score, where, _sequence, *, tau: lifetimes.threshold(
+                    score.to(torch.promote_types(score.dtype, torch.float32)), tau, where
+                )
+            ),
+            by_token=("score", "position"),
+        ),
+        Op(
+            ops.select_topk,
+            scores,
+            SCORE_EDGES,
+            options=_count("k"),
+            reference=_by_definition(lambda score, where, sequence, *, k: lifetimes.topk(score, k, where, sequence)),
+            by_token=("score", "position"),
+        ),
+        Op(
+            ops.select_window,
+            scores,
+            SCORE_EDGES,
+            options=_count("width"),
+            reference=_by_definition(lambda _score, where, _sequence, *, width: lifetimes.window(width, where)),
+            by_token=("score", "position"),
+        ),
+        Op(
+            ops.select_first,
+            scores,
+            SCORE_EDGES,
+            options=_count("n"),
+            reference=_by_definition(lambda _score, where, _sequence, *, n: lifetimes.first(n, where)),
+            by_token=("score", "position"),
+        ),
+        Op(
+            ops.compact,
+            evict_at,
+            (
+                EvictAt(tokens=0),
+                EvictAt(batch=0),
+                EvictAt(packed=()),
+                EvictAt(packed=(0, 4, 0, 6, 0)),
+                EvictAt(tokens=65),
+            ),
+            reference=compact_by_definition,
+            causal=False,
+        ),
+        Op(
+            ops.selected_attention,
+            attention_inputs,
+            (
+                ATTEND(tokens=0),
+                ATTEND(tokens=1, policy="all"),
+                ATTEND(tokens=1, policy="none"),
+                ATTEND(batch=0),
+                ATTEND(tokens=64, kv_heads=1, policy="all"),
+                ATTEND(tokens=65, group=3, layout="transposed"),
+                ATTEND(tokens=63, shared=True, layout="strided", bias="hidden"),
+                ATTEND(tokens=130, policy="topk", bias="some"),
+                ATTEND(tokens=130, policy="window"),
+                ATTEND(tokens=9, cache=0),
+                ATTEND(tokens=1, cache=70, group=2, policy="all"),
+                ATTEND(tokens=33, cache=50, bias="hidden", seed=3),
+                ATTEND(packed=()),
+                ATTEND(packed=(0,)),
+                ATTEND(packed=(0, 3, 0, 0, 65, 1, 0), bias="shared"),
+            ),
+            by_token=("q", "k", "v", "evict_at", "logit_bias"),
+            attends=True,
+            degenerate=(
+                ATTEND(tokens=40, policy="none"),
+                ATTEND(tokens=40, bias="hidden", group=2),
+                ATTEND(tokens=33, cache=50, policy="none", dtype=torch.bfloat16),
+            ),
+            plain={"packed": None, "cache": None},
+        ),
+        Op(
+            ops.paged_attention,
+            paged_inputs,
+            (
+                PagedInputs(queries=0),
+                PagedInputs(sequences=0),
+                PagedInputs(width=0),
+                PagedInputs(slabs=()),
+                PagedInputs(slabs=((0, 4),)),
+                PagedInputs(slabs=((0, 4), (12, 4), (0, 4)), queries=3),
+                PagedInputs(slabs=((12, 32), (12, 1))),
+                PagedInputs(slabs=((12, 4), (12, 0))),
+                PagedInputs(slabs=((400, 2),), bias="hidden"),
+                PagedInputs(slabs=((1, 70),), forked=True, queries=8, width=1),
+                PagedInputs(width=90, slabs=((200, 3), (150, 3)), sequences=1, group=2, bias="some", policy="all"),
+                PagedInputs(policy="none", queries=2),
+                PagedInputs(policy="all", queries=8, together=3, group=3, layout="strided"),
+                PagedInputs(together=2, rows=1, group=2, layout="transposed", queries=4),
+            ),
+            causal=False,
+            packs=False,
+            dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+            degenerate=(PagedInputs(policy="none", garbage=INF), PagedInputs(queries=3, bias="hidden")),
+            call=_paged,
+        ),
+    )
+}
+
+
+# checks
+
+
+def _is_the_reference(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Every result and every gradient is as right as the reference in that dtype: see assert_close_to_reference."""
+    assert_close_to_reference(part.problem(case), "it")
+
+
+def _results(part: OpImplementation, case: Any, tensors: Mapping[str, Tensor], *, backward: bool = False) -> Results:
+    return part.problem(case, tensors).run("it", backward=backward)
+
+
+def _noise(part: OpImplementation, case: Any, tensors: Mapping[str, Tensor], cut: Callable[[Results], Results]) -> Any:
+    """What the reference says of these inputs, for a measure of how much rounding moves it."""
+    return lambda: cut(part.problem(case, tensors).run("reference", backward=False))
+
+
+def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Changing inputs from position t on changes no result before t, nor do results before t have a gradient there."""
+    tensors = case.tensors()
+    t = case.seed % (case.tokens + 1)
+    other = replace(case, seed=case.seed + 1).tensors()
+    changed = {
+        name: torch.cat([x[:, :t], other[name][:, t:]], 1) if name in part.op.by_token else x
+        for name, x in tensors.items()
+    }
+
+    def before(results: Results) -> Results:
+        early = {name: x[:, :t] for name, x in results.items() if name != "final_state"}
+        if early.keys() == {"result"} and not early["result"].is_floating_point():
+            early["result"] = early["result"].clamp(max=t)
+        return early
+
+    with told(f"results before position {t} changed with the inputs from it on"):
+        assert_same(
+            before(_results(part, case, changed)),
+            before(_results(part, case, tensors)),
+            _noise(part, case, tensors, before),
+        )
+    leaves = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+    problem = part.problem(case, leaves)
+    output = problem.op(**leaves, **problem.options, impl="it")
+    fields = output._asdict() if hasattr(output, "_asdict") else {"result": output}
+    roots = [x[:, :t] for name, x in fields.items() if x is not None and x.requires_grad and name != "final_state"]
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad and name in part.op.by_token}
+    if not roots or not wanted:
+        return
+    grads = torch.autograd.grad(sum(x.double().sin().sum() for x in roots), list(wanted.values()), allow_unused=True)
+    for name, grad in zip(wanted, grads, strict=True):
+        later = torch.zeros(0) if grad is None else grad[:, t:]
+        assert not bool((later != 0).any()), f"grad of {name}: results before position {t} have one from it on"
+
+
+def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Sequences packed into one row give what they give alone; empty ones change nothing."""
+    tensors = case.tensors()
+    whole = _results(part, case, tensors)
+    names = [name for name in whole if name != "lengths"] if part.like is not ops.compact else ["lengths"]
+    alone: dict[str, list[Tensor]] = {
+        name: [whole[name][:, :0] for _ in range(1)] for name in names if name != "final_state"
+    }
+    states = []
+    for n, own in enumerate(pieces(case.packed)):
+        one = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token or name == "evict_at"}
+        if part.op.streams is not None and part.op.streams[0] in tensors:
+            one[part.op.streams[0]] = tensors[part.op.streams[0]][n : n + 1]
+        results = _results(part, case, one)
+        for name in alone:
+            alone[name].append(results[name])
+        states += [results["final_state"]] if "final_state" in results else []
+    if part.like is ops.compact:
+        alone["lengths"] = [torch.cat([whole["lengths"][:0], *alone["lengths"][1:]])]
+    expected = {name: torch.cat(rows, 1) for name, rows in alone.items()}
+    if "final_state" in names:
+        expected["final_state"] = torch.cat([whole["final_state"][:0], *states])
+    got = {name: whole[name] for name in expected}
+    with told("a sequence alone gives another result than packed"):
+        assert_same(got, expected, _noise(part, case, tensors, lambda results: {name: results[name] for name in got}))
+
+
+def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Two pieces with the state handed over give what one pass gives."""
+    assert part.op.streams is not None
+    takes, gives = part.op.streams
+    tensors = case.tensors()
+    cut = case.seed % (case.tokens + 1)
+    whole = _results(part, case, tensors)
+    parts, state = [], tensors.get(takes)
+    for own in (slice(0, cut), slice(cut, None)):
+        piece = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token}
+        parts.append(_results(part, case, piece | ({} if state is None else {takes: state})))
+        state = parts[-1][gives]
+    got = {name: state if name == gives else torch.cat([one[name] for one in parts], 1) for name in whole}
+    with told(f"pieces of {cut} and {case.tokens - cut} tokens give another result than one pass"):
+        assert_same(got, whole, _noise(part, case, tensors, lambda results: results))
+
+
+def _same_call_same_bits(part: OpImplementation, case: Any, _options: Options) -> None:
+    """The same call twice gives the same bits, forward and backward."""
+    problem = part.problem(case)
+    with told("the same call gave two results"):
+        assert_bits(problem.run("it"), problem.run("it"))
+
+
+def _nothing_given_changes(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Inputs are as before after a call, forward and backward."""
+    tensors = case.tensors()
+    before = {name: x.clone() for name, x in tensors.items()}
+    _results(part, case, tensors, backward=True)
+    with told("a call changed its inputs"):
+        assert_bits(tensors, before)
+
+
+def _reads_no_unwritten_memory(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Results and gradients do not depend on what `torch.empty` happens to hold."""
+    problem, filled = part.problem(case), []
+    for value in (0.0, NAN, 3.0):
+        with FilledMemory(value):
+            filled.append(problem.run("it"))
+    with told("the result depends on memory that nobody wrote"):
+        for other in filled[1:]:
+            assert_bits(other, filled[0])
+
+
+def _is_always_finite(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Out of zeros, of nothing kept and of everything forgotten come finite results and gradients (lse may be -inf)."""
+    for name, x in part.problem(case).run("it").items():
+        fine = x.isfinite() | (x == -INF) if name == "lse" else x.isfinite()
+        assert bool(fine.all()), f"{name}: {float(x[~fine][0])} in {case.dtype}"
+
+
+def _gradients_are_right(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Gradients are those of finite differences, in float64."""
+    problem = part.problem(case)
+    names = [name for name, x in problem.tensors.items() if x.is_floating_point()]
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        output = problem.op(
+            **(dict(problem.tensors) | dict(zip(names, given, strict=True))), **problem.options, impl="it"
+        )
+        return tuple(
+            x for x in (output if isinstance(output, tuple) else (output,)) if x is not None and x.requires_grad
+        )
+
+    given = [problem.tensors[name].clone().requires_grad_() for name in names]
+    with told("gradients differ from finite differences"):
+        torch.autograd.gradcheck(run, given, fast_mode=True)
+
+
+def _compiled_is_eager(part: OpImplementation, case: Any, _options: Options) -> None:
+    """torch.compile(fullgraph=True) gives what eager gives, forward and backward."""
+    eager = part.problem(case)
+    with compiled(part.run or part.like) as fast:
+        traced = replace(part, run=fast if part.run is not None else _named(fast, part))
+        results = traced.problem(case).run("it")
+    with told("compiled and eager differ"):
+        assert_same(results, eager.run("it"), lambda: eager.run("reference"))
+
+
+def _named(fast: Callable[..., Any], part: OpImplementation) -> Callable[..., Any]:
+    more = {"impl": part.impl} if ops.implementations(part.like) else {}
+    return lambda *args, **call: fast(*args, **call, **more)
+
+
+def _unseen_keys_do_not_leak(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Never stored, evicted before the first query, beyond key_lengths, hidden by -inf: it may hold anything."""
+    if isinstance(case, PagedInputs):
+        for garbage in (NAN, INF, 6e4):
+            with told(f"{garbage} where no query sees it changed the result"):
+                clean = part.problem(replace(case, garbage=None)).run("it")
+                assert_bits(part.problem(replace(case, garbage=garbage)).run("it"), clean)
+        return
+    tensors = case.tensors()
+    unseen = ~visible(tensors).any(1)[..., None]
+    expected = _results(part, case, tensors, backward=True)
+    for garbage in (NAN, INF, 1e30):
+        dirty = tensors | {name: tensors[name].masked_fill(unseen, garbage) for name in ("k", "v")}
+        with told(f"{garbage} where no query sees it changed the result"):
+            assert_bits(_results(part, case, dirty, backward=True), expected)
+
+
+def visible(call: Mapping[str, Tensor]) -> Tensor:
+    """The dense mask `[B, Tq, Tk, Hkv]` of a call of selected_attention."""
+    batch, keys, kv_heads = call["k"].shape[:3]
+    queries = call["q"].shape[1]
+    lengths = call["cu_seqlens"].diff().tolist() if "cu_seqlens" in call else [max(queries, keys)]
+    own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
+    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    asks = call.get("query_position", own[None, :queries])[:, :, None, None]
+    stands = call.get("key_position", own[None, :keys, None])[:, None]
+    mask = (stands <= asks) & (asks < call["evict_at"][:, None])
+    mask = mask & (sequence[:queries, None] == sequence[:keys])[None, :, :, None]
+    if "key_lengths" in call:
+        most = call["key_lengths"].unflatten(0, (batch, 1, 1))
+        most = most if most.dim() == 4 else most[..., None]
+        mask = mask & (torch.arange(keys)[None, None, :, None] < most)
+    if "logit_bias" in call:
+        mask = mask & (call["logit_bias"] > -INF)[:, None]
+    return mask.expand(batch, queries, keys, kv_heads)
+
+
+def _seeing_nothing_is_zero(part: OpImplementation, case: Any, _options: Options) -> None:
+    """A query that sees nothing reads 0 with lse = -inf, and all gradients are 0."""
+    results = part.problem(case).run("it")
+    lse = results.pop("lse")
+    assert bool((lse == -INF).all()), "lse: expected -inf where nothing is seen"
+    for name, x in results.items():
+        assert not bool((x != 0).any()), f"{name}: {float(x[x != 0][0])} where nothing is seen, expected 0"
+
+
+def _score_is_the_surprise_of_the_residual(part: OpImplementation, case: Any, _options: Options) -> None:
+    """The score is that of the residual before it is rounded, detached, with or without the residual written out."""
+    tensors = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()}
+    metric = _metric(case)["metric"]
+    result, without = (part(**tensors, metric=metric, output_residual=told_too) for told_too in (True, False))
+    assert not result.score.requires_grad, "score: carries a gradient, expected none"
+    assert without.residual is None, "residual: written out, expected None"
+    with told("the score differs without the residual"):
+        assert_bits({"score": without.score}, {"score": result.score})
+    if case.dtype in (torch.float64, torch.float32):
+
+        def expected() -> Results:
+            return {"score": ops.surprise(result.residual.detach(), tensors["v"].detach(), metric=metric)}
+
+        assert_same({"score": result.score}, expected(), expected)
+
+
+def _ignores_autocast(part: OpImplementation, case: Any, _options: Options) -> None:
+    """Autocast does not reach inside: states and scores stay float32."""
+    problem = part.problem(case)
+    expected = problem.run("it")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = problem.run("it")
+    with told("autocast changed the result"):
+        assert_bits(results, expected)
+
+
+def _raising_tau_never_keeps_more(part: OpImplementation, case: Any, _options: Options) -> None:
+    """On the same scores, a higher threshold ends no lifetime later."""
+    tensors = case.tensors()
+    kept = [part(**tensors, tau=tau) for tau in (-INF, -1.0, 0.0, 0.25, 0.5, INF)]
+    for low, high in zip(kept, kept[1:], strict=False):
+        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
+
+
+def _unless(flag: Callable[[Op], Any], reason: str) -> Callable[[Any, Options], str | None]:
+    return lambda part, _options: None if flag(part.op) else reason
+
+
+def _not_traced(part: OpImplementation, _options: Options) -> str | None:
+    if part.like is ops.compact:
+        return "its result is as long as the longest list, which is read from the device"
+    if part.like is ops.paged_attention and part.run is None:
+        return "it plans on the host which pages it reads"
+    return "the reference is written to be read, not to be traced" if part.impl == "reference" else None
+
+
+def _refused(part: OpImplementation, case: Any) -> str | None:
+    """Why a named implementation cannot run here."""
+    if part.run is None and ops.implementations(part.like) and part.op.call is None:
+        answer: str = ops.explain(part.like, **case.tensors(), **part.op.options(case)).get(part.impl, "yes")
+        return None if answer == "yes" else answer
+    return None
+
+
+@dataclass(frozen=True)
+class OpCheck(Check):
+    """A check of an op: what is drawn depends on the op."""
+
+    fixed: Callable[[Op], dict[str, Any]] = lambda _op: {}
+    by_hand: Callable[[Op], Sequence[Any]] = lambda op: op.edges
+    drawn: bool = True
+
+    def of(self, part: OpImplementation) -> Check:
+        """The check with the cases of one op."""
+        op = part.op
+        cases = (lambda _options: op.inputs(**self.fixed(op))) if self.drawn else None
+        edges = [case for case in self.by_hand(op) if _refused(part, case) is None]
+        return Check(
+            self.name, self.kind, self.body, cases, lambda _options: edges, self.applies, self.share, self.slow
+        )
+
+    def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
+        """Runs the check."""
+        if not isinstance(part, OpImplementation):
+            raise wrong("part", "an OpImplementation(like, run)", repr(part))
+        self.of(part)(part, case, **more)
+
+
+def _in(dtype: torch.dtype) -> OpCheck:
+    name = str(dtype).removeprefix("torch.")
+    return OpCheck(
+        f"check_op_{name}_is_the_reference",
+        "op",
+        _is_the_reference,
+        applies=lambda part, options: (
+            None
+            if dtype in (*options.dtypes, torch.float16) and dtype in part.op.dtypes
+            else f"it does not compute in {name}"
+        ),
+        fixed=lambda op: {} if "dtype" not in _fields(op) else {"dtype": dtype},
+        by_hand=lambda op: [replace(case, dtype=dtype) if "dtype" in _fields(op) else case for case in op.edges],
+    )
+
+
+def _fields(op: Op) -> set[str]:
+    return set(type(op.edges[0]).__dataclass_fields__)
+
+
+def _exact(op: Op, **more: Any) -> dict[str, Any]:
+    return {name: x for name, x in ({"dtype": torch.float64} | more).items() if name in _fields(op)}
+
+
+def _small(op: Op) -> list[Any]:
+    """Cases for the checks that run one or two."""
+    found: dict[Any, list[Any]] = {
+        ops.gated_delta_rule: [DELTA(tokens=3, batch=1, group=2), DELTA(packed=(1, 0, 2), heads=1)],
+        ops.surprise: [RowInputs(seed=seed) for seed in range(3)],
+        ops.selected_attention: [
+            ATTEND(tokens=4, batch=1, group=2, bias="some", seed=4),
+            ATTEND(tokens=4, cache=5, bias="some", seed=4),
+            ATTEND(packed=(2, 0, 3)),
+        ],
+    }
+    return found.get(op.function, list(op.edges[2:3]))
+
+
+def _plain(op: Op) -> dict[str, Any]:
+    return _exact(op, packed=None, cache=None, empty_rows=False)
+
+
+def _whole(op: Op) -> list[Any]:
+    kept = [case for case in op.edges if getattr(case, "packed", None) is None and getattr(case, "cache", None) is None]
+    return [replace(case, **_plain(op)) for case in kept]
+
+
+def _packed_cases(op: Op) -> list[Any]:
+    return [replace(case, **_exact(op, cache=None)) for case in op.edges if getattr(case, "packed", None) is not None]
+
+
+CHECKS: list[OpCheck] = [
+    _in(torch.float64),
+    _in(torch.float32),
+    _in(torch.bfloat16),
+    _in(torch.float16),
+    OpCheck(
+        "check_op_is_causal",
+        "op",
+        _is_causal,
+        applies=_unless(lambda op: op.causal, "it lists what is stored, which the future decides"),
+        fixed=_plain,
+        by_hand=_whole,
+    ),
+    OpCheck(
+        "check_op_packed_is_one_by_one",
+        "op",
+        _packed_is_one_by_one,
+        applies=_unless(lambda op: op.packs, "it takes no packed sequences"),
+        fixed=lambda op: _exact(op, packed=ragged_lengths(20, 5), cache=None),
+        by_hand=_packed_cases,
+    ),
+    OpCheck(
+        "check_op_any_split_is_one_pass",
+        "op",
+        _any_split_is_one_pass,
+        applies=_unless(lambda op: op.streams, "it hands no state on"),
+        fixed=_plain,
+        by_hand=lambda op: [replace(case, seed=seed) for case in _whole(op) for seed in (0, 64)],
+    ),
+    OpCheck("check_op_same_call_same_bits", "op", _same_call_same_bits, share=2),
+    OpCheck("check_op_nothing_given_changes", "op", _nothing_given_changes, share=2),
+    OpCheck("check_op_reads_no_unwritten_memory", "op", _reads_no_unwritten_memory, share=2),
+    OpCheck(
+        "check_op_is_always_finite",
+        "op",
+        _is_always_finite,
+        applies=_unless(lambda op: op.degenerate, "its results are integers"),
+        by_hand=lambda op: op.degenerate,
+        drawn=False,
+    ),
+    OpCheck(
+        "check_op_gradients_are_right",
+        "op",
+        _gradients_are_right,
+        applies=_unless(lambda op: op.differentiable, "it promises no gradient"),
+        by_hand=_small,
+        drawn=False,
+    ),
+    OpCheck(
+        "check_op_compiled_is_eager",
+        "op",
+        _compiled_is_eager,
+        applies=_not_traced,
+        by_hand=_small,
+        drawn=False,
+        slow=True,
+    ),
+    OpCheck(
+        "check_op_unseen_keys_do_not_leak",
+        "op",
+        _unseen_keys_do_not_leak,
+        applies=_unless(lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"),
+    ),
+    OpCheck(
+        "check_op_seeing_nothing_is_zero",
+        "op",
+        _seeing_nothing_is_zero,
+        applies=_unless(lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"),
+        fixed=lambda op: {"policy": "none", **({"shared": False} if op.attends else {})},
+        by_hand=lambda op: [
+            replace(case, policy="none", **({"shared": False} if op.attends else {})) for case in op.edges
+        ],
+    ),
+    OpCheck(
+        "check_op_score_is_the_surprise_of_the_residual",
+        "op",
+        _score_is_the_surprise_of_the_residual,
+        applies=_unless(lambda op: op.function is ops.gated_delta_rule, "it gives no score beside a residual"),
+    ),
+    OpCheck(
+        "check_op_raising_tau_never_keeps_more",
+        "op",
+        _raising_tau_never_keeps_more,
+        applies=_unless(lambda op: op.function is ops.select_threshold, "it has no threshold"),
+    ),
+    OpCheck("check_op_ignores_autocast", "op", _ignores_autocast, by_hand=_small, drawn=False),
+]

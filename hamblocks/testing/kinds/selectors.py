@@ -1,0 +1,401 @@
+"""Checks of selectors: `selector(score, ledger, position=, cu_seqlens=) -> Selection`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hamblocks.controllers import step_controllers
+from hamblocks.protocols import Selection
+from hamblocks.selectors import EMPTY, AllOf, AnyOf, Threshold, TopK, Window, is_causal, start
+from hamblocks.state import leaves
+from hamblocks.testing.budget import assert_bits
+from hamblocks.testing.check import Check, Options
+from hamblocks.testing.inputs.draw import pieces
+from hamblocks.testing.inputs.parts import PartInputs, part_inputs
+from hamblocks.testing.inputs.scores import ScorePieces, Scores, score_pieces, scores
+from hamblocks.testing.laws import SPLIT, any_split_is_one_pass, cases_of, compiled, is_causal as causal_law, told
+from hamblocks.testing.subjects import LayerSubject, layer_with, made
+from hamblocks.testing.uninitialised import FilledMemory
+from hamblocks_ops import NEVER
+
+
+def ready(part: Any) -> Any:
+    """A copy in eval mode; scores are float32 whatever a model computes in."""
+    return made(part, None, torch.float32, 0)
+
+
+class Step(NamedTuple):
+    """One piece of a stream: the tokens [begin, end) of every row, and what the selector said of them."""
+
+    begin: Tensor
+    end: Tensor
+    real: Tensor
+    listed: Tensor | None
+    selection: Selection
+
+
+def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
+    """Calls a selector piece by piece; rows shorter than the longest are padded at position -1 with a high score."""
+    score = case.score
+    rows, longest, heads = score.shape
+    ledger = start(selector, rows, heads)
+    ends = case.ends
+    for begin, end in zip(ends, ends[1:], strict=False):
+        index = begin[:, None] + torch.arange(int((end - begin).max()))
+        real = index < end[:, None]
+        position = torch.where(real, index, EMPTY).to(torch.int32)
+        piece = score.gather(1, index.clamp(max=max(longest - 1, 0))[..., None].expand(-1, -1, heads))
+        listed = None if ledger is None else ledger.position.clone()
+        selection = selector(piece.masked_fill(~real[..., None], 9.0), ledger, position=position)
+        yield Step(begin, end, real, listed, selection)
+        ledger = selection.ledger
+
+
+def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
+    """Lifetimes are int32 of the score's shape, for no token and no row too, whatever the scores are."""
+    selector, call = ready(part), case.tensors()
+    call.pop("position", None)
+    selection = selector(**call)
+    assert isinstance(selection, Selection), f"{type(selection).__name__}, expected a Selection"
+    shape, dtype = selection.evict_at.shape, selection.evict_at.dtype
+    assert shape == call["score"].shape, f"evict_at: shape {list(shape)}, expected {list(call['score'].shape)}"
+    assert dtype == torch.int32, f"evict_at: {dtype}, expected torch.int32"
+
+
+def _is_causal(part: Any, case: ScorePieces, _options: Options) -> None:
+    """Later scores change no earlier lifetime, as far as queries before them can tell."""
+    selector, score = ready(part), case.score
+    other = ScorePieces(case.lengths, case.cuts, case.heads, case.kind, case.seed + 1).score
+    for t in range(score.shape[1]):
+        changed = torch.cat([score[:, :t], other[:, t:]], 1)
+        before, after = (selector(x).evict_at[:, :t].clamp(max=t) for x in (score, changed))
+        with told(f"lifetimes of tokens before {t} changed with the scores from it on"):
+            assert_bits({"evict_at": after}, {"evict_at": before})
+
+
+def _any_split_is_one_pass(part: Any, case: ScorePieces, _options: Options) -> None:
+    """After every piece, lifetimes are those of one pass over what was seen so far."""
+    selector, score = ready(part), case.score
+    evict_at = torch.full(score.shape, EMPTY, dtype=torch.int32)
+    for step in stream(selector, case):
+        lowered = step.selection.lowered
+        if lowered is not None:
+            for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
+                evict_at[n, int(lowered.position[n, slot, head]), head] = lowered.evict_at[n, slot, head]
+        for n in range(len(score)):
+            end = int(step.end[n])
+            evict_at[n, int(step.begin[n]) : end] = step.selection.evict_at[n, step.real[n]]
+            with told(f"row {n} after {end} tokens"):
+                whole = selector(score[n : n + 1, :end]).evict_at[0]
+                assert_bits({"evict_at": evict_at[n, :end]}, {"evict_at": whole})
+
+
+def _only_lowers(part: Any, case: ScorePieces, _options: Options) -> None:
+    """A lifetime is only ever lowered, never below now; what is told again are the tokens that the ledger listed."""
+    selector = ready(part)
+    evict_at = torch.full(case.score.shape, EMPTY, dtype=torch.int32)
+    for step in stream(selector, case):
+        lowered = step.selection.lowered
+        if lowered is not None:
+            with told("lowered.position is not what the ledger listed"):
+                assert step.listed is not None, "the ledger was None"
+                assert_bits({"position": lowered.position}, {"position": step.listed})
+            for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
+                token, now = int(lowered.position[n, slot, head]), int(step.begin[n])
+                old, new = int(evict_at[n, token, head]), int(lowered.evict_at[n, slot, head])
+                assert new == old or now <= new < old, (
+                    f"token {token} of row {n}: lifetime {old} became {new} at position {now}"
+                )
+                evict_at[n, token, head] = new
+        for n in range(len(evict_at)):
+            evict_at[n, int(step.begin[n]) : int(step.end[n])] = step.selection.evict_at[n, step.real[n]]
+
+
+def _ledger_does_not_grow(part: Any, case: ScorePieces, _options: Options) -> None:
+    """A ledger lists positions in ascending order and has the same size after every piece, however long the sequence."""
+    selector = ready(part)
+    sizes = [x.shape for x in leaves(start(selector, len(case.lengths), case.heads))]
+    for step in stream(selector, case):
+        got = [x.shape for x in leaves(step.selection.ledger)]
+        assert got == sizes, f"ledger: shapes {[list(x) for x in got]}, began with {[list(x) for x in sizes]}"
+        position = step.selection.ledger.position
+        assert position.dtype == torch.int32, f"ledger.position: {position.dtype}, expected torch.int32"
+        assert bool((position.diff(dim=1)[position[:, 1:] != EMPTY] > 0).all()), "ledger.position: not ascending"
+
+
+def _packed_is_one_by_one(part: Any, case: Scores, _options: Options) -> None:
+    """Sequences packed into one row get the lifetimes that they get alone."""
+    selector, call = ready(part), case.tensors()
+    score = call["score"]
+    packed = selector(score, cu_seqlens=call["cu_seqlens"]).evict_at
+    alone = [selector(score[:, own]).evict_at for own in pieces(case.packed or ())]
+    with told("a sequence alone gets other lifetimes than packed"):
+        assert_bits({"evict_at": packed}, {"evict_at": torch.cat([packed[:, :0], *alone], 1)})
+
+
+def _rows_are_independent(part: Any, case: Scores, _options: Options) -> None:
+    """A batch gets the lifetimes that its rows get alone."""
+    selector, score = ready(part), case.tensors()["score"]
+    together = selector(score).evict_at
+    alone = [selector(row).evict_at for row in score.split(1)]
+    with told("a row alone gets other lifetimes than in a batch"):
+        assert_bits({"evict_at": together}, {"evict_at": torch.cat([together[:0], *alone])})
+
+
+def _padding_is_ignored(part: Any, case: Scores, _options: Options) -> None:
+    """Rows at position -1 are no tokens: they change no lifetime of the others."""
+    selector, score = ready(part), case.tensors()["score"]
+    batch, tokens, heads = score.shape
+    position = torch.arange(tokens, dtype=torch.int32).expand(batch, tokens)
+    padding = score.new_full((batch, 2, heads), 9.0)
+    nowhere = torch.full((batch, 2), EMPTY, dtype=torch.int32)
+    plain = selector(score, start(selector, batch, heads), position=position).evict_at
+    for name, order in (("behind", (0, 1)), ("before", (1, 0))):
+        row = torch.cat([(score, padding)[i] for i in order], 1)
+        where = torch.cat([(position, nowhere)[i] for i in order], 1)
+        got = selector(row, start(selector, batch, heads), position=where).evict_at
+        with told(f"padding {name} the tokens changed their lifetimes"):
+            assert_bits(
+                {"evict_at": got[:, slice(0, tokens) if name == "behind" else slice(2, None)]}, {"evict_at": plain}
+            )
+
+
+def _same_call_same_bits(part: Any, case: ScorePieces, _options: Options) -> None:
+    """The same call twice gives the same lifetimes, whatever the random state: ties are broken by rule."""
+    with torch.random.fork_rng(devices=[]):
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            selector = ready(part)
+            torch.manual_seed(seed)
+            steps = [step.selection.evict_at for step in stream(selector, case)]
+            results.append({str(i): x for i, x in enumerate([selector(case.score).evict_at, *steps])})
+    with told("the same call gave two results"):
+        assert_bits(*results)
+
+
+def _nothing_given_changes(part: Any, case: ScorePieces, _options: Options) -> None:
+    """Scores, positions, the ledger and, in eval mode, what the selector holds are as before after a call."""
+    selector, score = ready(part), case.score
+    rows, tokens, heads = score.shape
+    t = tokens // 2
+    position = torch.arange(tokens, dtype=torch.int32).expand(rows, tokens).contiguous()
+    ledger = selector(score[:, :t], start(selector, rows, heads), position=position[:, :t]).ledger
+    given = {"score": score, "position": position}
+    given |= {f"ledger {i}": x for i, x in enumerate(leaves(ledger))}
+    if isinstance(selector, nn.Module):
+        given |= dict(selector.state_dict())
+    before = {name: x.clone() for name, x in given.items()}
+    selector(score[:, t:], ledger, position=position[:, t:])
+    with told("a call changed what it was given"):
+        assert_bits(given, before)
+
+
+def _reads_no_unwritten_memory(part: Any, case: ScorePieces, _options: Options) -> None:
+    """Lifetimes do not depend on what `torch.empty` happens to hold."""
+    filled = []
+    for value in (0.0, math.nan, 3.0):
+        selector = ready(part)
+        with FilledMemory(value):
+            steps = [step.selection.evict_at[step.real] for step in stream(selector, case)]
+            filled.append({str(i): x for i, x in enumerate([selector(case.score).evict_at, *steps])})
+    with told("the result depends on memory that nobody wrote"):
+        for other in filled[1:]:
+            assert_bits(other, filled[0])
+
+
+def _or_and_and_are_a_lattice(part: Any, case: ScorePieces, _options: Options) -> None:
+    """`|` and `&` with other selectors are commutative, idempotent and absorb each other."""
+    score = case.score
+    for other in (Window(3), TopK(2), Threshold(0.25)):
+        a, b = ready(part), other
+        alone = a(score).evict_at
+        laws = {
+            "a | b = b | a": (AnyOf(a, b), AnyOf(b, a)),
+            "a & b = b & a": (AllOf(a, b), AllOf(b, a)),
+            "a | a = a": (AnyOf(a, a), a),
+            "a & a = a": (AllOf(a, a), a),
+            "a | (a & b) = a": (AnyOf(a, AllOf(a, b)), a),
+            "a & (a | b) = a": (AllOf(a, AnyOf(a, b)), a),
+        }
+        for law, (left, right) in laws.items():
+            with told(f"{law} with b = {other}"):
+                assert_bits({"evict_at": left(score).evict_at}, {"evict_at": right(score).evict_at})
+        assert bool((AnyOf(a, b)(score).evict_at >= alone).all()), "a | b keeps less than a"
+        assert bool((AllOf(a, b)(score).evict_at <= alone).all()), "a & b keeps more than a"
+        if isinstance(a, nn.Module) and hasattr(a, "__or__"):
+            with told("the operators | and & are AnyOf and AllOf"):
+                assert_bits({"evict_at": (a | b)(score).evict_at}, {"evict_at": AnyOf(a, b)(score).evict_at})
+                assert_bits({"evict_at": (a & b)(score).evict_at}, {"evict_at": AllOf(a, b)(score).evict_at})
+
+
+def thresholds(part: Any) -> list[Any]:
+    """The parts inside that can be told a threshold."""
+    inside = part.modules() if isinstance(part, nn.Module) else [part]
+    return [one for one in inside if hasattr(one, "set_threshold")]
+
+
+def at(part: Any, tau: float) -> Any:
+    """The selector with all its thresholds at tau."""
+    selector = ready(part)
+    for one in thresholds(selector):
+        one.set_threshold(tau)
+    return selector
+
+
+def _raising_tau_never_keeps_more(part: Any, case: ScorePieces, _options: Options) -> None:
+    """On the same scores, a higher threshold ends no lifetime later."""
+    kept = [at(part, tau)(case.score).evict_at for tau in (-math.inf, -1.0, 0.0, 0.25, 0.5, math.inf)]
+    for low, high in zip(kept, kept[1:], strict=False):
+        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
+
+
+def _threshold_is_reached_by_equal_scores(part: Any, case: ScorePieces, _options: Options) -> None:
+    """A score that equals tau reaches it, one below does not; at -inf all is kept for good, at +inf nothing."""
+    score = case.score.nan_to_num(0.5)
+    position = torch.arange(score.shape[1])[None, :, None]
+    for tau in [-math.inf, math.inf, *score.flatten()[:4].tolist()]:
+        kept = at(part, tau)(score).evict_at
+        right = torch.where((score >= tau) & (tau < math.inf), NEVER, position).to(torch.int32)
+        with told(f"at tau = {tau}"):
+            assert_bits({"evict_at": kept}, {"evict_at": right})
+
+
+def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options) -> None:
+    """A copy that loads the state dict of a selector in training decides alike."""
+    selector, other = copy.deepcopy(part).train(), ready(part)
+    for _ in range(3):
+        selector(case.score)
+        step_controllers(selector)
+    for number, one in enumerate(thresholds(selector)):
+        one.set_threshold(0.1 + number / 8)
+    file = io.BytesIO()
+    torch.save(selector.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    with told("a copy that loaded the state dict decides otherwise"):
+        assert_bits({"evict_at": other(case.score).evict_at}, {"evict_at": selector.eval()(case.score).evict_at})
+
+
+def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
+    """torch.compile(fullgraph=True) decides as eager does, over whole sequences and beside a ledger."""
+    selector, score = ready(part), case.score
+    rows, tokens, heads = score.shape
+    position = torch.arange(tokens, dtype=torch.int32).expand(rows, tokens)
+    calls = [((score,), {}), ((score, start(selector, rows, heads)), {"position": position})]
+    with compiled(selector) as fast:
+        for args, more in calls:
+            with told("compiled and eager differ"):
+                assert_bits({"evict_at": fast(*args, **more).evict_at}, {"evict_at": selector(*args, **more).evict_at})
+
+
+def _refuses_a_packed_batch_beside_a_ledger(part: Any, case: ScorePieces, _options: Options) -> None:
+    """A packed batch beside a ledger is a ValueError that names cu_seqlens: pieces come padded."""
+    selector = ready(part)
+    try:
+        selector(torch.zeros(1, 3, case.heads), start(selector, 1, case.heads), cu_seqlens=torch.tensor([0, 3]))
+    except ValueError as error:
+        assert str(error).startswith("cu_seqlens"), f"the error is {str(error)!r}, expected one about cu_seqlens"
+        return
+    raise AssertionError("a packed batch beside a ledger was accepted")
+
+
+def _works_in_a_layer(part: Any, case: PartInputs, _options: Options) -> None:
+    """In a HAMLayer with plain other parts, pieces of any size give what one pass gives, and it is causal."""
+    layer = layer_with("selector", part, case.dims)
+    causal_law(LayerSubject, copy.deepcopy(layer), case)
+    any_split_is_one_pass(LayerSubject, layer, case)
+
+
+def _not_causal(part: Any, _options: Options) -> str | None:
+    return None if is_causal(part) else "it says causal = False"
+
+
+def _no_ledger(part: Any, _options: Options) -> str | None:
+    if not is_causal(part):
+        return "it says causal = False, so that nobody streams it"
+    return "it never revises a lifetime, so it has no ledger" if start(part, 1, 1) is None else None
+
+
+def _no_threshold(part: Any, _options: Options) -> str | None:
+    return None if thresholds(part) else "it has no threshold to set"
+
+
+def _no_plain_threshold(part: Any, _options: Options) -> str | None:
+    plain = hasattr(part, "set_threshold") or hasattr(getattr(part, "controller", None), "set_threshold")
+    return None if plain else "it is no plain threshold"
+
+
+def _no_module(part: Any, _options: Options) -> str | None:
+    return None if isinstance(part, nn.Module) else "it is no torch.nn.Module, so it has no state dict"
+
+
+LONG = ScorePieces((16, 9), tuple((t, t, 0) for t in range(16)))
+RAGGED = ScorePieces((16, 0, 3), ((5, 0, 0), (5, 0, 3), (11, 0, 3)), 1, "normal", 1)
+EVERY_KIND = tuple(ScorePieces((8, 5), ((4, 2, 0),), 2, kind) for kind in ("mixed", "constant", "near", "infinite"))
+
+
+def _pieces(_options: Options) -> Any:
+    return score_pieces()
+
+
+def _check(name: str, body: Any, cases: Any = _pieces, edges: Any = (LONG, RAGGED, *EVERY_KIND), **more: Any) -> Check:
+    found = edges if callable(edges) else lambda _options: edges
+    return Check(f"check_selector_{name}", "selector", body, cases, found, **more)
+
+
+CHECKS = [
+    _check(
+        "has_its_shapes",
+        _has_its_shapes,
+        lambda _options: scores(empty_rows=False),
+        (Scores(tokens=0), Scores(batch=0), Scores(tokens=1, heads=1), Scores(packed=()), Scores(packed=(0, 2, 0))),
+    ),
+    _check("is_causal", _is_causal, applies=_not_causal),
+    _check("any_split_is_one_pass", _any_split_is_one_pass, applies=_not_causal),
+    _check("only_lowers", _only_lowers, applies=_no_ledger),
+    _check("ledger_does_not_grow", _ledger_does_not_grow, applies=_no_ledger),
+    _check(
+        "packed_is_one_by_one",
+        _packed_is_one_by_one,
+        lambda _options: scores(empty_rows=False, packed=st.lists(st.integers(0, 9), max_size=4).map(tuple)),
+        (Scores(packed=()), Scores(packed=(0,)), Scores(packed=(0, 5, 0, 0, 9, 1, 0), kind="ties")),
+    ),
+    _check(
+        "rows_are_independent",
+        _rows_are_independent,
+        lambda _options: scores(empty_rows=False, packed=None, batch=st.integers(1, 3)),
+        (Scores(tokens=9, kind="ties", batch=3),),
+    ),
+    _check(
+        "padding_is_ignored",
+        _padding_is_ignored,
+        lambda _options: scores(empty_rows=False, packed=None, batch=st.integers(1, 2)),
+        (Scores(tokens=9, kind="ties"), Scores(tokens=0)),
+        applies=_not_causal,
+    ),
+    _check("same_call_same_bits", _same_call_same_bits, applies=_not_causal, share=2),
+    _check("nothing_given_changes", _nothing_given_changes, applies=_not_causal, share=2),
+    _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, applies=_not_causal, share=2),
+    _check("or_and_and_are_a_lattice", _or_and_and_are_a_lattice, share=2),
+    _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, applies=_no_threshold),
+    _check("threshold_is_reached_by_equal_scores", _threshold_is_reached_by_equal_scores, applies=_no_plain_threshold),
+    _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, None, (LONG,), applies=_no_module),
+    _check("compiled_is_eager", _compiled_is_eager, None, (ScorePieces((6, 6)),), applies=_not_causal, slow=True),
+    _check(
+        "refuses_a_packed_batch_beside_a_ledger",
+        _refuses_a_packed_batch_beside_a_ledger,
+        None,
+        (LONG,),
+        applies=_no_ledger,
+    ),
+    _check("works_in_a_layer", _works_in_a_layer, cases_of(part_inputs), SPLIT, applies=_not_causal, share=2),
+]

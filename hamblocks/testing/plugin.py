@@ -1,0 +1,102 @@
+"""The pytest plugin, found through its entry point: profiles, seeds, chosen implementations, unwritten memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import hypothesis
+import pytest
+
+from hamblocks.testing import profiles
+from hamblocks.testing.parametrize import BoundCheck
+from hamblocks.testing.profiles import PROFILES
+from hamblocks.testing.suite import OpImplementation
+from hamblocks.testing.uninitialised import FilledMemory
+from hamblocks_ops import implementations
+
+chosen_seed: ContextVar[int | None] = ContextVar("hamblocks_seed", default=None)
+"""What pytest was told by --hamblocks-seed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The three options."""
+    group = parser.getgroup("hamblocks", "checks of hamblocks.testing")
+    group.addoption(
+        "--hamblocks-profile",
+        choices=list(PROFILES),
+        help="how many cases a check draws: dev 10, ci 20 (the same every time), nightly 500; "
+        "default: ci where the environment variable CI is set, else dev",
+    )
+    group.addoption("--hamblocks-seed", type=int, help="draw other cases, the same ones for the same seed")
+    group.addoption(
+        "--hamblocks-impl",
+        action="append",
+        default=[],
+        metavar="[OP=]NAME",
+        help="run checks of ops, and tests that take the fixture hamblocks_impl, over these implementations alone; "
+        "may be given several times",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marks and the profiles, which hypothesis calls hamblocks-dev, hamblocks-ci, hamblocks-nightly."""
+    config.addinivalue_line("markers", "hamblocks_slow: a check of hamblocks.testing that takes seconds")
+    config.addinivalue_line(
+        "markers", "hamblocks_op(op): the op whose implementations the fixture hamblocks_impl gives"
+    )
+    profiles.chosen.set(config.getoption("--hamblocks-profile"))
+    chosen_seed.set(config.getoption("--hamblocks-seed"))
+    for profile in PROFILES.values():
+        hypothesis.settings.register_profile(
+            f"hamblocks-{profile.name}",
+            max_examples=profile.examples,
+            derandomize=profile.derandomize,
+            deadline=None,
+        )
+
+
+def _chosen(config: pytest.Config, op: Any) -> list[str]:
+    """Names given for an op by --hamblocks-impl, empty for no choice."""
+    names = []
+    for one in config.getoption("--hamblocks-impl"):
+        of, _, name = one.rpartition("=")
+        if of in ("", op.__name__):
+            names.append(name)
+    return names
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives the fixture hamblocks_impl the implementations of the op that the mark hamblocks_op names."""
+    if "hamblocks_impl" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("hamblocks_op")
+    if mark is None or not mark.args:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: hamblocks_impl needs @pytest.mark.hamblocks_op(op)")
+    (op,) = mark.args
+    wanted = _chosen(metafunc.config, op)
+    metafunc.parametrize("hamblocks_impl", [name for name in implementations(op) if not wanted or name in wanted])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the checks of implementations that were not chosen."""
+    every = config.getoption("--hamblocks-impl")
+    if not every:
+        return
+    kept, left = [], []
+    for item in items:
+        check = getattr(item, "callspec", None) and item.callspec.params.get("check")  # type: ignore[attr-defined]
+        part = check.part if isinstance(check, BoundCheck) else None
+        wanted = _chosen(config, part.like) if isinstance(part, OpImplementation) else []
+        known = part is not None and part.run is None if isinstance(part, OpImplementation) else False
+        (left if known and wanted and part.impl not in wanted else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture
+def hamblocks_poisoned_memory() -> Iterator[None]:
+    """While the test runs, `torch.empty` hands out NaN (integers: their largest number), so that reading it shows."""
+    with FilledMemory(float("nan")):
+        yield

@@ -1,0 +1,278 @@
+"""Parts made ready to be run on their own: one small adapter per kind, so that a law is written once for all kinds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hamblocks.absent import NoMemory
+from hamblocks.attention import SelectedAttention
+from hamblocks.cache import KVCache
+from hamblocks.combiners import GatedSum
+from hamblocks.gates import PredictionError
+from hamblocks.layer import HAMLayer
+from hamblocks.memory import GatedDelta
+from hamblocks.protocols import Dims, Trace
+from hamblocks.selectors import Threshold, TopK, Window
+from hamblocks.testing.inputs.draw import Draw
+from hamblocks.testing.inputs.parts import PartInputs
+from hamblocks_ops import surprise
+from hamblocks_ops.precision import wide
+
+Results = dict[str, Tensor]
+
+
+def made(part: Any, dims: Dims | None, dtype: torch.dtype, seed: int) -> Any:
+    """A part as a layer would use it: a copy, built, in eval mode, no weight at a value that hides what it does."""
+    part = copy.deepcopy(part)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        build = getattr(part, "build", None)
+        if build is not None and dims is not None:
+            build(dims)
+        if isinstance(part, nn.Module):
+            with torch.no_grad():
+                for weight in part.parameters():
+                    if weight.is_floating_point():
+                        weight += 0.2 * torch.randn_like(weight)
+            part = part.to(dtype).eval()
+    return part
+
+
+class Subject:
+    """A part and its inputs `[B, T, ...]`. A subclass knows how its kind is called.
+
+    Attributes:
+        part: the part, made for this case.
+        inputs: what it is called with, by name; every tensor has the tokens as its second dimension.
+    """
+
+    kind: ClassVar[str]
+    part: Any
+    inputs: dict[str, Tensor]
+
+    def __init__(self, part: Any, case: PartInputs) -> None:
+        self.case = case
+        self.part = made(part, case.dims, case.dtype, case.seed)
+        self.inputs = self.drawn(case)
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """The inputs of a case."""
+        raise NotImplementedError
+
+    def start(self, sequences: int) -> Any:
+        """The state before the first token."""
+        return
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """Calls the part: results by name, each `[B, T, ...]`, and the next state."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """Shape behind `[B, T]` and dtype of every result; None: any."""
+        raise NotImplementedError
+
+
+class GateSubject(Subject):
+    """gate(x, trace) -> score, logit_bias."""
+
+    kind = "gate"
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """x, and the fields of a trace."""
+        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims
+        wider = wide(torch.empty(0, dtype=case.dtype))
+        result = {
+            "x": case.numbers(draw, hidden),
+            "k": F.normalize(case.numbers(draw, heads, dim), dim=-1),
+            "v": case.numbers(draw, heads, dim),
+            "beta": torch.sigmoid(case.numbers(draw, heads, dtype=wider)) if case.kind != "zero" else 0,
+            "position": case.position,
+        }
+        if case.kind == "zero":
+            result["beta"] = torch.zeros(*case.rows, heads, dtype=wider)
+        residual = case.numbers(draw, heads, dim)
+        metric = getattr(self.part, "metric", None)
+        if metric is None:
+            return result | {"residual": residual}
+        return result | {"score": surprise(residual, result["v"], metric=metric)}
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """Score, and the logit bias where the gate gives one."""
+        fields = {name: inputs.get(name) for name in Trace._fields}
+        score, logit_bias = self.part(inputs["x"], Trace(**fields))  # type: ignore[arg-type]
+        return {"score": score} | ({} if logit_bias is None else {"logit_bias": logit_bias}), None
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """Heads are checked by the law itself: there are three right numbers of them."""
+        return {"score": ((None,), None), "logit_bias": ((None,), None)}
+
+
+class MemorySubject(Subject):
+    """memory(x, q, k, v, position=) -> read, trace, state."""
+
+    kind = "memory"
+    metric: str | None = None
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """x, q, k, v, position."""
+        draw, (hidden, heads, kv_heads, dim) = Draw(case.seed), case.dims
+        return {
+            "x": case.numbers(draw, hidden),
+            "q": case.numbers(draw, heads, dim),
+            "k": case.numbers(draw, kv_heads, dim),
+            "v": case.numbers(draw, kv_heads, dim),
+            "position": case.position,
+        }
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """The read and what the trace holds."""
+        read, trace, state = self.part(**inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric)
+        told = {name: x for name, x in trace._asdict().items() if x is not None and name != "position"}
+        return {"read": read} | told, state
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """As the protocol says."""
+        heads, dim = self.case.dims.num_heads, self.case.dims.head_dim
+        row, dtype = (heads, dim), self.case.dtype
+        return {
+            "read": (row, dtype),
+            "k": (row, None),
+            "v": (row, None),
+            "beta": ((heads,), None),
+            "residual": (row, None),
+            "score": ((heads,), None),
+        }
+
+
+class AttentionSubject(Subject):
+    """attention(q, k, v, evict_at, position=) -> read, cache."""
+
+    kind = "attention"
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """q, k, v, evict_at, position and perhaps a logit bias."""
+        draw, (_, heads, kv_heads, dim) = Draw(case.seed), case.dims
+        result = {
+            "q": case.numbers(draw, heads, dim),
+            "k": case.numbers(draw, kv_heads, dim),
+            "v": case.numbers(draw, kv_heads, dim),
+            "evict_at": case.lifetimes(draw, kv_heads),
+            "position": case.position,
+        }
+        if case.bias:
+            result["logit_bias"] = case.numbers(draw, kv_heads, dtype=wide(result["q"]))
+        return result
+
+    def start(self, sequences: int) -> KVCache:
+        """An empty cache."""
+        _, _, kv_heads, dim = self.case.dims
+        like = self.inputs["k"]
+        return KVCache.empty(sequences, kv_heads, dim, like, logit_bias=self.case.bias, page_size=3)
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """The read; with a cache, what the layer then does with it."""
+        names = "q", "k", "v", "evict_at"
+        rest = {name: x for name, x in inputs.items() if name not in names}
+        read, cache = self.part(*(inputs[name] for name in names), **rest, cu_seqlens=cu_seqlens, cache=state)
+        if state is not None:
+            position = inputs["position"]
+            seen = position.amax(1) + 1 if position.shape[1] else state.seen
+            cache = cache.commit(torch.maximum(seen.to(torch.int32), state.seen))
+        return {"read": read}, cache
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """Those of q."""
+        return {"read": ((self.case.dims.num_heads, self.case.dims.head_dim), self.case.dtype)}
+
+
+class CombinerSubject(Subject):
+    """combiner(x, memory_read, attention_read) -> y."""
+
+    kind = "combiner"
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """x and both reads."""
+        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims
+        return {
+            "x": case.numbers(draw, hidden),
+            "memory_read": case.numbers(draw, heads, dim),
+            "attention_read": case.numbers(draw, heads, dim),
+        }
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """y."""
+        return {"y": self.part(*inputs.values())}, None
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """That of x."""
+        return {"y": ((self.case.dims.hidden_size,), self.case.dtype)}
+
+
+class LayerSubject(Subject):
+    """layer(x, state=, cu_seqlens=) -> y, state, stats; or layer(x) -> y."""
+
+    kind = "layer"
+
+    def __init__(self, part: Any, case: PartInputs) -> None:
+        dims = getattr(part, "dims", None)
+        self.hidden_size = case.dims.hidden_size if dims is None else dims.hidden_size
+        super().__init__(part, case)
+
+    def drawn(self, case: PartInputs) -> dict[str, Tensor]:
+        """x."""
+        return {"x": case.numbers(Draw(case.seed), self.hidden_size)}
+
+    def start(self, sequences: int) -> Any:
+        """The layer's own."""
+        return self.part.init_state(sequences)
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """y, and score and evict_at where the layer tells them."""
+        given = {} if state is None else {"state": state}
+        given |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        result = self.part(inputs["x"], **given)
+        if isinstance(result, Tensor):
+            return {"y": result}, None
+        y, *rest = result
+        stats = getattr(result, "stats", None)
+        told = {} if stats is None else {"score": stats.score, "evict_at": stats.evict_at}
+        return {"y": y} | told, rest[0] if rest else None
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """That of x."""
+        return {"y": ((self.hidden_size,), self.case.dtype), "score": ((None,), None), "evict_at": ((None,), None)}
+
+
+def layer_with(kind: str, part: Any, dims: Dims) -> HAMLayer:
+    """A layer around one part; the others are the plainest that let it show."""
+    parts: dict[str, Any] = {
+        "memory": GatedDelta(conv_size=2),
+        "gate": PredictionError(),
+        "selector": (Threshold(0.9) | TopK(2)) & Window(6),
+        "attention": SelectedAttention(),
+        "combiner": GatedSum(),
+    }
+    if kind == "attention":
+        parts["memory"] = NoMemory()
+        parts["selector"] = Window(4)
+    parts[kind] = copy.deepcopy(part)
+    hidden, heads, kv_heads, dim = dims
+    return HAMLayer(hidden, heads, num_kv_heads=kv_heads, head_dim=dim, **parts)
