@@ -1,13 +1,17 @@
-"""The command line: `hamblocks demo`."""
+"""The command line: `hamblocks demo`, `hamblocks check`, `hamblocks record`."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Building blocks for Hybrid Associative Memory.")
@@ -75,3 +79,162 @@ def demo(
         )
     written = ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
     console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {written}")
+
+
+Kind = Annotated[
+    str | None, typer.Argument(help="gate, selector, memory, controller, attention, combiner, op or layer.")
+]
+Target = Annotated[
+    str | None,
+    typer.Argument(help="package.module:expression that makes the part, e.g. hamblocks:TopK(8); a class is called."),
+]
+Like = Annotated[str | None, typer.Option(help="Op of hamblocks.ops that the target implements (kind op).")]
+Impl = Annotated[str | None, typer.Option(help="One implementation of an op of hamblocks.ops (kind op).")]
+Sizes = Annotated[
+    str | None,
+    typer.Option(help="hidden_size,num_heads,num_kv_heads,head_dim of the layer that the part is made for."),
+]
+Dtypes = Annotated[str | None, typer.Option(help="Floating dtypes that the part computes in, widest first, by commas.")]
+
+
+@app.command()
+def check(
+    kind: Kind = None,
+    target: Target = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with this golden file of `hamblocks record`, and check nothing else.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a check; may be given several times.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="dev, ci or nightly: 10, 20 or 500 cases a check. By default dev, ci under CI.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw other cases, the same ones for the same seed.")] = None,
+    like: Like = None,
+    impl: Impl = None,
+    dims: Sizes = None,
+    dtypes: Dtypes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Runs the checks of hamblocks.testing over a part; exits with 1 where one fails."""
+    testing = _testing()
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
+    with _usage_errors():
+        if against is not None:
+            failed = _compare(against, kind, target, as_json)
+            raise typer.Exit(1 if failed else 0)
+        if kind is None or target is None:
+            raise ValueError("kind, target: expected both, or --against FILE, got neither or one")
+        options = _options(dims, dtypes)
+        name = testing.profiles.current(profile).name
+        documents, failed = [], 0
+        for part, called in testing.target.parts_of(kind, target, like, impl):
+            results = []
+            with console.status("") as status:
+                for result in testing.suite.run_checks(
+                    kind, part, only=only or None, profile=profile, seed=seed, called=called, **options
+                ):
+                    results.append(result)
+                    status.update(f"{len(results)} checks run, last {result.check}")
+            failed += sum(result.outcome == "fail" for result in results)
+            if as_json:
+                documents.append(testing.report.as_json(kind, called, name, seed, results))
+            else:
+                testing.report.show(console, called, results)
+        if as_json:
+            print(json.dumps(documents, indent=1))
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def record(
+    kind: Kind,
+    target: Target,
+    out: Annotated[Path, typer.Option(help="File to write, for one implementation.", dir_okay=False)],
+    like: Like = None,
+    impl: Impl = None,
+    dims: Sizes = None,
+    dtypes: Dtypes = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+) -> None:
+    """Writes what a part says of seeded inputs to a golden file, for `hamblocks check --against`."""
+    testing = _testing()
+    with _usage_errors():
+        parts = testing.target.parts_of(kind, target, like, impl)
+        if len(parts) != 1:
+            raise ValueError(f"impl: expected one of {', '.join(part.impl for part, _ in parts)}, got None")
+        golden = testing.golden.record(kind, parts[0][0], target, testing.Options(**_options(dims, dtypes)), seed=seed)
+    golden.save(out)
+    tensors = sum(len(case["results"]) for case in golden.cases)
+    Console().print(
+        f"{out}: {tensors} results of {len(golden.cases)} cases, {out.stat().st_size:,} bytes. "
+        f"Compare with: hamblocks check --against {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _compare(against: Path, kind: str | None, target: str | None, as_json: bool) -> int:
+    """How many results differ from a golden file, after they are printed."""
+    testing = _testing()
+    golden = testing.golden.Golden.load(against)
+    if kind not in (None, golden.kind):
+        raise ValueError(f"kind: expected {golden.kind}, as {against} has, got {kind}")
+    impl = None if golden.impl in (None, "auto") else golden.impl
+    own = target is None or golden.like is None or target.partition(":")[2] == golden.like
+    like = None if own and golden.target.partition(":")[2] == golden.like else golden.like
+    ((part, _),) = testing.target.parts_of(golden.kind, target or golden.target, like, impl)
+    found = list(testing.golden.differences(golden, part))
+    if as_json:
+        print(json.dumps({"against": str(against), "part": target or golden.target, "differences": found}, indent=1))
+        return len(found)
+    console = Console()
+    for line in found:
+        console.print(f"[red]{escape(line)}[/]", soft_wrap=True, highlight=False)
+    recorded = f"hamblocks {golden.versions['hamblocks']} with torch {golden.versions['torch']}"
+    console.print(
+        f"{target or golden.target}: "
+        + (f"{len(found)} results differ from" if found else "every result is as it was with")
+        + f" {recorded} ({against})",
+        style="red" if found else "green",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return len(found)
+
+
+def _testing() -> Any:
+    """The kit, with the modules that the commands need; it is not among what hamblocks needs to run."""
+    try:
+        from hamblocks import testing
+        from hamblocks.testing import golden, profiles, report, suite, target
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error}: checks need pip install 'hamblocks[test]'") from error
+    del golden, profiles, report, suite, target
+    return testing
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """A bad argument is the caller's, told in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _options(dims: str | None, dtypes: str | None) -> dict[str, Any]:
+    import torch
+
+    from hamblocks.protocols import Dims
+
+    found: dict[str, Any] = {}
+    if dims is not None:
+        sizes = dims.split(",")
+        if len(sizes) != 4 or not all(size.strip().isdigit() for size in sizes):
+            raise ValueError(f"dims: expected hidden_size,num_heads,num_kv_heads,head_dim, got {dims!r}")
+        found["dims"] = Dims(*map(int, sizes))
+    if dtypes is not None:
+        found["dtypes"] = tuple(getattr(torch, name.strip(), None) for name in dtypes.split(","))
+        if not all(isinstance(dtype, torch.dtype) for dtype in found["dtypes"]):
+            raise ValueError(f"dtypes: expected names of torch dtypes, got {dtypes!r}")
+    return found

@@ -140,6 +140,29 @@ def assert_same(
         assert not message, message
 
 
+def measured(
+    results: Mapping[str, Tensor], rerun: Callable[[], Mapping[str, Tensor]], samples: int = 4
+) -> dict[str, float]:
+    """Norm of the change in each floating result when the arithmetic is moved by one rounding; NaN does not count."""
+    own = {name: 0.0 for name, x in results.items() if x.is_floating_point()}
+    for seed in range(samples):
+        with _MovedByOneRounding(seed):
+            moved = rerun()
+        for name in own:
+            difference = (moved[name].double() - results[name].double()).detach()
+            own[name] = max(own[name], float(difference.masked_fill(~difference.isfinite(), 0).norm()))
+    return own
+
+
+def unlike(name: str, got: Tensor, expected: Tensor, *, own: float) -> str:
+    """How a result differs from an earlier one beyond what rounding does to both (`own`); empty where it does not."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return f"{name}: {got.dtype} {list(got.shape)}, expected {expected.dtype} {list(expected.shape)}"
+    if not got.is_floating_point():
+        return "" if torch.equal(got, expected) else _unequal(name, got, expected)
+    return _report(name, got, [], expected, own, both=True)
+
+
 def assert_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
     """The same bits; NaN equals NaN."""
     for name in expected if names is None else names:
@@ -183,10 +206,10 @@ def _report(
     if float(difference.norm()) <= 2 * own + eps * float(size):
         return ""
     at = tuple(int(i) for i in torch.unravel_index(difference.abs().argmax(), exact.shape))
-    error, own = (f"{x / max(float(size), 1e-300):.2e}" for x in (float(difference.norm()), own))
+    told = [f"{x / max(float(size), 1e-300):.2e}" for x in (float(difference.norm()), own)]
     measure = "what rounding moves it by," if both else "the reference's own"
     return (
-        f"{name} {list(exact.shape)}: norm-relative error {error}, allowed is twice {measure} {own} "
+        f"{name} {list(exact.shape)}: norm-relative error {told[0]}, allowed is twice {measure} {told[1]} "
         f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, expected {float(exact[at])!r}"
     )
 
@@ -195,16 +218,19 @@ class _MovedByOneRounding(TorchDispatchMode):
     """Moves the floating operands of arithmetic by up to one rounding of their dtype; exact operations stay exact."""
 
     ARITHMETIC = frozenset(
-        "add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1 log log2 log1p erf tanh "
-        "sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum mean var cumsum prod norm linalg_vector_norm "
-        "logsumexp _softmax _log_softmax mm bmm addmm baddbmm mv dot convolution native_layer_norm native_group_norm "
-        "_fused_rms_norm _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable "
-        "sigmoid_backward tanh_backward silu_backward softplus_backward gelu_backward log_sigmoid_backward "
-        "_softmax_backward_data native_layer_norm_backward _fused_rms_norm_backward convolution_backward".split()
+        """
+        add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1 log log2 log1p
+        erf tanh sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum mean var cumsum prod norm
+        linalg_vector_norm logsumexp _softmax _log_softmax mm bmm addmm baddbmm mv dot convolution
+        native_layer_norm native_group_norm _fused_rms_norm _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_fused_attention_overrideable sigmoid_backward tanh_backward silu_backward
+        softplus_backward gelu_backward log_sigmoid_backward _softmax_backward_data native_layer_norm_backward
+        _fused_rms_norm_backward convolution_backward
+        """.split()  # noqa: SIM905 - a list of 60 strings reads worse
     )
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(

@@ -18,7 +18,7 @@ from hamblocks.testing.profiles import Profile, current
 from hamblocks_ops.arguments import wrong
 
 
-class CheckFailed(AssertionError):
+class CheckFailed(AssertionError):  # noqa: N818 - as pytest names its own
     """A part did not pass a check. The message says which, what was seen, and one line that shows it again."""
 
 
@@ -91,7 +91,7 @@ class Check:
             part: the part; it is copied, never changed.
             case: run this one case; None: the edges, then as many drawn cases as the profile says.
             options: what the part can be run with.
-            profile: "dev", "ci" or "nightly"; None: the one that pytest was told, else ci where the environment says CI.
+            profile: "dev", "ci" or "nightly"; None: what pytest was told, else ci under CI, else dev.
             seed: draws other cases for every seed; None: the profile decides whether cases differ from run to run.
             shrink: look for a smaller failing case.
             called: expression that makes the part, for the message; None: its repr.

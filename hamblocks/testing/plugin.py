@@ -84,13 +84,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     every = config.getoption("--hamblocks-impl")
     if not every:
         return
-    kept, left = [], []
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
     for item in items:
-        check = getattr(item, "callspec", None) and item.callspec.params.get("check")  # type: ignore[attr-defined]
+        check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         part = check.part if isinstance(check, BoundCheck) else None
-        wanted = _chosen(config, part.like) if isinstance(part, OpImplementation) else []
-        known = part is not None and part.run is None if isinstance(part, OpImplementation) else False
-        (left if known and wanted and part.impl not in wanted else kept).append(item)
+        chosen = _chosen(config, part.like) if isinstance(part, OpImplementation) and part.run is None else []
+        (left if chosen and part is not None and part.impl not in chosen else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

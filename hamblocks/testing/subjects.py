@@ -39,7 +39,7 @@ def made(part: Any, dims: Dims | None, dtype: torch.dtype, seed: int) -> Any:
             with torch.no_grad():
                 for weight in part.parameters():
                     if weight.is_floating_point():
-                        weight += 0.2 * torch.randn_like(weight)
+                        weight.add_(torch.randn_like(weight), alpha=0.2)
             part = part.to(dtype).eval()
     return part
 
@@ -93,13 +93,11 @@ class GateSubject(Subject):
             "x": case.numbers(draw, hidden),
             "k": F.normalize(case.numbers(draw, heads, dim), dim=-1),
             "v": case.numbers(draw, heads, dim),
-            "beta": torch.sigmoid(case.numbers(draw, heads, dtype=wider)) if case.kind != "zero" else 0,
+            "beta": case.numbers(draw, heads, dtype=wider).tanh().abs(),
             "position": case.position,
         }
-        if case.kind == "zero":
-            result["beta"] = torch.zeros(*case.rows, heads, dtype=wider)
         residual = case.numbers(draw, heads, dim)
-        metric = getattr(self.part, "metric", None)
+        metric: str | None = getattr(self.part, "metric", None)
         if metric is None:
             return result | {"residual": residual}
         return result | {"score": surprise(residual, result["v"], metric=metric)}
@@ -110,7 +108,8 @@ class GateSubject(Subject):
         """Score, and the logit bias where the gate gives one."""
         fields = {name: inputs.get(name) for name in Trace._fields}
         score, logit_bias = self.part(inputs["x"], Trace(**fields))  # type: ignore[arg-type]
-        return {"score": score} | ({} if logit_bias is None else {"logit_bias": logit_bias}), None
+        # the layer ranks scores, it learns through the bias alone
+        return {"score": score.detach()} | ({} if logit_bias is None else {"logit_bias": logit_bias}), None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Heads are checked by the law itself: there are three right numbers of them."""

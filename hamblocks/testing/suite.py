@@ -129,7 +129,7 @@ def _for(kind: str) -> Callable[..., list[Result]]:
         How each check went: those that do not apply say why.
 
     Raises:
-        CheckFailed: at the first check that fails; the message names it, what was seen and one line that shows it again.
+        CheckFailed: at the first check that fails; it names the check, what was seen, and one line that shows it again.
     """
     return check
 

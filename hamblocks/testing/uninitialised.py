@@ -16,7 +16,7 @@ class FilledMemory(TorchDispatchMode):
     """
 
     def __init__(self, value: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.value = value
 
     def __torch_dispatch__(

@@ -22,7 +22,6 @@ from hamblocks.testing.inputs.draw import (
 )
 from hamblocks_ops import NEVER
 
-
 POLICIES = ("any", "all", "none", "some", "window", "first", "topk")
 policies: st.SearchStrategy[str] = st.sampled_from(POLICIES)
 

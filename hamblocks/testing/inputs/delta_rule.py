@@ -64,13 +64,12 @@ class DeltaRuleInputs(Inputs):
         }[self.write]()
         result["beta"] = beta.to(wide)
         gone = torch.rand(shape, generator=draw.generator, dtype=torch.float64)
-        g = {
-            "none": lambda: None,
-            "mild": lambda: -0.2 * gone,
-            "hard": lambda: draw.choice(shape, -0.2 * gone, -5 * gone, -1000.0),
-            "forget": lambda: draw.choice(shape, 0.0, -0.2 * gone, -1000.0, float("-inf")),
-        }[self.decay]()
-        if g is not None:
+        if self.decay != "none":
+            g = {
+                "mild": lambda: -0.2 * gone,
+                "hard": lambda: draw.choice(shape, -0.2 * gone, -5 * gone, -1000.0),
+                "forget": lambda: draw.choice(shape, 0.0, -0.2 * gone, -1000.0, float("-inf")),
+            }[self.decay]()
             result["g"] = g.to(wide)
         if self.state:
             result["initial_state"] = draw.normal(sequences, value_heads, self.key_dim, self.value_dim, dtype=wide)

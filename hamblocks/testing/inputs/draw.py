@@ -48,7 +48,9 @@ class Inputs:
         return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x, default in told if x != default)})"
 
 
-def building(inputs: type[T], fields: Mapping[str, st.SearchStrategy[Any]], fixed: Mapping[str, object]) -> Any:
+def building(
+    inputs: type[T], fields: Mapping[str, st.SearchStrategy[Any]], fixed: Mapping[str, object]
+) -> st.SearchStrategy[T]:
     """Strategy of `inputs`; values or strategies in `fixed` take the place of the drawn fields."""
     chosen = {name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()}
     return st.builds(inputs, **{**fields, **chosen})

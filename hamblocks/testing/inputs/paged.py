@@ -70,12 +70,14 @@ class PagedInputs(Inputs):
                 unseen = ~self.seen(table, asks, begin, position, evict_at)
                 k, v = (x.masked_fill(unseen[..., None, None], self.garbage) for x in (k, v))
                 bias = None if bias is None else bias.masked_fill(unseen, self.garbage)
-            fields = Pages(
-                *(lay_out(x, self.layout) for x in (k, v)),
-                *(lay_out(x.to(torch.int32), "contiguous") for x in (position, evict_at)),
-                bias,
-            )
-            result |= {f"{name}{number}": x for name, x in fields._asdict().items() if x is not None}
+            fields: dict[str, Tensor | None] = {
+                "k": lay_out(k, self.layout),
+                "v": lay_out(v, self.layout),
+                "position": position.to(torch.int32),
+                "evict_at": evict_at.to(torch.int32),
+                "logit_bias": bias,
+            }
+            result |= {f"{name}{number}": x for name, x in fields.items() if x is not None}
             begin += shape[0]
         return result
 
@@ -141,7 +143,7 @@ def paged_inputs(**fixed: object) -> st.SearchStrategy[PagedInputs]:
 def slabs_of(fields: dict[str, Tensor]) -> list[Pages]:
     """The slabs out of the fields k0, v0, ..., k1, ..."""
     numbers = sorted({int(re.sub(r"\D", "", name)) for name in fields})
-    return [Pages(*(fields.get(f"{name}{i}") for name in Pages._fields)) for i in numbers]
+    return [Pages(**{name: fields.get(f"{name}{i}") for name in Pages._fields}) for i in numbers]  # type: ignore[arg-type]
 
 
 def paged(

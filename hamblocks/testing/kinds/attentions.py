@@ -1,4 +1,4 @@
-"""Checks of attention parts: `attention(q, k, v, evict_at, position=, logit_bias=, cu_seqlens=, cache=) -> read, cache`."""
+"""Checks of attention parts: `attention(q, k, v, evict_at, position=, ..., cache=) -> read, cache`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
 
 
 def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> None:
-    """Query t reads every token with position <= t < evict_at, itself among them; where it reads nothing at all, none."""
+    """Query t reads every token with position <= t < evict_at, itself among them."""
     subject = AttentionSubject(part, case)
     v = subject.inputs["v"].clone().requires_grad_()
     read = subject.run(subject.inputs | {"v": v})[0]["read"]

@@ -18,7 +18,8 @@ from hamblocks.testing.laws import compiled, told
 from hamblocks.testing.uninitialised import FilledMemory
 
 
-def _training(part: Any) -> Any:
+def training(part: Any) -> Any:
+    """A copy in training mode."""
     part = copy.deepcopy(part)
     return part.train() if isinstance(part, nn.Module) else part
 
@@ -28,20 +29,25 @@ def _held(controller: Any) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in controller.state_dict().items()} if isinstance(controller, nn.Module) else {}
 
 
-def _steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
+def steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
     """Tau after every step over drawn scores."""
-    taus = {}
+    taken = {}
     for number in range(count):
         score = Scores(case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + number).tensors()["score"]
         controller(score)
         controller.step()
-        taus[f"tau after step {number + 1}"] = controller(score).detach().clone()
-    return taus
+        taken[f"tau after step {number + 1}"] = controller(score).detach().clone()
+    return taken
+
+
+def taus(part: Any, case: Scores) -> dict[str, Tensor]:
+    """Tau of a copy of a controller in training, after every step over drawn scores."""
+    return steps(training(part), case)
 
 
 def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
     """Tau is a float32 number [], never NaN, without gradient, whatever the scores are: none, ties, infinities, NaN."""
-    controller = _training(part)
+    controller = training(part)
     score = case.tensors()["score"]
     for _ in range(3):
         tau = controller(score)
@@ -55,8 +61,8 @@ def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
 
 def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
     """Casting the model casts no threshold."""
-    controller = _training(part)
-    _steps(controller, case)
+    controller = training(part)
+    steps(controller, case)
     score = case.tensors()["score"]
     before = controller.eval()(score).clone()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -68,8 +74,8 @@ def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
 
 def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
     """Calls count; only step() moves tau."""
-    controller = _training(part)
-    _steps(controller, case)
+    controller = training(part)
+    steps(controller, case)
     score = case.tensors()["score"]
     before = controller(score).clone()
     for _ in range(3):
@@ -80,19 +86,19 @@ def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
 
 def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
     """In eval mode nothing counts and nothing moves."""
-    controller = _training(part)
-    _steps(controller, case)
+    controller = training(part)
+    steps(controller, case)
     controller.eval()
     before = _held(controller)
-    _steps(controller, case)
+    steps(controller, case)
     with told("eval mode changed what the controller holds"):
         assert_bits(_held(controller), before)
 
 
 def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Options) -> None:
     """A step for which no score was counted, or only padding (NaN), moves nothing."""
-    controller = _training(part)
-    _steps(controller, case)
+    controller = training(part)
+    steps(controller, case)
     score = case.tensors()["score"]
     before = controller.eval()(score).clone()
     controller.train()
@@ -108,7 +114,7 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
 
 def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
     """On scores that stay as they are, the fraction that reaches tau becomes the target within 0.03."""
-    controller = _training(part)
+    controller = training(part)
     draw = Draw(case.seed)
     for _ in range(200):
         controller(draw.normal(2, 128, 2, dtype=torch.float32))
@@ -121,7 +127,9 @@ def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
 def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
     """set_threshold(x) makes tau x at once; NaN is a ValueError that changes nothing."""
     score = case.tensors()["score"]
-    controller = copy.deepcopy(part).eval() if isinstance(part, nn.Module) else copy.deepcopy(part)
+    controller: Any = copy.deepcopy(part)
+    if isinstance(controller, nn.Module):
+        controller.eval()
     for value in (0.25, -math.inf, math.inf, -3.0):
         controller.set_threshold(value)
         assert float(controller(score)) == value, f"tau: {float(controller(score))} after set_threshold({value})"
@@ -135,15 +143,15 @@ def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
 
 def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> None:
     """A copy that loads the state dict goes on to the same thresholds."""
-    controller, other = _training(part), _training(part)
-    _steps(controller, case)
+    controller, other = training(part), training(part)
+    steps(controller, case)
     file = io.BytesIO()
     torch.save(controller.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file))
     again = Scores(case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + 9)
     with told("a copy that loaded the state dict goes on otherwise"):
-        assert_bits(_steps(other, again), _steps(controller, again))
+        assert_bits(steps(other, again), steps(controller, again))
 
 
 def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
@@ -152,14 +160,14 @@ def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
         results = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            results.append(_steps(_training(part), case))
+            results.append(steps(training(part), case))
     with told("the same steps gave two results"):
         assert_bits(*results)
 
 
 def _nothing_given_changes(part: Any, case: Scores, _options: Options) -> None:
     """The scores are as before after a call and a step."""
-    controller, score = _training(part), case.tensors()["score"]
+    controller, score = training(part), case.tensors()["score"]
     before = score.clone()
     controller(score)
     controller.step()
@@ -172,7 +180,7 @@ def _reads_no_unwritten_memory(part: Any, case: Scores, _options: Options) -> No
     filled = []
     for value in (0.0, math.nan, 3.0):
         with FilledMemory(value):
-            filled.append(_steps(_training(part), case))
+            filled.append(steps(training(part), case))
     with told("the result depends on memory that nobody wrote"):
         for other in filled[1:]:
             assert_bits(other, filled[0])
@@ -180,7 +188,7 @@ def _reads_no_unwritten_memory(part: Any, case: Scores, _options: Options) -> No
 
 def _compiled_is_eager(part: Any, case: Scores, _options: Options) -> None:
     """torch.compile(fullgraph=True) counts and answers as eager does."""
-    eager, traced = _training(part), _training(part)
+    eager, traced = training(part), training(part)
     with compiled(traced) as fast:
         for _ in range(2):
             score = case.tensors()["score"]

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> N
     kv_heads = subject.part.dims.num_kv_heads
     with torch.no_grad():
         state, ends = subject.start(case.batch), case.borders
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in pairwise(ends):
             _, state = subject.run(by_token(subject.inputs, slice(begin, end)), state)
             known = subject.run(by_token(subject.inputs, slice(0, end)))[0]["evict_at"].expand(-1, -1, kv_heads)
             stored, tokens = state.cache.read(), state.cache.tokens
@@ -86,7 +87,7 @@ def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options
             one.set_threshold(tau)
         with torch.no_grad():
             kept.append(subject.run(subject.inputs)[0]["evict_at"])
-    for low, high in zip(kept, kept[1:], strict=False):
+    for low, high in pairwise(kept):
         assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
 
 
@@ -173,7 +174,7 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
             packed = torch.cat(parts)[None] if parts else subject.inputs["x"].flatten(0, 1)[None]
             cu_seqlens = borders([len(one) for one in parts])
             results, state = subject.run({"x": packed}, state, cu_seqlens)
-            for n, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
+            for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
                 told_rows[n].append(by_token(results, slice(begin, end)))
         exact = whole()
         for n, told_pieces in enumerate(told_rows):
@@ -181,11 +182,11 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
             if "evict_at" in got:  # lowered later
                 got["evict_at"] = torch.minimum(got["evict_at"], exact["evict_at"][n : n + 1])
             with told(f"row {n}, cut at {own[n]}"):
-                assert_same(got, {name: x[n : n + 1] for name, x in exact.items()}, lambda n=n: _row(whole(), n))
+                assert_same(got, {name: x[n : n + 1] for name, x in exact.items()}, _rows(whole, n))
 
 
-def _row(results: Results, n: int) -> Results:
-    return {name: x[n : n + 1] for name, x in results.items()}
+def _rows(run: Callable[[], Results], n: int) -> Callable[[], Results]:
+    return lambda: {name: x[n : n + 1] for name, x in run().items()}
 
 
 def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
     subject = MemorySubject(part, case)
     assert case.packed is not None
     own = borders(case.packed).tolist()
-    spans = list(zip(own, own[1:], strict=False))
+    spans = list(pairwise(own))
     halves = [begin + (end - begin) // 2 for begin, end in spans]
     first = [slice(begin, half) for (begin, _), half in zip(spans, halves, strict=True)]
     second = [slice(half, end) for (_, end), half in zip(spans, halves, strict=True)]

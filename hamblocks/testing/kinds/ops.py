@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -181,10 +182,11 @@ def compact_by_definition(
     for b in range(batch):
         for h in range(heads):
             for slot, t in enumerate(kept[b][h]):
-                for x, value in zip(lists, (t, where[b, t, h], evict_at[b, t, h]), strict=True):
+                for x, value in zip(lists, (t, int(where[b, t, h]), int(evict_at[b, t, h])), strict=True):
                     x[b, h, slot] = value
                 counted[b if sequence is None else int(sequence[t]), h] += 1
-    return ops.Compacted(*lists, counted)
+    index, position_of, until = lists
+    return ops.Compacted(index, position_of, until, counted)
 
 
 def _paged(run: Callable[..., Any] | None, *, impl: str, **call: Any) -> Any:
@@ -598,7 +600,7 @@ def _raising_tau_never_keeps_more(part: OpImplementation, case: Any, _options: O
     """On the same scores, a higher threshold ends no lifetime later."""
     tensors = case.tensors()
     kept = [part(**tensors, tau=tau) for tau in (-INF, -1.0, 0.0, 0.25, 0.5, INF)]
-    for low, high in zip(kept, kept[1:], strict=False):
+    for low, high in pairwise(kept):
         assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
 
 
