@@ -195,9 +195,9 @@ def _drawn(
 
 
 def describe(part: Any) -> str:
-    """A part as one line: its repr, or its class where the repr is an address."""
-    text = " ".join(repr(part).split())
-    if " object at 0x" in text or text.startswith("<"):
+    """A part as one short line: its repr, or its class where the repr is an address or a page."""
+    text = " ".join(repr(part).split()).replace("( ", "(").replace(" )", ")")
+    if " object at 0x" in text or text.startswith("<") or len(text) > 120:
         return str(getattr(part, "__qualname__", f"{type(part).__name__}(...)"))
     return text
 

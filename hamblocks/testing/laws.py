@@ -364,8 +364,11 @@ def _no_module(part: Any, _options: Options) -> str | None:
     return None if isinstance(part, nn.Module) else "it is no torch.nn.Module, so it has no state dict"
 
 
-def _no_build(part: Any, _options: Options) -> str | None:
-    return None if hasattr(part, "build") else "it has no build(dims)"
+def _no_build(part: Any, options: Options) -> str | None:
+    if not hasattr(part, "build"):
+        return "it has no build(dims)"
+    built = made(part, options.dims or DIMS[0], options.dtypes[0], 0)
+    return None if any(True for _ in built.parameters()) else "it has no weights to share"
 
 
 def _no_float64(_part: Any, options: Options) -> str | None:

@@ -13,6 +13,8 @@ from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.suite import BY_NAME, checks_for, op_implementations, settled
 from hamblocks_ops.arguments import wrong
 
+Parts = Sequence[Any] | Mapping[str, Any]
+
 
 class BoundCheck:
     """A check and the part it is to be run over: call it without arguments.
@@ -21,10 +23,11 @@ class BoundCheck:
         check: the check.
         part: the part.
         options: what the part is run with.
+        called: how messages call the part.
     """
 
-    def __init__(self, check: Check, part: Any, options: Options) -> None:
-        self.check, self.part, self.options = check, part, options
+    def __init__(self, check: Check, part: Any, options: Options, called: str) -> None:
+        self.check, self.part, self.options, self.called = check, part, options, called
 
     def __call__(self, *, profile: str | None = None, seed: int | None = None) -> None:
         """Runs the check with the profile and the seed that pytest was told, or these.
@@ -35,21 +38,21 @@ class BoundCheck:
         from hamblocks.testing import plugin
 
         seed = plugin.chosen_seed.get() if seed is None else seed
-        self.check(self.part, options=self.options, profile=profile, seed=seed)
+        self.check(self.part, options=self.options, profile=profile, seed=seed, called=self.called)
 
     def __repr__(self) -> str:
-        return f"{describe(self.part)}-{self.check.name}"
+        return f"{self.called}-{self.check.name}"
 
 
 def parametrize_with_checks(
     *,
-    gates: Sequence[Any] = (),
-    selectors: Sequence[Any] = (),
-    memories: Sequence[Any] = (),
-    controllers: Sequence[Any] = (),
-    attentions: Sequence[Any] = (),
-    combiners: Sequence[Any] = (),
-    layers: Sequence[Any] = (),
+    gates: Parts = (),
+    selectors: Parts = (),
+    memories: Parts = (),
+    controllers: Parts = (),
+    attentions: Parts = (),
+    combiners: Parts = (),
+    layers: Parts = (),
     ops: Sequence[Any] = (),
     expected_failures: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
     dims: Dims | None = None,
@@ -62,7 +65,8 @@ def parametrize_with_checks(
             check()
 
     Args:
-        gates: parts, not built yet; they are copied, never changed. So are all below.
+        gates: parts, not built yet, in a list or by the names that test ids shall have; they are copied, never
+            changed.
         selectors: as above.
         memories: as above.
         controllers: as above.
@@ -80,25 +84,21 @@ def parametrize_with_checks(
     """
     import pytest
 
-    parts = [
-        ("gate", gates),
-        ("selector", selectors),
-        ("memory", memories),
-        ("controller", controllers),
-        ("attention", attentions),
-        ("combiner", combiners),
-        ("layer", layers),
-        ("op", [one for op in ops for one in op_implementations(op)]),
-    ]
+    kinds: dict[str, Parts] = {
+        "gate": gates,
+        "selector": selectors,
+        "memory": memories,
+        "controller": controllers,
+        "attention": attentions,
+        "combiner": combiners,
+        "layer": layers,
+        "op": [one for op in ops for one in op_implementations(op)],
+    }
     found, expected_of_some = [], set()
-    taken: dict[str, int] = {}
-    for kind, given in parts:
-        for part in given:
+    for kind, parts in kinds.items():
+        for name, part in _named(parts).items():
             expected = dict((expected_failures(part) if callable(expected_failures) else expected_failures) or {})
             options = settled(kind, part, Options(dims, tuple(dtypes)))
-            name = describe(part)[:60]
-            taken[name] = taken.get(name, 0) + 1
-            name += f"#{taken[name]}" if taken[name] > 1 else ""
             for check in checks_for(kind):
                 reason = check.why_not(part, options)
                 if check.name in expected:
@@ -110,7 +110,9 @@ def parametrize_with_checks(
                 marks = [pytest.mark.hamblocks_slow] if check.slow else []
                 if check.name in expected:
                     marks.append(pytest.mark.xfail(raises=CheckFailed, strict=True, reason=expected[check.name]))
-                found.append(pytest.param(BoundCheck(check, part, options), id=f"{name}-{check.name}", marks=marks))
+                found.append(
+                    pytest.param(BoundCheck(check, part, options, name), id=f"{name}-{check.name}", marks=marks)
+                )
     if not found:
         raise wrong("parts", "at least one", "none")
     if not callable(expected_failures):
@@ -118,3 +120,18 @@ def parametrize_with_checks(
             known = "" if name in BY_NAME else f" (known: {', '.join(sorted(BY_NAME))})"
             raise wrong("expected_failures", "names of checks of these parts" + known, repr(name))
     return pytest.mark.parametrize("check", found)
+
+
+def _named(parts: Parts) -> dict[str, Any]:
+    """Parts by name: their own description, with a number behind it where two have the same."""
+    if isinstance(parts, Mapping):
+        return dict(parts)
+    named: dict[str, Any] = {}
+    for part in parts:
+        name = own = describe(part)
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{own}#{number}"
+        named[name] = part
+    return named

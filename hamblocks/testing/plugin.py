@@ -8,16 +8,25 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 from hamblocks.testing import profiles
+from hamblocks.testing.kinds.ops import OPS
 from hamblocks.testing.parametrize import BoundCheck
 from hamblocks.testing.profiles import PROFILES
 from hamblocks.testing.suite import OpImplementation
-from hamblocks.testing.uninitialised import FilledMemory
 from hamblocks_ops import implementations
 
 chosen_seed: ContextVar[int | None] = ContextVar("hamblocks_seed", default=None)
 """What pytest was told by --hamblocks-seed."""
+
+for _profile in PROFILES.values():  # at import, before hypothesis looks for the one that --hypothesis-profile names
+    hypothesis.settings.register_profile(
+        f"hamblocks-{_profile.name}",
+        max_examples=_profile.examples,
+        derandomize=_profile.derandomize,
+        deadline=None,
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,20 +50,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marks and the profiles, which hypothesis calls hamblocks-dev, hamblocks-ci, hamblocks-nightly."""
+    """Registers the marks; a profile that is asked for is that of the suite's own hypothesis tests, too."""
     config.addinivalue_line("markers", "hamblocks_slow: a check of hamblocks.testing that takes seconds")
     config.addinivalue_line(
         "markers", "hamblocks_op(op): the op whose implementations the fixture hamblocks_impl gives"
     )
-    profiles.chosen.set(config.getoption("--hamblocks-profile"))
+    known = {name for op in OPS for name in implementations(op)}
+    for given in config.getoption("--hamblocks-impl"):
+        if given.rpartition("=")[2] not in known:
+            raise pytest.UsageError(f"--hamblocks-impl: expected [OP=] one of {', '.join(sorted(known))}, got {given}")
+    name = config.getoption("--hamblocks-profile")
+    profiles.chosen.set(name)
     chosen_seed.set(config.getoption("--hamblocks-seed"))
-    for profile in PROFILES.values():
-        hypothesis.settings.register_profile(
-            f"hamblocks-{profile.name}",
-            max_examples=profile.examples,
-            derandomize=profile.derandomize,
-            deadline=None,
-        )
+    if name is not None:
+        hypothesis.settings.load_profile(f"hamblocks-{name}")
 
 
 def _chosen(config: pytest.Config, op: Any) -> list[str]:
@@ -97,6 +106,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def hamblocks_poisoned_memory() -> Iterator[None]:
-    """While the test runs, `torch.empty` hands out NaN (integers: their largest number), so that reading it shows."""
-    with FilledMemory(float("nan")):
-        yield
+    """While the test runs, unwritten memory is NaN (integers: the largest number), so that reading it shows.
+
+    It is torch's own deterministic mode, which reaches memory that kernels allocate for themselves, too.
+    """
+    deterministic: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    deterministic.fill_uninitialized_memory = filled

@@ -68,7 +68,7 @@ def always(_call: Any) -> None:
 
 
 def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the implementations of `op`, in the order in which `impl="auto"` tries them; none if it has no choice."""
+    """Names of the implementations of `op`, in the order in which "auto" tries them; none if it has no choice."""
     table: Sequence[Implementation] = getattr(sys.modules.get(getattr(op, "__module__", "")), "TABLE", ())
     return tuple(row.name for row in table)
 

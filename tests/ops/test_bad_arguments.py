@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import Attention, DeltaRule, Scores
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hamblocks.testing import AttentionInputs, DeltaRuleInputs, Scores
 from hamblocks_ops import (
     compact,
     explain,
@@ -39,11 +39,11 @@ def with_one(x: Tensor, value: float) -> Tensor:
 
 
 def rule() -> dict[str, Any]:
-    return DeltaRule(tokens=5, batch=1, group=2, dtype=torch.float32).tensors() | {"cu_seqlens": ints(0, 5)}
+    return DeltaRuleInputs(tokens=5, batch=1, group=2, dtype=torch.float32).tensors() | {"cu_seqlens": ints(0, 5)}
 
 
 def attention() -> dict[str, Any]:
-    return Attention(tokens=5, batch=1, group=2, dtype=torch.float32, bias="some").tensors()
+    return AttentionInputs(tokens=5, batch=1, group=2, dtype=torch.float32, bias="some").tensors()
 
 
 def attention_packed() -> dict[str, Any]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import Attention, DeltaRule
 
+from hamblocks.testing import AttentionInputs, DeltaRuleInputs
 from hamblocks_ops import UnsupportedError, explain, gated_delta_rule, select_topk, selected_attention, surprise
 from hamblocks_ops.dispatch import Implementation, always, explain_table, pick
 
@@ -58,7 +58,7 @@ def test_explanations_say_yes_or_why_not() -> None:
 
 
 def test_every_op_explains_itself() -> None:
-    rule, attention = DeltaRule().tensors(), Attention().tensors()
+    rule, attention = DeltaRuleInputs().tensors(), AttentionInputs().tensors()
     calls = [
         (gated_delta_rule, rule),
         (selected_attention, attention),
@@ -80,7 +80,7 @@ def test_every_op_explains_itself() -> None:
 
 def test_explain_checks_arguments_and_knows_its_ops() -> None:
     with pytest.raises(ValueError, match=r"^beta: "):
-        explain(gated_delta_rule, **(DeltaRule().tensors() | {"beta": torch.zeros(1)}))
+        explain(gated_delta_rule, **(DeltaRuleInputs().tensors() | {"beta": torch.zeros(1)}))
     for op in (select_topk, torch.add, explain):
         with pytest.raises(ValueError, match=r"^op: expected an op"):
             explain(op)

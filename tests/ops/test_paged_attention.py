@@ -4,38 +4,34 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from budget import Problem, assert_close, assert_close_to_reference
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from strategies import Draw, lay_out, layouts, seeds
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hamblocks.testing import PagedInputs, Problem, assert_close, assert_close_to_reference, paged_inputs, seeds
+from hamblocks.testing.inputs.paged import DTYPES, INF, LAST, NAN, paged, slabs_of
 from hamblocks_ops import NEVER, Pages, UnsupportedError, explain, paged_attention, selected_attention, unpage
 
 op = import_module("hamblocks_ops.paged_attention")
 layout = import_module("hamblocks_ops.paged_attention.layout")
 pages = import_module("hamblocks_ops.paged_attention.pages")
 IMPLS = ("reference", "pages")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NAN, INF = float("nan"), float("inf")
-LAST = 40
-"""Positions are drawn below it, queries a little beyond it."""
 
 
-def problem(case: Paged, **options: object) -> Problem:
+def problem(case: PagedInputs, **options: object) -> Problem:
     return Problem(paged, case.tensors(), options)
 
 
-def split(case: Paged) -> tuple[Tensor, list[Pages], Tensor, Tensor]:
+def split(case: PagedInputs) -> tuple[Tensor, list[Pages], Tensor, Tensor]:
     """q, slabs, block_table, query_position."""
     fields = case.tensors()
     q, table, asks = (fields.pop(name) for name in ("q", "block_table", "query_position"))
@@ -77,57 +73,23 @@ def arithmetic_of_other_devices() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(data=st.data())
-def test_pages_is_the_reference(dtype: torch.dtype, data: st.DataObject) -> None:
-    got = assert_close_to_reference(problem(data.draw(paged_calls(dtype=dtype))), "pages")
-    assert not any(bool(x.isnan().any()) for x in got.values())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", [IN_PLACE, LISTED, ALL])
 @given(data=st.data())
 def test_every_path_is_the_reference(way: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    case = data.draw(paged_calls(dtype=dtype, forked=st.just(False) if way != LISTED else st.booleans()))
+    case = data.draw(paged_inputs(dtype=dtype, forked=st.just(False) if way != LISTED else st.booleans()))
     with path(way) as options:
         assert_close_to_reference(problem(case, **options), "pages")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"queries": 0},
-        {"sequences": 0},
-        {"width": 0},
-        {"slabs": ()},
-        {"slabs": ((0, 4),)},
-        {"slabs": ((0, 4), (12, 4), (0, 4)), "queries": 3},
-        {"slabs": ((12, 32), (12, 1))},
-        {"slabs": ((12, 4), (12, 0))},
-        {"slabs": ((400, 2),), "bias": "hidden"},
-        {"slabs": ((1, 70),), "forked": True, "queries": 8, "width": 1},
-        {"width": 90, "slabs": ((200, 3), (150, 3)), "sequences": 1, "group": 2, "bias": "some", "policy": "all"},
-        {"policy": "none", "queries": 2},
-        {"policy": "all", "queries": 8, "together": 3, "group": 3, "layout": "strided"},
-        {"together": 2, "rows": 1, "group": 2, "layout": "transposed", "queries": 4},
-    ],
-    ids=str,
-)
-def test_pages_is_the_reference_at_borders(dtype: torch.dtype, sizes: dict[str, Any]) -> None:
-    for seed in range(4):
-        got = assert_close_to_reference(problem(Paged(dtype=dtype, seed=seed, **sizes)), "pages")
-        assert not any(bool(x.isnan().any()) for x in got.values())
-
-
-@given(case=paged_calls())
-@example(case=Paged(queries=4, group=2, bias="hidden"))
-def test_arithmetic_of_other_devices_is_the_reference(case: Paged) -> None:
+@given(case=paged_inputs())
+@example(case=PagedInputs(queries=4, group=2, bias="hidden"))
+def test_arithmetic_of_other_devices_is_the_reference(case: PagedInputs) -> None:
     with arithmetic_of_other_devices():
         assert_close_to_reference(problem(case), "pages")
 
 
-@given(case=paged_calls(queries=st.integers(0, 3), dtype=torch.float64))
-def test_reference_is_softmax_over_what_is_visible(case: Paged) -> None:
+@given(case=paged_inputs(queries=st.integers(0, 3), dtype=torch.float64))
+def test_reference_is_softmax_over_what_is_visible(case: PagedInputs) -> None:
     """Against one softmax per query over a list of visible slots."""
     q, slabs, table, asks = split(case)
     every = [(slab, page) for slab in slabs for page in range(len(slab.k))]
@@ -147,8 +109,8 @@ def test_reference_is_softmax_over_what_is_visible(case: Paged) -> None:
         assert torch.allclose(result.out[n, i, head], found.softmax(0) @ torch.cat(values), rtol=1e-12, atol=1e-12)
 
 
-@given(case=paged_calls(garbage=st.sampled_from([None, NAN])))
-def test_reference_is_selected_attention_over_unpaged_keys(case: Paged) -> None:
+@given(case=paged_inputs(garbage=st.sampled_from([None, NAN])))
+def test_reference_is_selected_attention_over_unpaged_keys(case: PagedInputs) -> None:
     assume(case.slabs and case.bias != "hidden")  # a bias that is garbage there is one that hides here
     q, slabs, table, asks = split(case if case.garbage is None else replace(case, bias="none"))
     rows = unpage(slabs, table)
@@ -169,9 +131,9 @@ def test_reference_is_selected_attention_over_unpaged_keys(case: Paged) -> None:
         assert torch.equal(got, same)
 
 
-@given(case=paged_calls(garbage=None))
-@example(case=Paged(slabs=((5, 2), (9, 4)), together=2, bias="some", garbage=None))
-def test_unpage_lists_the_pages_of_every_row(case: Paged) -> None:
+@given(case=paged_inputs(garbage=None))
+@example(case=PagedInputs(slabs=((5, 2), (9, 4)), together=2, bias="some", garbage=None))
+def test_unpage_lists_the_pages_of_every_row(case: PagedInputs) -> None:
     assume(case.slabs)
     _, slabs, table, _ = split(case)
     size = max(slab.k.shape[1] for slab in slabs)
@@ -196,16 +158,8 @@ def test_unpage_lists_the_pages_of_every_row(case: Paged) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@given(case=paged_calls(policy="none"))
-def test_seeing_nothing_is_zero(impl: str, case: Paged) -> None:
-    got = problem(case).run(impl)
-    assert bool((got["lse"] == -INF).all())
-    assert not bool(got["out"].any())
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@given(case=paged_calls(policy="all", queries=2, garbage=None))
-def test_padding_queries_see_nothing(impl: str, case: Paged) -> None:
+@given(case=paged_inputs(policy="all", queries=2, garbage=None))
+def test_padding_queries_see_nothing(impl: str, case: PagedInputs) -> None:
     q, slabs, table, asks = split(case)
     early = [slab._replace(position=slab.position - LAST - 1) for slab in slabs]  # also before position 0
     asks = asks.clone()
@@ -216,9 +170,9 @@ def test_padding_queries_see_nothing(impl: str, case: Paged) -> None:
 
 
 @pytest.mark.parametrize("way", [IN_PLACE, LISTED, ALL, "reference"])
-@given(case=paged_calls(forked=False), garbage=st.sampled_from([NAN, INF, -INF, 6e4]))
-@example(case=Paged(queries=4, slabs=((40, 3),)), garbage=NAN)
-def test_what_no_query_sees_does_not_leak(way: str, case: Paged, garbage: float) -> None:
+@given(case=paged_inputs(forked=False), garbage=st.sampled_from([NAN, INF, -INF, 6e4]))
+@example(case=PagedInputs(queries=4, slabs=((40, 3),)), garbage=NAN)
+def test_what_no_query_sees_does_not_leak(way: str, case: PagedInputs, garbage: float) -> None:
     clean, poisoned = (problem(replace(case, garbage=x)) for x in (None, garbage))
     with path(way) as options:
         impl = "reference" if way == "reference" else "pages"
@@ -228,9 +182,9 @@ def test_what_no_query_sees_does_not_leak(way: str, case: Paged, garbage: float)
             assert torch.equal(x, expected[name]), name
 
 
-@given(case=paged_calls(garbage=NAN, queries=1, dtype=torch.float64), nan=st.sampled_from([NAN, INF]))
-@example(case=Paged(garbage=NAN, policy="all", sequences=3), nan=NAN)
-def test_a_sequence_that_is_not_finite_leaves_the_others_alone(case: Paged, nan: float) -> None:
+@given(case=paged_inputs(garbage=NAN, queries=1, dtype=torch.float64), nan=st.sampled_from([NAN, INF]))
+@example(case=PagedInputs(garbage=NAN, policy="all", sequences=3), nan=NAN)
+def test_a_sequence_that_is_not_finite_leaves_the_others_alone(case: PagedInputs, nan: float) -> None:
     assume(case.sequences > 0)
     q, slabs, table, asks = split(case)
     before = paged_attention(q, slabs, table, query_position=asks)
@@ -259,7 +213,7 @@ def watched() -> Iterator[list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("garbage", [NAN, INF])
 def test_pages_are_read_once_where_they_lie(dtype: torch.dtype, bias: str, garbage: float) -> None:
     """Unlisted pages may be anything: nothing is copied, cleaned or read again for them."""
-    case = Paged(slabs=((9, 4), (20, 2)), dtype=dtype, bias=bias, queries=2, policy="all", garbage=None)
+    case = PagedInputs(slabs=((9, 4), (20, 2)), dtype=dtype, bias=bias, queries=2, policy="all", garbage=None)
     q, slabs, table, asks = split(case)
     for begin, slab in ((0, slabs[0]), (9, slabs[1])):
         for page in set(range(len(slab.k))) - set((table - begin).flatten().tolist()):
@@ -273,7 +227,7 @@ def test_pages_are_read_once_where_they_lie(dtype: torch.dtype, bias: str, garba
 
 
 def test_only_slabs_with_a_page_that_is_listed_twice_are_gathered() -> None:
-    q, slabs, table, asks = split(Paged(slabs=((12, 4), (12, 4)), sequences=2, rows=1, width=4, garbage=None))
+    q, slabs, table, asks = split(PagedInputs(slabs=((12, 4), (12, 4)), sequences=2, rows=1, width=4, garbage=None))
     table[:] = torch.tensor([[[3, 12, 14, -1]], [[5, 3, 13, 20]]])
     with watched() as seen:
         got = paged_attention(q, slabs, table, query_position=asks)
@@ -284,7 +238,7 @@ def test_only_slabs_with_a_page_that_is_listed_twice_are_gathered() -> None:
 
 
 def test_a_slab_with_many_spare_pages_is_gathered() -> None:
-    q, slabs, table, asks = split(Paged(slabs=((12 * 3 + 1, 4),), width=3, garbage=None))
+    q, slabs, table, asks = split(PagedInputs(slabs=((12 * 3 + 1, 4),), width=3, garbage=None))
     table[:] = torch.arange(12).view_as(table)
     with watched() as seen:
         for last in (36, 35, 11):  # of 37 pages
@@ -293,8 +247,8 @@ def test_a_slab_with_many_spare_pages_is_gathered() -> None:
     assert [len(k) for k, _ in seen] == [12, 36, 12]
 
 
-@given(case=paged_calls(dtype=torch.float64), seed=seeds)
-def test_the_order_of_pages_does_not_matter(case: Paged, seed: int) -> None:
+@given(case=paged_inputs(dtype=torch.float64), seed=seeds)
+def test_the_order_of_pages_does_not_matter(case: PagedInputs, seed: int) -> None:
     """Neither in the slabs nor in the table, nor how they are shared out among slabs."""
     assume(len({size for _, size in case.slabs}) == 1)
     q, slabs, table, asks = split(case)
@@ -311,8 +265,8 @@ def test_the_order_of_pages_does_not_matter(case: Paged, seed: int) -> None:
         assert_close(getattr(after, name), getattr(before, name), name, own=noise[name])
 
 
-@given(case=paged_calls(dtype=torch.float64), size=st.integers(1, 11))
-def test_the_page_size_does_not_matter(case: Paged, size: int) -> None:
+@given(case=paged_inputs(dtype=torch.float64), size=st.integers(1, 11))
+def test_the_page_size_does_not_matter(case: PagedInputs, size: int) -> None:
     assume(case.slabs)
     q, slabs, table, asks = split(case)
     rows = unpage(slabs, table)
@@ -331,15 +285,6 @@ def test_the_page_size_does_not_matter(case: Paged, size: int) -> None:
     noise = problem(case).noise()
     for name in ("out", "lse"):
         assert_close(getattr(after, name), getattr(before, name), name, own=noise[name])
-
-
-@given(case=paged_calls(garbage=st.sampled_from([None, INF])), impl=st.sampled_from(IMPLS))
-def test_inputs_stay_and_the_same_call_gives_the_same_bits(case: Paged, impl: str) -> None:
-    call = problem(case)
-    before = {name: x.clone() for name, x in call.tensors.items()}
-    first, second = call.run(impl), call.run(impl)
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
-    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in call.tensors.items())
 
 
 class NothingDependsOnValues(TorchDispatchMode):
@@ -366,10 +311,10 @@ def values_that_may_not_be_read() -> Iterator[None]:
         yield
 
 
-@given(case=paged_calls(forked=False), way=st.sampled_from([IN_PLACE, ALL]))
-@example(case=Paged(queries=3, garbage=NAN, bias="hidden"), way=IN_PLACE)
-@example(case=Paged(queries=3, garbage=INF), way=ALL)
-def test_no_step_depends_on_values(case: Paged, way: str) -> None:
+@given(case=paged_inputs(forked=False), way=st.sampled_from([IN_PLACE, ALL]))
+@example(case=PagedInputs(queries=3, garbage=NAN, bias="hidden"), way=IN_PLACE)
+@example(case=PagedInputs(queries=3, garbage=INF), way=ALL)
+def test_no_step_depends_on_values(case: PagedInputs, way: str) -> None:
     """As a CUDA graph needs it; without a look at the result, what no query sees is always cleared."""
     call = problem(case, shared=False)
     expected = call.run("pages")
@@ -384,7 +329,7 @@ def test_no_step_depends_on_values(case: Paged, way: str) -> None:
 
 
 def test_no_step_reads_values_of_fake_tensors() -> None:
-    call = Paged(queries=3, bias="some").tensors()
+    call = PagedInputs(queries=3, bias="some").tensors()
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(x) for name, x in call.items()}
         assert paged(**fake, impl="pages", shared=False).out.shape == fake["q"].shape
@@ -398,17 +343,9 @@ def test_dependence_on_values_is_noticed(step: Callable[[Tensor], object]) -> No
         step(torch.ones(3))
 
 
-def test_autocast_does_not_reach_inside() -> None:
-    call = problem(Paged(dtype=torch.float32, queries=2))
-    plain = {impl: call.run(impl) for impl in IMPLS}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for impl in IMPLS:
-            assert all(torch.equal(x, plain[impl][name]) for name, x in call.run(impl).items())
-
-
 @pytest.mark.parametrize("name", ["q", "k1", "v0", "logit_bias1"])
 def test_there_is_no_gradient(name: str) -> None:
-    fields = Paged(bias="some").tensors()
+    fields = PagedInputs(bias="some").tensors()
     fields[name].requires_grad_()
     q, table, asks = (fields.pop(key) for key in ("q", "block_table", "query_position"))
     slabs = slabs_of(fields)
@@ -419,7 +356,7 @@ def test_there_is_no_gradient(name: str) -> None:
 
 
 def test_explain_and_impl() -> None:
-    q, slabs, table, asks = split(Paged(queries=2))
+    q, slabs, table, asks = split(PagedInputs(queries=2))
     explanation = explain(paged_attention, q, slabs, table, query_position=asks)
     assert list(explanation) == ["pages", "reference"]
     assert set(explanation.values()) == {"yes"}
@@ -486,7 +423,7 @@ FIELDS: list[tuple[str, Callable[[Tensor], Any], str]] = [
     ("logit_bias", lambda x: x.long(), "int64"),
     ("logit_bias", lambda x: x.to("meta"), "meta"),
 ]
-GOOD = Paged(together=2, bias="some", dtype=torch.float32)
+GOOD = PagedInputs(together=2, bias="some", dtype=torch.float32)
 
 
 def good() -> dict[str, Any]:

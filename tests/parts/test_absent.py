@@ -1,13 +1,11 @@
 """Layers without a memory, and without attention: what is left is the other half, in one pass and in pieces."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import strategies as st
-from parts_cases import SIZES, Size, close, cuts, inputs, pack, rows_of
+from parts_cases import SIZES, Size, close, inputs
 from torch.nn import functional as F
 
 import hamblocks as hb
@@ -65,31 +63,6 @@ def test_without_attention_the_memory_is_left(size):
 
 
 @pytest.mark.parametrize("name", PARTS)
-@given(size=SIZES, drawn=st.lists(st.integers(0, 14), max_size=3))
-@torch.no_grad()
-def test_pieces_are_one_pass(name, size, drawn):
-    layer, x = layer_of(size, PARTS[name]()), inputs(size)
-    state, pieces = layer.init_state(size.batch), []
-    for begin, end in itertools.pairwise(cuts(size.tokens, drawn)):
-        y, state, _ = layer(x[:, begin:end], state=state)
-        pieces.append(y)
-    close(torch.cat(pieces, 1), layer(x).y)
-    assert (state.cache.tokens == (size.tokens if name == "memory" else 0)).all()
-    assert (state.memory == ()) == (name == "memory")
-
-
-@pytest.mark.parametrize("name", PARTS)
-@given(seed=st.integers(0, 99), lengths=st.lists(st.integers(0, 8), min_size=1, max_size=3))
-@torch.no_grad()
-def test_packed_is_one_by_one(name, seed, lengths):
-    layer, rows = layer_of(Size(seed, 1, 8, (4, 2)), PARTS[name]()), rows_of(seed, lengths, 16)
-    x, borders = pack(rows)
-    alone = torch.cat([layer(row[None]).y for row in rows], 1)
-    close(layer(x, cu_seqlens=borders).y, alone)
-    close(layer(x, cu_seqlens=borders, state=layer.init_state(len(rows))).y, alone)
-
-
-@pytest.mark.parametrize("name", PARTS)
 def test_bfloat16_and_gradients(name):
     size = Size(0, 2, 9, (4, 2))
     layer, x = layer_of(size, PARTS[name](), torch.bfloat16), inputs(size, torch.bfloat16)
@@ -98,15 +71,6 @@ def test_bfloat16_and_gradients(name):
     y.sum().backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in layer.parameters())
     assert layer.v_proj.weight.grad.any()
-
-
-@pytest.mark.parametrize(
-    "gate",
-    [hb.PredictionError(), hb.PredictionError("l2"), lambda x, trace: hb.GateOutput(trace.residual.norm(dim=-1))],
-)
-def test_nothing_is_no_surprise(gate):
-    layer, x = layer_of(Size(0, 2, 9, (4, 2)), without_memory(gate)), inputs(Size(0, 2, 9, (4, 2)))
-    assert not layer(x).stats.score.any()
 
 
 def test_what_the_trace_of_no_memory_says():

@@ -78,15 +78,6 @@ def test_padding_and_empty_pieces_do_not_count():
     torch.testing.assert_close(plain.tau, padded.tau, rtol=0, atol=0.02)  # the sample is drawn at other places
 
 
-def test_eval_neither_counts_nor_moves():
-    controller = started().eval()
-    before = copy.deepcopy(controller.state_dict())
-    assert torch.equal(controller(scores(3, 1, 50, 1)), before["tau"])
-    controller.step()
-    for name, value in controller.state_dict().items():
-        assert name == "_extra_state" or torch.equal(value, before[name])
-
-
 def test_state_dict_restores_target_and_sample():
     trained = started(0.3)
     for seed in range(3):
@@ -102,19 +93,6 @@ def test_state_dict_restores_target_and_sample():
         controller(scores(9, 1, 99, 2))
         controller.step()
     assert torch.equal(trained.tau, fresh.tau)
-
-
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
-@pytest.mark.parametrize("make", [lambda: hb.FixedThreshold(0.1), lambda: started(0.3)])
-def test_casting_a_model_leaves_tau_float32(cast, make):
-    model = torch.nn.Sequential(hb.Threshold(make()), torch.nn.Linear(2, 2))
-    before = copy.deepcopy(dict(model[0].named_buffers()))
-    cast(model)
-    assert model[1].weight.dtype != torch.float32
-    for name, buffer in model[0].named_buffers():
-        assert buffer.dtype == before[name].dtype
-        assert torch.equal(buffer.nan_to_num(7.0), before[name].nan_to_num(7.0))
-    assert model[0].controller.tau.dtype == torch.float32
 
 
 def test_moving_along_the_trade_off_by_hand():

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from budget import assert_close
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
@@ -15,6 +14,7 @@ from parts_cases import CASES, HEADS, SEEDS, Size, build, close, content, cuts, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hamblocks as hb
+from hamblocks.testing import assert_close
 
 
 class Stream:

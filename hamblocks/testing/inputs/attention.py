@@ -15,6 +15,7 @@ from hamblocks.testing.inputs.draw import (
     borders,
     building,
     dtypes,
+    lay_out,
     layouts,
     lengths,
     ragged_lengths,
@@ -107,8 +108,8 @@ class AttentionInputs(Inputs):
         keys = queries if self.cache is None or self.packed is not None else self.cache
         shape = rows, keys, self.kv_heads
         result = {
-            "q": 2 * draw.normal(rows, queries, self.kv_heads * self.group, self.dim, dtype=self.dtype),
-            "k": 2 * draw.normal(*shape, self.dim, dtype=self.dtype),
+            "q": draw.normal(rows, queries, self.kv_heads * self.group, self.dim, dtype=self.dtype, scale=2),
+            "k": draw.normal(*shape, self.dim, dtype=self.dtype, scale=2),
             "v": draw.normal(*shape, self.dim, dtype=self.dtype),
         }
         own = torch.arange(keys)
@@ -126,12 +127,12 @@ class AttentionInputs(Inputs):
             result["query_position"] = (start + torch.arange(queries)).expand(rows, queries).to(torch.int32)
             result["key_lengths"] = draw.integers(0, keys + 1, (rows, self.kv_heads) if self.seed % 3 else (rows,))
         evict_at = lifetimes(self.policy, draw, position)
-        result["evict_at"] = (evict_at[..., :1] if self.shared else evict_at).to(torch.int32)
+        result["evict_at"] = lay_out((evict_at[..., :1] if self.shared else evict_at).to(torch.int32), self.layout)
         if self.bias != "none":
             bias = draw.normal(*shape[:2], 1 if self.bias == "shared" else shape[2])
             if self.bias == "hidden":
                 bias = draw.choice(tuple(bias.shape), bias, bias, float("-inf"))
-            result["logit_bias"] = bias.to(self.dtype)
+            result["logit_bias"] = lay_out(bias.to(self.dtype), self.layout)
         return result
 
 

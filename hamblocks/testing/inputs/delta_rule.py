@@ -62,7 +62,7 @@ class DeltaRuleInputs(Inputs):
             "two": lambda: torch.full_like(half, two),
             "any": lambda: draw.choice(shape, zero, half, 2 * half, two),
         }[self.write]()
-        result["beta"] = beta.to(wide)
+        result["beta"] = lay_out(beta.to(wide), self.layout)
         gone = torch.rand(shape, generator=draw.generator, dtype=torch.float64)
         if self.decay != "none":
             g = {
@@ -70,7 +70,7 @@ class DeltaRuleInputs(Inputs):
                 "hard": lambda: draw.choice(shape, -0.2 * gone, -5 * gone, -1000.0),
                 "forget": lambda: draw.choice(shape, 0.0, -0.2 * gone, -1000.0, float("-inf")),
             }[self.decay]()
-            result["g"] = g.to(wide)
+            result["g"] = lay_out(g.to(wide), self.layout)
         if self.state:
             result["initial_state"] = draw.normal(sequences, value_heads, self.key_dim, self.value_dim, dtype=wide)
         if self.packed is not None:

@@ -63,9 +63,10 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
         self.layout = layout
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Standard normal numbers, the same whatever the dtype."""
-        return lay_out(torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype), self.layout)
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+        """Normal numbers of a standard deviation, the same whatever the dtype."""
+        drawn = scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return lay_out(drawn.to(dtype), self.layout)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Uniform numbers in [0, 1)."""
@@ -85,11 +86,11 @@ class Draw:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values behind other strides: "contiguous", "transposed", or "strided" with NaN in between."""
+    """The same values behind other strides: "contiguous", "transposed", or "strided" with NaN (7) in between."""
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+        return torch.stack([x, torch.full_like(x, torch.nan if x.is_floating_point() else 7)], -1)[..., 0]
     return x
 
 

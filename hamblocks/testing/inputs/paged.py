@@ -53,7 +53,7 @@ class PagedInputs(Inputs):
         asks = draw.integers(-1, LAST + 5, (self.sequences, self.queries)).to(index)
         table = self.table(draw)
         result = {
-            "q": 2 * draw.normal(self.sequences, self.queries, heads, self.dim, dtype=self.dtype),
+            "q": draw.normal(self.sequences, self.queries, heads, self.dim, dtype=self.dtype, scale=2),
             "block_table": table.to(index),
             "query_position": asks,
         }
@@ -65,7 +65,7 @@ class PagedInputs(Inputs):
             if bias is not None and self.bias == "hidden":
                 bias = draw.choice(shape, bias, bias, float("-inf")).to(self.wide)
             size = *shape, self.together, self.dim
-            k, v = 2 * draw.normal(*size, dtype=self.dtype), draw.normal(*size, dtype=self.dtype)
+            k, v = (draw.normal(*size, dtype=self.dtype, scale=scale) for scale in (2, 1))
             if self.garbage is not None:
                 unseen = ~self.seen(table, asks, begin, position, evict_at)
                 k, v = (x.masked_fill(unseen[..., None, None], self.garbage) for x in (k, v))

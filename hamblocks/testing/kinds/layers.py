@@ -193,6 +193,12 @@ def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:
     return lambda part, _options: None if takes(part, name) else f"it {what}"
 
 
+def _stores_nothing(part: Any, options: Options) -> str | None:
+    if isinstance(getattr(part, "attention", None), NoAttention):
+        return "its attention looks at nothing and stores nothing"
+    return _no_ham_layer(part, options)
+
+
 def _no_ham_layer(part: Any, _options: Options) -> str | None:
     return None if isinstance(part, HAMLayer) else "it is no HAMLayer"
 
@@ -241,7 +247,7 @@ CHECKS = [
         _packed_pieces_are_one_pass,
         applies=lambda part, options: STREAMS(part, options) or PACKS(part, options),
     ),
-    _check("stores_what_it_decided", _stores_what_it_decided, applies=_no_ham_layer),
+    _check("stores_what_it_decided", _stores_what_it_decided, applies=_stores_nothing),
     _check("forks_go_on_alone", _forks_go_on_alone, applies=_no_fork),
     _check("low_precision_streams", _low_precision_streams, _any_dtype, share=4, applies=STREAMS),
     _check("limits_of_the_threshold", _limits_of_the_threshold, edges=EDGES, applies=_no_ham_layer),

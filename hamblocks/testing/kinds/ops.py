@@ -139,6 +139,10 @@ def _metric(case: Any) -> dict[str, Any]:
     return {"metric": METRICS[case.seed % len(METRICS)]}
 
 
+def _metric_or_none(case: Any) -> dict[str, Any]:
+    return {"metric": (*METRICS, None)[case.seed % (len(METRICS) + 1)]}
+
+
 def _tau(case: Scores) -> dict[str, Any]:
     return {"tau": (0.0, 0.25, -0.5, INF, -INF, 1.0, -0.0)[case.seed % 7]}
 
@@ -229,7 +233,7 @@ OPS: dict[Callable[..., Any], Op] = {
                 DELTA(packed=(0, 3, 0, 0, 65, 1, 0)),
                 DELTA(packed=(64, 64), state=False, group=2),
             ),
-            options=_metric,
+            options=_metric_or_none,
             by_token=("q", "k", "v", "beta", "g"),
             streams=("initial_state", "final_state"),
             degenerate=(

@@ -9,6 +9,7 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """q [R, G, i, D], k and v [R, G, n, D] -> out [R, G, i, D] and lse [R, G, i]."""
     if q.device.type == "cpu":
+        q, k, v = (_dense(x) for x in (q, k, v))
         result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scale
         )
@@ -23,6 +24,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients; `out` and `lse` are those of all parts together."""
     if q.device.type == "cpu":
+        grad, q, k, v, out = (_dense(x) for x in (grad, q, k, v, out))
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -30,6 +32,11 @@ def attend_backward(
     weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()
     change = scale * weight * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
     return change @ k, change.mT @ q, weight.mT @ grad
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With the numbers of a head side by side: torch's kernel takes that for granted and does not check it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:

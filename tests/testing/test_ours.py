@@ -1,0 +1,99 @@
+"""Every op, part and layer of ours passes the checks that users run on theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import parts_cases
+from parts_cases import CASES, AtLeast, Loudness, Parity, Size, Smallest, Sum
+
+import hamblocks as hb
+from hamblocks.testing import Dims, parametrize_with_checks
+from hamblocks.testing.kinds.ops import OPS
+
+
+def trained() -> hb.TargetFraction:
+    controller = hb.TargetFraction(0.5)
+    controller.set_threshold(0.4)
+    return controller
+
+
+@parametrize_with_checks(ops=list(OPS))
+def test_ops(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    gates=[
+        hb.PredictionError(),
+        hb.PredictionError("relative_l2"),
+        hb.PredictionError("l2"),
+        hb.LearnedRouter(),
+        hb.LearnedRouter(3),
+        hb.RandomRouting(1),
+        hb.Periodic(3, 1),
+        hb.Shared(hb.LearnedRouter()),
+        hb.Shared(hb.PredictionError()),
+        Parity(),
+        Loudness(),
+    ],
+    controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
+    combiners=[hb.GatedSum(), hb.SoftmaxMix()],
+)
+def test_small_parts(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    selectors=[
+        hb.Threshold(0.25),
+        hb.Threshold(trained()),
+        hb.Window(3),
+        hb.Window(0),
+        hb.First(2),
+        hb.TopK(3),
+        hb.TopK(0),
+        hb.Threshold(0.25) | hb.Window(3),
+        hb.TopK(4) & hb.Threshold(0.25),
+        (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
+        AtLeast(0.25),
+        Smallest(3),
+    ]
+)
+def test_selectors(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    memories=[
+        hb.GatedDelta(),
+        hb.GatedDelta(negative_eigenvalues=True, impl="reference"),
+        hb.Delta(),
+        hb.Delta(conv_size=1, negative_eigenvalues=True),
+        hb.NoMemory(),
+    ],
+    attentions=[
+        hb.SelectedAttention(),
+        hb.SelectedAttention(rope_theta=None, qk_norm=False),
+        hb.SelectedAttention(impl="reference"),
+        hb.NoAttention(),
+    ],
+)
+def test_memory_and_attention(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(combiners=[Sum()], dims=Dims(8, 2, 1, 4))
+def test_a_combiner_of_one_width(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    layers={case: parts_cases.build(case, Size(0, 2, 6, (2, 1))) for case in CASES}
+    | {
+        "no-memory": hb.HAMLayer(8, 2, memory=hb.NoMemory(), selector=hb.Threshold(0.5)),
+        "no-attention": hb.HAMLayer(8, 2, attention=hb.NoAttention(), selector=hb.TopK(2)),
+    }
+)
+def test_layers(check: Any) -> None:
+    check()

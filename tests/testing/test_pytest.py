@@ -1,0 +1,196 @@
+"""The kit inside pytest suites of users: three lines for a part, expected failures, options of the plugin."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+PART = """
+import hamblocks as hb
+from hamblocks.testing import parametrize_with_checks
+
+class Written:
+    def __call__(self, x, trace):
+        return hb.GateOutput(trace.beta * trace.residual.float().norm(dim=-1))
+
+class Peeks:
+    def __call__(self, x, trace):
+        return hb.GateOutput(x.roll(-1, 1).mean(-1, keepdim=True))
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.delenv("CI", raising=False)
+    pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider -m 'not hamblocks_slow'\n")
+    return pytester
+
+
+def test_three_lines_check_a_part(suite: pytest.Pytester) -> None:
+    suite.makepyfile(PART + "\n@parametrize_with_checks(gates=[Written()])\ndef test_mine(check):\n    check()\n")
+    result = suite.runpytest("-v")
+    counts = result.parseoutcomes()
+    assert set(counts) == {"passed", "deselected"}
+    assert counts["passed"] > 10
+    result.stdout.fnmatch_lines(["*::test_mine[[]Written(...)-check_gate_is_causal] PASSED*"])
+
+
+def test_a_failure_names_the_check_and_shows_one_line_that_repeats_it(suite: pytest.Pytester) -> None:
+    suite.makepyfile(PART + "\n@parametrize_with_checks(gates=[Peeks()])\ndef test_mine(check):\n    check()\n")
+    result = suite.runpytest()
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        [
+            "*CheckFailed: check_gate_is_causal: Peeks(...)",
+            "*results before position * changed with the inputs from it on: score*",
+            "*law: Changing inputs from position t on changes no result before t.",
+            "*again: check_gate_is_causal(Peeks(...), PartInputs(*",
+        ]
+    )
+
+
+EXPECTED = """
+KNOWN = {name: "looks one token ahead" for name in (
+    "check_gate_is_causal", "check_gate_packed_is_one_by_one",
+    "check_gate_any_split_is_one_pass", "check_gate_works_in_a_layer",
+)}
+"""
+
+
+def test_expected_failures_fail_as_expected(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        PART + EXPECTED + "\n@parametrize_with_checks(gates=[Peeks()], expected_failures=KNOWN)\n"
+        "def test_mine(check):\n    check()\n"
+    )
+    counts = suite.runpytest().parseoutcomes()
+    assert counts["xfailed"] == 4
+    assert "failed" not in counts
+
+
+def test_an_expected_failure_that_passes_is_an_error(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        PART + "\n@parametrize_with_checks(gates=[Written()], expected_failures={'check_gate_is_causal': 'why'})\n"
+        "def test_mine(check):\n    check()\n"
+    )
+    result = suite.runpytest()
+    assert result.parseoutcomes()["failed"] == 1
+    result.stdout.fnmatch_lines(["*XPASS(strict)*why*"])
+
+
+def test_an_expected_failure_with_another_error_is_an_error(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        PART + EXPECTED + "\n@parametrize_with_checks(gates=[Peeks()], expected_failures=KNOWN)\n"
+        "def test_mine(check):\n    raise RuntimeError('something else')\n"
+    )
+    counts = suite.runpytest().parseoutcomes()
+    assert "xfailed" not in counts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("gates=[Written()], expected_failures={'check_gate_is_casual': 'why'}", "check_gate_is_casual"),
+        ("gates=[Written()], expected_failures={'check_gate_is_built_once': 'why'}", "it has no build"),
+        ("gates=[Written()], expected_failures={'check_layer_is_causal': 'why'}", "check_layer_is_causal"),
+        ("", "parts: expected at least one"),
+        ("layers=[Written()]", "dims: expected the sizes of a layer"),
+    ],
+)
+def test_bad_arguments_are_told_at_collection(suite: pytest.Pytester, arguments: str, message: str) -> None:
+    suite.makepyfile(PART + f"\n@parametrize_with_checks({arguments})\ndef test_mine(check):\n    check()\n")
+    result = suite.runpytest()
+    assert result.ret == 2
+    result.stdout.fnmatch_lines([f"*ValueError*{message}*"])
+
+
+def test_expected_failures_may_depend_on_the_part(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        PART + EXPECTED + "\n@parametrize_with_checks(gates={'peeks': Peeks(), 'written': Written()},\n"
+        "    expected_failures=lambda part: KNOWN if isinstance(part, Peeks) else {})\n"
+        "def test_mine(check):\n    check()\n"
+    )
+    result = suite.runpytest("-v")
+    counts = result.parseoutcomes()
+    assert counts["xfailed"] == 4
+    assert "failed" not in counts
+    result.stdout.fnmatch_lines(["*test_mine[[]written-check_gate_is_causal] PASSED*"])
+
+
+OPS = """
+import pytest
+from hamblocks.ops import selected_attention
+from hamblocks.testing import parametrize_with_checks
+
+@parametrize_with_checks(ops=[selected_attention])
+def test_ops(check):
+    pass
+
+@pytest.mark.hamblocks_op(selected_attention)
+def test_mine(hamblocks_impl):
+    assert hamblocks_impl in ("gather", "reference")
+"""
+
+
+def test_a_suite_runs_over_chosen_implementations(suite: pytest.Pytester) -> None:
+    suite.makepyfile(OPS)
+    every = suite.runpytest("-v")
+    every.stdout.fnmatch_lines(["*test_mine[[]gather]*", "*test_mine[[]reference]*"])
+    for choice in ("gather", "selected_attention=gather"):
+        chosen = suite.runpytest("-v", "--hamblocks-impl", choice)
+        assert chosen.ret == 0
+        assert 0 < chosen.parseoutcomes()["passed"] < every.parseoutcomes()["passed"]
+        chosen.stdout.fnmatch_lines(["*impl='gather'*"])
+        chosen.stdout.no_fnmatch_line("*impl='reference'*")
+        chosen.stdout.no_fnmatch_line("*test_mine[[]reference]*")
+    other = suite.runpytest("--hamblocks-impl", "gated_delta_rule=chunked")
+    assert other.parseoutcomes() == every.parseoutcomes()
+
+
+def test_an_implementation_that_does_not_exist_is_an_error(suite: pytest.Pytester) -> None:
+    suite.makepyfile(OPS)
+    result = suite.runpytest("--hamblocks-impl", "quick")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*--hamblocks-impl*quick*"])
+
+
+PROFILES = """
+import hypothesis
+from hypothesis import given, strategies as st
+from hamblocks.testing import profiles
+from hamblocks.testing.plugin import chosen_seed
+
+def test_told():
+    print("told", profiles.current().name, chosen_seed.get(), hypothesis.settings().max_examples)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "told dev None 100"),
+        (["--hamblocks-profile", "nightly"], "told nightly None 500"),
+        (["--hamblocks-profile", "ci", "--hamblocks-seed", "3"], "told ci 3 20"),
+        (["--hypothesis-profile", "hamblocks-dev"], "told dev None 10"),
+    ],
+)
+def test_profiles_and_seeds(suite: pytest.Pytester, options: list[str], told: str) -> None:
+    suite.makepyfile(PROFILES)
+    suite.runpytest_subprocess("-s", *options).stdout.fnmatch_lines([f"*{told}*"])
+
+
+def test_poisoned_memory(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        "import torch\n"
+        "def test_poison(hamblocks_poisoned_memory):\n"
+        "    assert torch.empty(3).isnan().all()\n"
+        "    assert torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()\n"
+        "def test_after():\n"
+        "    assert not torch.are_deterministic_algorithms_enabled()\n"
+    )
+    assert suite.runpytest().parseoutcomes() == {"passed": 2}
+
+
+def test_hamblocks_impl_needs_its_mark(suite: pytest.Pytester) -> None:
+    suite.makepyfile("def test_mine(hamblocks_impl):\n    pass\n")
+    suite.runpytest().stdout.fnmatch_lines(["*hamblocks_impl needs @pytest.mark.hamblocks_op(op)*"])
