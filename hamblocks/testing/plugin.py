@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks; a profile that is asked for is that of the suite's own hypothesis tests, too."""
     config.addinivalue_line("markers", "hamblocks_slow: a check of hamblocks.testing that takes seconds")
     config.addinivalue_line(
-        "markers", "hamblocks_op(op): the op whose implementations the fixture hamblocks_impl gives"
+        "markers", "hamblocks_op(name): the op whose implementations the fixture hamblocks_impl gives"
     )
     known = {name for op in OPS for name in implementations(op)}
     for given in config.getoption("--hamblocks-impl"):
@@ -81,9 +81,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "hamblocks_impl" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("hamblocks_op")
-    if mark is None or not mark.args:
-        raise pytest.UsageError(f"{metafunc.definition.nodeid}: hamblocks_impl needs @pytest.mark.hamblocks_op(op)")
-    (op,) = mark.args
+    by_name = {op.__name__: op for op in OPS}
+    op = by_name.get(mark.args[0]) if mark is not None and mark.args else None
+    if op is None:
+        names = ", ".join(by_name)
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid}: hamblocks_impl needs @pytest.mark.hamblocks_op(name), one of {names}"
+        )
     wanted = _chosen(metafunc.config, op)
     metafunc.parametrize("hamblocks_impl", [name for name in implementations(op) if not wanted or name in wanted])
 

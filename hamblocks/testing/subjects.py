@@ -266,7 +266,7 @@ def layer_with(kind: str, part: Any, dims: Dims) -> HAMLayer:
         "memory": GatedDelta(conv_size=2),
         "gate": PredictionError(),
         "selector": (Threshold(0.9) | TopK(2)) & Window(6),
-        "attention": SelectedAttention(),
+        "attention": SelectedAttention(rope_theta=None if dims.head_dim % 2 else 10_000.0),
         "combiner": GatedSum(),
     }
     if kind == "attention":
