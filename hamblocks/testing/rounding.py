@@ -1,0 +1,117 @@
+"""Arithmetic moved by up to one rounding: how much the result of a computation owes to rounding (Parker 1997)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class MovedByOneRounding(TorchDispatchMode):
+    """Moves the floating operands of arithmetic by up to one rounding of their dtype; views and copies stay alike.
+
+    Moved operands stand for what other orders of the same sums would give, even where this one is exact. With `exact`,
+    sums, products and quotients that need no rounding are left alone: a number minus itself is 0, times 1 is itself.
+    """
+
+    ARITHMETIC = frozenset(
+        """
+        add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1 log log2 log1p
+        erf tanh sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum mean var cumsum prod norm
+        linalg_vector_norm logsumexp _softmax _log_softmax mm bmm addmm baddbmm mv dot linalg_solve_triangular
+        convolution native_layer_norm native_group_norm _fused_rms_norm
+        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
+        sigmoid_backward tanh_backward silu_backward softplus_backward gelu_backward log_sigmoid_backward
+        _softmax_backward_data native_layer_norm_backward _fused_rms_norm_backward convolution_backward
+        """.split()  # noqa: SIM905 - a list of 60 strings reads worse
+    )
+
+    def __init__(self, seed: int, *, exact: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.exact = exact
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.split(".")[0]
+        # operators of one's own are opaque: what they compute with is moved
+        if name not in self.ARITHMETIC and func.namespace in ("aten", "prim", "prims"):
+            return func(*args, **kwargs)
+        result = func(*(self._moved(x) for x in args), **kwargs)
+        needs_none = self.EXACT.get(name) if self.exact and isinstance(result, Tensor) and len(args) > 1 else None
+        if needs_none is None or kwargs.get("alpha", 1) != 1:
+            return result
+        plain = func(*args, **kwargs)
+        return torch.where(needs_none(args[0], args[1], plain, func, args, kwargs), plain, result)
+
+    def _moved(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        step = torch.rand(x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
+        return x * (1 + torch.finfo(x.dtype).eps * step).to(x.dtype)
+
+    EXACT: ClassVar[dict[str, Callable[..., Any]]] = {}
+    """Of an operation, where its result needs no rounding."""
+
+
+def _like(x: Any, result: Tensor) -> Tensor:
+    return torch.as_tensor(x).to(result.dtype)
+
+
+def _sum(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
+    a, b = _like(a, result), _like(b, result)
+    other = result - a  # the error of a sum is itself a number (Knuth's TwoSum)
+    return torch.as_tensor((a - (result - other)) + (b - other) == 0)
+
+
+def _difference(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
+    return _sum(a, -_like(b, result), result)
+
+
+def _simple(x: Tensor) -> Tensor:
+    """Zero or a power of two, which a product only shifts."""
+    mantissa, _ = torch.frexp(x.double())
+    return (x == 0) | (mantissa.abs() == 0.5)
+
+
+def _product(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
+    return _simple(_like(a, result)) | _simple(_like(b, result))
+
+
+def _quotient(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
+    return (_like(a, result) == 0) | _simple(_like(b, result))
+
+
+def _total(a: Any, _b: Any, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    terms = func((a != 0).to(result.dtype), *args[1:], **kwargs)
+    return torch.as_tensor(terms <= 1)
+
+
+def _matrix_product(a: Any, b: Any, result: Tensor, func: Any, *_: Any) -> Tensor:
+    """At most one term that is not zero, and it needs no rounding itself."""
+    there = [(x != 0).to(result.dtype) for x in (a, b)]
+    rounding = [(~_simple(x)).to(result.dtype) for x in (a, b)]
+    return torch.as_tensor((func(*there) <= 1) & (func(*rounding) == 0))
+
+
+def _solution(a: Any, _b: Any, result: Tensor, *_: Any) -> Tensor:
+    """Rows of a unit triangular system with no other unknown in them."""
+    others: Tensor = (a != 0) & ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
+    return ~others.any(-1, keepdim=True).expand(result.shape)
+
+
+MovedByOneRounding.EXACT = {
+    "add": _sum,
+    "sub": _difference,
+    "mul": _product,
+    "div": _quotient,
+    "sum": _total,
+    "mm": _matrix_product,
+    "bmm": _matrix_product,
+    "linalg_solve_triangular": _solution,
+}
