@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import hamblocks
+import hamblocks.testing
 import hamblocks_ops
 
 ROOT = Path(__file__).parents[1]
@@ -43,14 +45,15 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_examples_run(page):
+def test_examples_run(page, monkeypatch):
     torch.manual_seed(0)
-    namespace = {"__name__": page.stem}
+    module = types.ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # torch.compile looks there for the globals of a function
     for block in blocks_of(page):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             code = compile("\n" * block.line + block.code, str(page), "exec")
-            exec(code, namespace)
+            exec(code, vars(module))
         if block.output is not None:
             assert printed.getvalue().strip() == block.output.strip(), f"{page}:{block.line}"
 
@@ -61,6 +64,18 @@ def test_blocks_are_found(tmp_path):
         "# A\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nx = 2\n```\n\nor\n\n```text\n3\n```\n"
     )
     assert blocks_of(page) == [Block(3, "print(1)\n", "1\n"), Block(11, "x = 2\n", None)]
+
+
+def test_every_check_is_listed_with_its_law():
+    page = (ROOT / "docs/reference/testing.md").read_text(encoding="utf-8")
+    checks = [check for checks in hamblocks.testing.CHECKS.values() for check in checks]
+    missing = [
+        check.name
+        for check in checks
+        if f"| `{check.name}` | {check.purpose.replace('|', chr(92) + '|')} |" not in page
+    ]
+    assert missing == []
+    assert page.count("| `check_") == len(checks)
 
 
 @pytest.mark.slow
@@ -74,10 +89,11 @@ def test_site_builds_and_documents_every_public_name(tmp_path):
     inventory = (site / "objects.inv").read_bytes()
     listed = zlib.decompress(inventory[inventory.index(header) + len(header) :]).decode()
     documented = {line.split(" ")[0] for line in listed.splitlines()}
-    for package in (hamblocks, hamblocks_ops):
+    for package in (hamblocks, hamblocks_ops, hamblocks.testing):
         for name in package.__all__:
             # an op that is named like its module is listed as a member of the module
             listings = {f"{package.__name__}.{name}", f"{package.__name__}.{name}.{name}"}
+            listings.add(f"{getattr(getattr(package, name), '__module__', '')}.{name}")
             assert documented & listings, f"{package.__name__}.{name} is in no page of the reference"
     fetched = re.compile(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?(?:https?:)?//""")
     assert [str(page) for page in site.rglob("*.html") if fetched.search(page.read_text(encoding="utf-8"))] == []

@@ -141,7 +141,7 @@ class Check:
         if failure is None:
             return
         case, error = failure
-        what = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+        what = plain(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
         more = "" if options == Options() else f", options={options!r}"
         raise CheckFailed(
             f"{self.name}: {called}\n  {what}\n  law: {self.purpose}\n  again: {self.name}({called}, {case!r}{more})"
@@ -192,6 +192,11 @@ def _drawn(
             raise
         return failing[-1]  # hypothesis ends with the smallest
     return None
+
+
+def plain(error: Exception) -> str:
+    """What an assertion says, without the lines that pytest writes behind it and those of whole Jacobians."""
+    return str(error).partition("\nassert ")[0].partition("\n\nThe above quantities")[0]
 
 
 def describe(part: Any) -> str:

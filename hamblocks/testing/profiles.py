@@ -28,6 +28,7 @@ PROFILES = {
     "ci": Profile("ci", 20, True),
     "nightly": Profile("nightly", 500, False),
 }
+"""By name."""
 
 chosen: ContextVar[str | None] = ContextVar("hamblocks_profile", default=None)
 """What pytest was told by --hamblocks-profile."""

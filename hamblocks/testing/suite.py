@@ -135,12 +135,19 @@ def _for(kind: str) -> Callable[..., list[Result]]:
 
 
 check_gate = _for("gate")
+"""Runs every check of a gate: `check_gate(part, **given)`, with the keyword arguments of `run_checks`."""
 check_selector = _for("selector")
+"""Runs every check of a selector: `check_selector(part, **given)`, with the keyword arguments of `run_checks`."""
 check_memory = _for("memory")
+"""Runs every check of a memory: `check_memory(part, **given)`, with the keyword arguments of `run_checks`."""
 check_controller = _for("controller")
+"""Runs every check of a controller: `check_controller(part, **given)`, with the keyword arguments of `run_checks`."""
 check_attention = _for("attention")
+"""Runs every check of an attention: `check_attention(part, **given)`, with the keyword arguments of `run_checks`."""
 check_combiner = _for("combiner")
+"""Runs every check of a combiner: `check_combiner(part, **given)`, with the keyword arguments of `run_checks`."""
 check_layer = _for("layer")
+"""Runs every check of a layer: `check_layer(part, **given)`, with the keyword arguments of `run_checks`."""
 
 
 def check_op(run: Callable[..., Any], like: Callable[..., Any] | None = None, **given: Any) -> list[Result]:

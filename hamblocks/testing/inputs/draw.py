@@ -17,8 +17,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "transposed", "strided")
 
 seeds: st.SearchStrategy[int] = st.integers(0, 2**16)
+"""Strategy of seeds, 0 to 65536."""
 dtypes: st.SearchStrategy[torch.dtype] = st.sampled_from(DTYPES)
+"""Strategy of floating dtypes: float64, float32, bfloat16."""
 layouts: st.SearchStrategy[str] = st.sampled_from(LAYOUTS)
+"""Strategy of layouts in memory: contiguous, transposed, strided."""
 
 
 def ragged_lengths(longest: int = 20, most: int = 5, chunk: int | None = None) -> st.SearchStrategy[tuple[int, ...]]:
