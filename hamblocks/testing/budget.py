@@ -175,6 +175,8 @@ class _Samples:
 
     def of(self, name: str, number: int) -> list[Tensor]:
         """That result in the first `number` samples, of those that are a measure for it."""
+        if not self.taken:
+            assert_bits(self.rerun(), self.rerun())  # else the samples would tell how it varies, not what rounding does
         while len(self.taken) < number:
             turn = len(self.taken)
             with MovedByOneRounding(turn, exact=turn % 2 == 0):

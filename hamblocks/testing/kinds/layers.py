@@ -28,7 +28,8 @@ from hamblocks_ops import NEVER
 def takes(part: Any, name: str) -> bool:
     """Whether a layer can be called with an argument of that name."""
     call = part.forward if isinstance(part, torch.nn.Module) else part
-    return name in inspect.signature(call).parameters
+    parameters = inspect.signature(call).parameters
+    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> None:

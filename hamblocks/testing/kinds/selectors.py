@@ -262,7 +262,8 @@ def _raising_tau_never_keeps_more(part: Any, case: ScorePieces, _options: Option
 
 def _threshold_is_reached_by_equal_scores(part: Any, case: ScorePieces, _options: Options) -> None:
     """A score that equals tau reaches it, one below does not; at -inf all is kept for good, at +inf nothing."""
-    score = case.score.nan_to_num(0.5)
+    score = case.score
+    score = score.masked_fill(score.isnan(), 0.5)
     position = torch.arange(score.shape[1])[None, :, None]
     for tau in [-math.inf, math.inf, *score.flatten()[:4].tolist()]:
         kept = at(part, tau)(score).evict_at
@@ -278,7 +279,7 @@ def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options)
         selector(case.score)
         step_controllers(selector)
     for number, one in enumerate(thresholds(selector)):
-        one.set_threshold(0.1 + number / 8)
+        one.set_threshold(1.5 - number / 8)
     file = io.BytesIO()
     torch.save(selector.state_dict(), file)
     file.seek(0)
