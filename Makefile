@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 OUT ?= out
 
-.PHONY: demo test quick bench lint docs clean
+.PHONY: demo test quick bench lint docs alarms clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -23,7 +23,7 @@ test: $(READY) lint docs
 
 # the inner loop
 quick: $(READY) lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not hamblocks_slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,6 +36,11 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -rP -p no:xdist -p no:hypothesispytest
+
+# the ci profile over all sound parts under 20 seeds: no check may fail
+alarms: $(READY)
+	for seed in $$(seq 20); do $(BIN)/python -m pytest tests/testing/test_ours.py -n 2 -q -m "not hamblocks_slow" \
+	  --hamblocks-profile ci --hamblocks-seed $$seed || exit 1; done
 
 clean:
 	rm -rf .venv site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

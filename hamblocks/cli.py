@@ -180,8 +180,7 @@ def _compare(against: Path, kind: str | None, target: str | None, as_json: bool)
     if kind not in (None, golden.kind):
         raise ValueError(f"kind: expected {golden.kind}, as {against} has, got {kind}")
     impl = None if golden.impl in (None, "auto") else golden.impl
-    own = target is None or golden.like is None or target.partition(":")[2] == golden.like
-    like = None if own and golden.target.partition(":")[2] == golden.like else golden.like
+    like = None if (target or golden.target).partition(":")[2] == golden.like else golden.like
     ((part, _),) = testing.target.parts_of(golden.kind, target or golden.target, like, impl)
     found = list(testing.golden.differences(golden, part))
     if as_json:

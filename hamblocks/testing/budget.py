@@ -231,9 +231,10 @@ def _report(
     if float(difference.norm()) <= 2 * own + eps * float(size):
         return ""
     at = tuple(int(i) for i in torch.unravel_index(difference.abs().argmax(), exact.shape))
-    told = [f"{x / max(float(size), 1e-300):.2e}" for x in (float(difference.norm()), own)]
+    relative = "norm-relative error" if float(size) else "error of a norm that is to be 0"
+    told = [f"{x / (float(size) or 1):.2e}" for x in (float(difference.norm()), own)]
     measure = "what rounding moves it by," if both else "the reference's own"
     return (
-        f"{name} {list(exact.shape)}: norm-relative error {told[0]}, allowed is twice {measure} {told[1]} "
+        f"{name} {list(exact.shape)}: {relative} {told[0]}, allowed is twice {measure} {told[1]} "
         f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, expected {float(exact[at])!r}"
     )

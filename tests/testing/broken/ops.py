@@ -297,7 +297,7 @@ def first_of_the_row(score, n, *, position=None, cu_seqlens=None):
 def counts_of_the_row(evict_at, **call):
     """Lengths are those of the packed row."""
     listed = ops.compact(evict_at, **call)
-    total = listed.lengths.sum(0, keepdim=True).expand_as(listed.lengths).contiguous()
+    total = listed.lengths.sum(0, keepdim=True).int().expand_as(listed.lengths).contiguous()
     return listed._replace(lengths=total)
 
 
