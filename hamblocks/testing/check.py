@@ -83,6 +83,7 @@ class Check:
         profile: str | Profile | None = None,
         seed: int | None = None,
         shrink: bool = True,
+        edges: bool = True,
         called: str | None = None,
     ) -> None:
         """Runs the check.
@@ -94,6 +95,7 @@ class Check:
             profile: "dev", "ci" or "nightly"; None: what pytest was told, else ci under CI, else dev.
             seed: draws other cases for every seed; None: the profile decides whether cases differ from run to run.
             shrink: look for a smaller failing case.
+            edges: run the edges too, which are the same for every seed.
             called: expression that makes the part, for the message; None: its repr.
 
         Raises:
@@ -108,7 +110,7 @@ class Check:
         if case is not None:
             self._fail_with(self._once(part, case, options), called, options)
             return
-        for edge in self.edges(options):
+        for edge in self.edges(options) if edges else ():
             self._fail_with(self._once(part, edge, options), called, options)
         if self.cases is None:
             return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -34,6 +37,17 @@ def test_three_lines_check_a_part(suite: pytest.Pytester) -> None:
     assert set(counts) == {"passed", "deselected"}
     assert counts["passed"] > 10
     result.stdout.fnmatch_lines(["*::test_mine[[]Written(...)-check_gate_is_causal] PASSED*"])
+
+
+def test_the_three_lines_of_the_guide(suite: pytest.Pytester) -> None:
+    guide = (Path(__file__).parents[2] / "docs/guide/testing.md").read_text(encoding="utf-8")
+    part, test = re.findall(r"^```python\n(.*?)^```$", guide, re.M | re.S)[:2]
+    code = [[line for line in block.splitlines() if line and "import" not in line] for block in (part, test)]
+    assert len(code[0]) <= 8
+    assert len(code[1]) == 3
+    suite.makepyfile(part + test)
+    counts = suite.runpytest().parseoutcomes()
+    assert set(counts) == {"passed", "deselected"}
 
 
 def test_a_failure_names_the_check_and_shows_one_line_that_repeats_it(suite: pytest.Pytester) -> None:
