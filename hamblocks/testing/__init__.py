@@ -25,7 +25,7 @@ from hamblocks.testing.inputs.paged import PagedInputs, paged_inputs
 from hamblocks.testing.inputs.parts import PartInputs, packed_part_inputs, part_inputs
 from hamblocks.testing.inputs.rows import RowInputs, row_inputs
 from hamblocks.testing.inputs.scores import ScorePieces, Scores, score_pieces, scores
-from hamblocks.testing.kinds.ops import OpImplementation
+from hamblocks.testing.ops import OpImplementation
 from hamblocks.testing.parametrize import parametrize_with_checks
 from hamblocks.testing.profiles import PROFILES, Profile
 from hamblocks.testing.suite import (

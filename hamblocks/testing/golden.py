@@ -20,8 +20,8 @@ from hamblocks.testing.check import Options
 from hamblocks.testing.inputs.parts import DIMS, PartInputs
 from hamblocks.testing.inputs.scores import ScorePieces, Scores
 from hamblocks.testing.kinds.controllers import taus
-from hamblocks.testing.kinds.ops import OpImplementation
 from hamblocks.testing.kinds.selectors import ready, stream
+from hamblocks.testing.ops import OpImplementation
 from hamblocks.testing.subjects import (
     AttentionSubject,
     CombinerSubject,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hamblocks.testing import profiles
-from hamblocks.testing.kinds.ops import OPS
+from hamblocks.testing.ops import OPS
 from hamblocks.testing.parametrize import BoundCheck
 from hamblocks.testing.profiles import PROFILES
 from hamblocks.testing.suite import OpImplementation

@@ -12,7 +12,7 @@ from hamblocks.protocols import Dims
 from hamblocks.testing.check import Check, CheckFailed, Options, Result, describe
 from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.kinds import attentions, combiners, controllers, gates, layers, memories, ops, selectors
-from hamblocks.testing.kinds.ops import OpImplementation
+from hamblocks.testing.ops import OpImplementation
 from hamblocks.testing.profiles import Profile
 from hamblocks_ops import implementations
 from hamblocks_ops.arguments import wrong

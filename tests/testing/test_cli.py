@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from users_parts import GATES
 
 from hamblocks.cli import app
 
-MODULE = """
+MODULE = (
+    GATES
+    + """
 import torch
-import hamblocks as hb
 from hamblocks.ops import selected_attention
-
-class Written:
-    def __call__(self, x, trace):
-        return hb.GateOutput(trace.beta * trace.residual.float().norm(dim=-1))
-
-class Peeks:
-    def __call__(self, x, trace):
-        return hb.GateOutput(x.roll(-1, 1).mean(-1, keepdim=True))
 
 class Scaled(torch.nn.Module):
     factor = 1.0
@@ -54,6 +48,7 @@ class Plain(torch.nn.Module):
     def forward(self, x):
         return self.mix(x.cumsum(1))
 """
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from parts_cases import CASES, AtLeast, Loudness, Parity, Size, Smallest, Sum
 
 import hamblocks as hb
 from hamblocks.testing import Dims, parametrize_with_checks
-from hamblocks.testing.kinds.ops import OPS
+from hamblocks.testing.ops import OPS
 
 
 def trained() -> hb.TargetFraction:

@@ -6,21 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from users_parts import GATES
 
 pytest_plugins = ["pytester"]
 
-PART = """
-import hamblocks as hb
-from hamblocks.testing import parametrize_with_checks
-
-class Written:
-    def __call__(self, x, trace):
-        return hb.GateOutput(trace.beta * trace.residual.float().norm(dim=-1))
-
-class Peeks:
-    def __call__(self, x, trace):
-        return hb.GateOutput(x.roll(-1, 1).mean(-1, keepdim=True))
-"""
+PART = GATES + "from hamblocks.testing import parametrize_with_checks\n"
 
 
 @pytest.fixture
