@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 OUT ?= out
 
-.PHONY: demo test quick bench lint docs alarms clean
+.PHONY: demo test quick bench lint docs alarms mutants clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -41,5 +41,14 @@ bench: $(READY)
 alarms: $(READY)
 	$(BIN)/python tests/testing/alarms.py
 
+# Half an hour: how much of the code one could break without a test noticing. Not part of `make test`.
+mutants: $(READY)
+	$(BIN)/python -c 'import mutmut' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutation]'
+	rm -rf build/mutation && mkdir -p build/mutation
+	ln -s ../../ops build/mutation/src
+	for x in hamblocks tests pyproject.toml; do ln -s ../../$$x build/mutation/$$x; done
+	cd build/mutation && CI=true OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests ../../$(BIN)/mutmut run --max-children 1
+	cd build/mutation && ../../$(BIN)/python ../../tests/mutation.py
+
 clean:
-	rm -rf .venv site out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hamblocks.testing import DeltaRuleInputs, Problem, assert_close, delta_rule_inputs
 from hamblocks_ops import gated_delta_rule
+from hamblocks_ops.gated_delta_rule.reference import reference
 
 IMPLS = ("reference", "chunked")
 
@@ -85,3 +87,27 @@ def test_forgetting_everything_starts_anew(impl: str) -> None:
     alone = gated_delta_rule(**tail, impl=impl)
     own = Problem(gated_delta_rule, tail).noise()
     assert_close(result.out[:, 30:], alone.out, own=own["out"])
+
+
+def by_definition(tokens: int, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """In bfloat16, v = 0, q = k = 1, no decay."""
+    v = torch.zeros(1, tokens, 1, state.shape[3], dtype=torch.bfloat16)
+    k = torch.ones(1, tokens, 1, state.shape[2], dtype=torch.bfloat16)
+    rate = torch.zeros(1, tokens, 1)
+    return reference(k, k, v, beta=rate, g=rate, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens)
+
+
+def test_operands_have_the_dtype_of_the_inputs_and_sums_are_float32() -> None:
+    """Two columns: a sum that bfloat16 would round, and an operand that it does."""
+    state = torch.tensor([[1, 1 / 3], [2**-10, 0]])[None, None]
+    expected = torch.tensor([1 + 2**-10, torch.tensor(1 / 3, dtype=torch.bfloat16).item()])
+    out, residual, final = by_definition(1, state)
+    assert torch.equal(out[0, 0, 0], expected)
+    assert torch.equal(residual[0, 0, 0], -expected)
+    assert torch.equal(final, state)
+
+
+def test_the_reference_of_no_tokens_is_as_unrounded_as_that_of_many() -> None:
+    state = torch.zeros(0, 1, 2, 2)
+    nothing = by_definition(0, state, torch.zeros(1, dtype=torch.int32)), by_definition(0, torch.zeros(1, 1, 2, 2))
+    assert all(x.dtype == torch.float32 for results in nothing for x in results)

@@ -22,7 +22,8 @@ from hamblocks.testing import (
     attention_inputs,
     parametrize_with_checks,
 )
-from hamblocks_ops import select_threshold, selected_attention
+from hamblocks_ops import NEVER, select_threshold, selected_attention
+from hamblocks_ops.selected_attention.reference import reference
 
 gather = import_module("hamblocks_ops.selected_attention.gather")
 IMPLS = ("reference", "gather")
@@ -201,3 +202,48 @@ def test_operators_are_registered_well(case: AttentionInputs) -> None:
 
 def _floating(x: Tensor | None) -> bool:
     return x is not None and x.is_floating_point()
+
+
+def ones(*logits: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """One query, the last, that asks 1 of keys that answer with these logits; the first value is 3, the others 0."""
+    k = torch.tensor(logits)[None, :, None, None].to(dtype)
+    v = torch.zeros_like(k)
+    v[:, 0] = 3
+    return torch.ones_like(k), k, v
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_far_below_zero_are_told_apart(impl: str) -> None:
+    q, k, v = ones(-1000.0, -1000.0, -2000.0)
+    lasting = torch.full((1, 3, 1), NEVER, dtype=torch.int32)
+    result = selected_attention(q, k, v, lasting, scale=1.0, impl=impl)
+    assert result.out[0, -1].item() == pytest.approx(1.5, rel=1e-6)
+    assert result.lse[0, -1].item() == pytest.approx(-1000.0, rel=1e-3)
+
+
+def by_definition(logit_bias: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = ones(0.0, 0.0, 0.0, **options)
+    place = torch.arange(3)
+    lasting = torch.full((1, 3, 1), NEVER)
+    return reference(
+        q,
+        k,
+        v,
+        lasting,
+        scale=1.0,
+        logit_bias=logit_bias,
+        query_position=place[None],
+        key_position=place[None, :, None],
+        cu_seqlens=None,
+    )
+
+
+def test_shares_are_rounded_to_the_dtype_of_the_inputs() -> None:
+    """As the operands of a tensor core are; the sum is not."""
+    out, _ = by_definition(dtype=torch.bfloat16)
+    assert out[0, -1].item() == 3 * torch.tensor(1 / 3, dtype=torch.bfloat16).item() != 1
+
+
+def test_a_wider_bias_does_not_widen_the_arithmetic() -> None:
+    for result in by_definition(logit_bias=torch.zeros(1, 3, 1, dtype=torch.float64)):
+        assert result.dtype == torch.float32

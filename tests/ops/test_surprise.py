@@ -107,3 +107,16 @@ def test_a_larger_miss_is_a_larger_score(seed: int, factor: float) -> None:
     for metric in ("relative_l2", "l2"):
         small, large = (surprise(x * residual, v, metric=metric) for x in (1.0, factor))
         assert bool((large >= small).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_smallest_normal_number_is_not_yet_zero(dtype: torch.dtype) -> None:
+    v = torch.full((1, 1, 1, 2), torch.finfo(dtype).tiny, dtype=dtype)
+    assert surprise(2 * v, v, metric="relative_l2").item() == 2
+    assert surprise(v, v / 2, metric="relative_l2").item() == 1
+
+
+@pytest.mark.parametrize("metric", ["relative_l2", "l2"])
+def test_nothing_missed_is_no_surprise(metric: str) -> None:
+    v = torch.tensor([3.0, -4.0])[None, None, None]
+    assert surprise(torch.zeros_like(v), v, metric=metric).item() == 0

@@ -10,7 +10,8 @@ from parts_cases import AtLeast, GlobalTopK, Smallest
 
 import hamblocks as hb
 from hamblocks.ops import NEVER
-from hamblocks.selectors import start
+from hamblocks.protocols import Lifetimes
+from hamblocks.selectors import Composable, lower, start
 from hamblocks.testing import CHECKS, Options, ScorePieces, score_pieces
 
 LEAF = {
@@ -120,3 +121,79 @@ def test_only_what_revises_lifetimes_has_a_ledger():
         assert start(selector, 2, 2) is None
     assert start(hb.TopK(3) | hb.Window(9), 2, 2).position.shape == (2, 3, 2)
     assert start((hb.TopK(3) | hb.TopK(2)) & hb.Window(9), 2, 2).position.shape == (2, 5, 2)
+
+
+LEDGERS = [hb.TopK(3), (hb.TopK(1) | hb.TopK(2)) & hb.Window(4)]
+
+
+class Numbers(Composable):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.rate, self._private = 1, 2, 0.5, 3
+
+
+def test_the_numbers_of_a_selector_are_in_its_repr():
+    assert repr(hb.TopK(3)) == "TopK(k=3)"
+    assert repr(Numbers()) == "Numbers(first=1, second=2)"
+
+
+@pytest.mark.parametrize("selector", LEDGERS)
+def test_a_ledger_starts_on_the_device_it_is_asked_for(selector):
+    ledger = start(selector, 1, 2, torch.device("meta"))
+    while ledger is not None:  # down the left sides
+        assert all(x.device.type == "meta" for x in ledger if isinstance(x, torch.Tensor))
+        ledger = ledger.ledgers[0] if hasattr(ledger, "ledgers") else None
+
+
+@pytest.mark.parametrize("selector", LEDGERS)
+def test_positions_in_a_ledger_are_int32_whatever_they_come_as(selector):
+    ledger = start(selector, 1, 2)
+    given = torch.arange(5)[None]
+    chosen = selector(torch.rand(1, 5, 2), ledger, position=given)
+    assert chosen.ledger.position.dtype == torch.int32
+
+
+@pytest.mark.parametrize("selector", LEDGERS)
+def test_what_a_ledger_cannot_take_is_told(selector):
+    score, ledger = torch.zeros(1, 5, 2), start(selector, 1, 2)
+    with pytest.raises(ValueError, match=r"^position: expected int32 \[B, T\] beside a ledger, got None$"):
+        selector(score, ledger)
+    with pytest.raises(ValueError, match=r"^ledger: expected one of k = 3 tokens, got one of 4$"):
+        hb.TopK(3)(score, start(hb.TopK(4), 1, 2), position=torch.arange(5)[None])
+    borders = torch.tensor([0, 5], dtype=torch.int32)
+    told = r"^cu_seqlens: expected None beside a ledger \(pad pieces to \[N, T, H\] with position -1\), got a packed "
+    with pytest.raises(ValueError, match=told + "batch$"):
+        selector(score, ledger, cu_seqlens=borders)
+
+
+def test_lower_replaces_the_lifetimes_that_are_listed():
+    position = torch.tensor([-1, 0, 2, 3], dtype=torch.int32)[None, :, None]
+    evict_at = torch.tensor([-1, 4, NEVER, 9], dtype=torch.int32)[None, :, None]
+    listed = torch.tensor([-1, 2, 3], dtype=torch.int32)[None, :, None]
+    changes = Lifetimes(listed, torch.tensor([7, 5, 6], dtype=torch.int32)[None, :, None])
+    assert lower(position, evict_at, changes).flatten().tolist() == [-1, 4, 5, 6]
+    assert torch.equal(lower(position, evict_at, Lifetimes(listed[:, :0], listed[:, :0])), evict_at)
+    assert torch.equal(lower(position, evict_at, None), evict_at)
+
+
+def test_a_controller_sees_nan_where_there_is_no_token():
+    class Watching(torch.nn.Module):
+        def forward(self, score):
+            self.seen = score
+            return 0.5
+
+    score, controller = torch.rand(1, 3, 2), Watching()
+    selector = hb.Threshold(controller)
+    selector(score)
+    assert torch.equal(controller.seen, score)
+    selector(score, position=torch.tensor([[-1, 0, 1]], dtype=torch.int32))
+    assert controller.seen.isnan()[0, :, 0].tolist() == [True, False, False]
+    assert torch.equal(controller.seen[:, 1:], score[:, 1:])
+
+
+@pytest.mark.parametrize("selector", [hb.Threshold(0.5), hb.Window(2), hb.First(1), hb.TopK(1)])
+def test_positions_count_without_a_ledger_too(selector):
+    score = torch.tensor([0.9, 0.8, 0.7])[None, :, None]
+    padded = torch.tensor([[-1, 0, 1]], dtype=torch.int32)
+    got = selector(score, position=padded).evict_at
+    assert got.flatten().tolist() == [-1, *selector(score[:, 1:]).evict_at.flatten().tolist()]

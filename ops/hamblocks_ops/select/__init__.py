@@ -69,7 +69,8 @@ def select_threshold(
             raise wrong("tau", f"device {score.device}", tau)
         if values_are_checked(tau) and bool(tau.isnan().any()):
             raise wrong("tau", "values that are not NaN", "NaN")
-    stored = (score >= tau.to(torch.promote_types(score.dtype, torch.float32))) & (tau < float("inf"))
+    wide = torch.promote_types(score.dtype, torch.float32)  # a number beside a tensor would be rounded to its dtype
+    stored = (score.to(wide) >= tau.to(wide)) & (tau < float("inf"))
     return _result(torch.where(stored & (where >= 0), NEVER, where))
 
 
