@@ -45,6 +45,7 @@ def test_a_broken_part_is_rejected_by_the_check_that_is_meant_for_it(one: Broken
     [(kind, number) for kind, parts in SOUND.items() for number in range(len(parts))],
     ids=lambda x: str(x),
 )
+@pytest.mark.slow
 def test_the_part_that_was_broken_is_sound(kind: str, number: int) -> None:
     part = SOUND[kind][number]
     options = settled(kind, part, Options())
