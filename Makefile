@@ -41,7 +41,7 @@ bench: $(READY)
 alarms: $(READY)
 	$(BIN)/python tests/testing/alarms.py
 
-# Half an hour: how much of the code one could break without a test noticing. Not part of `make test`.
+# Long: how much of the code one could break without a test noticing. Not part of `make test`.
 mutants: $(READY)
 	$(BIN)/python -c 'import mutmut' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutation]'
 	rm -rf build/mutation && mkdir -p build/mutation

@@ -32,7 +32,8 @@ class NoMemory:
         metric: str | None = None,
     ) -> tuple[Tensor, Trace, tuple[()]]:
         """See `hamblocks.protocols.Memory`; keys and values are as they came."""
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        if q.shape[2] != k.shape[2]:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         beta = torch.zeros((), dtype=wide(q), device=q.device).expand(q.shape[:3])
         score = None if metric is None else surprise(v.detach(), v.detach(), metric=metric)
         trace = Trace(k=k, v=v, beta=beta, residual=v if metric is None else None, score=score, position=position)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -204,12 +205,11 @@ def _compare(against: Path, kind: str | None, target: str | None, as_json: bool)
 def _testing() -> Any:
     """The kit, with the modules that the commands need; it is not among what hamblocks needs to run."""
     try:
-        from hamblocks import testing
-        from hamblocks.testing import golden, profiles, report, suite, target
+        for name in ("golden", "profiles", "report", "suite", "target"):
+            import_module(f"hamblocks.testing.{name}")
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error}: checks need pip install 'hamblocks[test]'") from error
-    del golden, profiles, report, suite, target
-    return testing
+    return import_module("hamblocks.testing")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 from hamblocks.protocols import Dims
 from hamblocks.testing.budget import Problem, assert_close, assert_close_to_reference, assert_same
-from hamblocks.testing.check import Check, CheckFailed, Options, Result
+from hamblocks.testing.check import Check, CheckFailed, NotApplicableError, Options, Result
 from hamblocks.testing.inputs.attention import AttentionInputs, EvictAt, attention_inputs, evict_at
 from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs, delta_rule_inputs
 from hamblocks.testing.inputs.draw import Draw, dtypes, layouts, lengths, ragged_lengths, seeds
@@ -54,6 +54,7 @@ __all__ = [
     "Draw",
     "EvictAt",
     "FilledMemory",
+    "NotApplicableError",
     "OpImplementation",
     "Options",
     "PagedInputs",

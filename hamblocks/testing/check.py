@@ -15,11 +15,22 @@ from hypothesis import strategies as st
 from hamblocks.protocols import Dims
 from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.profiles import Profile, current
-from hamblocks_ops.arguments import wrong
 
 
 class CheckFailed(AssertionError):  # noqa: N818 - as pytest names its own
     """A part did not pass a check. The message says which, what was seen, and one line that shows it again."""
+
+
+class NotApplicableError(ValueError):
+    """A check was called with a part that it says nothing about.
+
+    Attributes:
+        reason: why it does not.
+    """
+
+    def __init__(self, check: str, part: str, reason: str) -> None:
+        super().__init__(f"part: expected one that {check} applies to, got {part}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -100,12 +111,12 @@ class Check:
 
         Raises:
             CheckFailed: the law does not hold.
-            ValueError: the check does not apply to this part.
+            NotApplicableError: the check does not apply to this part; it is a ValueError.
         """
         options = options or Options()
         reason = self.why_not(part, options)
         if reason is not None:
-            raise wrong("part", f"one that {self.name} applies to", f"{describe(part)}: {reason}")
+            raise NotApplicableError(self.name, describe(part), reason)
         called = called or describe(part)
         if case is not None:
             self._fail_with(self._once(part, case, options), called, options)

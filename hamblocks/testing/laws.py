@@ -184,13 +184,7 @@ def _until_each_end(results: Results, ends: Sequence[int]) -> Results:
 def same_call_same_bits(kind: type[Subject], part: Any, case: PartInputs) -> None:
     """The same call twice gives the same bits, forward and backward, whatever the random state."""
     subject = kind(part, case)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        first = gradients_named(*differentiated(subject, subject.inputs, weights=True))
-        torch.manual_seed(2)
-        second = gradients_named(*differentiated(subject, subject.inputs, weights=True))
-    with told("the same call gave two results"):
-        assert_bits(second, first)
+    assert_twice(lambda: gradients_named(*differentiated(subject, subject.inputs, weights=True)))
 
 
 def nothing_given_changes(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -204,11 +198,9 @@ def nothing_given_changes(kind: type[Subject], part: Any, case: PartInputs) -> N
         if subject.kind != "attention":  # a cache is handed on, changed
             tree = state[:3] if subject.kind == "layer" and state is not None else state
             given |= {f"state {i}": x for i, x in enumerate(leaves(tree))}
-        before = {name: x.clone() for name, x in given.items()}
-        subject.run(by_token(subject.inputs, slice(t, None)), state)
-        subject.run(subject.inputs)
-        with told("a call changed what it was given"):
-            assert_bits(given, before)
+        with unchanged(given):
+            subject.run(by_token(subject.inputs, slice(t, None)), state)
+            subject.run(subject.inputs)
 
 
 def strides_do_not_matter(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -230,13 +222,7 @@ def strides_do_not_matter(kind: type[Subject], part: Any, case: PartInputs) -> N
 def reads_no_unwritten_memory(kind: type[Subject], part: Any, case: PartInputs) -> None:
     """Results do not depend on what `torch.empty` happens to hold."""
     subject = kind(part, case)
-    filled = []
-    for value in (0.0, float("nan"), 3.0):
-        with FilledMemory(value):
-            filled.append(gradients_named(*differentiated(subject, subject.inputs, weights=True)))
-    with told("the result depends on memory that nobody wrote"):
-        for other in filled[1:]:
-            assert_bits(other, filled[0])
+    assert_reads_what_was_written(lambda: gradients_named(*differentiated(subject, subject.inputs, weights=True)))
 
 
 def is_always_finite(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -269,10 +255,7 @@ def state_dict_is_all_there_is(kind: type[Subject], part: Any, case: PartInputs)
     subject = kind(part, case)
     other = kind(part, case)
     other.part = made(part, case.dims, case.dtype, case.seed + 1)
-    file = io.BytesIO()
-    torch.save(subject.part.state_dict(), file)
-    file.seek(0)
-    other.part.load_state_dict(torch.load(file))
+    reload(subject.part, other.part)
     with torch.no_grad(), told("a copy that loaded the state dict gives another result"):
         assert_bits(other.run(subject.inputs)[0], subject.run(subject.inputs)[0])
 
@@ -314,9 +297,62 @@ def compiled(part: Any) -> Iterator[Any]:
 
 def works_in_a_layer(kind: type[Subject], part: Any, case: PartInputs) -> None:
     """In a HAMLayer with plain other parts, pieces of any size give what one pass gives, and it is causal."""
-    layer = layer_with(kind.kind, part, case.dims)
+    composes(kind.kind, part, case)
+
+
+# what laws are made of
+
+
+def composes(kind: str, part: Any, case: PartInputs) -> None:
+    """In a HAMLayer with plain other parts, a part streams and is causal."""
+    layer = layer_with(kind, part, case.dims)
     is_causal(LayerSubject, copy.deepcopy(layer), case)
     any_split_is_one_pass(LayerSubject, layer, case)
+
+
+def assert_twice(run: Callable[[], Results]) -> None:
+    """A computation gives the same bits twice, whatever the random state."""
+    results = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            results.append(run())
+    with told("the same call gave two results"):
+        assert_bits(*results)
+
+
+def assert_reads_what_was_written(run: Callable[[], Results]) -> None:
+    """A computation gives the same bits whatever unwritten memory holds."""
+    filled = []
+    for value in (0.0, float("nan"), 3.0):
+        with FilledMemory(value):
+            filled.append(run())
+    with told("the result depends on memory that nobody wrote"):
+        for other in filled[1:]:
+            assert_bits(other, filled[0])
+
+
+@contextmanager
+def unchanged(given: Mapping[str, Tensor]) -> Iterator[None]:
+    """What happens within changes none of these tensors."""
+    before = {name: x.clone() for name, x in given.items()}
+    yield
+    with told("a call changed what it was given"):
+        assert_bits(given, before)
+
+
+def reload(module: nn.Module, other: nn.Module) -> None:
+    """Has `other` load the state dict of `module`, through a file."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+
+
+def assert_never_longer(kept: Sequence[Tensor]) -> None:
+    """Lifetimes under rising thresholds."""
+    for low, high in pairwise(kept):
+        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
 
 
 @contextmanager
@@ -359,7 +395,8 @@ def _degenerate(options: Options) -> list[PartInputs]:
     ]
 
 
-def _no_module(part: Any, _options: Options) -> str | None:
+def no_module(part: Any, _options: Options) -> str | None:
+    """For checks of what a state dict holds."""
     return None if isinstance(part, nn.Module) else "it is no torch.nn.Module, so it has no state dict"
 
 
@@ -383,7 +420,7 @@ SPLIT = edges_of(
 SHAPES = edges_of({"tokens": 0}, {"batch": 0}, {"tokens": 1, "batch": 1})
 
 
-def common(kind: type[Subject], *, packs: bool = True, share: int = 1, bias: bool = False) -> list[Check]:
+def common(kind: type[Subject], *, share: int = 1, bias: bool = False) -> list[Check]:
     """The laws of this page as checks of a kind."""
     fixed: dict[str, Any] = {"bias": st.booleans()} if bias else {}
     one = cases_of(part_inputs, **fixed)
@@ -402,9 +439,11 @@ def common(kind: type[Subject], *, packs: bool = True, share: int = 1, bias: boo
 
     rows = cases_of(part_inputs, batch=st.integers(1, 3), **fixed)
     packed = cases_of(packed_part_inputs, **fixed)
-    any_dtype = lambda options: part_inputs(  # noqa: E731 - one of three like it
-        **(fixed | exact(options) | {"dtype": st.sampled_from(options.dtypes), "kind": st.sampled_from(KINDS)})
-    )
+
+    def any_dtype(options: Options) -> Any:
+        drawn = {"dtype": st.sampled_from(options.dtypes), "kind": st.sampled_from(KINDS)}
+        return part_inputs(**(fixed | exact(options) | drawn))
+
     found = [
         check("has_its_shapes", has_its_shapes, any_dtype, SHAPES),
         check("is_causal", is_causal, one, EDGES),
@@ -424,7 +463,7 @@ def common(kind: type[Subject], *, packs: bool = True, share: int = 1, bias: boo
             edges_of({"tokens": 4, "batch": 1}, {"tokens": 5, "dims": DIMS[2], "bias": True, "seed": 1}),
             applies=_no_float64,
         ),
-        check("state_dict_is_all_there_is", state_dict_is_all_there_is, None, EDGES, applies=_no_module),
+        check("state_dict_is_all_there_is", state_dict_is_all_there_is, None, EDGES, applies=no_module),
         check("compiled_is_eager", compiled_is_eager, None, edges_of({"tokens": 6, "bias": True}), slow=True),
     ]
     if kind.kind != "layer":
@@ -432,4 +471,4 @@ def common(kind: type[Subject], *, packs: bool = True, share: int = 1, bias: boo
             check("is_built_once", is_built_once, None, edges_of({}), applies=_no_build),
             check("works_in_a_layer", works_in_a_layer, one, SPLIT, divided=2),
         ]
-    return [one for one in found if packs or "packed" not in one.name]
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import hamblocks_ops as ops
 from hamblocks.testing.budget import Problem
 from hamblocks.testing.inputs.attention import AttentionInputs, EvictAt, attention_inputs, evict_at
 from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs, delta_rule_inputs
+from hamblocks.testing.inputs.draw import placing
 from hamblocks.testing.inputs.paged import PagedInputs, paged, paged_inputs
 from hamblocks.testing.inputs.rows import RowInputs, row_inputs
 from hamblocks.testing.inputs.scores import Scores, scores
@@ -57,7 +58,6 @@ class Op:
     attends: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
     degenerate: Sequence[Any] = ()
-    plain: dict[str, Any] = field(default_factory=dict)
     call: Callable[..., Any] | None = None
 
     @property
@@ -147,8 +147,7 @@ def placed(like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> 
     """Position int64 `[B, T, H]` and, packed, sequence `[T]` of every token, by loops."""
     batch, tokens, heads = like.shape
     lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
-    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    own, sequence = placing(lengths)
     where = own[None, :, None].expand(batch, tokens, heads) if position is None else position.long()
     return where, None if cu_seqlens is None else sequence
 
@@ -295,6 +294,7 @@ OPS: dict[Callable[..., Any], Op] = {
                 EvictAt(tokens=65),
             ),
             reference=compact_by_definition,
+            by_token=("evict_at",),
             causal=False,
         ),
         Op(
@@ -324,7 +324,6 @@ OPS: dict[Callable[..., Any], Op] = {
                 ATTEND(tokens=40, bias="hidden", group=2),
                 ATTEND(tokens=33, cache=50, policy="none", dtype=torch.bfloat16),
             ),
-            plain={"packed": None, "cache": None},
         ),
         Op(
             ops.paged_attention,

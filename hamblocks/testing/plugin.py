@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from hamblocks.testing import profiles
-from hamblocks.testing.ops import OPS
+from hamblocks.testing.ops import OPS, OpImplementation
 from hamblocks.testing.parametrize import BoundCheck
 from hamblocks.testing.profiles import PROFILES
-from hamblocks.testing.suite import OpImplementation
 from hamblocks_ops import implementations
 
 chosen_seed: ContextVar[int | None] = ContextVar("hamblocks_seed", default=None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hamblocks.protocols import Dims
-from hamblocks.testing.check import Check, CheckFailed, Options, Result, describe
+from hamblocks.testing.check import Check, CheckFailed, NotApplicableError, Options, Result
 from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.kinds import attentions, combiners, controllers, gates, layers, memories, ops, selectors
 from hamblocks.testing.ops import OpImplementation
@@ -90,37 +90,49 @@ def run_checks(
     Raises:
         ValueError: no such kind or check.
     """
+    return _run(
+        kind,
+        part,
+        raises=False,
+        only=only,
+        dims=dims,
+        dtypes=dtypes,
+        profile=profile,
+        seed=seed,
+        shrink=shrink,
+        called=called,
+    )
+
+
+def _run(
+    kind: str,
+    part: Any,
+    *,
+    raises: bool,
+    only: Sequence[str] | None = None,
+    dims: Dims | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    **given: Any,
+) -> Iterator[Result]:
+    """As `run_checks`; with `raises` it ends at the first failure by raising it."""
     checks = checks_for(kind, only)
     options = settled(kind, part, Options(dims, tuple(dtypes)))
     for check in checks:
-        begin = time.perf_counter()
-        reason = check.why_not(part, options)
-        outcome = "pass" if reason is None else "not applicable"
-        if reason is None:
-            try:
-                check(part, options=options, profile=profile, seed=seed, shrink=shrink, called=called)
-            except CheckFailed as error:
-                outcome, reason = "fail", str(error)
-        yield Result(check.name, outcome, reason or "", time.perf_counter() - begin)
-
-
-def _raise(kind: str, part: Any, given: dict[str, Any]) -> list[Result]:
-    """Runs all checks of a kind and raises at the first failure."""
-    options = settled(kind, part, Options(given.pop("dims", None), tuple(given.pop("dtypes", DTYPES))))
-    results = []
-    for check in checks_for(kind, given.pop("only", None)):
-        reason = check.why_not(part, options)
-        begin = time.perf_counter()
-        if reason is None:
+        begin, outcome, reason = time.perf_counter(), "pass", ""
+        try:
             check(part, options=options, **given)
-        outcome = "pass" if reason is None else "not applicable"
-        results.append(Result(check.name, outcome, reason or "", time.perf_counter() - begin))
-    return results
+        except NotApplicableError as error:
+            outcome, reason = "not applicable", error.reason
+        except CheckFailed as error:
+            if raises:
+                raise
+            outcome, reason = "fail", str(error)
+        yield Result(check.name, outcome, reason, time.perf_counter() - begin)
 
 
 def _for(kind: str) -> Callable[..., list[Result]]:
     def check(part: Any, **given: Any) -> list[Result]:
-        return _raise(kind, part, given)
+        return list(_run(kind, part, raises=True, **given))
 
     check.__name__ = check.__qualname__ = f"check_{kind}"
     check.__doc__ = f"""Runs every check of a {kind}; keyword arguments as in `run_checks`.
@@ -166,10 +178,7 @@ def check_op(run: Callable[..., Any], like: Callable[..., Any] | None = None, **
         CheckFailed: at the first check that fails.
         ValueError: `like` is no op of ours.
     """
-    results = []
-    for part in op_implementations(run, like):
-        results += _raise("op", part, dict(given))
-    return results
+    return [result for part in op_implementations(run, like) for result in _run("op", part, raises=True, **given)]
 
 
 def op_implementations(
@@ -182,22 +191,3 @@ def op_implementations(
         return [OpImplementation(like, run)]
     names = implementations(run) or ("auto",)
     return [OpImplementation(run, impl=name) for name in names if not only or name in only]
-
-
-__all__ = [
-    "BY_NAME",
-    "CHECKS",
-    "OpImplementation",
-    "check_attention",
-    "check_combiner",
-    "check_controller",
-    "check_gate",
-    "check_layer",
-    "check_memory",
-    "check_op",
-    "check_selector",
-    "checks_for",
-    "describe",
-    "op_implementations",
-    "run_checks",
-]

@@ -7,21 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hamblocks.testing import Draw, Scores, scores, seeds
+from hamblocks.testing.ops import placed
 from hamblocks_ops import NEVER, compact, select_first, select_threshold, select_topk, select_window
 from hamblocks_ops.select import reference
-
-
-def placed(call: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Position [B, T, H] and sequence [T] of every token, by a loop."""
-    batch, tokens, heads = call["score"].shape
-    lengths = call["cu_seqlens"].diff().tolist() if "cu_seqlens" in call else [tokens]
-    own = torch.tensor([t for n in lengths for t in range(n)], dtype=torch.int64)
-    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
-    position = call.get("position", own[None, :, None].expand(batch, tokens, heads)).long()
-    return position, sequence if "cu_seqlens" in call else None
 
 
 @given(case=scores(tokens=st.integers(0, 9), packed=None, batch=1, heads=1), k=st.integers(0, 4))
@@ -29,7 +19,7 @@ def test_topk_keeps_the_best_at_every_time(case: Scores, k: int) -> None:
     """Against sorting what was seen so far, anew for every query."""
     call = case.tensors()
     evict_at = select_topk(**call, k=k)[0, :, 0].tolist()
-    where = placed(call)[0][0, :, 0].tolist()
+    where = placed(call["score"], call.get("position"), None)[0][0, :, 0].tolist()
     score = [float("-inf") if x != x else x for x in call["score"][0, :, 0].tolist()]
     for t, now in enumerate(where):
         if now >= 0:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parts_cases import (
     CASES,
+    HEADS,
     Size,
     build,
     close,
@@ -14,6 +15,7 @@ from parts_cases import (
     over_sizes,
     plain,
     sees,
+    tensors,
 )
 
 import hamblocks as hb
@@ -135,3 +137,14 @@ def test_cases_neither_keep_all_nor_drop_all(case):
     stored = (position < 13) & (evict_at > position)
     assert stored.any()
     assert not (stored & (evict_at == NEVER))[position.expand_as(stored) < 13].all()
+
+
+@every_case
+@torch.no_grad()
+def test_scores_and_the_memory_stay_wide_in_bfloat16(case):
+    size = Size(0, 1, 6, HEADS[0])
+    layer = build(case, size, torch.bfloat16)
+    y, state, stats = layer(inputs(size, torch.bfloat16), state=layer.init_state(1))
+    assert y.dtype == torch.bfloat16
+    assert stats.score.dtype == torch.float32
+    assert all(x.dtype == torch.float32 for x in tensors(state.memory) if x.dim() == 4)

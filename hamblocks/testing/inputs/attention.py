@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -11,15 +10,13 @@ from torch import Tensor
 
 from hamblocks.testing.inputs.draw import (
     Draw,
-    Inputs,
+    Sequences,
     borders,
     building,
     dtypes,
     lay_out,
     layouts,
-    lengths,
-    ragged_lengths,
-    seeds,
+    sequences,
 )
 from hamblocks_ops import NEVER
 
@@ -47,7 +44,7 @@ def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class EvictAt(Inputs):
+class EvictAt(Sequences):
     """Lifetimes `[B, T, H]` of whole sequences, as a policy would give them."""
 
     tokens: int = 5
@@ -59,11 +56,7 @@ class EvictAt(Inputs):
 
     def tensors(self) -> dict[str, Tensor]:
         """evict_at int32 `[B, T, H]`, and cu_seqlens where packed."""
-        rows = self.batch if self.packed is None else 1
-        own = torch.cat(
-            [torch.arange(n) for n in (*(self.packed or ()), *([self.tokens] if self.packed is None else [0]))]
-        )
-        position = own[:, None].expand(rows, len(own), self.heads)
+        position = self.own[:, None].expand(*self.rows, self.heads)
         result = {"evict_at": lifetimes(self.policy, Draw(self.seed), position).to(torch.int32)}
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
@@ -72,19 +65,15 @@ class EvictAt(Inputs):
 
 def evict_at(**fixed: object) -> st.SearchStrategy[EvictAt]:
     """Lifetimes; `fixed` fields or strategies take the place of the drawn ones."""
-    fields: dict[str, st.SearchStrategy[Any]] = {
-        "tokens": lengths(),
-        "batch": st.integers(0, 2),
-        "packed": st.none() | ragged_lengths(),
+    fields = sequences() | {
         "heads": st.integers(1, 3),
         "policy": policies,
-        "seed": seeds,
     }
     return building(EvictAt, fields, fixed)
 
 
 @dataclass(frozen=True, repr=False)
-class AttentionInputs(Inputs):
+class AttentionInputs(Sequences):
     """A call of selected_attention: over its own keys, packed (lengths), or over a cache of `cache` keys."""
 
     tokens: int = 5
@@ -104,7 +93,7 @@ class AttentionInputs(Inputs):
     def tensors(self) -> dict[str, Tensor]:
         """The arguments by name."""
         draw = Draw(self.seed, self.layout)
-        rows, queries = (self.batch, self.tokens) if self.packed is None else (1, sum(self.packed))
+        rows, queries = self.rows
         keys = queries if self.cache is None or self.packed is not None else self.cache
         shape = rows, keys, self.kv_heads
         result = {
@@ -112,10 +101,9 @@ class AttentionInputs(Inputs):
             "k": draw.normal(*shape, self.dim, dtype=self.dtype, scale=2),
             "v": draw.normal(*shape, self.dim, dtype=self.dtype),
         }
-        own = torch.arange(keys)
+        own = self.own if self.packed is not None else torch.arange(keys)
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
-            own = torch.cat([torch.arange(length) for length in (*self.packed, 0)])
         position = own[:, None].expand(shape)
         if self.cache is not None and self.packed is None:
             # a cache in another order than time, another one per head, of which the last keys may be padding
@@ -138,10 +126,7 @@ class AttentionInputs(Inputs):
 
 def attention_inputs(**fixed: object) -> st.SearchStrategy[AttentionInputs]:
     """Calls of selected_attention; `fixed` fields or strategies take the place of the drawn ones."""
-    fields: dict[str, st.SearchStrategy[Any]] = {
-        "tokens": lengths(),
-        "batch": st.integers(0, 2),
-        "packed": st.none() | ragged_lengths(),
+    fields = sequences() | {
         "cache": st.none() | st.integers(0, 40),
         "kv_heads": st.integers(1, 3),
         "group": st.integers(1, 3),
@@ -151,6 +136,5 @@ def attention_inputs(**fixed: object) -> st.SearchStrategy[AttentionInputs]:
         "policy": policies,
         "shared": st.booleans(),
         "bias": st.sampled_from(["none", "some", "hidden", "shared"]),
-        "seed": seeds,
     }
     return building(AttentionInputs, fields, fixed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -11,20 +10,18 @@ from torch import Tensor
 
 from hamblocks.testing.inputs.draw import (
     Draw,
-    Inputs,
+    Sequences,
     borders,
     building,
     dtypes,
     lay_out,
     layouts,
-    lengths,
-    ragged_lengths,
-    seeds,
+    sequences,
 )
 
 
 @dataclass(frozen=True, repr=False)
-class DeltaRuleInputs(Inputs):
+class DeltaRuleInputs(Sequences):
     """A call of gated_delta_rule; with `packed` (lengths) in place of `batch` and `tokens`."""
 
     tokens: int = 5
@@ -44,7 +41,7 @@ class DeltaRuleInputs(Inputs):
     def tensors(self) -> dict[str, Tensor]:
         """The arguments by name."""
         draw = Draw(self.seed, self.layout)
-        rows, length = (self.batch, self.tokens) if self.packed is None else (1, sum(self.packed))
+        rows, length = self.rows
         sequences = rows if self.packed is None else len(self.packed)
         value_heads = self.heads * self.group
         shape = rows, length, value_heads
@@ -80,10 +77,7 @@ class DeltaRuleInputs(Inputs):
 
 def delta_rule_inputs(**fixed: object) -> st.SearchStrategy[DeltaRuleInputs]:
     """Calls of gated_delta_rule; `fixed` fields or strategies take the place of the drawn ones."""
-    fields: dict[str, st.SearchStrategy[Any]] = {
-        "tokens": lengths(),
-        "batch": st.integers(0, 2),
-        "packed": st.none() | ragged_lengths(),
+    fields = sequences() | {
         "heads": st.integers(1, 2),
         "group": st.integers(1, 2),
         "key_dim": st.integers(1, 8),
@@ -93,6 +87,5 @@ def delta_rule_inputs(**fixed: object) -> st.SearchStrategy[DeltaRuleInputs]:
         "decay": st.sampled_from(["none", "mild", "hard", "forget"]),
         "write": st.sampled_from(["mild", "zero", "two", "any"]),
         "state": st.booleans(),
-        "seed": seeds,
     }
     return building(DeltaRuleInputs, fields, fixed)

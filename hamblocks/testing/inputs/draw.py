@@ -59,6 +59,34 @@ def building(
     return st.builds(inputs, **{**fields, **chosen})
 
 
+class Sequences(Inputs):
+    """Inputs `[B, T, ...]` of a batch, or of sequences packed into one row; a subclass has these three fields."""
+
+    tokens: int
+    batch: int
+    packed: tuple[int, ...] | None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """B and T."""
+        return (self.batch, self.tokens) if self.packed is None else (1, sum(self.packed))
+
+    @property
+    def own(self) -> Tensor:
+        """Position of every token within its sequence, int64 `[T]`."""
+        return placing((self.tokens,) if self.packed is None else self.packed)[0]
+
+
+def sequences() -> dict[str, st.SearchStrategy[Any]]:
+    """Strategies of the fields of `Sequences`, and of the seed."""
+    return {
+        "tokens": lengths(),
+        "batch": st.integers(0, 2),
+        "packed": st.none() | ragged_lengths(),
+        "seed": seeds,
+    }
+
+
 class Draw:
     """Random tensors from one seed."""
 
@@ -100,6 +128,13 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def borders(lengths: Sequence[int]) -> Tensor:
     """cu_seqlens, int32 `[N+1]`, of sequences of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def placing(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of every packed token its position within its sequence, and which sequence that is; int64 `[T]` each."""
+    own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
+    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    return own, sequence
 
 
 def pieces(lengths: Sequence[int]) -> list[slice]:

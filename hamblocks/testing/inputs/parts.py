@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hamblocks.protocols import Dims
-from hamblocks.testing.inputs.draw import Draw, Inputs, building, ragged_lengths, seeds
+from hamblocks.testing.inputs.draw import Draw, Sequences, building, ragged_lengths, seeds
 from hamblocks_ops import NEVER
 
 DIMS = (Dims(8, 2, 1, 4), Dims(4, 1, 1, 4), Dims(16, 4, 2, 4), Dims(10, 3, 3, 4))
@@ -18,7 +18,7 @@ KINDS = ("normal", "zero", "constant", "large")
 
 
 @dataclass(frozen=True, repr=False)
-class PartInputs(Inputs):
+class PartInputs(Sequences):
     """Inputs of any part: whole sequences, or packed (lengths), and where they are cut."""
 
     dims: Dims = DIMS[0]
@@ -32,15 +32,9 @@ class PartInputs(Inputs):
     seed: int = 0
 
     @property
-    def rows(self) -> tuple[int, int]:
-        """B and T."""
-        return (self.batch, self.tokens) if self.packed is None else (1, sum(self.packed))
-
-    @property
     def position(self) -> Tensor:
         """Int32 `[B, T]`, within the sequence."""
-        own = torch.cat([torch.arange(n) for n in ((self.tokens,) if self.packed is None else (*self.packed, 0))])
-        return own.to(torch.int32).expand(self.rows[0], -1).clone()
+        return self.own.to(torch.int32).expand(self.rows[0], -1).clone()
 
     @property
     def borders(self) -> list[int]:

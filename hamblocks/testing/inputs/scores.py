@@ -12,19 +12,19 @@ from torch import Tensor
 from hamblocks.testing.inputs.draw import (
     Draw,
     Inputs,
+    Sequences,
     borders,
     building,
     dtypes,
     lay_out,
     layouts,
-    lengths,
-    ragged_lengths,
     seeds,
+    sequences,
 )
 
 
 @dataclass(frozen=True, repr=False)
-class Scores(Inputs):
+class Scores(Sequences):
     """Scores [B, T, H] with as many ties, infinities and NaN as `kind` says, and perhaps empty rows."""
 
     tokens: int = 5
@@ -40,7 +40,7 @@ class Scores(Inputs):
     def tensors(self) -> dict[str, Tensor]:
         """The arguments by name."""
         draw = Draw(self.seed)
-        rows, length = (self.batch, self.tokens) if self.packed is None else (1, sum(self.packed))
+        rows, length = self.rows
         shape = rows, length, self.heads
         few, normal = draw.integers(-2, 3, shape).double(), draw.normal(*shape)
         inf = float("inf")
@@ -57,24 +57,21 @@ class Scores(Inputs):
             result["cu_seqlens"] = borders(self.packed)
         if self.empty_rows:
             # ascending but not consecutive, as a cache holds them; empty rows anywhere
-            own = torch.cat([torch.arange(n) for n in (*(self.packed or (length,)), 0)])
-            position = (3 * own[:, None] + draw.integers(0, 3, shape)).masked_fill(draw.integers(0, 4, shape) == 0, -1)
+            position = (3 * self.own[:, None] + draw.integers(0, 3, shape)).masked_fill(
+                draw.integers(0, 4, shape) == 0, -1
+            )
             result["position"] = position.to(torch.int32)
         return result
 
 
 def scores(**fixed: object) -> st.SearchStrategy[Scores]:
     """Scores for the select ops; `fixed` fields or strategies take the place of the drawn ones."""
-    fields: dict[str, st.SearchStrategy[Any]] = {
-        "tokens": lengths(),
-        "batch": st.integers(0, 2),
-        "packed": st.none() | ragged_lengths(),
+    fields = sequences() | {
         "heads": st.integers(1, 3),
         "kind": st.sampled_from(["mixed", "normal", "ties", "constant", "infinite", "near"]),
         "empty_rows": st.booleans(),
         "dtype": dtypes,
         "layout": layouts,
-        "seed": seeds,
     }
     return building(Scores, fields, fixed)
 

@@ -130,22 +130,22 @@ def _one_lifetime_serves_all_heads(part: Any, case: PartInputs, _options: Option
 def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
     """With a cache, tokens at position -1 are padding: nothing reads them and they are not stored."""
     subject = AttentionSubject(part, case)
+
+    @torch.no_grad()
+    def alone() -> tuple[Results, Any]:
+        return subject.run(subject.inputs, subject.start(case.batch))
+
+    plain, cache = alone()
+    padded = {
+        name: torch.cat([x, x.new_full((case.batch, 2, *x.shape[2:]), 7)], 1) for name, x in subject.inputs.items()
+    }
+    padded["position"][:, case.tokens :] = -1
     with torch.no_grad():
-        plain, cache = subject.run(subject.inputs, subject.start(case.batch))
-        padded = {
-            name: torch.cat([x, x.new_full((case.batch, 2, *x.shape[2:]), 7)], 1) for name, x in subject.inputs.items()
-        }
-        padded["position"][:, case.tokens :] = -1
         got, other = subject.run(padded, subject.start(case.batch))
-        with told("padding changed the reads"):
-            assert_same({"read": got["read"][:, : case.tokens]}, plain, lambda: _padless(subject))
-        with told("padding was stored"):
-            assert_bits({"tokens": other.tokens}, {"tokens": cache.tokens})
-
-
-def _padless(subject: AttentionSubject) -> Results:
-    with torch.no_grad():
-        return subject.run(subject.inputs, subject.start(subject.case.batch))[0]
+    with told("padding changed the reads"):
+        assert_same({"read": got["read"][:, : case.tokens]}, plain, lambda: alone()[0])
+    with told("padding was stored"):
+        assert_bits({"tokens": other.tokens}, {"tokens": cache.tokens})
 
 
 def _looks_at_nothing(part: Any, options: Options) -> str | None:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.draw import borders
 from hamblocks.testing.inputs.parts import PartInputs, part_inputs
 from hamblocks.testing.kinds.selectors import at, thresholds
-from hamblocks.testing.laws import EDGES, SPLIT, by_token, cases_of, common, edges_of, exact, told
+from hamblocks.testing.laws import EDGES, SPLIT, assert_never_longer, by_token, cases_of, common, edges_of, exact, told
 from hamblocks.testing.subjects import LayerSubject, Results, made
 from hamblocks_ops import NEVER
 
@@ -88,8 +89,7 @@ def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options
             one.set_threshold(tau)
         with torch.no_grad():
             kept.append(subject.run(subject.inputs)[0]["evict_at"])
-    for low, high in pairwise(kept):
-        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
+    assert_never_longer(kept)
 
 
 def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> None:
@@ -115,7 +115,7 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
 
 
 def _low_precision_streams(part: Any, case: PartInputs, _options: Options) -> None:
-    """Token by token in every dtype: finite, in the dtype of x, scores in float32 at least."""
+    """Token by token in every dtype: finite, in the dtype of x."""
     subject = LayerSubject(part, case)
     with torch.no_grad():
         state = subject.start(case.batch)
@@ -129,21 +129,21 @@ def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
     """A bad argument is a ValueError that begins with its name and says what was expected and what came."""
     subject = LayerSubject(part, case)
     x = subject.inputs["x"]
-    calls: dict[str, Callable[[], Any]] = {
-        "x": lambda: subject.part(x[..., :-1]),
-        "x ": lambda: subject.part(x[0]),
-        "x  ": lambda: subject.part(x.long()),
-    }
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("x", lambda: subject.part(x[..., :-1])),
+        ("x", lambda: subject.part(x[0])),
+        ("x", lambda: subject.part(x.long())),
+    ]
     if takes(part, "cu_seqlens"):
         whole = x.flatten(0, 1)[None]
         end = whole.shape[1]
-        calls["cu_seqlens"] = lambda: subject.part(whole, cu_seqlens=torch.tensor([0, end - 1], dtype=torch.int32))
-        calls["cu_seqlens "] = lambda: subject.part(whole, cu_seqlens=torch.tensor([0, 3, 2, end], dtype=torch.int32))
+        for ends in ([0, end - 1], [0, 3, 2, end]):
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+            calls.append(("cu_seqlens", partial(subject.part, whole, cu_seqlens=cu_seqlens)))
     if takes(part, "state"):
-        calls["state"] = lambda: subject.part(x, state=subject.start(case.batch + 1))
-        calls["state "] = lambda: subject.part(x, state=[1])
-    for label, call in calls.items():
-        name = label.strip()
+        calls.append(("state", lambda: subject.part(x, state=subject.start(case.batch + 1))))
+        calls.append(("state", lambda: subject.part(x, state=[1])))
+    for name, call in calls:
         try:
             call()
         except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,12 +14,18 @@ from hamblocks.testing.budget import assert_bits, assert_close_to_reference, ass
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.attention import AttentionInputs
 from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs
-from hamblocks.testing.inputs.draw import pieces, ragged_lengths
+from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
 from hamblocks.testing.inputs.paged import PagedInputs
 from hamblocks.testing.inputs.rows import RowInputs
-from hamblocks.testing.laws import compiled, told
+from hamblocks.testing.laws import (
+    assert_never_longer,
+    assert_reads_what_was_written,
+    assert_twice,
+    compiled,
+    told,
+    unchanged,
+)
 from hamblocks.testing.ops import Op, OpImplementation, metric_of
-from hamblocks.testing.uninitialised import FilledMemory
 from hamblocks_ops.arguments import wrong
 
 Results = dict[str, Tensor]
@@ -82,24 +87,18 @@ def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) 
     """Sequences packed into one row give what they give alone; empty ones change nothing."""
     tensors = case.tensors()
     whole = _results(part, case, tensors)
-    names = [name for name in whole if name != "lengths"] if part.like is not ops.compact else ["lengths"]
-    alone: dict[str, list[Tensor]] = {
-        name: [whole[name][:, :0] for _ in range(1)] for name in names if name != "final_state"
-    }
-    states = []
+    alone = []
     for n, own in enumerate(pieces(case.packed)):
-        one = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token or name == "evict_at"}
+        one = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token}
         if part.op.streams is not None and part.op.streams[0] in tensors:
             one[part.op.streams[0]] = tensors[part.op.streams[0]][n : n + 1]
-        results = _results(part, case, one)
-        for name in alone:
-            alone[name].append(results[name])
-        states += [results["final_state"]] if "final_state" in results else []
-    if part.like is ops.compact:
-        alone["lengths"] = [torch.cat([whole["lengths"][:0], *alone["lengths"][1:]])]
-    expected = {name: torch.cat(rows, 1) for name, rows in alone.items()}
-    if "final_state" in names:
-        expected["final_state"] = torch.cat([whole["final_state"][:0], *states])
+        alone.append(_results(part, case, one))
+    expected = {}
+    for name, x in whole.items():
+        by_sequence = name in ("final_state", "lengths")
+        if by_sequence or part.like is not ops.compact:  # its lists have no dimension of tokens
+            dim = 0 if by_sequence else 1
+            expected[name] = torch.cat([x.narrow(dim, 0, 0), *(results[name] for results in alone)], dim)
     got = {name: whole[name] for name in expected}
     with told("a sequence alone gives another result than packed"):
         assert_same(got, expected, _noise(part, case, tensors, lambda results: {name: results[name] for name in got}))
@@ -124,29 +123,19 @@ def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options)
 
 def _same_call_same_bits(part: OpImplementation, case: Any, _options: Options) -> None:
     """The same call twice gives the same bits, forward and backward."""
-    problem = part.problem(case)
-    with told("the same call gave two results"):
-        assert_bits(problem.run("it"), problem.run("it"))
+    assert_twice(lambda: part.problem(case).run("it"))
 
 
 def _nothing_given_changes(part: OpImplementation, case: Any, _options: Options) -> None:
     """Inputs are as before after a call, forward and backward."""
     tensors = case.tensors()
-    before = {name: x.clone() for name, x in tensors.items()}
-    _results(part, case, tensors, backward=True)
-    with told("a call changed its inputs"):
-        assert_bits(tensors, before)
+    with unchanged(tensors):
+        _results(part, case, tensors, backward=True)
 
 
 def _reads_no_unwritten_memory(part: OpImplementation, case: Any, _options: Options) -> None:
     """Results and gradients do not depend on what `torch.empty` happens to hold."""
-    problem, filled = part.problem(case), []
-    for value in (0.0, NAN, 3.0):
-        with FilledMemory(value):
-            filled.append(problem.run("it"))
-    with told("the result depends on memory that nobody wrote"):
-        for other in filled[1:]:
-            assert_bits(other, filled[0])
+    assert_reads_what_was_written(lambda: part.problem(case).run("it"))
 
 
 def _is_always_finite(part: OpImplementation, case: Any, _options: Options) -> None:
@@ -215,8 +204,7 @@ def visible(call: Mapping[str, Tensor]) -> Tensor:
     batch, keys, kv_heads = call["k"].shape[:3]
     queries = call["q"].shape[1]
     lengths = call["cu_seqlens"].diff().tolist() if "cu_seqlens" in call else [max(queries, keys)]
-    own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
-    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    own, sequence = placing(lengths)
     asks = call.get("query_position", own[None, :queries])[:, :, None, None]
     stands = call.get("key_position", own[None, :keys, None])[:, None]
     mask = (stands <= asks) & (asks < call["evict_at"][:, None])
@@ -270,8 +258,7 @@ def _raising_tau_never_keeps_more(part: OpImplementation, case: Any, _options: O
     """On the same scores, a higher threshold ends no lifetime later."""
     tensors = case.tensors()
     kept = [part(**tensors, tau=tau) for tau in (-INF, -1.0, 0.0, 0.25, 0.5, INF)]
-    for low, high in pairwise(kept):
-        assert bool((high <= low).all()), "a lifetime became longer as tau was raised"
+    assert_never_longer(kept)
 
 
 def _unless(flag: Callable[[Op], Any], reason: str) -> Callable[[Any, Options], str | None]:
@@ -306,10 +293,11 @@ class OpCheck(Check):
         """The check with the cases of one op."""
         op = part.op
         cases = (lambda _options: op.inputs(**self.fixed(op))) if self.drawn else None
-        edges = [case for case in self.by_hand(op) if _refused(part, case) is None]
-        return Check(
-            self.name, self.kind, self.body, cases, lambda _options: edges, self.applies, self.share, self.slow
-        )
+
+        def edges(_options: Options) -> list[Any]:
+            return [case for case in self.by_hand(op) if _refused(part, case) is None]
+
+        return Check(self.name, self.kind, self.body, cases, edges, self.applies, self.share, self.slow)
 
     def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
         """Runs the check."""
