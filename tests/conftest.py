@@ -8,12 +8,29 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if not (config.getoption("hypothesis_profile", None) or config.getoption("--hamblocks-profile")):
         hypothesis.settings.load_profile("hamblocks-ci" if os.environ.get("CI") else "hamblocks-dev")
+    from hamblocks_ops.dispatch import interpreting
+
+    if interpreting():
+        from hamblocks.testing.interpreter import mend
+
+        mend()
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Checks of Triton kernels take seconds each in its interpreter."""
+    for item in items:
+        check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
+        if getattr(getattr(check, "part", None), "impl", None) in ("triton", "fla"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

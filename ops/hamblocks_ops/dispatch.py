@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from hamblocks_ops.arguments import check_impl
 
@@ -13,19 +16,33 @@ class UnsupportedError(NotImplementedError):
     """An implementation was named that cannot run this call; the message says why."""
 
 
+def always(_call: Any) -> None:
+    """For implementations that run every call."""
+    return
+
+
 class Implementation(NamedTuple):
     """One row of an op's table.
 
-    `refuses(call)` returns why the implementation cannot run the call, or None when it can; `load()` imports it.
+    `refuses(call)` returns why the implementation cannot run the call, or None when it can; `load()` imports it;
+    `passed_over(call)` returns why "auto" leaves it to those who name it, or None.
     """
 
     name: str
     refuses: Callable[[Any], str | None]
     load: Callable[[], Callable[[Any], Any]]
+    passed_over: Callable[[Any], str | None] = always
+
+
+WHEN_NAMED = "yes, when named: "
+"""Begins the answer of an implementation that can run a call, but that "auto" passes over."""
 
 
 class Explanation(dict[str, str]):
-    """Implementation name -> "yes" or the reason why not, in the order in which `auto` tries them."""
+    """Implementation name -> "yes" or the reason why not, in the order in which `auto` tries them.
+
+    "yes, when named: ..." is one that can run the call and that `auto` passes over, with the reason.
+    """
 
     @property
     def chosen(self) -> str | None:
@@ -38,7 +55,12 @@ class Explanation(dict[str, str]):
 
 def explain_table(table: Sequence[Implementation], call: Any) -> Explanation:
     """Asks every implementation of a table about one call."""
-    return Explanation({row.name: row.refuses(call) or "yes" for row in table})
+    return Explanation({row.name: row.refuses(call) or _welcome(row, call) for row in table})
+
+
+def _welcome(row: Implementation, call: Any) -> str:
+    reason = row.passed_over(call)
+    return "yes" if reason is None else WHEN_NAMED + reason
 
 
 def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Callable[[Any], Any]:
@@ -53,6 +75,8 @@ def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Call
     for row in table:
         if impl in ("auto", row.name):
             reason = row.refuses(call)
+            if reason is None and impl == "auto":
+                reason = row.passed_over(call)
             if reason is None:
                 return row.load()
             reasons.append(f"{row.name}: {reason}")
@@ -60,11 +84,6 @@ def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Call
         names = ", ".join(repr(row.name) for row in table)
         raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
     raise UnsupportedError(f"{op} cannot run this call with impl={impl!r}. " + "; ".join(reasons))
-
-
-def always(_call: Any) -> None:
-    """For implementations that run every call."""
-    return
 
 
 def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
@@ -86,3 +105,38 @@ def explain(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
         raise ValueError(f"op: expected an op of hamblocks.ops that takes impl=, got {op!r}")
     explanation: Explanation = beside(*args, **kwargs)
     return explanation
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1): on a CPU, and slowly."""
+    if not installed("triton"):
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported for that."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+# what torch.compiler.assume_constant_result does, without importing torch's compiler, which imports Triton
+for _constant in (interpreting, installed):
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def without_triton(tensor: Tensor) -> str | None:
+    """Why a Triton kernel cannot run on this tensor, or None when it can."""
+    if not installed("triton"):
+        return "Triton is not installed (pip install hamblocks[gpu])"
+    if interpreting():
+        return None
+    if tensor.device.type != "cuda":
+        return f"Triton compiles for a GPU, the tensors are on {tensor.device} (TRITON_INTERPRET=1 runs it on a CPU)"
+    return None
+
+
+def interpreted(_call: Any) -> str | None:
+    """Why "auto" passes over a Triton kernel in the interpreter."""
+    return "Triton's interpreter is for tests" if interpreting() else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import hamblocks_ops as ops
@@ -275,10 +277,28 @@ def _not_traced(part: OpImplementation, _options: Options) -> str | None:
 
 def _refused(part: OpImplementation, case: Any) -> str | None:
     """Why a named implementation cannot run here."""
-    if part.run is None and ops.implementations(part.like) and part.op.call is None:
+    if part.run is None and part.impl != "auto" and ops.implementations(part.like) and part.op.call is None:
         answer: str = ops.explain(part.like, **case.tensors(), **part.op.options(case)).get(part.impl, "yes")
-        return None if answer == "yes" else answer
+        return None if answer.startswith("yes") else answer
     return None
+
+
+@functools.cache
+def _dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
+    """The floating dtypes of the op that it refuses, with the reason: those in which no case by hand runs."""
+    if "dtype" not in _fields(part.op):
+        return {}
+    found = {}
+    for dtype in part.op.dtypes:
+        answers = [_refused(part, replace(case, dtype=dtype)) for case in part.op.edges]
+        if None not in answers:
+            found[dtype] = str(answers[0])
+    return found
+
+
+def _runs(part: OpImplementation) -> list[torch.dtype]:
+    """The floating dtypes that it computes in, the widest first."""
+    return [dtype for dtype in part.op.dtypes if dtype not in _dtypes(part)]
 
 
 @dataclass(frozen=True)
@@ -291,13 +311,25 @@ class OpCheck(Check):
 
     def of(self, part: OpImplementation) -> Check:
         """The check with the cases of one op."""
-        op = part.op
-        cases = (lambda _options: op.inputs(**self.fixed(op))) if self.drawn else None
+        op, runs = part.op, _runs(part)
+
+        def cases(_options: Options) -> st.SearchStrategy[Any]:
+            fixed = self.fixed(op)
+            if len(runs) == len(op.dtypes):
+                return op.inputs(**fixed)
+            if fixed.get("dtype", torch.float64) not in runs:
+                fixed["dtype"] = runs[0] if "dtype" in fixed else st.sampled_from(runs)
+            return op.inputs(**fixed).filter(lambda case: _refused(part, case) is None)
 
         def edges(_options: Options) -> list[Any]:
-            return [case for case in self.by_hand(op) if _refused(part, case) is None]
+            by_hand = self.by_hand(op)
+            if len(runs) < len(op.dtypes):
+                by_hand = [case if case.dtype in runs else replace(case, dtype=runs[0]) for case in by_hand]
+            return [case for case in by_hand if _refused(part, case) is None]
 
-        return Check(self.name, self.kind, self.body, cases, edges, self.applies, self.share, self.slow)
+        return Check(
+            self.name, self.kind, self.body, cases if self.drawn else None, edges, self.applies, self.share, self.slow
+        )
 
     def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
         """Runs the check."""
@@ -313,7 +345,7 @@ def _in(dtype: torch.dtype) -> OpCheck:
         "op",
         _is_the_reference,
         applies=lambda part, options: (
-            None
+            _dtypes(part).get(dtype)
             if dtype in (*options.dtypes, torch.float16) and dtype in part.op.dtypes
             else f"it does not compute in {name}"
         ),
@@ -401,7 +433,9 @@ CHECKS: list[OpCheck] = [
         "check_op_gradients_are_right",
         "op",
         _gradients_are_right,
-        applies=_unless(lambda op: op.differentiable, "it promises no gradient"),
+        applies=lambda part, _options: (
+            _dtypes(part).get(torch.float64) if part.op.differentiable else "it promises no gradient"
+        ),
         by_hand=_small,
         drawn=False,
     ),

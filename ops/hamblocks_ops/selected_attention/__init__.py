@@ -15,7 +15,7 @@ from hamblocks_ops.arguments import (
     check_tensor,
     wrong,
 )
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
 from hamblocks_ops.packing import positions
 
 
@@ -81,7 +81,8 @@ def selected_attention(
         query_position: int `[B, Tq]`, within the sequence; None: counted from 0.
         key_position: int `[B, Tk]` or `[B, Tk, Hkv]`; None: counted from 0. With both, the keys are a cache.
         key_lengths: int `[B]` or `[B, Hkv]`: keys from there on are padding. None: all are there.
-        impl: "reference" (dense mask), "gather" (SDPA over the stored keys, any device), or "auto".
+        impl: "reference" (dense mask), "gather" (SDPA over the stored keys, any device), "triton" (a GPU kernel over
+            the stored keys; bfloat16, float16, float32, head sizes up to 256), or "auto".
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.
@@ -225,7 +226,37 @@ def _run_gather(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return result
 
 
+def _refused_by_triton(call: AttentionCall) -> str | None:
+    if call.q.dtype == torch.float64:
+        return "it computes in float32 at the most"
+    if call.q.shape[3] > 256:
+        return f"a tile holds head sizes up to 256, not {call.q.shape[3]}"
+    return without_triton(call.q)
+
+
+def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    from hamblocks_ops.selected_attention.triton import attend
+
+    learns = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.logit_bias)
+    )
+    out, lse, _ = attend(
+        call.q,
+        call.k,
+        call.v,
+        call.evict_at,
+        call.logit_bias,
+        call.query_position,
+        call.key_position,
+        call.cu_seqlens,
+        call.scale,
+        learns,
+    )
+    return out, lse
+
+
 TABLE = (
+    Implementation("triton", _refused_by_triton, lambda: _run_triton, interpreted),
     Implementation("gather", always, lambda: _run_gather),
     Implementation("reference", always, lambda: _run_reference),
 )

@@ -1,0 +1,42 @@
+"""Tiles of attention: which keys a query sees, one step of an online softmax, and the share of a tile in gradients.
+
+Logits are in base 2 throughout: exp2 is what the hardware has. A tile is [queries, keys].
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def visible(asked, position, evict_at):
+    """Which of the keys [N] each query [M] sees: position <= asked < evict_at."""
+    return (position[None, :] <= asked[:, None]) & (asked[:, None] < evict_at[None, :])
+
+
+@triton.jit
+def logits(q, k, bias, scale):
+    """Logits in base 2 [M, N] of q [M, D] and k [N, D], with a bias [N] (natural) for every key."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :] * LOG2E
+
+
+@triton.jit
+def softmax_step(logit, v, out, top, total):
+    """Adds a tile to running sums: out [M, D] and total [M] relative to 2 ** top; hidden logits are -inf."""
+    higher = tl.maximum(top, tl.max(logit, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # rows that saw nothing yet stay at exp2(-inf) = 0
+    weight = tl.exp2(logit - base[:, None])
+    fade = tl.exp2(top - base)
+    out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
+    return out, higher, total * fade + tl.sum(weight, 1)
+
+
+@triton.jit
+def softmax_grad(logit, lse, wanted, v, delta):
+    """Weights and the gradient of the natural logits, both [M, N], of a softmax whose log-sum-exp is known.
+
+    lse [M] is in base 2, +inf for queries that saw nothing; wanted is the gradient of out, delta its product with out.
+    """
+    weight = tl.exp2(logit - lse[:, None])
+    return weight, weight * (tl.dot(wanted, tl.trans(v), input_precision="ieee") - delta[:, None])
