@@ -1,4 +1,4 @@
-"""The command line: `hamblocks demo`, `hamblocks check`, `hamblocks record`."""
+"""The command line: `hamblocks demo`, `hamblocks info`, `hamblocks check`, `hamblocks record`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,34 @@ def demo(
         )
     written = ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
     console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {written}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, the GPU, and for each op which implementation "auto" takes here and why the others do not run."""
+    from rich.table import Table
+
+    from hamblocks.info import choices, machine
+
+    if as_json:
+        print(json.dumps({"machine": machine(), "ops": choices()}, indent=1))
+        return
+    console = Console()
+    versions = Table(show_header=False, box=None)
+    for name, value in machine().items():
+        versions.add_row(name, escape(value))
+    console.print(versions)
+    for case, ops in choices().items():
+        chosen = Table(title=case, title_justify="left", title_style="bold")
+        for column in ("op", "impl", "runs"):
+            chosen.add_column(column, overflow="fold")
+        for op, answers in ops.items():
+            taken = next((name for name, answer in answers.items() if answer == "yes"), None)
+            for row, (name, answer) in enumerate(answers.items()):
+                mark = "[bold]yes, taken[/bold]" if name == taken else escape(answer)
+                chosen.add_row(op if row == 0 else "", name, mark, end_section=row == len(answers) - 1)
+        console.print()
+        console.print(chosen)
 
 
 Kind = Annotated[
