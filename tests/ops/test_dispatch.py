@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from hamblocks.testing import AttentionInputs, DeltaRuleInputs
-from hamblocks_ops import UnsupportedError, explain, gated_delta_rule, select_topk, selected_attention, surprise
+from hamblocks_ops import (
+    UnsupportedError,
+    explain,
+    gated_delta_rule,
+    implementations,
+    select_topk,
+    selected_attention,
+    surprise,
+)
 from hamblocks_ops.dispatch import Implementation, always, explain_table, pick
 
 
@@ -48,6 +56,17 @@ def test_unknown_names_are_told_the_choices(impl: str) -> None:
         pick("op", TABLE, impl, 6)
 
 
+def test_auto_passes_over_what_is_there_for_those_who_name_it() -> None:
+    table = (Implementation("slow", always, lambda: lambda call: -call, lambda _: "it is slow"), *TABLE)
+    explanation = explain_table(table, 6)
+    assert explanation["slow"] == "yes, when named: it is slow"
+    assert explanation.chosen == "halves"
+    assert pick("op", table, "slow", 6)(6) == -6
+    assert pick("op", table, "auto", 6)(6) == TABLE[1].load()(6)
+    with pytest.raises(UnsupportedError, match="slow: it is slow"):
+        pick("op", table[:2], "auto", 6)
+
+
 def test_explanations_say_yes_or_why_not() -> None:
     explanation = explain_table(TABLE, 7)
     assert explanation == {"missing": "not built", "halves": "7 is odd", "any": "yes"}
@@ -67,7 +86,7 @@ def test_every_op_explains_itself() -> None:
     for op, call in calls:
         explanation = explain(op, **call)
         assert explanation["reference"] == "yes"
-        assert next(iter(explanation)) == explanation.chosen
+        assert tuple(explanation) == implementations(op)
         with pytest.raises(ValueError, match=r"^impl: expected 'auto' or one of .*'reference'.*got 'quick'"):
             op(**call, impl="quick")
         with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):

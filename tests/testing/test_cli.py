@@ -147,7 +147,7 @@ def test_ops_of_ones_own_and_of_ours() -> None:
         (["gate", "mine:Written", "--impl", "gather"], "impl: expected None for a gate"),
         (["op", "mine:attend", "--like", "attention"], "like: expected the name of an op"),
         (["op", "mine:attend"], "like: expected one of gated_delta_rule"),
-        (["op", "hamblocks.ops:selected_attention", "--impl", "quick"], "impl: expected one of gather"),
+        (["op", "hamblocks.ops:selected_attention", "--impl", "quick"], "impl: expected one of triton, gather"),
         (["layer", "mine:Plain"], "dims: expected the sizes of a layer"),
         (["--against", "missing.json"], "against: expected a file that hamblocks record wrote"),
         (["--against", "mine.py"], "against: expected a file that hamblocks record wrote"),
@@ -229,7 +229,7 @@ def test_ops_are_recorded_by_implementation(tmp_path: Path) -> None:
     path = tmp_path / "golden.json"
     both = run("record", "op", "hamblocks.ops:selected_attention", "--out", str(path))
     assert both.exit_code == 2
-    assert "impl: expected one of gather, reference" in " ".join(both.output.replace("│", " ").split())
+    assert "impl: expected one of triton, gather, reference" in " ".join(both.output.replace("│", " ").split())
     assert (
         run("record", "op", "hamblocks.ops:selected_attention", "--impl", "gather", "--out", str(path)).exit_code == 0
     )
