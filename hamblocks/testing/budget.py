@@ -23,12 +23,17 @@ class Problem:
         tensors: tensors by argument name. Those of a floating dtype are differentiated.
         options: the other arguments.
         seed: of the cotangents, which are drawn for every result that carries a gradient.
+        products: the dtype that an implementation feeds its matrix products with, where that is narrower than what
+            the reference does; it may err by what that moves.
+        yardstick: the implementation whose error, with its arithmetic moved, is the error that is allowed.
     """
 
     op: Callable[..., Any]
     tensors: Mapping[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    products: torch.dtype | None = None
+    yardstick: str = "reference"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,8 +66,8 @@ class Problem:
         return {name: float((moved[name] - x).masked_fill(~x.isfinite(), 0).norm()) for name, x in plain.items()}
 
     def _moved(self, seed: int, *, backward: bool = True) -> dict[str, Tensor]:
-        with MovedByOneRounding(seed):
-            return self.run("reference", backward=backward)
+        with MovedByOneRounding(seed, products=self.products):
+            return self.run(self.yardstick, backward=backward)
 
 
 def _leaf(x: Tensor, dtype: torch.dtype | None, backward: bool) -> Tensor:

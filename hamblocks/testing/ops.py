@@ -114,16 +114,31 @@ class OpImplementation:
         """A case as a call that runs by this implementation or by the reference."""
 
         def either(impl: str, **call: Any) -> Any:
+            if impl == "chunks":
+                return _through_chunks(**call)
             return self.reference(**call) if impl == "reference" else self(**call)
 
         given = case.tensors() if tensors is None else tensors
-        return Problem(either, given, self.op.options(case) | options, seed=case.seed)
+        problem = Problem(either, given, self.op.options(case) | options, seed=case.seed)
+        if self.impl == "fla" and problem.dtype in (torch.bfloat16, torch.float16):
+            problem.products, problem.yardstick = problem.dtype, "chunks"
+        return problem
 
     def __repr__(self) -> str:
         if self.run is not None:
             name = getattr(self.run, "__qualname__", type(self.run).__name__)
             return f"OpImplementation({self.like.__name__}, {name})"
         return f"OpImplementation({self.like.__name__}, impl={self.impl!r})"
+
+
+def _through_chunks(*, metric: str | None = None, output_residual: bool = True, **call: Any) -> ops.DeltaRuleOutput:
+    """The delta rule in chunks whose residual is read off beta * residual in the dtype of v, as fla keeps it."""
+    result = ops.gated_delta_rule(**call, impl="chunked")
+    if metric is not None and result.residual is not None:
+        beta, v = call["beta"].detach()[..., None].clamp(min=2.0**-64), call["v"].detach()
+        kept = (beta * result.residual.detach()).to(v.dtype)
+        result = result._replace(score=ops.surprise(kept.float() / beta, v.float(), metric=metric))
+    return result if output_residual else result._replace(residual=None)
 
 
 def metric_of(case: Any) -> dict[str, Any]:

@@ -11,7 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MovedByOneRounding(TorchDispatchMode):
-    """Moves the floating operands of arithmetic by up to one rounding of their dtype; views and copies stay alike.
+    """Moves operands of arithmetic, and what a cast to fewer bits gives, by up to one rounding of their dtype.
+
+    Views and copies stay alike.
+
+    With `products`, the operands of matrix products are moved by a rounding of that dtype: what a tensor core that is
+    fed in it may err by.
 
     Moved operands stand for what other orders of the same sums would give, even where this one is exact. With `exact`,
     sums, products and quotients that need no rounding are left alone: a number minus itself is 0, times 1 is itself.
@@ -29,31 +34,45 @@ class MovedByOneRounding(TorchDispatchMode):
         """.split()  # noqa: SIM905 - a list of 60 strings reads worse
     )
 
-    def __init__(self, seed: int, *, exact: bool = False) -> None:
+    PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "linalg_solve_triangular"])
+
+    def __init__(self, seed: int, *, exact: bool = False, products: torch.dtype | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.generator = torch.Generator().manual_seed(seed)
         self.exact = exact
+        self.products = products
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__.split(".")[0]
+        if name == "_to_copy":
+            return self._cast(args[0], func(*args, **kwargs))
         # operators of one's own are opaque: what they compute with is moved
         if name not in self.ARITHMETIC and func.namespace in ("aten", "prim", "prims"):
             return func(*args, **kwargs)
-        result = func(*(self._moved(x) for x in args), **kwargs)
+        coarse = self.products if name in self.PRODUCTS else None
+        result = func(*(self._moved(x, coarse) for x in args), **kwargs)
         needs_none = self.EXACT.get(name) if self.exact and isinstance(result, Tensor) and len(args) > 1 else None
         if needs_none is None or kwargs.get("alpha", 1) != 1:
             return result
         plain = func(*args, **kwargs)
         return torch.where(needs_none(args[0], args[1], plain, func, args, kwargs), plain, result)
 
-    def _moved(self, x: Any) -> Any:
+    def _cast(self, x: Tensor, result: Tensor) -> Tensor:
+        floating = x.is_floating_point() and result.is_floating_point()
+        if not floating or torch.finfo(result.dtype).bits >= torch.finfo(x.dtype).bits:
+            return result
+        moved: Tensor = self._moved(result)
+        return torch.where(result.to(x.dtype) == x, result, moved) if self.exact else moved
+
+    def _moved(self, x: Any, coarse: torch.dtype | None = None) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
+        eps = torch.finfo(coarse or x.dtype).eps
         step = torch.rand(x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
-        return x * (1 + torch.finfo(x.dtype).eps * step).to(x.dtype)
+        return x * (1 + eps * step).to(x.dtype)
 
     EXACT: ClassVar[dict[str, Callable[..., Any]]] = {}
     """Of an operation, where its result needs no rounding."""

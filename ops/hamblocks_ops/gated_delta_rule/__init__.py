@@ -14,7 +14,8 @@ from hamblocks_ops.arguments import (
     check_tensor,
     wrong,
 )
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick
+from hamblocks_ops.gated_delta_rule import refused
 from hamblocks_ops.precision import wide
 from hamblocks_ops.surprise import METRICS, surprise
 
@@ -84,7 +85,8 @@ def gated_delta_rule(
         cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one row (B = 1).
         output_residual: whether to return the residual. It is differentiable.
         metric: "cosine", "relative_l2" or "l2": return `surprise(residual, v, metric=metric)` as score, detached.
-        impl: "reference" (token by token), "chunked" (torch, any device), or "auto".
+        impl: "fla" (flash-linear-attention's kernels on a GPU; bfloat16 and float16, float32 for few tokens without a
+            gradient), "chunked" (torch, any device), "reference" (token by token), or "auto".
 
     States, g, beta and scores are computed in float32, in float64 for float64 inputs, whatever autocast says.
 
@@ -156,10 +158,9 @@ def _checked(
     check_floating("initial_state", initial_state)
     if metric is not None and metric not in METRICS:
         raise wrong("metric", "one of " + ", ".join(METRICS), metric)
-    group = value_heads // heads
     return DeltaRuleCall(
-        q=q.repeat_interleave(group, 2) if group > 1 else q,
-        k=k.repeat_interleave(group, 2) if group > 1 else k,
+        q=q,
+        k=k,
         v=v,
         beta=beta.to(dtype),
         g=g.to(dtype),
@@ -196,11 +197,29 @@ def _run_chunked(call: DeltaRuleCall) -> DeltaRuleOutput:
     return _finish(call, *chunked(**_tensors(call)))
 
 
+def _run_fla(call: DeltaRuleCall) -> DeltaRuleOutput:
+    from hamblocks_ops.gated_delta_rule.fla import chunks, recurrent
+
+    given = *call[:5], call.initial_state, call.cu_seqlens, call.scale
+    if refused.recurs(call):
+        return _finish(call, *recurrent(*given))
+    out, residual, state, score, _, _ = chunks(*given, call.output_residual, call.metric)
+    return DeltaRuleOutput(
+        out, state, residual if call.output_residual else None, None if call.metric is None else score
+    )
+
+
 def _tensors(call: DeltaRuleCall) -> dict[str, Any]:
-    return {name: getattr(call, name) for name in call._fields[:8]}
+    """As the torch implementations take them: q and k for every head of v."""
+    tensors = {name: getattr(call, name) for name in call._fields[:8]}
+    group = call.v.shape[2] // call.q.shape[2]
+    if group > 1:
+        tensors |= {name: tensors[name].repeat_interleave(group, 2) for name in ("q", "k")}
+    return tensors
 
 
 TABLE = (
+    Implementation("fla", refused.refused, lambda: _run_fla, interpreted),
     Implementation("chunked", always, lambda: _run_chunked),
     Implementation("reference", always, lambda: _run_reference),
 )

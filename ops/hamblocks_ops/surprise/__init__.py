@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_floating, check_tensor, wrong
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
 from hamblocks_ops.precision import wide
 
+MOST_COLUMNS = 16384
 METRICS = ("cosine", "relative_l2", "l2")
 
 
@@ -33,7 +34,7 @@ def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str =
         residual: `[B, T, H, V]`, floating: value minus prediction.
         v: `[B, T, H, V]`, same dtype.
         metric: "cosine", "relative_l2" or "l2".
-        impl: "reference" or "auto".
+        impl: "triton" (a GPU, one pass), "reference" (torch, any device), or "auto".
 
     Returns:
         `[B, T, H]`, float32 (float64 for float64 inputs), differentiable in both arguments.
@@ -72,4 +73,20 @@ def _run_reference(call: SurpriseCall) -> Tensor:
     return reference(call.residual.to(dtype), call.v.to(dtype), call.metric)
 
 
-TABLE = (Implementation("reference", always, lambda: _run_reference),)
+def _refused_by_triton(call: SurpriseCall) -> str | None:
+    if call.v.shape[-1] > MOST_COLUMNS:
+        return f"a tile holds rows of up to {MOST_COLUMNS} entries, not {call.v.shape[-1]}"
+    return without_triton(call.v)
+
+
+def _run_triton(call: SurpriseCall) -> Tensor:
+    from hamblocks_ops.surprise.triton import score
+
+    result: Tensor = score(call.residual, call.v, call.metric)
+    return result
+
+
+TABLE = (
+    Implementation("triton", _refused_by_triton, lambda: _run_triton, interpreted),
+    Implementation("reference", always, lambda: _run_reference),
+)

@@ -1,0 +1,241 @@
+"""The gated delta rule by the kernels of flash-linear-attention: https://github.com/fla-org/flash-linear-attention.
+
+fla's own function keeps `v_new`, which is beta times the residual, to itself; the functions that it is made of return
+it. They are put together here as fla does, so that `out` has the bits of fla, and one kernel more reads residual and
+score off v_new (see `triton`). A residual's gradient joins that of v_new before the state's backward pass. Where beta
+is 0, 2**-64 stands in its place: the same out, and nothing is divided by zero.
+
+Few tokens without a gradient, as in decoding, go through fla's recurrent kernel, two rows for each: one that reads with
+the key and writes nothing, which gives the prediction, and one that writes and reads with the query.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, read
+
+LEAST_BETA = 2.0**-64
+LEAST_G = -128.0
+"""exp of it is 0 in float32, and sums over a chunk are still precise; differences of infinite ones would be NaN."""
+
+
+def _packed(cu_seqlens: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
+    """Borders and chunks of a packed batch, and the same as arguments of fla's functions."""
+    if cu_seqlens is None:
+        return None, {}
+    from fla.ops.utils.index import prepare_chunk_indices
+
+    borders = cu_seqlens.long()
+    indices = prepare_chunk_indices(borders, CHUNK)
+    return (borders, indices), {"cu_seqlens": borders, "chunk_indices": indices}
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("hamblocks::gated_delta_rule_fla", mutates_args=())
+def chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    writes: bool,
+    metric: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out, residual (empty unless `writes`), final state, score (empty without a metric), and what backward wants.
+
+    The last two are the summed decays and the inverses of the chunks' systems.
+    """
+    made = _empty(v, g, initial_state, writes, metric)
+    _, residual, state, score, _, _ = made
+    if v.numel() == 0:
+        state.copy_(initial_state)
+        return made
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_o import chunk_fwd_o
+    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
+    from fla.ops.utils import chunk_local_cumsum
+    from fla.ops.utils.constant import RCP_LN2
+
+    _, at = _packed(cu_seqlens)
+    q, k, v, beta, initial_state = _contiguous(q, k, v, beta.clamp(min=LEAST_BETA), initial_state)
+    with torch.autocast(device_type=q.device.type, enabled=False):
+        sums = chunk_local_cumsum(g.clamp(min=LEAST_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at)
+        w, u, inverse = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **at)
+        h, v_new, state = chunk_gated_delta_rule_fwd_h(
+            k=k, w=w, u=u, g=sums, initial_state=initial_state, output_final_state=True, chunk_size=CHUNK, **at
+        )
+        out = chunk_fwd_o(q=q, k=k, v=v_new, h=h, g=sums, scale=scale, chunk_size=CHUNK, **at)
+        if writes or metric is not None:
+            read(v_new, beta, v, LEAST_BETA, residual, score, metric)
+    return out, residual, state, score, sums, inverse
+
+
+@chunks.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    writes: bool,
+    metric: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(v, g, initial_state, writes, metric)
+
+
+def _empty(
+    v: Tensor, g: Tensor, initial_state: Tensor, writes: bool, metric: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        v.new_empty(v.shape),
+        v.new_empty(v.shape if writes else (0,)),
+        initial_state.new_empty(initial_state.shape),
+        g.new_empty((0,) if metric is None else g.shape),
+        g.new_empty(g.shape),
+        v.new_empty(*g.shape, CHUNK),
+    )
+
+
+@torch.library.custom_op("hamblocks::gated_delta_rule_fla_backward", mutates_args=())
+def chunks_backward(
+    grad: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    sums: Tensor,
+    inverse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g and initial_state; those of results that nothing depends on are None."""
+    if v.numel() == 0:
+        dq, dk, dv, dbeta, dg, dh0 = (torch.zeros_like(x) for x in (q, k, v, beta, sums, initial_state))
+        if grad_state is not None:
+            dh0.copy_(grad_state)
+        return dq, dk, dv, dbeta, dg, dh0
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local
+    from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
+    from fla.ops.utils import chunk_local_cumsum
+
+    packed, at = _packed(cu_seqlens)
+    sized = {"chunk_size": CHUNK, **at}
+    if grad_residual is not None:
+        beta = beta.clamp(min=LEAST_BETA)
+    q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
+    do = torch.zeros_like(v) if grad is None else grad.contiguous()
+    dht = None if grad_state is None else grad_state.contiguous()
+    with torch.autocast(device_type=q.device.type, enabled=False):
+        w, u = recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, g=sums, **at)
+        h, v_new, _ = chunk_gated_delta_rule_fwd_h(
+            k=k, w=w, u=u, g=sums, initial_state=initial_state, output_final_state=False, **sized
+        )
+        local = dv = chunk_bwd_dv_local(q=q, k=k, g=sums, do=do, scale=scale, **sized)
+        if grad_residual is not None:
+            dv = (local + grad_residual / beta[..., None]).to(v.dtype)
+        dh, dh0, dv = chunk_gated_delta_rule_bwd_dhu(
+            q=q, k=k, w=w, g=sums, h0=initial_state, dht=dht, do=do, dv=dv, scale=scale, **sized
+        )
+        dq, dk, dw, dg = chunk_bwd_dqkwg(q=q, k=k, v=v_new, w=w, g=sums, h=h, dv=dv, do=do, dh=dh, scale=scale, **sized)
+        more, dv, dbeta, dg_more = prepare_wy_repr_bwd(k=k, v=v, beta=beta, g=sums, A=inverse, dw=dw, du=dv, **at)
+        dg = chunk_local_cumsum(dg.add_(dg_more), reverse=True, **sized)
+        if grad_residual is not None:  # the sum in dbeta lacks what the division takes away again
+            dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, LEAST_BETA, packed)
+    return dq, dk.add_(more), dv, dbeta, dg, dh0
+
+
+@chunks_backward.register_fake
+def _(
+    grad: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    sums: Tensor,
+    inverse: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, sums, initial_state))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, beta, g, initial_state, cu_seqlens, ctx.scale, _writes, _metric = inputs
+    _out, residual, _state, score, sums, inverse = output
+    ctx.save_for_backward(q, k, v, beta, initial_state, cu_seqlens, sums, inverse, g)
+    ctx.set_materialize_grads(False)
+    empty = () if residual.numel() else (residual,)
+    ctx.mark_non_differentiable(score, sums, inverse, *empty)
+
+
+def _autograd_backward(
+    ctx: Any, grad: Tensor | None, grad_residual: Tensor | None, grad_state: Tensor | None, *_rest: Any
+) -> tuple[Tensor | None, ...]:
+    *saved, g = ctx.saved_tensors
+    *grads, dg, dh0 = chunks_backward(grad, grad_residual, grad_state, *saved, ctx.scale)
+    return *grads, dg.masked_fill(g < LEAST_G, 0), dh0, None, None, None, None
+
+
+chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("hamblocks::gated_delta_rule_fla_recurrent", mutates_args=())
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, residual and final state, all in float32; no gradient."""
+    if v.numel() == 0:
+        return v.to(g.dtype, copy=True), v.to(g.dtype, copy=True), initial_state.clone()
+    from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd
+
+    def twice(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([first, second], 2).flatten(1, 2)
+
+    q, k, v = (x.to(g.dtype) for x in (q, k, v))
+    with torch.autocast(device_type=q.device.type, enabled=False):
+        rows, state = fused_recurrent_gated_delta_rule_fwd(
+            q=twice(k, scale * q),
+            k=twice(k, k),
+            v=twice(v, v),
+            beta=twice(torch.zeros_like(beta), beta),
+            g=twice(g, torch.zeros_like(g)),
+            scale=1.0,
+            initial_state=initial_state.contiguous(),
+            output_final_state=True,
+            cu_seqlens=None if cu_seqlens is None else 2 * cu_seqlens.long(),
+        )
+    return rows[:, 1::2].contiguous(), v - rows[:, 0::2], state
+
+
+@recurrent.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return g.new_empty(v.shape), g.new_empty(v.shape), initial_state.new_empty(initial_state.shape)

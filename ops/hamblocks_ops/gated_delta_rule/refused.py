@@ -1,0 +1,101 @@
+"""Which calls fla's kernels cannot run, and why; fla is not imported for the answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+import torch
+
+from hamblocks_ops.dispatch import installed, interpreting, without_triton
+from hamblocks_ops.surprise import MOST_COLUMNS
+
+if TYPE_CHECKING:
+    from hamblocks_ops.gated_delta_rule import DeltaRuleCall
+
+SUPPORTED = "0.6.0"
+"""The release whose inner functions `fla` composes: they are not public, and move between releases."""
+
+FEW = 16
+"""Up to so many tokens, or one for each packed sequence, the recurrent kernel takes less time than chunks do."""
+
+MOST_KEY_DIM = 256
+
+
+def learns(call: DeltaRuleCall) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for x in (call.q, call.k, call.v, call.beta, call.g, call.initial_state)
+    )
+
+
+def recurs(call: DeltaRuleCall) -> bool:
+    """Whether the tokens go one by one, in float32."""
+    return call.v.shape[1] <= max(FEW, call.initial_state.shape[0]) and not learns(call)
+
+
+def refused(call: DeltaRuleCall) -> str | None:
+    """Why fla cannot run this call, or None when it can."""
+    reason = not_supported() or _by_dtype(call)
+    return reason or _by_size(call) or without_triton(call.q) or (wrong_on_hopper() if learns(call) else None)
+
+
+def _by_dtype(call: DeltaRuleCall) -> str | None:
+    if call.v.dtype == torch.float64:
+        return "it computes in float32 at the most"
+    if call.v.dtype == torch.float32 and not recurs(call):
+        return (
+            "flash-linear-attention computes products of float32 in TF32 and decays as differences of sums: not "
+            "float32's precision"
+        )
+    if call.v.dtype == torch.float16 and not recurs(call) and (call.output_residual or call.metric is not None):
+        return "it keeps beta * residual in float16, which cannot hold it for a small beta"
+    return None
+
+
+def _by_size(call: DeltaRuleCall) -> str | None:
+    key_dim, value_dim = call.k.shape[3], call.v.shape[3]
+    if not 1 <= key_dim <= MOST_KEY_DIM:
+        return f"its kernels hold keys of 1 to {MOST_KEY_DIM} entries, not {key_dim}"
+    if not interpreting() and (key_dim % 2 or value_dim % 2):
+        return f"Triton miscompiles its kernels for an odd size of keys or values: {key_dim}, {value_dim}"
+    if call.metric is not None and value_dim > MOST_COLUMNS:
+        return f"a tile holds rows of up to {MOST_COLUMNS} entries, not {value_dim}"
+    return None
+
+
+def not_supported() -> str | None:
+    """Why the fla that is installed, if any, cannot be used."""
+    if not installed("fla"):
+        return "flash-linear-attention is not installed (pip install hamblocks[gpu])"
+    found = _release()
+    if found != SUPPORTED:
+        return f"flash-linear-attention {found} is installed, {SUPPORTED} is supported (pip install hamblocks[gpu])"
+    return None
+
+
+def _release() -> str:
+    for package in ("fla-core", "flash-linear-attention"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of an unknown release"
+
+
+def wrong_on_hopper() -> str | None:
+    """Why fla's backward pass cannot run on this GPU with this Triton, in fla's words."""
+    if interpreting() or installed("tilelang") or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    parts = importlib.metadata.version("triton").split("+")[0].split(".")
+    if not (3, 4, 0) <= tuple(int(part) for part in parts[:3] if part.isdigit()) < (3, 7, 1):
+        return None
+    return (
+        "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg (see #640 of "
+        "flash-linear-attention). Please upgrade Triton to >= 3.7.1 or install tilelang: `pip install tilelang`"
+    )
+
+
+# see the same in dispatch
+for _constant in (not_supported, wrong_on_hopper):
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
