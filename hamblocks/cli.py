@@ -140,6 +140,9 @@ def check(
     seed: Annotated[int | None, typer.Option(help="Draw other cases, the same ones for the same seed.")] = None,
     like: Like = None,
     impl: Impl = None,
+    device: Annotated[
+        str, typer.Option(help="Where implementations of ops run, say cuda; their reference stays on the CPU.")
+    ] = "cpu",
     dims: Sizes = None,
     dtypes: Dtypes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -154,6 +157,7 @@ def check(
         if kind is None or target is None:
             raise ValueError("kind, target: expected both, or --against FILE, got neither or one")
         options = _options(dims, dtypes)
+        testing.ops.choose_device(device)
         name = testing.profiles.current(profile).name
         documents, failed = [], 0
         for part, called in testing.target.parts_of(kind, target, like, impl):

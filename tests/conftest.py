@@ -25,11 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Checks of Triton kernels take seconds each in its interpreter."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Checks of Triton kernels take seconds each in its interpreter; those on a GPU need one."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
-        if getattr(getattr(check, "part", None), "impl", None) in ("triton", "fla"):
+        if getattr(getattr(check, "part", None), "impl", None) in ("triton", "fla", "flex"):
             item.add_marker(pytest.mark.slow)
 
 

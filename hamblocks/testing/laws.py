@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -290,7 +291,9 @@ def compiled(part: Any) -> Iterator[Any]:
     """The part traced without a break, and run by torch's own decompositions: what a backend compiles, not its code."""
     torch.compiler.reset()
     try:
-        yield torch.compile(part, fullgraph=True, backend="aot_eager_decomp_partition")
+        with warnings.catch_warnings():  # tracing looks at the grad of inputs that are no leaves
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
+            yield torch.compile(part, fullgraph=True, backend="aot_eager_decomp_partition")
     finally:
         torch.compiler.reset()
 

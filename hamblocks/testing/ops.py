@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hamblocks_ops as ops
-from hamblocks.testing.budget import Problem
+from hamblocks.testing.budget import Problem, assert_bits
 from hamblocks.testing.inputs.attention import AttentionInputs, EvictAt, attention_inputs, evict_at
 from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs, delta_rule_inputs
 from hamblocks.testing.inputs.draw import placing
@@ -24,6 +25,21 @@ from hamblocks_ops.select import reference as lifetimes
 from hamblocks_ops.surprise import METRICS
 
 INF = float("inf")
+chosen_device: ContextVar[str] = ContextVar("hamblocks_device", default="cpu")
+"""What pytest was told by --hamblocks-device."""
+
+
+def choose_device(name: str) -> None:
+    """Has implementations that name no device run on this one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise wrong("device", f"one that is here ({str(error).splitlines()[0]})", repr(name)) from error
+    chosen_device.set(name)
 
 
 @dataclass(frozen=True)
@@ -74,14 +90,18 @@ class OpImplementation:
         like: the op of `hamblocks.ops` whose signature and mathematics it has.
         run: a callable with the op's signature, without `impl`; None: the op itself.
         impl: the implementation to be named, where `run` is None; "auto" is what the op would take.
+        device: where it runs; empty: what pytest was told by --hamblocks-device, else the CPU. Inputs are moved there
+            and results back, so that they are compared with the reference on the CPU.
     """
 
     like: Callable[..., Any]
     run: Callable[..., Any] | None = None
     impl: str = "auto"
+    device: str = ""
 
     def __post_init__(self) -> None:
         """Checks that the op is one of ours and has such an implementation."""
+        object.__setattr__(self, "device", self.device or chosen_device.get())
         if self.like not in OPS:
             raise wrong("like", "one of " + ", ".join(one.__name__ for one in OPS), repr(self.like))
         names = ops.implementations(self.like)
@@ -96,7 +116,26 @@ class OpImplementation:
         return OPS[self.like]
 
     def __call__(self, **call: Any) -> Any:
-        """Runs it."""
+        """Runs it on its device; results are on the CPU.
+
+        Raises:
+            AssertionError: it changed what it was given; elsewhere than on the CPU, where others check that.
+        """
+        if self.device == "cpu":
+            return self._run(**call)
+        there = self.moved(call)
+        result = self._run(**there)
+        given = {name: x.detach() for name, x in call.items() if isinstance(x, Tensor)}
+        assert_bits({name: there[name].detach().cpu() for name in given}, given)
+        if isinstance(result, Tensor):
+            return result.cpu()
+        return type(result)(*(None if x is None else x.cpu() for x in result))
+
+    def moved(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, tensors on its device as they lie in memory."""
+        return {name: _to(x, self.device) if isinstance(x, Tensor) else x for name, x in call.items()}
+
+    def _run(self, **call: Any) -> Any:
         through = self.op.call
         if through is not None:
             return through(self.run, impl=self.impl, **call)
@@ -125,10 +164,18 @@ class OpImplementation:
         return problem
 
     def __repr__(self) -> str:
+        name = f"impl={self.impl!r}"
         if self.run is not None:
             name = getattr(self.run, "__qualname__", type(self.run).__name__)
-            return f"OpImplementation({self.like.__name__}, {name})"
-        return f"OpImplementation({self.like.__name__}, impl={self.impl!r})"
+        device = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"OpImplementation({self.like.__name__}, {name}{device})"
+
+
+def _to(x: Tensor, device: str) -> Tensor:
+    result = x.to(device)
+    if result is x or result.stride() == x.stride() or 0 in x.stride():
+        return result
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def _through_chunks(*, metric: str | None = None, output_residual: bool = True, **call: Any) -> ops.DeltaRuleOutput:

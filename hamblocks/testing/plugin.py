@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hamblocks.testing import profiles
-from hamblocks.testing.ops import OPS, OpImplementation
+from hamblocks.testing.ops import OPS, OpImplementation, choose_device
 from hamblocks.testing.parametrize import BoundCheck
 from hamblocks.testing.profiles import PROFILES
 from hamblocks_ops import implementations
@@ -29,7 +29,7 @@ for _profile in PROFILES.values():  # at import, before hypothesis looks for the
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The three options."""
+    """The options."""
     group = parser.getgroup("hamblocks", "checks of hamblocks.testing")
     group.addoption(
         "--hamblocks-profile",
@@ -46,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run checks of ops, and tests that take the fixture hamblocks_impl, over these implementations alone; "
         "may be given several times",
     )
+    group.addoption(
+        "--hamblocks-device",
+        default="cpu",
+        metavar="DEVICE",
+        help="run what checks of ops are about on this device, say cuda; inputs and references stay on the CPU",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--hamblocks-impl: expected [OP=] one of {', '.join(sorted(known))}, got {given}")
     name = config.getoption("--hamblocks-profile")
     profiles.chosen.set(name)
+    try:
+        choose_device(config.getoption("--hamblocks-device"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--hamblocks-{error}") from error
     chosen_seed.set(config.getoption("--hamblocks-seed"))
     if name is not None:
         hypothesis.settings.load_profile(f"hamblocks-{name}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hamblocks_ops as ops
 from hamblocks.testing.budget import assert_bits, assert_close_to_reference, assert_same
-from hamblocks.testing.check import Check, Options
+from hamblocks.testing.check import Check, NotApplicableError, Options
 from hamblocks.testing.inputs.attention import AttentionInputs
 from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs
 from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
@@ -250,7 +250,7 @@ def _ignores_autocast(part: OpImplementation, case: Any, _options: Options) -> N
     """Autocast does not reach inside: states and scores stay float32."""
     problem = part.problem(case)
     expected = problem.run("it")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(part.device).type, dtype=torch.bfloat16):
         results = problem.run("it")
     with told("autocast changed the result"):
         assert_bits(results, expected)
@@ -279,7 +279,7 @@ def _refused(part: OpImplementation, case: Any) -> str | None:
     """Why a named implementation cannot run here, with gradients, for most checks ask for them."""
     if part.run is None and part.impl != "auto" and ops.implementations(part.like) and part.op.call is None:
         tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()}
-        answer: str = ops.explain(part.like, **tensors, **part.op.options(case)).get(part.impl, "yes")
+        answer: str = ops.explain(part.like, **part.moved(tensors), **part.op.options(case)).get(part.impl, "yes")
         return None if answer.startswith("yes") else answer
     return None
 
@@ -295,6 +295,15 @@ def _dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
         if None not in answers:
             found[dtype] = str(answers[0])
     return found
+
+
+@functools.cache
+def _never(part: OpImplementation) -> str | None:
+    """Why it runs none of the cases by hand, say without a GPU; None where it runs one."""
+    if _runs(part):
+        return None
+    answers = [_refused(part, case) for case in part.op.edges]
+    return None if None in answers else str(answers[0])
 
 
 def _runs(part: OpImplementation) -> list[torch.dtype]:
@@ -332,10 +341,23 @@ class OpCheck(Check):
             self.name, self.kind, self.body, cases if self.drawn else None, edges, self.applies, self.share, self.slow
         )
 
+    def why_not(self, part: Any, options: Options | None = None) -> str | None:
+        """As of every check, and why an implementation runs nothing here."""
+        reason = super().why_not(part, options)
+        if reason is not None or not isinstance(part, OpImplementation):
+            return reason
+        try:
+            return _never(part)
+        except Exception:  # then the check shows it
+            return None
+
     def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
         """Runs the check."""
         if not isinstance(part, OpImplementation):
             raise wrong("part", "an OpImplementation(like, run)", repr(part))
+        never = _never(part)
+        if never is not None:
+            raise NotApplicableError(self.name, repr(part), never)
         self.of(part)(part, case, **more)
 
 
