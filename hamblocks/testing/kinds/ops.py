@@ -277,9 +277,12 @@ def _not_traced(part: OpImplementation, _options: Options) -> str | None:
 
 def _refused(part: OpImplementation, case: Any) -> str | None:
     """Why a named implementation cannot run here, with gradients, for most checks ask for them."""
-    if part.run is None and part.impl != "auto" and ops.implementations(part.like) and part.op.call is None:
+    if part.run is None and part.impl != "auto" and ops.implementations(part.like):
+        asked = functools.partial(ops.explain, part.like)
+        if part.op.call is not None:
+            asked = functools.partial(part.op.call, asked, impl=part.impl)
         tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()}
-        answer: str = ops.explain(part.like, **part.moved(tensors), **part.op.options(case)).get(part.impl, "yes")
+        answer: str = asked(**part.moved(tensors), **part.op.options(case)).get(part.impl, "yes")
         return None if answer.startswith("yes") else answer
     return None
 

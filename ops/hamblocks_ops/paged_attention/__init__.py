@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_floating, check_integer, check_range, check_tensor, values_are_checked, wrong
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, pick
+from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention.layout import (
     PagedCall,
@@ -54,7 +54,8 @@ def paged_attention(
         query_position: int `[N, T]`, within the sequence; -1 is padding, which sees nothing.
         scale: factor of the logits; None: D ** -0.5.
         shared: whether a page may be listed twice. None: looked up, which waits for the device.
-        impl: "reference" (padded rows, dense mask), "pages" (reads pages where they lie, any device), or "auto".
+        impl: "triton" (a GPU kernel over the listed pages; bfloat16, float16, float32, head sizes up to 256),
+            "pages" (reads pages where they lie, any device), "reference" (padded rows, dense mask), or "auto".
 
     Raises:
         ValueError: a bad argument, or one that requires grad where grad is enabled; the message names it, what was
@@ -148,7 +149,22 @@ def _run_pages(call: PagedCall) -> tuple[Tensor, Tensor]:
     return pages(call)
 
 
+def _refused_by_triton(call: PagedCall) -> str | None:
+    if call.q.dtype == torch.float64:
+        return "it computes in float32 at the most"
+    if call.q.shape[3] > 256:
+        return f"a tile holds head sizes up to 256, not {call.q.shape[3]}"
+    return without_triton(call.q)
+
+
+def _run_triton(call: PagedCall) -> tuple[Tensor, Tensor]:
+    from hamblocks_ops.paged_attention.triton import triton_attention
+
+    return triton_attention(call)
+
+
 TABLE = (
+    Implementation("triton", _refused_by_triton, lambda: _run_triton, interpreted),
     Implementation("pages", always, lambda: _run_pages),
     Implementation("reference", always, lambda: _run_reference),
 )
