@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hamblocks_ops import explain, gated_delta_rule, paged_attention, selected_attention, surprise
+from hamblocks_ops import compact, explain, gated_delta_rule, paged_attention, selected_attention, surprise
 from hamblocks_ops.paged_attention import Pages
 
 PACKAGES = ("torch", "triton", "flash-linear-attention", "flash-attn", "transformers")
@@ -58,6 +58,7 @@ def _calls(device: str, dtype: torch.dtype, learns: bool, tokens: int) -> list[t
     calls: list[tuple[Any, tuple[Any, ...], Any]] = [
         (gated_delta_rule, (x, x, x), {"beta": beta, "metric": "cosine", "output_residual": False}),
         (surprise, (x, x), {}),
+        (compact, (evict_at,), {"capacity": tokens}),
         (selected_attention, (x, x, x, evict_at), {}),
     ]
     if not learns:

@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+INTERPRETED = ("triton", "fla")
+
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
-        if getattr(getattr(check, "part", None), "impl", None) in ("triton", "fla", "flex"):
+        if getattr(getattr(check, "part", None), "impl", None) in (*INTERPRETED, "flex"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -29,4 +29,4 @@ def test_the_table_tells_what_is_taken_and_why_not_the_others():
     assert run.exit_code == 0, run.output
     lines = run.stdout.splitlines()
     assert any("selected_attention" in line and "triton" in line for line in lines)
-    assert sum("yes, taken" in line for line in lines) == 3 + 3 + 4  # ops, paged attention when decoding
+    assert sum("yes, taken" in line for line in lines) == 4 + 4 + 5  # ops, paged attention when decoding

@@ -180,9 +180,10 @@ def _to(x: Tensor, device: str) -> Tensor:
 
 def _through_chunks(*, metric: str | None = None, output_residual: bool = True, **call: Any) -> ops.DeltaRuleOutput:
     """The delta rule in chunks whose residual is read off beta * residual in the dtype of v, as fla keeps it."""
-    result = ops.gated_delta_rule(**call, impl="chunked")
+    beta, v = torch.where(call["beta"] == 0, call["beta"] + 2.0**-64, call["beta"]), call["v"].detach()
+    result = ops.gated_delta_rule(**call | {"beta": beta}, impl="chunked")
     if metric is not None and result.residual is not None:
-        beta, v = call["beta"].detach()[..., None].clamp(min=2.0**-64), call["v"].detach()
+        beta = beta.detach()[..., None]
         kept = (beta * result.residual.detach()).to(v.dtype)
         result = result._replace(score=ops.surprise(kept.float() / beta, v.float(), metric=metric))
     return result if output_residual else result._replace(residual=None)

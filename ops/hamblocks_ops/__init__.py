@@ -4,18 +4,12 @@ Each op checks its arguments, picks an implementation and can `explain` the choi
 """
 
 from hamblocks_ops.arguments import value_checks
+from hamblocks_ops.compact import Compacted, compact
 from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain, implementations
 from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention import PagedRows, Pages, paged_attention, unpage
-from hamblocks_ops.select import (
-    Compacted,
-    compact,
-    select_first,
-    select_threshold,
-    select_topk,
-    select_window,
-)
+from hamblocks_ops.select import select_first, select_threshold, select_topk, select_window
 from hamblocks_ops.selected_attention import AttentionOutput, selected_attention
 from hamblocks_ops.surprise import surprise
 

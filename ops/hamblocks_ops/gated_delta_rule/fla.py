@@ -67,7 +67,9 @@ def chunks(
     from fla.ops.utils.constant import RCP_LN2
 
     _, at = _packed(cu_seqlens)
-    q, k, v, beta, initial_state = _contiguous(q, k, v, beta.clamp(min=LEAST_BETA), initial_state)
+    if writes or metric is not None:
+        beta = beta.clamp(min=LEAST_BETA)
+    q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
         sums = chunk_local_cumsum(g.clamp(min=LEAST_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at)
         w, u, inverse = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **at)

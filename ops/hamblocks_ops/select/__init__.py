@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,24 +16,7 @@ from hamblocks_ops.arguments import (
 from hamblocks_ops.packing import NEVER, positions, sequence_of
 from hamblocks_ops.select.topk import topk
 
-__all__ = ["NEVER", "Compacted", "compact", "select_first", "select_threshold", "select_topk", "select_window"]
-
-
-class Compacted(NamedTuple):
-    """The stored tokens of every row and head, in order, without gaps.
-
-    Attributes:
-        index: int32 `[B, H, L]`: where the token stands in the row; T behind the last one.
-        position: int32 `[B, H, L]`: its position within its sequence; NEVER behind the last one, so no query sees it.
-        evict_at: int32 `[B, H, L]`: its lifetime; 0 behind the last one.
-        lengths: int32 `[N, H]`: how many tokens of each sequence are stored. In a packed batch the sequences follow
-            each other in the one row.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody asks of a result
-    position: Tensor
-    evict_at: Tensor
-    lengths: Tensor
+__all__ = ["NEVER", "select_first", "select_threshold", "select_topk", "select_window"]
 
 
 def select_threshold(
@@ -93,7 +74,7 @@ def select_topk(score: Tensor, k: int, *, position: Tensor | None = None, cu_seq
         ValueError: a bad argument.
     """
     where, sequence = _checked(score, position, cu_seqlens)
-    _check_count("k", k)
+    check_count("k", k)
     return _result(topk(score, k, where, sequence))
 
 
@@ -115,7 +96,7 @@ def select_window(
         ValueError: a bad argument.
     """
     where, _ = _checked(score, position, cu_seqlens)
-    _check_count("width", width)
+    check_count("width", width)
     return _result(torch.where(where < 0, where, (where + width).clamp(max=NEVER)))
 
 
@@ -135,66 +116,17 @@ def select_first(score: Tensor, n: int, *, position: Tensor | None = None, cu_se
         ValueError: a bad argument.
     """
     where, _ = _checked(score, position, cu_seqlens)
-    _check_count("n", n)
+    check_count("n", n)
     return _result(torch.where((where >= 0) & (where < n), NEVER, where))
-
-
-def compact(
-    evict_at: Tensor,
-    *,
-    position: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    capacity: int | None = None,
-) -> Compacted:
-    """Lists the tokens that are ever stored (evict_at > position), in order, for every row and head.
-
-    Args:
-        evict_at: int32 `[B, T, H]`.
-        position: as in `select_threshold`.
-        cu_seqlens: int32 `[N+1]`, borders of packed sequences.
-        capacity: length L of the lists; None: the longest list, which is read from the device.
-
-    Returns:
-        Compacted lists of length L.
-
-    Raises:
-        ValueError: a bad argument, or (where values are checked) more tokens stored than `capacity`.
-    """
-    check_tensor("evict_at", evict_at, "[B, T, H]", [None] * 3)
-    check_integer("evict_at", evict_at)
-    where, sequence = _placed(evict_at, position, cu_seqlens)
-    batch, tokens, heads = evict_at.shape
-    stored = evict_at > where
-    if sequence is None or cu_seqlens is None:
-        lengths = stored.sum(1)
-    else:
-        lengths = torch.zeros(cu_seqlens.shape[0] - 1, heads, dtype=torch.int64, device=evict_at.device)
-        lengths = lengths.index_add(0, sequence, stored[0].long())
-    counts = stored.sum(1)
-    if capacity is None:
-        capacity = int(counts.max()) if counts.numel() else 0
-    else:
-        _check_count("capacity", capacity)
-        if values_are_checked(counts) and int(counts.max()) > capacity:
-            raise wrong("capacity", f"at least the {int(counts.max())} tokens that are stored", str(capacity))
-    slot = torch.where(stored, stored.cumsum(1) - 1, capacity).clamp(max=capacity)
-
-    def place(values: Tensor, fill: int) -> Tensor:
-        lists = torch.full((batch, capacity + 1, heads), fill, dtype=torch.int32, device=evict_at.device)
-        lists.scatter_(1, slot, values.to(torch.int32).expand_as(slot))
-        return lists[:, :capacity].transpose(1, 2)
-
-    index = torch.arange(tokens, device=evict_at.device)[None, :, None]
-    return Compacted(place(index, tokens), place(where, NEVER), place(evict_at, 0), lengths.to(torch.int32))
 
 
 def _checked(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
     check_tensor("score", score, "[B, T, H]", [None] * 3)
     check_floating("score", score)
-    return _placed(score, position, cu_seqlens)
+    return placed(score, position, cu_seqlens)
 
 
-def _placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Positions as int64 [B, T, H], and in a packed batch the sequence of every token."""
     batch, length, heads = tokens.shape
     sequence = None
@@ -213,7 +145,7 @@ def _placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) 
     return position.long().expand(batch, length, heads), sequence
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise wrong(name, "an integer >= 0", value)
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hamblocks_ops.compact import compact
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.precision import wide
-from hamblocks_ops.select import compact
 from hamblocks_ops.selected_attention.sdpa import attend as _attend
 from hamblocks_ops.selected_attention.sdpa import attend_backward as _attend_backward
 
