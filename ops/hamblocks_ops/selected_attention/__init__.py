@@ -81,8 +81,10 @@ def selected_attention(
         query_position: int `[B, Tq]`, within the sequence; None: counted from 0.
         key_position: int `[B, Tk]` or `[B, Tk, Hkv]`; None: counted from 0. With both, the keys are a cache.
         key_lengths: int `[B]` or `[B, Hkv]`: keys from there on are padding. None: all are there.
-        impl: "reference" (dense mask), "gather" (SDPA over the stored keys, any device), "triton" (a GPU kernel over
-            the stored keys; bfloat16, float16, float32, head sizes up to 256), or "auto".
+        impl: "triton" (a GPU kernel over the stored keys; bfloat16, float16, float32, head sizes up to 256), "gather"
+            (SDPA over the stored keys, any device), "reference" (dense mask), or "auto", which takes one of these.
+            "flash": FlashAttention for ragged lengths on a GPU, where it is exact: decoding, inference, and queries
+            that are the stored tokens. "flex": FlexAttention over all keys, the baseline.
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.
@@ -226,6 +228,73 @@ def _run_gather(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return result
 
 
+def _learns(call: AttentionCall) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.logit_bias)
+    )
+
+
+def _refused_by_flex(call: AttentionCall) -> str | None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9):
+        return f"it needs the FlexAttention of torch 2.9 or newer, this is {torch.__version__}"
+    if call.q.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU" if _learns(call) else None
+    if call.q.dtype == torch.float64:
+        return "it computes in float32 at the most"
+    return f"FlexAttention takes head sizes from 16 on, not {call.q.shape[3]}" if call.q.shape[3] < 16 else None
+
+
+def _baseline(_call: AttentionCall) -> str:
+    return "it is the baseline, for it visits what is not stored"
+
+
+def _run_flex(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    from hamblocks_ops.selected_attention.flex import flex
+
+    tensors = {name: getattr(call, name) for name in call._fields}
+    if not torch.is_grad_enabled():  # FlexAttention asks the tensors alone
+        tensors = {name: x.detach() if isinstance(x, Tensor) else x for name, x in tensors.items()}
+    return flex(**tensors)
+
+
+def _refused_by_flash(call: AttentionCall) -> str | None:
+    from hamblocks_ops.selected_attention import flash
+    from hamblocks_ops.selected_attention.lists import times
+
+    reason = flash.without_flash(call.q)
+    if reason is None and call.logit_bias is not None:
+        reason = "FlashAttention takes no bias"
+    if reason is None and torch.compiler.is_compiling():
+        reason = "it reads on the host which keys are stored, and cannot be traced"
+    if reason is None and _learns(call):
+        time = times(call.query_position, call.key_position, call.evict_at, call.cu_seqlens)
+        if call.cu_seqlens is not None or not flash.staircase(time):
+            reason = (
+                "it has a gradient only where the queries are the last of the stored tokens, and in no packed batch"
+            )
+    return reason
+
+
+def _waits(_call: AttentionCall) -> str:
+    return "it waits for the device to tell which keys are stored"
+
+
+def _run_flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    from hamblocks_ops.selected_attention.flash import flash
+
+    return flash(
+        call.q,
+        call.k,
+        call.v,
+        call.evict_at,
+        scale=call.scale,
+        query_position=call.query_position,
+        key_position=call.key_position,
+        cu_seqlens=call.cu_seqlens,
+    )
+
+
 def _refused_by_triton(call: AttentionCall) -> str | None:
     if call.q.dtype == torch.float64:
         return "it computes in float32 at the most"
@@ -237,9 +306,6 @@ def _refused_by_triton(call: AttentionCall) -> str | None:
 def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
     from hamblocks_ops.selected_attention.triton import attend
 
-    learns = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.logit_bias)
-    )
     out, lse, _ = attend(
         call.q,
         call.k,
@@ -250,7 +316,7 @@ def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
         call.key_position,
         call.cu_seqlens,
         call.scale,
-        learns,
+        _learns(call),
     )
     return out, lse
 
@@ -258,5 +324,7 @@ def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
 TABLE = (
     Implementation("triton", _refused_by_triton, lambda: _run_triton, interpreted),
     Implementation("gather", always, lambda: _run_gather),
+    Implementation("flash", _refused_by_flash, lambda: _run_flash, _waits),
+    Implementation("flex", _refused_by_flex, lambda: _run_flex, _baseline),
     Implementation("reference", always, lambda: _run_reference),
 )
