@@ -88,3 +88,16 @@ def test_auto_takes_the_kernels_made_for_it() -> None:
     assert explain(surprise, x, x).chosen == "triton"
     answers = explain(gated_delta_rule, x, x, x, beta=beta)
     assert answers["fla"] == "yes" or "Hopper" in answers["fla"], answers
+
+
+@pytest.mark.parametrize("case", [one for one in LARGE[selected_attention] if one.bias == "none"], ids=repr)
+def test_flash_attention_in_inference(case: AttentionInputs) -> None:
+    """It is refused with a gradient, which the checks ask for."""
+    case = replace(case, dtype=torch.bfloat16)
+    part = OpImplementation(selected_attention, impl="flash", device="cuda")
+    problem = part.problem(case)
+    got, own = (problem.run(impl, backward=False) for impl in ("it", "reference"))
+    for name, exact in problem.run("reference", dtype=torch.float64, backward=False).items():
+        error, allowed = (float((x[name].double() - exact).nan_to_num().norm()) for x in (got, own))
+        size = float(exact[exact.isfinite()].norm())
+        assert error <= 4 * allowed + torch.finfo(got[name].dtype).eps * size, f"{name}: {error / size:.2e}"

@@ -24,7 +24,7 @@ LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 def small_tiles() -> Any:
     triton = import_module("hamblocks_ops.selected_attention.triton")
     tiles = triton.Config(16, 8, 4, 1), triton.Config(8, 16, 4, 1), triton.Config(16, 8, 4, 1)
-    return patch.object(triton, "configs", lambda *_: tiles)
+    return patch.object(triton, "configs", lambda *_args, **_more: tiles)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Shared memory that one block may have, bytes (CUDA C++ Programming Guide, compute capabilities)."""
 TENSOR_CORES = {"sm_80": {"mma.sync"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05.mma", "mma.sync"}}
+DECODING = {"mma.sync"}
+"""A tile of 16 queries is too small for what later chips have."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| kernel | head size | chip | tile | warps | registers | spilled bytes | shared bytes | products |"]
     lines.append("|---|--:|---|---|--:|--:|--:|--:|---|")
     for row in rows:
-        tile = " x ".join(str(size) for size in row["tile"] if size)
-        cells = row["kernel"], row["head"], row["chip"], tile, row["warps"], row["registers"], row["spilled"]
+        tile = " x ".join(map(str, row["tile"]))
+        cells = row["kernel"], row["head"] or "any", row["chip"], tile, row["warps"], row["registers"], row["spilled"]
         lines.append("| " + " | ".join(map(str, (*cells, row["shared"], row["tensor_cores"] or "none"))) + " |")
     return "\n".join(lines)
 
@@ -45,7 +47,8 @@ def test_what_kernels_take(built: list[dict[str, Any]]) -> None:
         assert row["shared"] <= SHARED[row["chip"]], told
         assert row["spilled"] <= (0 if row["head"] <= 128 else 256), told
         if row["multiplies"]:
-            assert row["tensor_cores"] in TENSOR_CORES[row["chip"]], told
+            decoding = row["kernel"].endswith("of pages")
+            assert row["tensor_cores"] in (DECODING if decoding else TENSOR_CORES[row["chip"]]), told
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def lists(evict_at: Tensor, position: Tensor, capacity: int) -> tuple[Tensor, Te
     blocks = triton.cdiv(tokens, TOKENS)
     counts = evict_at.new_empty(batch, blocks, heads, dtype=torch.int32)
     width = min(16, int(triton.next_power_of_2(heads)))
-    sizes = {"TOKENS": TOKENS, "HEADS": width}
+    sizes = {"TOKENS": TOKENS, "HEADS": width, "num_warps": 8}
     given = *evict_at.stride(), *position.stride(), tokens, heads
     if blocks:
         count_kernel[(blocks, batch, triton.cdiv(heads, width))](evict_at, position, counts, *given, **sizes)

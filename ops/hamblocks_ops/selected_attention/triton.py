@@ -48,21 +48,34 @@ TEN = {
 }
 """Launches of forward, gradient of q, gradients of k and v, by padded head size: what the compiler makes of them spills
 nothing up to 128 and next to nothing at 256 (docs: Kernels). No GPU has timed them yet."""
+LOADED = {
+    (8, 64): {2: Config(64, 32, 8, 2)},
+    (8, 128): {2: Config(64, 64, 8, 1)},
+    (10, 64): {0: Config(128, 32, 8, 3), 2: Config(64, 64, 8, 1)},
+    (10, 128): {2: Config(64, 64, 8, 1)},
+}
+"""Launches, by chip and padded head size, that a bias or grouped queries would make spill: what takes their place."""
 EXACT = (Config(32, 32, 4, 1),) * 3
 """Of float32, whose products are no tensor core's."""
 
 
-def configs(width: int, dtype: torch.dtype, major: int) -> tuple[Config, Config, Config]:
-    """Launches of the three kernels for a padded head size, the dtype of q and a major compute capability."""
+def configs(width: int, dtype: torch.dtype, major: int, *, loaded: bool = False) -> tuple[Config, Config, Config]:
+    """Launches of the three kernels for a padded head size, the dtype of q and a major compute capability.
+
+    `loaded`: with a bias or grouped queries.
+    """
     if dtype == torch.float32:
         return EXACT
-    table = TEN if major >= 10 else NINE if major == 9 else EIGHT
-    return table[max(width, 64)]
+    chip, width = 10 if major >= 10 else 9 if major == 9 else 8, max(width, 64)
+    table = {8: EIGHT, 9: NINE, 10: TEN}[chip][width]
+    instead = LOADED.get((chip, width), {}) if loaded else {}
+    first, second, third = (instead.get(place, one) for place, one in enumerate(table))
+    return first, second, third
 
 
-def _configs(q: Tensor) -> tuple[Config, Config, Config]:
+def _configs(q: Tensor, k: Tensor, logit_bias: Tensor | None) -> tuple[Config, Config, Config]:
     major = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
-    return configs(_width(q.shape[3]), q.dtype, major)
+    return configs(_width(q.shape[3]), q.dtype, major, loaded=logit_bias is not None or q.shape[2] != k.shape[2])
 
 
 @triton.jit
@@ -365,7 +378,7 @@ def attend(
     out, lse, exact = _empty(q, keep)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf")), exact.zero_()
-    config = _configs(q)[0]
+    config = _configs(q, k, logit_bias)[0]
     time = lists.times(query_position, key_position, evict_at, cu_seqlens)
     keys = _Keys(k, v, logit_bias, time, config.keys)
     low, high = lists.query_blocks(time.asked, config.queries)
@@ -410,7 +423,7 @@ def attend_backward(
         x.zero_()
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk, dv, dbias
-    _, of_queries, of_keys = _configs(q)
+    _, of_queries, of_keys = _configs(q, k, logit_bias)
     time = lists.times(query_position, key_position, evict_at, cu_seqlens)
     keys = _Keys(k, v, logit_bias, time, of_queries.keys)
     q, grad, asked = _rows(q), grad.contiguous(), time.asked.contiguous()

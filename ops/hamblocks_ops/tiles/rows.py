@@ -37,20 +37,22 @@ def surprise_of(
     residual, v, prediction, METRIC: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr
 ):
     """Scores [R] of rows [R, C]; prediction is v - residual."""
+    # one chain of branches: Triton compiles what stands behind a branch that returns
     if METRIC == "cosine":
         p, _, _, no_p = scaled(prediction, TINY)
         value, _, _, no_value = scaled(v, TINY)
         cosine = tl.where(no_p | no_value, 0.0, tl.sum(p * value, 1))
         return tl.maximum(1 - cosine, 0.0)
-    if METRIC == "relative_l2":
+    elif METRIC == "relative_l2":
         _, norm, peak, none = scaled(residual, TINY)
         _, v_norm, v_peak, no_value = scaled(v, TINY)
         lead = peak / v_peak
         over = lead == float("inf")
         ratio = tl.where(none, 0.0, tl.where(over, 0.0, lead) * (norm / v_norm))
         return tl.where(no_value, 1.0, tl.where(over, MOST, tl.minimum(ratio, MOST)))
-    part = residual * (DIM**-0.5)
-    return tl.minimum(tl.sum(part * part, 1), MOST)
+    else:
+        part = residual * (DIM**-0.5)
+        return tl.minimum(tl.sum(part * part, 1), MOST)
 
 
 @triton.jit
@@ -60,20 +62,20 @@ def surprise_grad(residual, v, wanted, METRIC: tl.constexpr, DIM: tl.constexpr, 
         p, p_norm, p_peak, no_p = scaled(v - residual, TINY)
         value, v_norm, v_peak, no_value = scaled(v, TINY)
         cosine = tl.sum(p * value, 1)
-        wanted = tl.where(no_p | no_value | (cosine > 1), 0.0, wanted)[:, None]
-        of_p = wanted * (cosine[:, None] * p - value) / p_norm[:, None] / p_peak[:, None]
-        of_v = wanted * (cosine[:, None] * value - p) / v_norm[:, None] / v_peak[:, None]
+        share = tl.where(no_p | no_value | (cosine > 1), 0.0, wanted)[:, None]
+        of_p = share * (cosine[:, None] * p - value) / p_norm[:, None] / p_peak[:, None]
+        of_v = share * (cosine[:, None] * value - p) / v_norm[:, None] / v_peak[:, None]
         return -of_p, of_p + of_v
-    if METRIC == "relative_l2":
+    elif METRIC == "relative_l2":
         error, norm, peak, none = scaled(residual, TINY)
         value, v_norm, v_peak, no_value = scaled(v, TINY)
         lead = peak / v_peak
         over = lead == float("inf")
         ratio = tl.where(over, 0.0, lead) * (norm / v_norm)
-        wanted = tl.where(none | no_value | over | (ratio > MOST), 0.0, wanted)[:, None]
-        return wanted * error / v_norm[:, None] / v_peak[:, None], -wanted * ratio[:, None] * (
-            value / v_norm[:, None] / v_peak[:, None]
-        )
-    part = residual * (DIM**-0.5)
-    wanted = tl.where(tl.sum(part * part, 1) > MOST, 0.0, wanted)[:, None]
-    return wanted * 2 * part * (DIM**-0.5), tl.zeros_like(v)
+        share = tl.where(none | no_value | over | (ratio > MOST), 0.0, wanted)[:, None]
+        of_residual = share * error / v_norm[:, None] / v_peak[:, None]
+        return of_residual, -share * ratio[:, None] * (value / v_norm[:, None] / v_peak[:, None])
+    else:
+        part = residual * (DIM**-0.5)
+        share = tl.where(tl.sum(part * part, 1) > MOST, 0.0, wanted)[:, None]
+        return share * 2 * part * (DIM**-0.5), tl.zeros_like(v)
