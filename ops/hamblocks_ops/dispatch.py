@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_impl
@@ -135,6 +138,22 @@ def without_triton(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"Triton compiles for a GPU, the tensors are on {tensor.device} (TRITON_INTERPRET=1 runs it on a CPU)"
     return None
+
+
+def launches(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates what launches Triton kernels: they run on the GPU of its first tensor, whichever is the current one."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if first.device.type != "cuda":
+            return function(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return function(*args, **kwargs)
+
+    # torch.library reads the types off it, in the globals of this module if they were names
+    run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    return run
 
 
 def interpreted(_call: Any) -> str | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hamblocks_ops import (
     selected_attention,
     surprise,
 )
-from hamblocks_ops.dispatch import Implementation, always, explain_table, pick
+from hamblocks_ops.dispatch import Implementation, always, explain_table, launches, pick
 
 
 def no_odd_numbers(call: Any) -> str | None:
@@ -103,3 +104,32 @@ def test_explain_checks_arguments_and_knows_its_ops() -> None:
     for op in (select_topk, torch.add, explain):
         with pytest.raises(ValueError, match=r"^op: expected an op"):
             explain(op)
+
+
+def test_kernels_run_on_the_device_of_what_they_are_given() -> None:
+    """The current GPU is another one where a model is spread over several."""
+    entered = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append(None)
+
+    class Far(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    @launches
+    def run(x: torch.Tensor | None, y: torch.Tensor, scale: float) -> float:
+        assert entered[-1:] in ([torch.device("cuda:1")], [])
+        return scale
+
+    with patch.object(torch.cuda, "device", Device):
+        assert run(None, torch.zeros(1), 2.0) == 2.0
+        assert entered == []
+        assert run(None, y=torch.zeros(1).as_subclass(Far), scale=3.0) == 3.0
+    assert entered == [torch.device("cuda:1"), None]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamblocks_ops.dispatch import launches
 from hamblocks_ops.packing import NEVER
 
 TOKENS = 256
@@ -74,6 +75,7 @@ def write_kernel(
 
 
 @torch.library.custom_op("hamblocks::compact_triton", mutates_args=())
+@launches
 def lists(evict_at: Tensor, position: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`[B, T, H]` twice -> index, position, evict_at, int32 `[B, H, capacity]`, and how many are stored `[B, H]`."""
     batch, tokens, heads = evict_at.shape

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamblocks_ops.dispatch import launches
 from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, read
 
 LEAST_BETA = 2.0**-64
@@ -39,6 +40,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("hamblocks::gated_delta_rule_fla", mutates_args=())
+@launches
 def chunks(
     q: Tensor,
     k: Tensor,
@@ -112,6 +114,7 @@ def _empty(
 
 
 @torch.library.custom_op("hamblocks::gated_delta_rule_fla_backward", mutates_args=())
+@launches
 def chunks_backward(
     grad: Tensor | None,
     grad_residual: Tensor | None,
@@ -202,6 +205,7 @@ chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("hamblocks::gated_delta_rule_fla_recurrent", mutates_args=())
+@launches
 def recurrent(
     q: Tensor,
     k: Tensor,

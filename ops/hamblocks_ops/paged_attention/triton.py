@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamblocks_ops.dispatch import launches
 from hamblocks_ops.paged_attention.layout import PagedCall
 from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_step, visible
 
@@ -120,6 +121,7 @@ def merge_kernel(
 
 
 @torch.library.custom_op("hamblocks::paged_attention_triton", mutates_args=())
+@launches
 def attend(
     q: Tensor,
     k: Sequence[Tensor],

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamblocks_ops.dispatch import launches
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.selected_attention import lists
 from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_grad, softmax_step, visible
@@ -362,6 +363,7 @@ def _tile(config: Config) -> dict[str, int]:
 
 
 @torch.library.custom_op("hamblocks::selected_attention_triton", mutates_args=())
+@launches
 def attend(
     q: Tensor,
     k: Tensor,
@@ -403,6 +405,7 @@ def _empty(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("hamblocks::selected_attention_triton_backward", mutates_args=())
+@launches
 def attend_backward(
     grad: Tensor,
     q: Tensor,

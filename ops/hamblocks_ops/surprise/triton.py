@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamblocks_ops.dispatch import launches
 from hamblocks_ops.tiles.rows import launch, surprise_grad, surprise_of
 
 
@@ -46,6 +47,7 @@ def surprise_grad_kernel(
 
 
 @torch.library.custom_op("hamblocks::surprise_triton", mutates_args=())
+@launches
 def score(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     """`[..., V]` twice -> `[...]`, float32 (float64)."""
     result = _empty(v)
@@ -66,6 +68,7 @@ def _empty(v: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hamblocks::surprise_triton_backward", mutates_args=())
+@launches
 def score_backward(grad: Tensor, residual: Tensor, v: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Gradients of residual and v."""
     grads = residual.new_empty(residual.shape), v.new_empty(v.shape)
