@@ -358,12 +358,15 @@ def test_there_is_no_gradient(name: str) -> None:
 def test_explain_and_impl() -> None:
     q, slabs, table, asks = split(PagedInputs(queries=2))
     explanation = explain(paged_attention, q, slabs, table, query_position=asks)
-    assert list(explanation) == ["pages", "reference"]
-    assert set(explanation.values()) == {"yes"}
+    assert list(explanation) == ["triton", "pages", "reference"]
+    assert explanation["triton"] == "it computes in float32 at the most"
+    assert explanation["pages"] == explanation["reference"] == "yes"
     assert explanation.chosen == "pages"
     auto, named = (paged_attention(q, slabs, table, query_position=asks, impl=impl) for impl in ("auto", "pages"))
     assert torch.equal(auto.out, named.out)
-    with pytest.raises(ValueError, match=r"^impl: expected 'auto' or one of 'pages', 'reference'.*got 'quick'"):
+    with pytest.raises(
+        ValueError, match=r"^impl: expected 'auto' or one of 'triton', 'pages', 'reference'.*got 'quick'"
+    ):
         paged_attention(q, slabs, table, query_position=asks, impl="quick")
     with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):
         paged_attention(q, slabs, table, query_position=asks, impl=None)
