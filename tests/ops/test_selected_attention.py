@@ -63,6 +63,7 @@ def arithmetic_of_other_devices() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @parametrize_with_checks(ops=[OpImplementation(selected_attention, impl="gather")])
 @pytest.mark.parametrize("block", [3, 16])
 def test_in_small_blocks(check: Any, block: int) -> None:

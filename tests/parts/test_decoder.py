@@ -98,6 +98,7 @@ def test_loss_reaches_every_weight_that_acts():
     assert same(model(draw_tokens(0, 2, 12)), model(draw_tokens(0, 2, 12)))
 
 
+@pytest.mark.slow
 def test_traces_without_a_break():
     torch.compiler.reset()
     model, text = make(0, LAYERS[:2]), draw_tokens(0, 2, 6)

@@ -25,6 +25,7 @@ ELSEWHERE = [
 ]
 
 
+@pytest.mark.slow
 @parametrize_with_checks(ops=ELSEWHERE)
 def test_checks_of_what_runs_elsewhere(check: object) -> None:
     check()  # type: ignore[operator]
@@ -84,6 +85,7 @@ def test_a_device_that_is_not_here_is_told() -> None:
     assert "device: expected one that is here" in " ".join(run.output.split())
 
 
+@pytest.mark.slow
 def test_pytest_runs_elsewhere(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

@@ -9,6 +9,7 @@ import pytest
 from users_parts import GATES
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.slow  # each runs a pytest of its own
 
 PART = GATES + "from hamblocks.testing import parametrize_with_checks\n"
 
