@@ -19,7 +19,9 @@ def ratio(benchmark: BenchmarkFixture) -> Callable[..., float]:
     median of the ratios, printed beside, tells how much of that there was.
     """
 
-    def measure(name: str, candidate: Callable[[], object], baseline: Callable[[], object], rounds: int = 21) -> float:
+    def measure(
+        name: str, candidate: Callable[[], object], baseline: Callable[[], object], rounds: int = 21
+    ) -> float:
         slow = []
 
         def time_baseline() -> None:

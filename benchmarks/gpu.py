@@ -32,7 +32,10 @@ PARTS = {"delta": delta, "attention": attend, "layer": layer, "decode": decode}
 
 
 def measure(
-    sizes: Sizes, parts: list[str], rounds: int, save: Callable[[dict[str, Any]], object] = lambda result: None
+    sizes: Sizes,
+    parts: list[str],
+    rounds: int,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
     """All of it; `save` gets what there is after every shape, for a run that is ended early."""
     clock = Clock(sizes.device, rounds)
@@ -42,7 +45,8 @@ def measure(
         "machine": report.machine(sizes.gpu),
         "when": time.strftime("%Y-%m-%d"),
         "sizes": {
-            name: size if isinstance(size, (int, tuple)) else str(size) for name, size in sizes._asdict().items()
+            name: size if isinstance(size, (int, tuple)) else str(size)
+            for name, size in sizes._asdict().items()
         },
         "rounds": rounds,
         "ceilings": ceilings._asdict(),
@@ -66,10 +70,14 @@ def measure(
 
 def main() -> None:
     """Measures and, on a GPU, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--contexts", type=int, nargs="+", help="tokens before those that are decoded")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="tokens before those that are decoded"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
@@ -89,7 +97,10 @@ def main() -> None:
     parts = "gpu" if set(options.only) == set(PARTS) else "-".join(options.only)
     path = options.out / f"{parts}-{torch.cuda.get_device_name().replace(' ', '-').lower()}.json"
     result = measure(
-        sizes, options.only, options.rounds, lambda result: path.write_text(json.dumps(result, indent=1) + "\n")
+        sizes,
+        options.only,
+        options.rounds,
+        lambda result: path.write_text(json.dumps(result, indent=1) + "\n"),
     )
     report.show(result["rows"], result["targets"])
     print(path)

@@ -13,7 +13,7 @@ HIDDEN, HEADS, BATCH = 512, 8, 8
 
 def model(selector, layers=2):
     def layer(index):
-        return hb.HAMLayer(HIDDEN, HEADS, gate=hb.RandomRouting(index), selector=selector())
+        return hb.HAMLayer(HIDDEN, HEADS, gate=hb.RandomGate(index), selector=selector())
 
     return hb.Decoder(256, layers, layer).eval()
 
@@ -48,12 +48,18 @@ def check(layer, state):
         assert (read[0] - read[1]).norm() <= 1e-5 * read[1].norm()
 
 
-@pytest.mark.parametrize(("fraction", "context", "most"), [(0.1, 8192, 0.35), (0.25, 8192, None), (0.1, 2048, None)])
+@pytest.mark.parametrize(
+    ("fraction", "context", "most"), [(0.1, 8192, 0.35), (0.25, 8192, None), (0.1, 2048, None)]
+)
 @torch.no_grad()
 def test_decode_costs_what_is_kept(ratio, fraction, context, most):
     some, _ = decoder(lambda: hb.Threshold(1 - fraction), context)
     everything, _ = decoder(lambda: hb.Threshold(float("-inf")), context)
-    cost = ratio(f"a token behind {context}, keep fraction {fraction}, of everything stored", some, everything)
+    cost = ratio(
+        f"a token behind {context}, keep fraction {fraction}, of everything stored",
+        some,
+        everything,
+    )
     assert most is None or cost <= most
 
 
@@ -61,4 +67,7 @@ def test_decode_costs_what_is_kept(ratio, fraction, context, most):
 def test_decode_with_top_k_does_not_grow_with_the_context(ratio):
     late, _ = decoder(lambda: hb.TopK(256), 8192)
     early, _ = decoder(lambda: hb.TopK(256), 1024)
-    assert ratio("a token with TopK(256) behind 8192, of one behind 1024", late, early, rounds=41) <= 1.15
+    assert (
+        ratio("a token with TopK(256) behind 8192, of one behind 1024", late, early, rounds=41)
+        <= 1.15
+    )

@@ -23,7 +23,9 @@ def test_chunked_against_token_by_token(ratio):
     fast = gated_delta_rule(*qkv, **options, impl="chunked")
     exact = gated_delta_rule(*qkv, **options, impl="reference")
     for name in ("out", "residual", "final_state"):
-        assert (getattr(fast, name) - getattr(exact, name)).norm() <= 1e-5 * getattr(exact, name).norm()
+        assert (getattr(fast, name) - getattr(exact, name)).norm() <= 1e-5 * getattr(
+            exact, name
+        ).norm()
     cost = ratio(
         "chunked, of token by token",
         lambda: gated_delta_rule(*qkv, **options, impl="chunked"),

@@ -18,5 +18,10 @@ def test_topk_is_not_quadratic(ratio):
 
 def test_topk_does_not_depend_on_k(ratio):
     score = torch.rand(1, 16384, HEADS)
-    cost = ratio("k = 8192, of k = 8", lambda: select_topk(score, 8192), lambda: select_topk(score, 8), rounds=7)
+    cost = ratio(
+        "k = 8192, of k = 8",
+        lambda: select_topk(score, 8192),
+        lambda: select_topk(score, 8),
+        rounds=7,
+    )
     assert cost < 2

@@ -27,7 +27,9 @@ def test_forward_costs_what_is_kept(ratio, fraction):
     with torch.no_grad():
         for head in range(HEADS):  # the dense reference of all heads at once would take gigabytes
             one = [x[:, :, head : head + 1] for x in (q, k, v, evict_at)]
-            fast, exact = (selected_attention(*one, impl=impl).out for impl in ("gather", "reference"))
+            fast, exact = (
+                selected_attention(*one, impl=impl).out for impl in ("gather", "reference")
+            )
             assert (fast - exact).norm() <= 1e-6 * exact.norm()
         cost = ratio(
             f"forward, keep fraction {fraction}, of causal attention over everything",

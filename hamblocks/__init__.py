@@ -8,15 +8,15 @@ from hamblocks import ops
 from hamblocks.absent import NoAttention, NoMemory
 from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
-from hamblocks.cache import KVCache, transaction
+from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
-from hamblocks.gates import LearnedRouter, Periodic, PredictionError, RandomRouting, Shared
+from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
-from hamblocks.memory import Delta, GatedDelta, MemoryState, ShortConvolution
+from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
 from hamblocks.models import Decoder, DecoderOutput
-from hamblocks.protocols import Dims, GateOutput, Lifetimes, Selection, Trace
-from hamblocks.selectors import AllOf, AnyOf, First, Threshold, TopK, Window
+from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
 
 __version__ = "0.1.0"
@@ -26,40 +26,40 @@ __all__ = [
     "AnyOf",
     "Decoder",
     "DecoderOutput",
-    "Delta",
-    "Dims",
-    "First",
+    "DeltaMemory",
+    "DeltaMemoryState",
+    "FirstTokens",
     "FixedThreshold",
     "GateOutput",
-    "GatedDelta",
+    "GatedDeltaMemory",
     "GatedSum",
     "HAMBlock",
     "HAMLayer",
     "HAMState",
     "KVCache",
+    "LayerDims",
     "LayerOutput",
     "LayerStats",
     "LearnedRouter",
     "Lifetimes",
-    "MemoryState",
+    "MemoryTrace",
     "NoAttention",
     "NoMemory",
-    "Periodic",
+    "PeriodicGate",
     "PredictionError",
-    "RandomRouting",
+    "RandomGate",
     "SelectedAttention",
     "Selection",
-    "Shared",
+    "SharedGate",
     "ShortConvolution",
     "SoftmaxMix",
     "SwiGLU",
     "TargetFraction",
     "Threshold",
     "TopK",
-    "Trace",
     "Window",
+    "cache_transaction",
     "hook_controllers",
     "ops",
     "step_controllers",
-    "transaction",
 ]

@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hamblocks.protocols import Trace
+from hamblocks.protocols import MemoryTrace
 from hamblocks_ops import surprise
 from hamblocks_ops.precision import wide
 
@@ -16,7 +16,7 @@ from hamblocks_ops.precision import wide
 class NoMemory:
     """Remembers nothing and predicts nothing: reads zeros, and all of a value is residual. Attention alone is left.
 
-    HAMLayer(512, 8, memory=NoMemory(), gate=Periodic(1), selector=Threshold(-math.inf))
+    HAMLayer(512, 8, memory=NoMemory(), gate=PeriodicGate(1), selector=Threshold(-math.inf))
     """
 
     def __call__(
@@ -30,13 +30,20 @@ class NoMemory:
         state: tuple[()] | None = None,
         cu_seqlens: Tensor | None = None,
         metric: str | None = None,
-    ) -> tuple[Tensor, Trace, tuple[()]]:
+    ) -> tuple[Tensor, MemoryTrace, tuple[()]]:
         """See `hamblocks.protocols.Memory`; keys and values are as they came."""
         if q.shape[2] != k.shape[2]:
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         beta = torch.zeros((), dtype=wide(q), device=q.device).expand(q.shape[:3])
         score = None if metric is None else surprise(v.detach(), v.detach(), metric=metric)
-        trace = Trace(k=k, v=v, beta=beta, residual=v if metric is None else None, score=score, position=position)
+        trace = MemoryTrace(
+            k=k,
+            v=v,
+            beta=beta,
+            residual=v if metric is None else None,
+            score=score,
+            position=position,
+        )
         return torch.zeros_like(q), trace, ()
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks.cache import KVCache
-from hamblocks.protocols import Built, Dims
+from hamblocks.protocols import Built, LayerDims
 from hamblocks_ops import paged_attention, selected_attention
 from hamblocks_ops.precision import wide
 
@@ -40,7 +40,9 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 class SelectedAttention(Built):
     """Softmax attention over what the selector stored, at original positions; the cache stores rotated keys."""
 
-    def __init__(self, *, rope_theta: float | None = 10_000.0, qk_norm: bool = True, impl: str = "auto") -> None:
+    def __init__(
+        self, *, rope_theta: float | None = 10_000.0, qk_norm: bool = True, impl: str = "auto"
+    ) -> None:
         """Makes the part.
 
         Args:
@@ -51,16 +53,21 @@ class SelectedAttention(Built):
         super().__init__()
         self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
 
-    def make(self, dims: Dims) -> None:
+    def make(self, dims: LayerDims) -> None:
         """Makes the two norms.
 
         Raises:
             ValueError: rotary positions need an even head_dim.
         """
         if self.rope_theta is not None and dims.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number for rotary positions, got {dims.head_dim}")
+            raise ValueError(
+                f"head_dim: expected an even number for rotary positions, got {dims.head_dim}"
+            )
         if self.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(dims.head_dim, eps=1e-6), nn.RMSNorm(dims.head_dim, eps=1e-6)
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(dims.head_dim, eps=1e-6),
+                nn.RMSNorm(dims.head_dim, eps=1e-6),
+            )
 
     def forward(
         self,
@@ -78,15 +85,27 @@ class SelectedAttention(Built):
         dtype = q.dtype
         if self.qk_norm:
             # under autocast the weights are wider than q and k
-            q, k = (norm(x.to(norm.weight.dtype)).to(dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = (
+                norm(x.to(norm.weight.dtype)).to(dtype)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
         if self.rope_theta is not None:
             q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
         if cache is None:
-            result = selected_attention(q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl)
+            result = selected_attention(
+                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl
+            )
             return result.out, None
         cache = cache.append(k, v, position, evict_at, logit_bias)
-        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, logit_bias))
-        if q.shape[1] <= FEW and not learns and cache.in_place and self.impl in ("auto", "reference"):
+        learns = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, logit_bias)
+        )
+        if (
+            q.shape[1] <= FEW
+            and not learns
+            and cache.in_place
+            and self.impl in ("auto", "reference")
+        ):
             read = paged_attention(
                 q,
                 cache.slabs,

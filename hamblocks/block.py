@@ -32,21 +32,28 @@ class SwiGLU(nn.Module):
 class HAMBlock(nn.Module):
     """x + layer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, layer: HAMLayer, *, mlp_width: int | None = None, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self, layer: HAMLayer, *, intermediate_size: int | None = None, norm_eps: float = 1e-6
+    ) -> None:
         """Makes the block.
 
         Args:
             layer: the sequence mixer.
-            mlp_width: inner width of the MLP; None: 8/3 of the hidden size.
+            intermediate_size: inner width of the MLP; None: 8/3 of the hidden size.
             norm_eps: epsilon of both norms.
         """
         super().__init__()
         hidden = layer.dims.hidden_size
         self.layer = layer
-        self.layer_norm, self.mlp_norm = nn.RMSNorm(hidden, eps=norm_eps), nn.RMSNorm(hidden, eps=norm_eps)
-        self.mlp = SwiGLU(hidden, mlp_width or hidden * 8 // 3)
+        self.layer_norm, self.mlp_norm = (
+            nn.RMSNorm(hidden, eps=norm_eps),
+            nn.RMSNorm(hidden, eps=norm_eps),
+        )
+        self.mlp = SwiGLU(hidden, intermediate_size or hidden * 8 // 3)
 
-    def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:
+    def forward(
+        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+    ) -> LayerOutput:
         """As `HAMLayer.forward`."""
         mixed = self.layer(self.layer_norm(x), state=state, cu_seqlens=cu_seqlens)
         x = x + mixed.y

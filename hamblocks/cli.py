@@ -13,9 +13,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Building blocks for Hybrid Associative Memory.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Building blocks for Hybrid Associative Memory.",
+)
 
 
 @app.callback()
@@ -27,16 +38,20 @@ def main() -> None:
 def demo(
     text: Annotated[
         Path | None,
-        typer.Option(help="Train on this file, not on the standard library.", exists=True, dir_okay=False),
+        typer.Option(
+            help="Train on this file, not on the standard library.", exists=True, dir_okay=False
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Training steps of each model. By default those of about four minutes.", min=1),
+        typer.Option(
+            help="Training steps of each model. By default those of about four minutes.", min=1
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and random routing.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)] = Path(
-        "out"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)
+    ] = Path("out"),
 ) -> None:
     """Trains four byte-level language models that differ in one part, and measures what each stores and predicts."""
     from hamblocks.demo import Corpus, Settings, chart, run, table
@@ -67,7 +82,11 @@ def demo(
                 tasks[name] = bars.add_task(name, total=total, remark="")
             bars.update(tasks[name], completed=done, remark=remark)
 
-        results = run(Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed), corpus, progress)
+        results = run(
+            Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed),
+            corpus,
+            progress,
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
     (out / "table.md").write_text(markdown(results))
@@ -105,25 +124,39 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
             taken = next((name for name, answer in answers.items() if answer == "yes"), None)
             for row, (name, answer) in enumerate(answers.items()):
                 mark = "[bold]yes, taken[/bold]" if name == taken else escape(answer)
-                chosen.add_row(op if row == 0 else "", name, mark, end_section=row == len(answers) - 1)
+                chosen.add_row(
+                    op if row == 0 else "", name, mark, end_section=row == len(answers) - 1
+                )
         console.print()
         console.print(chosen)
 
 
 Kind = Annotated[
-    str | None, typer.Argument(help="gate, selector, memory, controller, attention, combiner, op or layer.")
+    str | None,
+    typer.Argument(help="gate, selector, memory, controller, attention, combiner, op or layer."),
 ]
 Target = Annotated[
     str | None,
-    typer.Argument(help="package.module:expression that makes the part, e.g. hamblocks:TopK(8); a class is called."),
+    typer.Argument(
+        help="package.module:expression that makes the part, e.g. hamblocks:TopK(8); a class is called."
+    ),
 ]
-Like = Annotated[str | None, typer.Option(help="Op of hamblocks.ops that the target implements (kind op).")]
-Impl = Annotated[str | None, typer.Option(help="One implementation of an op of hamblocks.ops (kind op).")]
+Like = Annotated[
+    str | None, typer.Option(help="Op of hamblocks.ops that the target implements (kind op).")
+]
+Impl = Annotated[
+    str | None, typer.Option(help="One implementation of an op of hamblocks.ops (kind op).")
+]
 Sizes = Annotated[
     str | None,
-    typer.Option(help="hidden_size,num_heads,num_kv_heads,head_dim of the layer that the part is made for."),
+    typer.Option(
+        help="hidden_size,num_heads,num_kv_heads,head_dim of the layer that the part is made for."
+    ),
 ]
-Dtypes = Annotated[str | None, typer.Option(help="Floating dtypes that the part computes in, widest first, by commas.")]
+Dtypes = Annotated[
+    str | None,
+    typer.Option(help="Floating dtypes that the part computes in, widest first, by commas."),
+]
 
 
 @app.command()
@@ -131,17 +164,30 @@ def check(
     kind: Kind = None,
     target: Target = None,
     against: Annotated[
-        Path | None, typer.Option(help="Compare with this golden file of `hamblocks record`, and check nothing else.")
+        Path | None,
+        typer.Option(
+            help="Compare with this golden file of `hamblocks record`, and check nothing else."
+        ),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Name of a check; may be given several times.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a check; may be given several times.")
+    ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="dev, ci or nightly: 10, 20 or 500 cases a check. By default dev, ci under CI.")
+        str | None,
+        typer.Option(
+            help="dev, ci or nightly: 10, 20 or 500 cases a check. By default dev, ci under CI."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw other cases, the same ones for the same seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw other cases, the same ones for the same seed.")
+    ] = None,
     like: Like = None,
     impl: Impl = None,
     device: Annotated[
-        str, typer.Option(help="Where implementations of ops run, say cuda; their reference stays on the CPU.")
+        str,
+        typer.Option(
+            help="Where implementations of ops run, say cuda; their reference stays on the CPU."
+        ),
     ] = "cpu",
     dims: Sizes = None,
     dtypes: Dtypes = None,
@@ -164,7 +210,13 @@ def check(
             results = []
             with console.status("") as status:
                 for result in testing.suite.run_checks(
-                    kind, part, only=only or None, profile=profile, seed=seed, called=called, **options
+                    kind,
+                    part,
+                    only=only or None,
+                    profile=profile,
+                    seed=seed,
+                    called=called,
+                    **options,
                 ):
                     results.append(result)
                     status.update(f"{len(results)} checks run, last {result.check}")
@@ -182,7 +234,9 @@ def check(
 def record(
     kind: Kind,
     target: Target,
-    out: Annotated[Path, typer.Option(help="File to write, for one implementation.", dir_okay=False)],
+    out: Annotated[
+        Path, typer.Option(help="File to write, for one implementation.", dir_okay=False)
+    ],
     like: Like = None,
     impl: Impl = None,
     dims: Sizes = None,
@@ -194,8 +248,12 @@ def record(
     with _usage_errors():
         parts = testing.target.parts_of(kind, target, like, impl)
         if len(parts) != 1:
-            raise ValueError(f"impl: expected one of {', '.join(part.impl for part, _ in parts)}, got None")
-        golden = testing.golden.record(kind, parts[0][0], target, testing.Options(**_options(dims, dtypes)), seed=seed)
+            raise ValueError(
+                f"impl: expected one of {', '.join(part.impl for part, _ in parts)}, got None"
+            )
+        golden = testing.golden.record(
+            kind, parts[0][0], target, testing.Options(**_options(dims, dtypes)), seed=seed
+        )
     golden.save(out)
     tensors = sum(len(case["results"]) for case in golden.cases)
     Console().print(
@@ -217,7 +275,12 @@ def _compare(against: Path, kind: str | None, target: str | None, as_json: bool)
     ((part, _),) = testing.target.parts_of(golden.kind, target or golden.target, like, impl)
     found = list(testing.golden.differences(golden, part))
     if as_json:
-        print(json.dumps({"against": str(against), "part": target or golden.target, "differences": found}, indent=1))
+        print(
+            json.dumps(
+                {"against": str(against), "part": target or golden.target, "differences": found},
+                indent=1,
+            )
+        )
         return len(found)
     console = Console()
     for line in found:
@@ -256,14 +319,16 @@ def _usage_errors() -> Iterator[None]:
 def _options(dims: str | None, dtypes: str | None) -> dict[str, Any]:
     import torch
 
-    from hamblocks.protocols import Dims
+    from hamblocks.protocols import LayerDims
 
     found: dict[str, Any] = {}
     if dims is not None:
         sizes = dims.split(",")
         if len(sizes) != 4 or not all(size.strip().isdigit() for size in sizes):
-            raise ValueError(f"dims: expected hidden_size,num_heads,num_kv_heads,head_dim, got {dims!r}")
-        found["dims"] = Dims(*map(int, sizes))
+            raise ValueError(
+                f"dims: expected hidden_size,num_heads,num_kv_heads,head_dim, got {dims!r}"
+            )
+        found["dims"] = LayerDims(*map(int, sizes))
     if dtypes is not None:
         found["dtypes"] = tuple(getattr(torch, name.strip(), None) for name in dtypes.split(","))
         if not all(isinstance(dtype, torch.dtype) for dtype in found["dtypes"]):

@@ -7,17 +7,17 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from hamblocks.protocols import Built, Dims
+from hamblocks.protocols import Built, LayerDims
 
 
 class _Mix(Built):
     """Both reads normalised per head and weighted by a gate of x per head, summed, projected out."""
 
-    def make(self, dims: Dims) -> None:
+    def make(self, dims: LayerDims) -> None:
         self.memory_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
         self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
         self.gate_proj = nn.Linear(dims.hidden_size, 2 * dims.num_heads)
-        self.out_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
+        self.o_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
 
     def weights(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, H, 2]` -> weights of memory and attention."""
@@ -29,10 +29,13 @@ class _Mix(Built):
         # under autocast the norms' weights are wider than the reads
         memory_read, attention_read = (
             norm(read.to(norm.weight.dtype))
-            for norm, read in ((self.memory_norm, memory_read), (self.attention_norm, attention_read))
+            for norm, read in (
+                (self.memory_norm, memory_read),
+                (self.attention_norm, attention_read),
+            )
         )
         mixed = weights[..., :1] * memory_read + weights[..., 1:] * attention_read
-        y: Tensor = self.out_proj(mixed.to(x.dtype).flatten(2))
+        y: Tensor = self.o_proj(mixed.to(x.dtype).flatten(2))
         return y
 
 

@@ -152,7 +152,9 @@ class TargetFraction(_Tau):
                 place = torch.arange(SAMPLE, device=flat.device)
                 # later steps replace their share; a second forward of the same step replaces it once more
                 own = (place % STEPS == self.turn) | ~self.started
-                self.sample.copy_(torch.where(own, flat[place * flat.numel() // SAMPLE], self.sample))
+                self.sample.copy_(
+                    torch.where(own, flat[place * flat.numel() // SAMPLE], self.sample)
+                )
         return self.tau
 
     @torch.no_grad()
@@ -178,7 +180,9 @@ class TargetFraction(_Tau):
         error = (counts[0] / counts[1].clamp(min=1) - self.target).float()
         first = something & ~self.started
         self.spread.copy_(
-            torch.where(first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread))
+            torch.where(
+                first, spread, torch.where(something, self.spread.lerp(spread, 0.1), self.spread)
+            )
         )
         moved = torch.where(something, self.tau + self.rate * self.spread * error, self.tau)
         self.tau.copy_(torch.where(first, _quantile(scores, self.target), moved))
@@ -207,7 +211,9 @@ class TargetFraction(_Tau):
         if not 0 <= _number("fraction", fraction) <= 1:
             raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
         if bool(self.sample.isnan().all()):
-            raise ValueError("fraction: expected a controller that saw scores in training, got one that saw none")
+            raise ValueError(
+                "fraction: expected a controller that saw scores in training, got one that saw none"
+            )
         self.fraction = fraction
         self.tau.copy_(_quantile(self.sample, self.target))
         self.started.fill_(True)
@@ -220,7 +226,12 @@ class TargetFraction(_Tau):
 
 def _quantile(scores: Tensor, fraction: Tensor) -> Tensor:
     """The threshold that `fraction` of the scores reach; NaN does not count."""
-    return _tame(scores).nanquantile(1 - fraction).where(fraction > 0, math.inf).where(fraction < 1, -math.inf)
+    return (
+        _tame(scores)
+        .nanquantile(1 - fraction)
+        .where(fraction > 0, math.inf)
+        .where(fraction < 1, -math.inf)
+    )
 
 
 def _spread(scores: Tensor) -> Tensor:

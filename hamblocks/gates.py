@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.protocols import Built, Dims, Gate, GateOutput, Trace, check_count, check_part
+from hamblocks.protocols import (
+    Built,
+    Gate,
+    GateOutput,
+    LayerDims,
+    MemoryTrace,
+    check_count,
+    check_part,
+)
 from hamblocks_ops.surprise import METRICS
 
 
@@ -25,10 +33,12 @@ class PredictionError:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
         self.metric = metric
 
-    def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """The score that the memory computed, `[B, T, H]`."""
         if trace.score is None:
-            raise ValueError("trace: expected a score, got None (was the memory called with metric=gate.metric?)")
+            raise ValueError(
+                "trace: expected a score, got None (was the memory called with metric=gate.metric?)"
+            )
         return GateOutput(trace.score)
 
     def __repr__(self) -> str:
@@ -49,12 +59,14 @@ class LearnedRouter(Built):
             check_count("width", width, 1)
         self.width = width
 
-    def make(self, dims: Dims) -> None:
+    def make(self, dims: LayerDims) -> None:
         """Makes the MLP."""
         width = self.width or max(dims.hidden_size // 4, 1)
-        self.mlp = nn.Sequential(nn.Linear(dims.hidden_size, width), nn.SiLU(), nn.Linear(width, dims.num_kv_heads))
+        self.mlp = nn.Sequential(
+            nn.Linear(dims.hidden_size, width), nn.SiLU(), nn.Linear(width, dims.num_kv_heads)
+        )
 
-    def forward(self, x: Tensor, trace: Trace) -> GateOutput:
+    def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Score and logit bias, `[B, T, Hkv]`."""
         logit: Tensor = self.mlp(x)
         logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
@@ -62,7 +74,7 @@ class LearnedRouter(Built):
 
 
 @final
-class RandomRouting:
+class RandomGate:
     """The control experiment: a uniform score in [0, 1) that is a hash of seed, position and head.
 
     Position is all it knows of a token, so that prefill and decode agree and every sequence draws alike.
@@ -72,16 +84,17 @@ class RandomRouting:
         """Layers that should draw differently need different seeds."""
         self.seed = seed
 
-    def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Score `[B, T, H]`, float32."""
         heads = torch.arange(trace.k.shape[2], device=x.device)
         word = _mix(
-            _mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads) ^ trace.position.long()[..., None]
+            _mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads)
+            ^ trace.position.long()[..., None]
         )
         return GateOutput((word >> 8).to(torch.float32) * 2.0**-24)
 
     def __repr__(self) -> str:
-        return f"RandomRouting({self.seed})"
+        return f"RandomGate({self.seed})"
 
 
 def _mix(word: Tensor) -> Tensor:
@@ -94,7 +107,7 @@ def _mix(word: Tensor) -> Tensor:
 
 
 @final
-class Periodic:
+class PeriodicGate:
     """Scores every n-th token 1 and the others 0: with `Threshold(0.5)`, a stride of n."""
 
     def __init__(self, n: int, offset: int = 0) -> None:
@@ -102,16 +115,16 @@ class Periodic:
         check_count("n", n, 1)
         self.n, self.offset = n, offset
 
-    def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Score `[B, T, 1]`, float32: the same for all heads."""
         return GateOutput(((trace.position - self.offset) % self.n == 0).float()[..., None])
 
     def __repr__(self) -> str:
-        return f"Periodic({self.n}, offset={self.offset})"
+        return f"PeriodicGate({self.n}, offset={self.offset})"
 
 
 @final
-class Shared(nn.Module):
+class SharedGate(nn.Module):
     """One decision for the whole layer: another gate's score, and logit bias, averaged over heads."""
 
     def __init__(self, gate: Gate) -> None:
@@ -122,13 +135,15 @@ class Shared(nn.Module):
         if hasattr(gate, "metric"):
             self.metric = gate.metric
 
-    def build(self, dims: Dims) -> None:
+    def build(self, dims: LayerDims) -> None:
         """Builds the inner gate."""
         build: Any = getattr(self.gate, "build", None)
         if build is not None:
             build(dims)
 
-    def forward(self, x: Tensor, trace: Trace) -> GateOutput:
+    def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Score `[B, T, 1]`."""
         score, bias = self.gate(x, trace)
-        return GateOutput(score.mean(-1, keepdim=True), None if bias is None else bias.mean(-1, keepdim=True))
+        return GateOutput(
+            score.mean(-1, keepdim=True), None if bias is None else bias.mean(-1, keepdim=True)
+        )

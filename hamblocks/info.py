@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from hamblocks_ops import compact, explain, gated_delta_rule, paged_attention, selected_attention, surprise
+from hamblocks_ops import (
+    compact,
+    explain,
+    gated_delta_rule,
+    paged_attention,
+    selected_attention,
+    surprise,
+)
 from hamblocks_ops.paged_attention import Pages
 
 PACKAGES = ("torch", "triton", "flash-linear-attention", "flash-attn", "transformers")
@@ -22,7 +29,9 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         memory = torch.cuda.get_device_properties(0).total_memory
-        found["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory / 2**30:.0f} GiB"
+        found["GPU"] = (
+            f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory / 2**30:.0f} GiB"
+        )
     else:
         found["GPU"] = "none"
     return found
@@ -33,7 +42,8 @@ def choices() -> dict[str, dict[str, dict[str, str]]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         f"{case}, on {device}": {
-            op.__name__: dict(explain(op, *given, **more)) for op, given, more in _calls(device, dtype, learns, tokens)
+            op.__name__: dict(explain(op, *given, **more))
+            for op, given, more in _calls(device, dtype, learns, tokens)
         }
         for case, dtype, learns, tokens in (
             ("training in bfloat16", torch.bfloat16, True, 64),
@@ -50,7 +60,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _calls(device: str, dtype: torch.dtype, learns: bool, tokens: int) -> list[tuple[Any, tuple[Any, ...], Any]]:
+def _calls(
+    device: str, dtype: torch.dtype, learns: bool, tokens: int
+) -> list[tuple[Any, tuple[Any, ...], Any]]:
     """One call of every op that has a choice, at a head size of 64."""
     x = torch.zeros(1, tokens, 2, 64, dtype=dtype, device=device, requires_grad=learns)
     beta = torch.zeros(1, tokens, 2, device=device)

@@ -11,8 +11,17 @@ from hamblocks.attention import SelectedAttention
 from hamblocks.cache import KVCache
 from hamblocks.combiners import GatedSum
 from hamblocks.gates import PredictionError
-from hamblocks.memory import GatedDelta
-from hamblocks.protocols import Attention, Combiner, Dims, Gate, Memory, Selector, check_count, check_part
+from hamblocks.memory import GatedDeltaMemory
+from hamblocks.protocols import (
+    Attention,
+    Combiner,
+    Gate,
+    LayerDims,
+    Memory,
+    Selector,
+    check_count,
+    check_part,
+)
 from hamblocks.selectors import EMPTY, not_causal, start
 from hamblocks.state import HAMState, leaves, tree_map
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
@@ -96,7 +105,7 @@ class HAMLayer(nn.Module):
             num_heads: query heads, and heads of the memory.
             selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`.
             gate: what a token's score is; None: `PredictionError("cosine")`.
-            memory: the recurrence; None: `GatedDelta()`.
+            memory: the recurrence; None: `GatedDeltaMemory()`.
             attention: None: `SelectedAttention()`.
             combiner: None: `GatedSum()`.
             num_kv_heads: key/value heads, a divisor of num_heads; each decides for itself what it stores. None:
@@ -109,24 +118,34 @@ class HAMLayer(nn.Module):
         """
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("num_kv_heads", num_kv_heads),
+        ):
             check_count(name, value, 1)
         if num_heads % num_kv_heads:
             raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
         if head_dim is None:
             if hidden_size % num_heads:
-                raise wrong("hidden_size", f"a multiple of num_heads = {num_heads}, or head_dim", str(hidden_size))
+                raise wrong(
+                    "hidden_size",
+                    f"a multiple of num_heads = {num_heads}, or head_dim",
+                    str(hidden_size),
+                )
             head_dim = hidden_size // num_heads
         check_count("head_dim", head_dim, 1)
         acausal = not_causal(selector)
         if acausal is not None:
-            raise ValueError(f"selector: expected one that decides from the past, got {acausal} with causal = False")
-        self.dims = Dims(hidden_size, num_heads, num_kv_heads, head_dim)
+            raise ValueError(
+                f"selector: expected one that decides from the past, got {acausal} with causal = False"
+            )
+        self.dims = LayerDims(hidden_size, num_heads, num_kv_heads, head_dim)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         parts: dict[str, Any] = {
-            "memory": GatedDelta() if memory is None else memory,
+            "memory": GatedDeltaMemory() if memory is None else memory,
             "gate": PredictionError() if gate is None else gate,
             "selector": selector,
             "attention": SelectedAttention() if attention is None else attention,
@@ -140,7 +159,9 @@ class HAMLayer(nn.Module):
                 build(self.dims)
             setattr(self, name, part)
 
-    def init_state(self, sequences: int, *, page_size: int = 32, max_pages: int | None = None) -> HAMState:
+    def init_state(
+        self, sequences: int, *, page_size: int = 32, max_pages: int | None = None
+    ) -> HAMState:
         """The state before the first token, to call the layer piece by piece.
 
         Args:
@@ -171,10 +192,14 @@ class HAMLayer(nn.Module):
         )
 
     @torch.no_grad()
-    def _nothing(self, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
+    def _nothing(
+        self, sequences: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
         """What `_scored` gives for pieces without a token: shapes, dtypes, and the memory's state before the first."""
         x = self.k_proj.weight.new_empty(sequences, 0, self.dims.hidden_size)
-        return self._scored(x, torch.zeros(sequences, 0, dtype=torch.int32, device=x.device), None, None)
+        return self._scored(
+            x, torch.zeros(sequences, 0, dtype=torch.int32, device=x.device), None, None
+        )
 
     def reset(self, state: HAMState, sequences: Tensor) -> HAMState:
         """The state after some sequences began anew, so that others may take their place; checkpoints are dropped.
@@ -193,7 +218,11 @@ class HAMLayer(nn.Module):
             return torch.where(sequences.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
 
         memory = None if state.memory is None else tree_map(renewed, state.memory, fresh)
-        ledger = tree_map(renewed, state.ledger, start(self.selector, len(sequences), score.shape[2], score.device))
+        ledger = tree_map(
+            renewed,
+            state.ledger,
+            start(self.selector, len(sequences), score.shape[2], score.device),
+        )
         return HAMState(state.position.masked_fill(sequences, 0), memory, ledger, cache)
 
     def load_state(self, saved: dict[str, Any]) -> HAMState:
@@ -208,7 +237,11 @@ class HAMLayer(nn.Module):
         def filled(name: str, like: Any) -> Any:
             values = iter(saved[name])
             if len(list(leaves(like))) != len(saved[name]):
-                raise wrong(name, f"{len(list(leaves(like)))} tensors, as this layer's", f"{len(saved[name])}")
+                raise wrong(
+                    name,
+                    f"{len(list(leaves(like)))} tensors, as this layer's",
+                    f"{len(saved[name])}",
+                )
             return tree_map(lambda _: next(values).to(device), like)
 
         state = HAMState(
@@ -220,7 +253,9 @@ class HAMLayer(nn.Module):
         self._check_state(state, len(state.position))
         return state
 
-    def prefill(self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None) -> LayerOutput:
+    def prefill(
+        self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> LayerOutput:
         """`forward` with a state, a new one where none is given: the next piece of every sequence, of any size."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
@@ -233,7 +268,9 @@ class HAMLayer(nn.Module):
         result = self.forward(x[:, None], state=state)
         return result._replace(y=result.y[:, 0])
 
-    def forward(self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None) -> LayerOutput:
+    def forward(
+        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+    ) -> LayerOutput:
         """Mixes a batch, or its next piece.
 
         Args:
@@ -249,12 +286,20 @@ class HAMLayer(nn.Module):
         batch, tokens = x.shape[:2]
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if state is not None:
-            begin = state.position[:, None] if cu_seqlens is None else state.position[sequence_of(cu_seqlens, tokens)]
+            begin = (
+                state.position[:, None]
+                if cu_seqlens is None
+                else state.position[sequence_of(cu_seqlens, tokens)]
+            )
             position = position + begin
-        q, k, v, memory_read, memory, score, logit_bias = self._scored(x, position, state, cu_seqlens)
+        q, k, v, memory_read, memory, score, logit_bias = self._scored(
+            x, position, state, cu_seqlens
+        )
         if state is None:
             evict_at = self.selector(score, position=position, cu_seqlens=cu_seqlens).evict_at
-            read, _ = self.attention(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
+            read, _ = self.attention(
+                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
+            )
             y = self.combiner(x, memory_read, read)
             return LayerOutput(y, None, LayerStats(score, evict_at, position, cu_seqlens))
         self._check_cache(state.cache, k, score, logit_bias)
@@ -271,16 +316,23 @@ class HAMLayer(nn.Module):
             cache=state.cache.lower(selection.lowered),
         )
         y = self.combiner(x, memory_read, pieces.together(read))
-        seen = torch.maximum(state.position, where.amax(1) + 1) if where.shape[1] else state.position
+        seen = (
+            torch.maximum(state.position, where.amax(1) + 1) if where.shape[1] else state.position
+        )
         # the one thing that changes in place, when nothing can fail any more
         state = HAMState(seen, memory, selection.ledger, cache.commit(seen), state.marks)
-        return LayerOutput(y, state, LayerStats(score, pieces.together(selection.evict_at), position, cu_seqlens))
+        return LayerOutput(
+            y, state, LayerStats(score, pieces.together(selection.evict_at), position, cu_seqlens)
+        )
 
     def _scored(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
         """q, k, v, what the memory reads, its state, the score and the logit bias, of a batch or packed."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.dims.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         read, trace, memory = self.memory(
             x,
             q,
@@ -294,16 +346,24 @@ class HAMLayer(nn.Module):
         score, logit_bias = self.gate(x, trace)
         return q, k, v, read, memory, *self._per_kv_head(x, score, logit_bias)
 
-    def _per_kv_head(self, x: Tensor, score: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _per_kv_head(
+        self, x: Tensor, score: Tensor, logit_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Checks what the gate returned and averages the scores of the query heads of a key/value head."""
         heads, kv_heads = self.dims.num_heads, self.dims.num_kv_heads
         check_tensor("score", score, "[B, T, heads]", [*x.shape[:2], None], like=x)
         if score.shape[2] not in (1, kv_heads, heads):
-            raise wrong("score", f"1, {kv_heads} or {heads} heads from the gate", f"{score.shape[2]} heads")
+            raise wrong(
+                "score", f"1, {kv_heads} or {heads} heads from the gate", f"{score.shape[2]} heads"
+            )
         if logit_bias is not None:
             check_tensor("logit_bias", logit_bias, "[B, T, heads]", [*x.shape[:2], None], like=x)
             if logit_bias.shape[2] not in (1, kv_heads):
-                raise wrong("logit_bias", f"1 or {kv_heads} heads from the gate", f"{logit_bias.shape[2]} heads")
+                raise wrong(
+                    "logit_bias",
+                    f"1 or {kv_heads} heads from the gate",
+                    f"{logit_bias.shape[2]} heads",
+                )
         score = score.detach()
         if score.shape[2] in (1, kv_heads):
             return score, logit_bias
@@ -327,22 +387,32 @@ class HAMLayer(nn.Module):
             raise wrong("state", "a HAMState", type(state).__name__)
         state.cache.check()
         if state.position.shape[0] != sequences:
-            raise wrong("state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}")
+            raise wrong(
+                "state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}"
+            )
         sizes = [self.dims.num_kv_heads, self.dims.head_dim]
         got = [state.cache.kv_heads, state.cache.head_dim]
         if got != sizes:
             raise wrong("state", f"[Hkv, D] = {sizes}, as the layer", f"{got}")
 
-    def _check_cache(self, cache: KVCache, k: Tensor, score: Tensor, logit_bias: Tensor | None) -> None:
+    def _check_cache(
+        self, cache: KVCache, k: Tensor, score: Tensor, logit_bias: Tensor | None
+    ) -> None:
         """Checks what the parts' results show only now."""
         if (logit_bias is None) == cache.has_bias:
             without = "without" if logit_bias is None else "with"
             raise wrong("state", f"one {without} logit biases, as the gate", "the other")
         if cache.dtype != k.dtype:
-            raise wrong("state", f"a cache of {k.dtype}, as keys and values here", f"one of {cache.dtype}")
+            raise wrong(
+                "state", f"a cache of {k.dtype}, as keys and values here", f"one of {cache.dtype}"
+            )
         rows = _rows(score, logit_bias)
         if cache.row_heads != rows:
-            raise wrong("state", f"a cache with {rows} rows per sequence, as the gate's heads", f"{cache.row_heads}")
+            raise wrong(
+                "state",
+                f"a cache with {rows} rows per sequence, as the gate's heads",
+                f"{cache.row_heads}",
+            )
 
 
 def _rows(score: Tensor, logit_bias: Tensor | None) -> int:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.protocols import Built, Dims, Trace, check_count
+from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
 from hamblocks_ops import gated_delta_rule
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.precision import wide
 
 
-class MemoryState(NamedTuple):
+class DeltaMemoryState(NamedTuple):
     """State of a delta-rule memory.
 
     Attributes:
@@ -83,19 +83,21 @@ class ShortConvolution(nn.Module):
         return y
 
 
-class _DeltaMemory(Built):
+class _DeltaRuleMemory(Built):
     """What both delta rules share: short convolution, unit keys and queries, the write strength, the recurrence."""
 
-    def __init__(self, conv_size: int, negative_eigenvalues: bool, impl: str) -> None:
+    def __init__(self, conv_size: int, allow_neg_eigval: bool, impl: str) -> None:
         super().__init__()
         check_count("conv_size", conv_size, 1)
         self.conv_size = conv_size
-        self.negative_eigenvalues = negative_eigenvalues
+        self.allow_neg_eigval = allow_neg_eigval
         self.impl = impl
 
-    def make(self, dims: Dims) -> None:
-        self.conv = ShortConvolution((dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim, self.conv_size)
-        self.beta_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
+    def make(self, dims: LayerDims) -> None:
+        self.conv = ShortConvolution(
+            (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim, self.conv_size
+        )
+        self.b_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
 
     def decay(self, x: Tensor) -> Tensor | None:
         """Log decay `[B, T, H]`, or None."""
@@ -109,25 +111,27 @@ class _DeltaMemory(Built):
         v: Tensor,
         *,
         position: Tensor,
-        state: MemoryState | None = None,
+        state: DeltaMemoryState | None = None,
         cu_seqlens: Tensor | None = None,
         metric: str | None = None,
-    ) -> tuple[Tensor, Trace, MemoryState]:
+    ) -> tuple[Tensor, MemoryTrace, DeltaMemoryState]:
         """See `hamblocks.protocols.Memory`."""
         heads, kv_heads = q.shape[2], k.shape[2]
         past = None
         if state is not None:
-            if not isinstance(state, MemoryState):
-                raise wrong("state", "a MemoryState", type(state).__name__)
+            if not isinstance(state, DeltaMemoryState):
+                raise wrong("state", "a DeltaMemoryState", type(state).__name__)
             sizes = [None, self.conv_size - 1, self.conv.weight.shape[0]]
             check_tensor("state.conv", state.conv, "[N, conv_size - 1, channels]", sizes, like=x)
             past = state.conv
         mixed, conv = self.conv(torch.cat([x.flatten(2) for x in (q, k, v)], -1), past, cu_seqlens)
-        q, k, v = mixed.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 2)
+        q, k, v = mixed.unflatten(-1, (heads + 2 * kv_heads, -1)).split(
+            [heads, kv_heads, kv_heads], 2
+        )
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
-        beta = self.beta_proj(x).to(wide(x)).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        beta = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
         result = gated_delta_rule(
             q,
             k,
@@ -140,23 +144,27 @@ class _DeltaMemory(Built):
             metric=metric,
             impl=self.impl,
         )
-        trace = Trace(k=k, v=v, beta=beta, residual=result.residual, score=result.score, position=position)
-        return result.out, trace, MemoryState(conv, result.final_state)
+        trace = MemoryTrace(
+            k=k, v=v, beta=beta, residual=result.residual, score=result.score, position=position
+        )
+        return result.out, trace, DeltaMemoryState(conv, result.final_state)
 
 
 @final
-class Delta(_DeltaMemory):
+class DeltaMemory(_DeltaRuleMemory):
     """The delta rule without decay (Yang et al., arXiv 2406.06484)."""
 
-    def __init__(self, conv_size: int = 4, *, negative_eigenvalues: bool = False, impl: str = "auto") -> None:
+    def __init__(
+        self, conv_size: int = 4, *, allow_neg_eigval: bool = False, impl: str = "auto"
+    ) -> None:
         """Makes the part.
 
         Args:
             conv_size: taps of the short convolution, 1 for none over time.
-            negative_eigenvalues: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             impl: implementation of `gated_delta_rule`.
         """
-        super().__init__(conv_size, negative_eigenvalues, impl)
+        super().__init__(conv_size, allow_neg_eigval, impl)
 
     def decay(self, x: Tensor) -> None:
         """Nothing decays."""
@@ -164,33 +172,37 @@ class Delta(_DeltaMemory):
 
 
 @final
-class GatedDelta(_DeltaMemory):
+class GatedDeltaMemory(_DeltaRuleMemory):
     """The gated delta rule (Gated DeltaNet, arXiv 2412.06464): g = -exp(A) softplus(W x + b), per head."""
 
-    def __init__(self, conv_size: int = 4, *, negative_eigenvalues: bool = False, impl: str = "auto") -> None:
+    def __init__(
+        self, conv_size: int = 4, *, allow_neg_eigval: bool = False, impl: str = "auto"
+    ) -> None:
         """Makes the part.
 
         Args:
             conv_size: taps of the short convolution, 1 for none over time.
-            negative_eigenvalues: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             impl: implementation of `gated_delta_rule`.
         """
-        super().__init__(conv_size, negative_eigenvalues, impl)
+        super().__init__(conv_size, allow_neg_eigval, impl)
 
-    def make(self, dims: Dims) -> None:
+    def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
         super().make(dims)
-        self.decay_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
-        self.log_rate, self.step_bias = (nn.Parameter(x) for x in self.fresh_rates(dims.num_heads))
+        self.a_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
+        self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(dims.num_heads))
 
     @staticmethod
-    def fresh_rates(heads: int) -> tuple[Tensor, Tensor]:
-        """log_rate and step_bias to begin with, as in Mamba-2: A in [1, 16), steps log-uniform in [0.001, 0.1]."""
-        log_rate = torch.empty(heads).uniform_(1, 16).log()
+    def initial_decay(heads: int) -> tuple[Tensor, Tensor]:
+        """A_log and dt_bias to begin with, as in Mamba-2: A in [1, 16), steps log-uniform in [0.001, 0.1]."""
+        rate = torch.empty(heads).uniform_(1, 16)
         step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        return log_rate, step + (-torch.expm1(-step)).log()  # softplus of it is the step
+        return rate.log(), step + (-torch.expm1(-step)).log()  # softplus of it is the step
 
     def decay(self, x: Tensor) -> Tensor:
         """Log decay `[B, T, H]`, float32 or float64, < 0."""
         dtype = wide(x)
-        return -self.log_rate.to(dtype).exp() * F.softplus(self.decay_proj(x).to(dtype) + self.step_bias.to(dtype))
+        return -self.A_log.to(dtype).exp() * F.softplus(
+            self.a_proj(x).to(dtype) + self.dt_bias.to(dtype)
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from hamblocks_ops.arguments import wrong
 
 
-class Dims(NamedTuple):
+class LayerDims(NamedTuple):
     """Sizes of a layer, handed to `build(dims)` of every part that has parameters.
 
     `build` is called once, by the layer that owns the part; a second call must raise.
@@ -32,7 +32,7 @@ class Dims(NamedTuple):
     head_dim: int
 
 
-class Trace(NamedTuple):
+class MemoryTrace(NamedTuple):
     """What the memory saw and failed to predict.
 
     Attributes:
@@ -67,7 +67,7 @@ class Memory(Protocol):
         state: Any = None,
         cu_seqlens: Tensor | None = None,
         metric: str | None = None,
-    ) -> tuple[Tensor, Trace, Any]:
+    ) -> tuple[Tensor, MemoryTrace, Any]:
         """x `[B, T, hidden]`, q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` -> read `[B, T, H, D]`, trace, state.
 
         With `metric` the trace has a score; without it, a residual.
@@ -91,7 +91,7 @@ class GateOutput(NamedTuple):
 class Gate(Protocol):
     """The surprise policy. A gate that is a metric of the residual says so by an attribute `metric`."""
 
-    def __call__(self, x: Tensor, trace: Trace) -> GateOutput:
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """x `[B, T, hidden]` and what the memory tells -> a score."""
         ...
 
@@ -211,9 +211,9 @@ class Built(torch.nn.Module):
     A subclass defines `make(dims)`.
     """
 
-    dims: Dims | None = None
+    dims: LayerDims | None = None
 
-    def build(self, dims: Dims) -> None:
+    def build(self, dims: LayerDims) -> None:
         """Makes the parameters for a layer of these sizes.
 
         Raises:
@@ -227,6 +227,6 @@ class Built(torch.nn.Module):
         self.dims = dims
         self.make(dims)
 
-    def make(self, dims: Dims) -> None:
+    def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
         raise NotImplementedError

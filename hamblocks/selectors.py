@@ -16,7 +16,9 @@ EMPTY = -1
 """Position of an empty row of a ledger, and of padding."""
 
 
-def start(selector: Selector, sequences: int, heads: int, device: torch.device | None = None) -> Any:
+def start(
+    selector: Selector, sequences: int, heads: int, device: torch.device | None = None
+) -> Any:
     """The empty ledger of a selector; None for one that never revises a lifetime."""
     begin = getattr(selector, "start", None)
     return None if begin is None else begin(sequences, heads, device)
@@ -66,14 +68,25 @@ class Threshold(Composable):
     def __init__(self, controller: Controller | float) -> None:
         """Controller: what sets tau, or a number for a fixed one."""
         super().__init__()
-        self.controller = FixedThreshold(controller) if isinstance(controller, (int, float)) else controller
+        self.controller = (
+            FixedThreshold(controller) if isinstance(controller, (int, float)) else controller
+        )
         check_part("controller", self.controller)
 
     def forward(
-        self, score: Tensor, ledger: None = None, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        score: Tensor,
+        ledger: None = None,
+        *,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
-        real = score if position is None else score.masked_fill(position[..., None] == EMPTY, float("nan"))
+        real = (
+            score
+            if position is None
+            else score.masked_fill(position[..., None] == EMPTY, float("nan"))
+        )
         tau = self.controller(real)
         return Selection(select_threshold(score, tau, position=position, cu_seqlens=cu_seqlens))
 
@@ -89,14 +102,19 @@ class Window(Composable):
         self.width = width
 
     def forward(
-        self, score: Tensor, ledger: None = None, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        score: Tensor,
+        ledger: None = None,
+        *,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
         return Selection(select_window(score, self.width, position=position, cu_seqlens=cu_seqlens))
 
 
 @final
-class First(Composable):
+class FirstTokens(Composable):
     """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453)."""
 
     def __init__(self, n: int) -> None:
@@ -106,7 +124,12 @@ class First(Composable):
         self.n = n
 
     def forward(
-        self, score: Tensor, ledger: None = None, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        score: Tensor,
+        ledger: None = None,
+        *,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
         return Selection(select_first(score, self.n, position=position, cu_seqlens=cu_seqlens))
@@ -152,7 +175,9 @@ class TopK(Composable):
             return Selection(select_topk(score, self.k, position=position, cu_seqlens=cu_seqlens))
         rows = _rows(score, position, cu_seqlens)
         if ledger.position.shape[1] != self.k:
-            raise wrong("ledger", f"one of k = {self.k} tokens", f"one of {ledger.position.shape[1]}")
+            raise wrong(
+                "ledger", f"one of k = {self.k} tokens", f"one of {ledger.position.shape[1]}"
+            )
         where = torch.cat([ledger.position, rows], 1)
         # ledgers start as float32; a wider score widens them, which changes no comparison
         wide = torch.promote_types(score.dtype, ledger.score.dtype)
@@ -196,7 +221,9 @@ class _Combined(Composable):
     def combine(self, left: Tensor, right: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def start(self, sequences: int, heads: int, device: torch.device | None = None) -> CombinedLedger | None:
+    def start(
+        self, sequences: int, heads: int, device: torch.device | None = None
+    ) -> CombinedLedger | None:
         """An empty ledger; None where neither side revises a lifetime."""
         ledgers = tuple(start(side, sequences, heads, device) for side in (self.left, self.right))
         listed = [ledger.position for ledger in ledgers if ledger is not None]
@@ -232,12 +259,16 @@ class _Combined(Composable):
             if side.ledger is not None:
                 listed |= _find(side.ledger.position, where)[1]
         kept = _last(listed, ledger.position.shape[1])
-        left, right = (torch.cat([old, side.evict_at], 1) for old, side in zip(known, sides, strict=True))
+        left, right = (
+            torch.cat([old, side.evict_at], 1) for old, side in zip(known, sides, strict=True)
+        )
         return Selection(
             evict_at=evict_at,
             lowered=Lifetimes(ledger.position, self.combine(*known)),
             ledger=CombinedLedger(
-                kept(where, EMPTY), (kept(left, EMPTY), kept(right, EMPTY)), (sides[0].ledger, sides[1].ledger)
+                kept(where, EMPTY),
+                (kept(left, EMPTY), kept(right, EMPTY)),
+                (sides[0].ledger, sides[1].ledger),
             ),
         )
 
@@ -274,8 +305,12 @@ def _rows(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> 
 def _find(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where positions [N, M, H] stand in ascending rows [N, L, H]: index, and whether they do; empty rows never do."""
     if rows.shape[1] == 0:
-        return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(wanted, dtype=torch.bool)
-    index = torch.searchsorted(rows.mT.contiguous(), wanted.mT.contiguous()).mT.clamp(max=rows.shape[1] - 1)
+        return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(
+            wanted, dtype=torch.bool
+        )
+    index = torch.searchsorted(rows.mT.contiguous(), wanted.mT.contiguous()).mT.clamp(
+        max=rows.shape[1] - 1
+    )
     return index, (rows.gather(1, index) == wanted) & (wanted != EMPTY)
 
 

@@ -41,7 +41,9 @@ class HAMState(NamedTuple):
 
     def fork(self) -> HAMState:
         """A second state to go on from, which shares all pages until one of the two changes them."""
-        return self._replace(cache=self.cache.fork(), marks=tuple(mark.fork() for mark in self.marks))
+        return self._replace(
+            cache=self.cache.fork(), marks=tuple(mark.fork() for mark in self.marks)
+        )
 
     def reorder(self, index: Tensor) -> HAMState:
         """The state of sequences index[0], index[1], ..., as beam search wants; this state is spent.
@@ -86,7 +88,9 @@ class HAMState(NamedTuple):
 
     def to(self, device: torch.device | str) -> HAMState:
         """A copy of its own on a device."""
-        position, memory, ledger = tree_map(lambda x: x.to(device), (self.position, self.memory, self.ledger))
+        position, memory, ledger = tree_map(
+            lambda x: x.to(device), (self.position, self.memory, self.ledger)
+        )
         marks = tuple(mark.to(device) for mark in self.marks)
         return HAMState(position, memory, ledger, self.cache.to(device), marks)
 
@@ -94,7 +98,12 @@ class HAMState(NamedTuple):
         """Tensors, numbers and lists, for `torch.save` and `HAMLayer.load_state`; checkpoints are left out."""
         memory = None if self.memory is None else list(leaves(self.memory))
         ledger = list(leaves(self.ledger))
-        return {"position": self.position, "memory": memory, "ledger": ledger, "cache": self.cache.state_dict()}
+        return {
+            "position": self.position,
+            "memory": memory,
+            "ledger": ledger,
+            "cache": self.cache.state_dict(),
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HAMState:
         return self.to(self.cache.device)
@@ -116,7 +125,10 @@ def tree_map(change: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Tensor):
         return change(tree, *others)
     if isinstance(tree, dict):
-        return {name: tree_map(change, branch, *(other[name] for other in others)) for name, branch in tree.items()}
+        return {
+            name: tree_map(change, branch, *(other[name] for other in others))
+            for name, branch in tree.items()
+        }
     if isinstance(tree, (tuple, list)):
         branches = [tree_map(change, *beside) for beside in zip(tree, *others, strict=True)]
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)

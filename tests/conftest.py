@@ -15,8 +15,12 @@ if not torch.cuda.is_available():  # before anything imports Triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not (config.getoption("hypothesis_profile", None) or config.getoption("--hamblocks-profile")):
-        hypothesis.settings.load_profile("hamblocks-ci" if os.environ.get("CI") else "hamblocks-dev")
+    if not (
+        config.getoption("hypothesis_profile", None) or config.getoption("--hamblocks-profile")
+    ):
+        hypothesis.settings.load_profile(
+            "hamblocks-ci" if os.environ.get("CI") else "hamblocks-dev"
+        )
     from hamblocks_ops.dispatch import interpreting
 
     if interpreting():
@@ -30,7 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Checks of Triton kernels take seconds each in its interpreter; those on a GPU need one."""
     if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        config.hook.pytest_deselected(
+            items=[item for item in items if item.get_closest_marker("gpu")]
+        )
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")

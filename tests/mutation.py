@@ -26,7 +26,9 @@ SLOW = r"compile|test_layers|test_memory|small_|registered_well|chunked.*(float3
 
 def pytest_configure() -> None:
     engine.MAX_SHRINKS = 1
-    os.register_at_fork(before=gc.freeze)  # a mutant's process shall not walk, hence copy, what it inherits
+    os.register_at_fork(
+        before=gc.freeze
+    )  # a mutant's process shall not walk, hence copy, what it inherits
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,7 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     matter = [tests for module, tests in MATTER.items() if mutant.startswith(f"{module}.")]
     wanted = re.compile("|".join(["test_bad_arguments", *(matter or MATTER.values())]))
     every = list(items)
-    items[:] = [item for item in every if wanted.search(item.nodeid) and not re.search(SLOW, item.nodeid)]
+    items[:] = [
+        item for item in every if wanted.search(item.nodeid) and not re.search(SLOW, item.nodeid)
+    ]
     config.hook.pytest_deselected(items=[item for item in every if item not in items])
     measured = Path("mutmut-stats.json")  # by mutmut, of a run without mutants
     if measured.exists():
@@ -49,11 +53,14 @@ def report(least: float) -> bool:
     total = dead = 0
     for file in sorted(Path("mutants").rglob("*.meta")):
         fate = {
-            name: status_by_exit_code[code] for name, code in json.loads(file.read_text())["exit_code_by_key"].items()
+            name: status_by_exit_code[code]
+            for name, code in json.loads(file.read_text())["exit_code_by_key"].items()
         }
         left = [name for name, status in fate.items() if status not in ("killed", "timeout")]
         if fate:
-            print(f"{file.relative_to('mutants').with_suffix('')}: {len(fate) - len(left)} of {len(fate)} killed")
+            print(
+                f"{file.relative_to('mutants').with_suffix('')}: {len(fate) - len(left)} of {len(fate)} killed"
+            )
             print(*(f"    {name}: {fate[name]}" for name in left), sep="\n")
         total, dead = total + len(fate), dead + len(fate) - len(left)
     print(f"{dead} of {total} mutants killed: {dead / total:.1%}, expected {least:.0%}")

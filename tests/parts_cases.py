@@ -36,7 +36,9 @@ class AtLeast:
         self.tau = tau
 
     def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
-        return hb.Selection(select_threshold(score, self.tau, position=position, cu_seqlens=cu_seqlens))
+        return hb.Selection(
+            select_threshold(score, self.tau, position=position, cu_seqlens=cu_seqlens)
+        )
 
 
 class Smallest:
@@ -77,44 +79,54 @@ def _fixed_by_hand() -> hb.Threshold:
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "threshold": lambda: {"selector": hb.Threshold(0.95)},
-    "target": lambda: {"selector": _fixed_by_hand() | hb.First(1)},
+    "target": lambda: {"selector": _fixed_by_hand() | hb.FirstTokens(1)},
     "delta-relative-topk": lambda: {
-        "memory": hb.Delta(),
+        "memory": hb.DeltaMemory(),
         "gate": hb.PredictionError("relative_l2"),
         "selector": hb.TopK(3),
         "combiner": hb.SoftmaxMix(),
     },
     "l2-or-window": lambda: {
-        "memory": hb.GatedDelta(conv_size=1),
+        "memory": hb.GatedDeltaMemory(conv_size=1),
         "gate": hb.PredictionError("l2"),
         "selector": hb.Threshold(0.1) | hb.Window(3),
         "attention": hb.SelectedAttention(rope_theta=None, qk_norm=False),
     },
     "router-and": lambda: {
-        "memory": hb.GatedDelta(negative_eigenvalues=True),
+        "memory": hb.GatedDeltaMemory(allow_neg_eigval=True),
         "gate": hb.LearnedRouter(),
         "selector": hb.TopK(4) & hb.Threshold(0.5),
         "combiner": hb.SoftmaxMix(),
     },
     "shared-router-tree": lambda: {
-        "memory": hb.Delta(conv_size=2, negative_eigenvalues=True),
-        "gate": hb.Shared(hb.LearnedRouter(3)),
+        "memory": hb.DeltaMemory(conv_size=2, allow_neg_eigval=True),
+        "gate": hb.SharedGate(hb.LearnedRouter(3)),
         "selector": (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
     },
     "shared-random": lambda: {
-        "gate": hb.Shared(hb.RandomRouting(3)),
-        "selector": (hb.TopK(5) & hb.Threshold(0.5)) | hb.First(2),
+        "gate": hb.SharedGate(hb.RandomGate(3)),
+        "selector": (hb.TopK(5) & hb.Threshold(0.5)) | hb.FirstTokens(2),
     },
-    "shared-error": lambda: {"gate": hb.Shared(hb.PredictionError()), "selector": hb.TopK(2) | hb.Window(3)},
-    "random": lambda: {"gate": hb.RandomRouting(1), "selector": hb.TopK(2) | hb.Window(3)},
-    "periodic": lambda: {"gate": hb.Periodic(3, 1), "selector": hb.Threshold(0.5) & hb.Window(8)},
+    "shared-error": lambda: {
+        "gate": hb.SharedGate(hb.PredictionError()),
+        "selector": hb.TopK(2) | hb.Window(3),
+    },
+    "random": lambda: {"gate": hb.RandomGate(1), "selector": hb.TopK(2) | hb.Window(3)},
+    "periodic": lambda: {
+        "gate": hb.PeriodicGate(3, 1),
+        "selector": hb.Threshold(0.5) & hb.Window(8),
+    },
     "window": lambda: {"selector": hb.Window(4)},
     "reference": lambda: {
-        "memory": hb.GatedDelta(impl="reference"),
-        "selector": hb.TopK(3) | hb.First(1),
+        "memory": hb.GatedDeltaMemory(impl="reference"),
+        "selector": hb.TopK(3) | hb.FirstTokens(1),
         "attention": hb.SelectedAttention(impl="reference"),
     },
-    "users-parity": lambda: {"gate": Parity(), "selector": AtLeast(0.5) | hb.Window(2), "combiner": Sum()},
+    "users-parity": lambda: {
+        "gate": Parity(),
+        "selector": AtLeast(0.5) | hb.Window(2),
+        "combiner": Sum(),
+    },
     "users-loudness": lambda: {"gate": Loudness(), "selector": hb.Threshold(0.2) & Smallest(3)},
 }
 
@@ -127,12 +139,16 @@ class Size(NamedTuple):
 
 
 HEADS = [(1, 1), (2, 1), (4, 2), (3, 3)]
-SIZES = st.builds(Size, st.integers(0, 2**16), st.integers(1, 2), st.integers(0, 14), st.sampled_from(HEADS))
+SIZES = st.builds(
+    Size, st.integers(0, 2**16), st.integers(1, 2), st.integers(0, 14), st.sampled_from(HEADS)
+)
 EDGES = [Size(0, 2, 0, (2, 1)), Size(1, 1, 1, (1, 1)), Size(2, 2, 14, (4, 2))]
 SEEDS = st.integers(0, 2**16)
 
 
-def over_sizes(share: int = 1, **more: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def over_sizes(
+    share: int = 1, **more: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Runs a test over drawn sizes, a share of the profile's number; alone, the degenerate sizes come along."""
     examples = max(settings().max_examples // share, 2)
 
@@ -163,7 +179,9 @@ def inputs(size: Size, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def rows_of(seed: int, lengths: Sequence[int], width: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(length, width, generator=generator, dtype=torch.float64) for length in lengths]
+    return [
+        torch.randn(length, width, generator=generator, dtype=torch.float64) for length in lengths
+    ]
 
 
 def pack(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -188,7 +206,9 @@ def everyone_sees(tokens: int, kv_heads: int) -> Tensor:
 def sees(evict_at: Tensor, kv_heads: int) -> Tensor:
     """evict_at [T, heads] of one sequence -> whether query t sees token j, [t, j, Hkv]."""
     t = torch.arange(len(evict_at))
-    return ((t[:, None] >= t)[..., None] & (t[:, None, None] < evict_at[None])).expand(-1, -1, kv_heads)
+    return ((t[:, None] >= t)[..., None] & (t[:, None, None] < evict_at[None])).expand(
+        -1, -1, kv_heads
+    )
 
 
 class Plain(NamedTuple):
@@ -208,15 +228,16 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     padded = F.pad(torch.cat(projected, 1), [0, 0, taps.shape[1] - 1, 0])
     mixed = F.silu(sum(padded[tap : tap + tokens] * taps[:, tap] for tap in range(taps.shape[1])))
     mq, mk, mv = (
-        part.unflatten(-1, (-1, dim)) for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+        part.unflatten(-1, (-1, dim))
+        for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     )
     mk, mv = (part.repeat_interleave(heads // kv_heads, 1) for part in (mk, mv))
     mq, mk = (part / part.norm(dim=-1, keepdim=True) for part in (mq, mk))
-    beta = torch.sigmoid(x @ memory.beta_proj.weight.T) * (2 if memory.negative_eigenvalues else 1)
+    beta = torch.sigmoid(x @ memory.b_proj.weight.T) * (2 if memory.allow_neg_eigval else 1)
     decay = torch.ones_like(beta)
-    if isinstance(memory, hb.GatedDelta):
-        step = F.softplus(x @ memory.decay_proj.weight.T + memory.step_bias)
-        decay = torch.exp(-memory.log_rate.exp() * step)
+    if isinstance(memory, hb.GatedDeltaMemory):
+        step = F.softplus(x @ memory.a_proj.weight.T + memory.dt_bias)
+        decay = torch.exp(-memory.A_log.exp() * step)
     state = x.new_zeros(heads, dim, dim)
     remembered, residuals = torch.zeros_like(mv), torch.zeros_like(mv)
     for t in range(tokens):
@@ -230,13 +251,16 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     if attention.qk_norm:
         q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     if attention.rope_theta is not None:
-        angle = torch.arange(tokens)[:, None] * attention.rope_theta ** (-torch.arange(dim // 2).double() * 2 / dim)
+        angle = torch.arange(tokens)[:, None] * attention.rope_theta ** (
+            -torch.arange(dim // 2).double() * 2 / dim
+        )
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
         turned = (torch.complex(*part.chunk(2, -1)) * turn for part in (q, k))
         q, k = (torch.cat([part.real, part.imag], -1) for part in turned)
     group = heads // kv_heads
     k, v, visible = (
-        part.repeat_interleave(group, dim=-1 if part.dtype == torch.bool else 1) for part in (k, v, visible)
+        part.repeat_interleave(group, dim=-1 if part.dtype == torch.bool else 1)
+        for part in (k, v, visible)
     )
     logits = torch.einsum("ihd,jhd->ijh", q, k) / dim**0.5
     router = getattr(layer.gate, "gate", layer.gate)
@@ -256,7 +280,7 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     gates = gates.softmax(-1) if isinstance(combiner, hb.SoftmaxMix) else gates.sigmoid()
     mixed = gates[..., :1] * rms(remembered, combiner.memory_norm)
     mixed = mixed + gates[..., 1:] * rms(attended, combiner.attention_norm)
-    return Plain(mixed.flatten(1) @ combiner.out_proj.weight.T, residuals, mv)
+    return Plain(mixed.flatten(1) @ combiner.o_proj.weight.T, residuals, mv)
 
 
 def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:

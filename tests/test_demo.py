@@ -12,14 +12,18 @@ from hamblocks.cli import app
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n}\n" for n in range(4000)))
+    path.write_text(
+        "".join(f"line {n}: the quick brown fox jumps over {n * n}\n" for n in range(4000))
+    )
     return path
 
 
 @pytest.mark.slow
 def test_demo_writes_what_it_measured(text, tmp_path):
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["demo", "--text", str(text), "--steps", "2", "--seed", "3", "--out", str(out)])
+    result = CliRunner().invoke(
+        app, ["demo", "--text", str(text), "--steps", "2", "--seed", "3", "--out", str(out)]
+    )
     assert result.exit_code == 0, result.output
     found = json.loads((out / "results.json").read_text())
     assert found["settings"]["steps"] == 2
@@ -28,7 +32,9 @@ def test_demo_writes_what_it_measured(text, tmp_path):
     memory, everything, ham, chance = found["models"]
     assert memory["keep_fraction"] == memory["cache_bytes_per_token"] == 0
     assert everything["keep_fraction"] == 1
-    assert everything["cache_bytes_per_token"] == 2 * 2 * 128 * 4  # layers, keys and values, hidden size, float32
+    assert (
+        everything["cache_bytes_per_token"] == 2 * 2 * 128 * 4
+    )  # layers, keys and values, hidden size, float32
     assert ham["name"] == "HAM, 25%"
     assert chance["keep_fraction"] == pytest.approx(0.25, abs=0.1)
     assert all(0 < row["bits_per_byte"] < 9 and row["seconds"] > 0 for row in found["models"])
@@ -38,7 +44,10 @@ def test_demo_writes_what_it_measured(text, tmp_path):
     assert kept[-1] == 1
     for growth in found["growth"]:
         assert growth["stored"] == sorted(growth["stored"])
-        assert all(0 <= stored <= seen for seen, stored in zip(growth["tokens"], growth["stored"], strict=True))
+        assert all(
+            0 <= stored <= seen
+            for seen, stored in zip(growth["tokens"], growth["stored"], strict=True)
+        )
     for row in found["models"]:
         assert f"{row['bits_per_byte']:.3f}" in result.output
         assert f"| {row['name']} | {row['bits_per_byte']:.3f} |" in (out / "table.md").read_text()

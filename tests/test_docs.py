@@ -21,7 +21,9 @@ import hamblocks_ops
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
+)
 
 
 class Block(NamedTuple):
@@ -48,7 +50,9 @@ def blocks_of(page: Path) -> list[Block]:
 def test_examples_run(page, monkeypatch):
     torch.manual_seed(0)
     module = types.ModuleType(f"page_{page.stem}")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # torch.compile looks there for the globals of a function
+    monkeypatch.setitem(
+        sys.modules, module.__name__, module
+    )  # torch.compile looks there for the globals of a function
     for block in blocks_of(page):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -94,6 +98,12 @@ def test_site_builds_and_documents_every_public_name(tmp_path):
             # an op that is named like its module is listed as a member of the module
             listings = {f"{package.__name__}.{name}", f"{package.__name__}.{name}.{name}"}
             listings.add(f"{getattr(getattr(package, name), '__module__', '')}.{name}")
-            assert documented & listings, f"{package.__name__}.{name} is in no page of the reference"
+            assert documented & listings, (
+                f"{package.__name__}.{name} is in no page of the reference"
+            )
     fetched = re.compile(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?(?:https?:)?//""")
-    assert [str(page) for page in site.rglob("*.html") if fetched.search(page.read_text(encoding="utf-8"))] == []
+    assert [
+        str(page)
+        for page in site.rglob("*.html")
+        if fetched.search(page.read_text(encoding="utf-8"))
+    ] == []

@@ -38,7 +38,11 @@ def result():
 
 
 def measured(result, part):
-    return {(row.get("pass"), row["case"]) for row in result["rows"] if row["part"] == part and "seconds" in row}
+    return {
+        (row.get("pass"), row["case"])
+        for row in result["rows"]
+        if row["part"] == part and "seconds" in row
+    }
 
 
 FORWARD, TRAINING = "forward", "forward and backward"
@@ -47,10 +51,15 @@ FORWARD, TRAINING = "forward", "forward and backward"
 @pytest.mark.slow
 def test_it_runs_at_a_small_size(result):
     both = {FORWARD, TRAINING}
-    assert measured(result, "delta") == {(which, case) for which in both for case in ("score", "residual")}
+    assert measured(result, "delta") == {
+        (which, case) for which in both for case in ("score", "residual")
+    }
     assert measured(result, "attention") == {(which, "gather") for which in both}
     assert measured(result, "layer") == {(TRAINING, "selected"), (TRAINING, "everything")}
-    assert measured(result, "decode") == {(None, "a dense cache, attention alone"), (None, "one layer")}
+    assert measured(result, "decode") == {
+        (None, "a dense cache, attention alone"),
+        (None, "one layer"),
+    }
     modes = [row["mode"] for row in result["rows"] if row["part"] == "layer" and "seconds" in row]
     assert sorted(modes) == ["compiled", "compiled", "eager", "eager"]
     for row in result["rows"]:
@@ -66,7 +75,16 @@ def test_it_runs_at_a_small_size(result):
 def test_what_a_cpu_has_not_is_left_out_with_its_reason(result):
     reasons = {row["case"]: row["reason"] for row in result["rows"] if "reason" in row}
     assert all(text.startswith("NotHereError: ") for text in reasons.values())
-    names = ("fla", "fla once more", "flash", "cudnn", "flash-3", "triton", "flex", "everything by FlashAttention")
+    names = (
+        "fla",
+        "fla once more",
+        "flash",
+        "cudnn",
+        "flash-3",
+        "triton",
+        "flex",
+        "everything by FlashAttention",
+    )
     assert set(reasons) == set(names)
     assert {x["met"] for x in result["targets"]} == {None}
     assert all(x["reason"] for x in result["targets"])
@@ -74,9 +92,18 @@ def test_what_a_cpu_has_not_is_left_out_with_its_reason(result):
 
 @pytest.mark.slow
 def test_half_is_kept_and_counted(result):
-    (kept,) = {row["kept"] for row in result["rows"] if row["part"] == "layer" and row["case"] == "selected"}
+    (kept,) = {
+        row["kept"]
+        for row in result["rows"]
+        if row["part"] == "layer" and row["case"] == "selected"
+    }
     assert kept == pytest.approx(0.5, abs=0.01)
-    shares = {row["fraction"]: row["kept"] for row in result["rows"] if row["part"] == "attention" if "fraction" in row}
+    shares = {
+        row["fraction"]: row["kept"]
+        for row in result["rows"]
+        if row["part"] == "attention"
+        if "fraction" in row
+    }
     assert shares == pytest.approx({0.5: 0.5, 0.25: 0.25, 0.1: 0.1}, abs=0.08)
 
 
@@ -110,7 +137,9 @@ def test_floor_of_the_delta_rule():
     assert work(residual=True).bytes == 6 * (5 * 256 + 8)
     assert work(score=True).bytes == 6 * (4 * 256 + 12)
     # 28 C D = 229376, 16 D D = 262144, 4 C C = 16384
-    assert work(learns=True).operations - work().operations == pytest.approx(6 * (229376 + 262144 + 16384))
+    assert work(learns=True).operations - work().operations == pytest.approx(
+        6 * (229376 + 262144 + 16384)
+    )
     assert work(learns=True).bytes - work().bytes == 6 * (7 * 256 + 16)
 
 
@@ -206,7 +235,9 @@ def test_bounds_follow_the_fraction_and_the_pass():
 
     row = {"part": "attention", "tokens": 16384, "case": "triton"}
     bounds = {
-        (which, fraction): [target.bound for target in targets({**row, "pass": which, "fraction": fraction})]
+        (which, fraction): [
+            target.bound for target in targets({**row, "pass": which, "fraction": fraction})
+        ]
         for which in (FORWARD, TRAINING)
         for fraction in (0.5, 0.25, 0.1)
     }
@@ -225,18 +256,31 @@ def test_layers_are_judged_from_8192_tokens_on_and_in_their_own_mode():
 
     def rows(tokens, mode, selected):
         row = {"part": "layer", "tokens": tokens, "pass": TRAINING, "mode": mode}
-        return [{**row, "case": "selected", "seconds": selected}, {**row, "case": "everything", "seconds": 1}]
+        return [
+            {**row, "case": "selected", "seconds": selected},
+            {**row, "case": "everything", "seconds": 1},
+        ]
 
     judged = judge([*rows(4096, "eager", 2), *rows(8192, "eager", 0.5), *rows(8192, "compiled", 2)])
-    assert [(x["tokens"], x["mode"], x["met"]) for x in judged] == [(8192, "eager", True), (8192, "compiled", False)]
+    assert [(x["tokens"], x["mode"], x["met"]) for x in judged] == [
+        (8192, "eager", True),
+        (8192, "compiled", False),
+    ]
 
 
 def test_a_time_that_is_missing_meets_nothing():
     from measuring.targets import judge
 
     row = {"part": "delta", "tokens": 16384, "pass": FORWARD}
-    judged = judge([{**row, "case": "score", "seconds": 1}, {**row, "case": "fla", "reason": "OutOfMemoryError"}])
-    assert [(x["ratio"], x["met"], x["reason"]) for x in judged] == [(None, None, "OutOfMemoryError")]
+    judged = judge(
+        [
+            {**row, "case": "score", "seconds": 1},
+            {**row, "case": "fla", "reason": "OutOfMemoryError"},
+        ]
+    )
+    assert [(x["ratio"], x["met"], x["reason"]) for x in judged] == [
+        (None, None, "OutOfMemoryError")
+    ]
 
 
 def test_a_wrong_result_is_not_timed():
@@ -274,7 +318,9 @@ def test_calls_take_turns_and_one_that_fails_stops_no_other():
         if len(calls) > 4:
             raise torch.OutOfMemoryError("no more")
 
-    timings, reasons = Clock("cpu", 2).turns({"a": lambda: calls.append("a"), "b": fails}, warm_up=1)
+    timings, reasons = Clock("cpu", 2).turns(
+        {"a": lambda: calls.append("a"), "b": fails}, warm_up=1
+    )
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert list(timings) == ["a"]
     assert reasons == {"b": "OutOfMemoryError: no more"}
@@ -291,7 +337,9 @@ def test_sampled_attention_tells_right_from_wrong(learns):
     q, k, v, cotangent = (torch.randn(1, 300, 2, 8) for _ in range(4))
     evict_at = scattered(0.3, 300, 2, "cpu")
     sample = SampledAttention(q, k, v, evict_at, cotangent)
-    checked = sample.check(lambda *qkv: selected_attention(*qkv, evict_at, impl="reference").out, learns)
+    checked = sample.check(
+        lambda *qkv: selected_attention(*qkv, evict_at, impl="reference").out, learns
+    )
     assert max(checked["errors"].values()) < 1e-5
     assert len(checked["errors"]) == (4 if learns else 1)
     other = evict_at.clone()
@@ -324,6 +372,8 @@ def test_it_measures_on_a_cpu_and_writes_nothing(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_it_says_so():
-    run = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], check=False, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py")], check=False, capture_output=True, text=True
+    )
     assert run.returncode == 1
     assert run.stderr == "benchmarks/gpu.py: expected a CUDA device, got none\n"

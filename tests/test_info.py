@@ -15,7 +15,9 @@ def test_every_op_with_a_choice_is_told_with_all_its_implementations():
     assert run.exit_code == 0, run.output
     told = json.loads(run.stdout)
     assert told["machine"]["hamblocks"] == hb.__version__
-    assert {"torch", "triton", "flash-linear-attention", "flash-attn", "GPU"} <= told["machine"].keys()
+    assert {"torch", "triton", "flash-linear-attention", "flash-attn", "GPU"} <= told[
+        "machine"
+    ].keys()
     seen = {}
     for ops in told["ops"].values():
         for op, answers in ops.items():
@@ -29,4 +31,6 @@ def test_the_table_tells_what_is_taken_and_why_not_the_others():
     assert run.exit_code == 0, run.output
     lines = run.stdout.splitlines()
     assert any("selected_attention" in line and "triton" in line for line in lines)
-    assert sum("yes, taken" in line for line in lines) == 4 + 4 + 5  # ops, paged attention when decoding
+    assert (
+        sum("yes, taken" in line for line in lines) == 4 + 4 + 5
+    )  # ops, paged attention when decoding

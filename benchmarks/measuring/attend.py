@@ -76,24 +76,38 @@ def seen(evict_at: Tensor) -> tuple[int, int]:
     return int(lifetimes.sum()), int((lifetimes > 0).sum())
 
 
-def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> Iterator[dict[str, Any]]:
+def rows(
+    tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
+) -> Iterator[dict[str, Any]]:
     shape = 1, tokens, sizes.heads, sizes.head_dim
-    q, k, v, cotangent = (torch.randn(shape, device=sizes.device, dtype=sizes.dtype) for _ in range(4))
+    q, k, v, cotangent = (
+        torch.randn(shape, device=sizes.device, dtype=sizes.dtype) for _ in range(4)
+    )
     lifetimes = {f: scattered(f, tokens, sizes.heads, sizes.device) for f in FRACTIONS}
     everything = torch.full_like(lifetimes[FRACTIONS[0]], NEVER)
-    impls = KERNELS if sizes.gpu else (*KERNELS, explain(selected_attention, q, k, v, everything).chosen)
+    impls = (
+        KERNELS
+        if sizes.gpu
+        else (*KERNELS, explain(selected_attention, q, k, v, everything).chosen)
+    )
     compared: list[tuple[dict[str, Any], Tensor, Attend]] = [
         ({"case": "flash"}, everything, sdpa(SDPBackend.FLASH_ATTENTION)),
         ({"case": "cudnn"}, everything, sdpa(SDPBackend.CUDNN_ATTENTION)),
         ({"case": "flash-3"}, everything, flash_3),
     ]
     for fraction, evict_at in lifetimes.items():
-        compared += [({"case": i, "fraction": fraction}, evict_at, selected(evict_at, i)) for i in impls]
-    exact = {id(x): SampledAttention(q, k, v, x, cotangent) for x in (everything, *lifetimes.values())}
+        compared += [
+            ({"case": i, "fraction": fraction}, evict_at, selected(evict_at, i)) for i in impls
+        ]
+    exact = {
+        id(x): SampledAttention(q, k, v, x, cotangent) for x in (everything, *lifetimes.values())
+    }
     for which in (FORWARD, TRAINING):
         learns = which == TRAINING
 
-        def contender(row: dict[str, Any], evict_at: Tensor, attend: Attend, learns: bool = learns) -> Contender:
+        def contender(
+            row: dict[str, Any], evict_at: Tensor, attend: Attend, learns: bool = learns
+        ) -> Contender:
             def call() -> object:
                 given = [x.detach().requires_grad_(learns) for x in (q, k, v)]
                 with torch.set_grad_enabled(learns):
@@ -101,9 +115,13 @@ def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> 
                 return torch.autograd.grad(out, given, cotangent) if learns else out
 
             pairs, kept = seen(evict_at)
-            work = floors.attention(*shape[1:], pairs=pairs, kept=kept, item=q.element_size(), learns=learns)
+            work = floors.attention(
+                *shape[1:], pairs=pairs, kept=kept, item=q.element_size(), learns=learns
+            )
             row = {**row, "kept": kept / (tokens * sizes.heads)}
             return Contender(row, call, lambda: exact[id(evict_at)].check(attend, learns), work)
 
         contenders = [contender(*given) for given in compared]
-        yield from race(contenders, clock, ceilings, {"part": "attention", "tokens": tokens, "pass": which})
+        yield from race(
+            contenders, clock, ceilings, {"part": "attention", "tokens": tokens, "pass": which}
+        )

@@ -33,21 +33,30 @@ def within(against: str, errors: dict[str, float], allowed: dict[str, float]) ->
     """
     for name, size in errors.items():
         if not size <= allowed[name]:
-            raise WrongResultError(f"{name}: error {size:.1e} against {against}, allowed {allowed[name]:.1e}")
+            raise WrongResultError(
+                f"{name}: error {size:.1e} against {against}, allowed {allowed[name]:.1e}"
+            )
     return {"against": against, "errors": errors, "allowed": allowed}
 
 
 class SampledAttention:
     """Attention of a sample of queries by the dense definition in float32, and gradients of a loss of them alone."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, cotangent: Tensor) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, cotangent: Tensor
+    ) -> None:
         tokens, heads = q.shape[1:3]
         drawn = torch.randperm(tokens, device=q.device)[:SAMPLES]
         at = torch.cat([drawn, drawn.new_tensor([0, tokens - 1])]).unique()
         self.inputs = [x.detach() for x in (q, k, v)]
-        self.at, self.cotangent = at, torch.zeros_like(cotangent).index_copy(1, at, cotangent[:, at])
+        self.at, self.cotangent = (
+            at,
+            torch.zeros_like(cotangent).index_copy(1, at, cotangent[:, at]),
+        )
         self.out = torch.empty(1, len(at), *q.shape[2:], device=q.device)
-        self.gradients = [torch.empty(1, n, *q.shape[2:], device=q.device) for n in (len(at), tokens, tokens)]
+        self.gradients = [
+            torch.empty(1, n, *q.shape[2:], device=q.device) for n in (len(at), tokens, tokens)
+        ]
         position = torch.arange(tokens, device=q.device)
         for head in range(heads):
             one = [x.detach()[0, :, head].float() for x in (q[:, at], k, v)]
@@ -64,7 +73,9 @@ class SampledAttention:
             for whole, part in zip(self.gradients, found, strict=True):
                 whole[0, :, head] = part
 
-    def check(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], learns: bool) -> dict[str, Any]:
+    def check(
+        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], learns: bool
+    ) -> dict[str, Any]:
         """Compares out, and with `learns` the gradients of q, k and v."""
         inputs = [x.clone().requires_grad_(learns) for x in self.inputs]
         with torch.set_grad_enabled(learns):
@@ -72,7 +83,9 @@ class SampledAttention:
         errors = {"out": error(out[:, self.at], self.out)}
         if learns:
             dq, dk, dv = torch.autograd.grad(out, inputs, self.cotangent)
-            for name, got, exact in zip("qkv", (dq[:, self.at], dk, dv), self.gradients, strict=True):
+            for name, got, exact in zip(
+                "qkv", (dq[:, self.at], dk, dv), self.gradients, strict=True
+            ):
                 errors[f"gradient of {name}"] = error(got, exact)
         allowed = {name: OUT if name == "out" else GRADIENT for name in errors}
         return within(f"dense attention of {len(self.at)} queries in float32", errors, allowed)

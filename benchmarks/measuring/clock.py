@@ -130,7 +130,9 @@ class Clock:
         timings, reasons = self.turns({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)})
         if reasons:
             raise RuntimeError(f"no ceilings: {reasons}")
-        return Ceilings(2 * matmul**3 / timings["matmul"].seconds, 2 * copied_bytes / timings["copy"].seconds)
+        return Ceilings(
+            2 * matmul**3 / timings["matmul"].seconds, 2 * copied_bytes / timings["copy"].seconds
+        )
 
 
 def reason(error: Exception) -> str:
@@ -138,7 +140,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def race(contenders: list[Contender], clock: Clock, ceilings: Ceilings, common: dict[str, Any]) -> list[dict[str, Any]]:
+def race(
+    contenders: list[Contender], clock: Clock, ceilings: Ceilings, common: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row for each contender: its times and its floor, or the reason why there are none."""
     rows, calls = {}, {}
     for contender in contenders:

@@ -23,13 +23,20 @@ def shapes(sizes: Sizes) -> tuple[int, ...]:
     return sizes.contexts
 
 
-def rows(context: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> Iterator[dict[str, Any]]:
+def rows(
+    context: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
+) -> Iterator[dict[str, Any]]:
     common = {"part": "decode", "tokens": context}
     nbytes = 2 * sizes.decode_batch * sizes.heads * context * sizes.head_dim * sizes.dtype.itemsize
     row = {**common, "case": "a dense cache, attention alone"}
     try:
-        row |= everything(context, sizes, clock)._asdict() | {"floor": floors.decode(nbytes).floor(ceilings)}
-        print(f"context {context:>7,}  a dense cache, attention alone: {1e6 * row['seconds']:,.0f} us", flush=True)
+        row |= everything(context, sizes, clock)._asdict() | {
+            "floor": floors.decode(nbytes).floor(ceilings)
+        }
+        print(
+            f"context {context:>7,}  a dense cache, attention alone: {1e6 * row['seconds']:,.0f} us",
+            flush=True,
+        )
     except Exception as error:
         row["reason"] = reason(error)
     yield row
@@ -66,7 +73,9 @@ def decode(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[st
     torch.manual_seed(0)
     device, dtype, batch = sizes.device, sizes.dtype, sizes.decode_batch
     selector = hb.Threshold(float("-inf") if fraction == 1 else 1 - fraction)
-    layer = hb.HAMLayer(sizes.hidden, sizes.heads, head_dim=sizes.head_dim, gate=hb.RandomRouting(), selector=selector)
+    layer = hb.HAMLayer(
+        sizes.hidden, sizes.heads, head_dim=sizes.head_dim, gate=hb.RandomGate(), selector=selector
+    )
     layer = layer.to(device, dtype).eval()
     state = layer.init_state(batch)
     for piece in torch.arange(context).split(sizes.decode_piece):
@@ -77,13 +86,22 @@ def decode(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[st
     arguments = q, one.slabs, one.block_table
     asked = one.seen[:, None]
     exactly = [slab._replace(k=slab.k.double(), v=slab.v.double()) for slab in one.slabs]
-    exact = paged_attention(q.double(), exactly, one.block_table, query_position=asked, impl="reference").out
+    exact = paged_attention(
+        q.double(), exactly, one.block_table, query_position=asked, impl="reference"
+    ).out
     error, own = (
-        float((paged_attention(*arguments, query_position=asked, impl=impl).out.double() - exact).norm() / exact.norm())
+        float(
+            (
+                paged_attention(*arguments, query_position=asked, impl=impl).out.double() - exact
+            ).norm()
+            / exact.norm()
+        )
         for impl in ("auto", "reference")
     )
     if not error <= 2 * own + torch.finfo(dtype).eps:
-        raise WrongResultError(f"paged_attention: error {error:.1e} against float64, the reference's {own:.1e}")
+        raise WrongResultError(
+            f"paged_attention: error {error:.1e} against float64, the reference's {own:.1e}"
+        )
     table = explain(paged_attention, *arguments, query_position=asked)
     x = torch.randn(batch, sizes.hidden, device=device, dtype=dtype)
     state.reserve(clock.rounds + 12)
@@ -99,7 +117,11 @@ def decode(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[st
         "tokens_per_second": batch / timing.seconds,
         "cache_bytes": state.cache.nbytes,
         "capacity_bytes": state.cache.capacity_nbytes,
-        "checked": {"against": "the dense reference in float64", "error": error, "own error of the reference": own},
+        "checked": {
+            "against": "the dense reference in float64",
+            "error": error,
+            "own error of the reference": own,
+        },
         "impl": table.chosen,
     }
 

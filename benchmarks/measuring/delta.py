@@ -17,7 +17,10 @@ from measuring.sizes import Sizes
 from measuring.targets import FORWARD, TRAINING
 
 NAMES = ("q", "k", "v", "beta", "g")
-CASES = {"score": {"metric": "cosine", "output_residual": False}, "residual": {"output_residual": True}}
+CASES = {
+    "score": {"metric": "cosine", "output_residual": False},
+    "residual": {"output_residual": True},
+}
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
@@ -36,7 +39,9 @@ def theirs(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     q, k, v, beta, g = inputs
-    result: tuple[Tensor, Tensor] = chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+    result: tuple[Tensor, Tensor] = chunk_gated_delta_rule(
+        q, k, v, g, beta, output_final_state=True
+    )
     return result
 
 
@@ -47,11 +52,17 @@ class Trusted:
         self.inputs, self.cotangent = inputs, cotangent
         self.gpu = cotangent.is_cuda
         # token by token would take minutes at 65536 tokens
-        self.impl, self.dtype = ("chunked", torch.float32) if self.gpu else ("reference", torch.float64)
+        self.impl, self.dtype = (
+            ("chunked", torch.float32) if self.gpu else ("reference", torch.float64)
+        )
         with torch.no_grad():
-            self.exact = ours([x.to(self.dtype) for x in inputs], self.impl, metric="cosine")._asdict()
+            self.exact = ours(
+                [x.to(self.dtype) for x in inputs], self.impl, metric="cosine"
+            )._asdict()
 
-    def check(self, run: Callable[[list[Tensor]], dict[str, Tensor]], learns: bool) -> dict[str, Any]:
+    def check(
+        self, run: Callable[[list[Tensor]], dict[str, Tensor]], learns: bool
+    ) -> dict[str, Any]:
         """Bits of out and final state, errors of all results, and with `learns` of the gradients."""
         inputs = [x.detach().requires_grad_(learns) for x in self.inputs]
         with torch.set_grad_enabled(learns):
@@ -73,20 +84,28 @@ class Trusted:
         return checked
 
     def _gradients(self, got: tuple[Tensor, ...]) -> dict[str, Any]:
-        inputs = [(x if self.gpu else x.to(self.dtype)).detach().requires_grad_() for x in self.inputs]
+        inputs = [
+            (x if self.gpu else x.to(self.dtype)).detach().requires_grad_() for x in self.inputs
+        ]
         with torch.enable_grad():
             out = theirs(inputs)[0] if self.gpu else ours(inputs, self.impl).out
         exact = torch.autograd.grad(out, inputs, self.cotangent.to(out.dtype))
         errors = {name: error(a, b) for name, a, b in zip(NAMES, got, exact, strict=True)}
         against = "fla's" if self.gpu else f"{self.impl} in {self.dtype}"
         checked = within(f"gradients of {against}", errors, dict.fromkeys(errors, OUT))
-        return checked | {"same bits": [n for n, a, b in zip(NAMES, got, exact, strict=True) if torch.equal(a, b)]}
+        return checked | {
+            "same bits": [n for n, a, b in zip(NAMES, got, exact, strict=True) if torch.equal(a, b)]
+        }
 
 
-def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> Iterator[dict[str, Any]]:
+def rows(
+    tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
+) -> Iterator[dict[str, Any]]:
     shape = 1, tokens, sizes.heads, sizes.head_dim
     q, k, v, cotangent = (torch.randn(shape, device=sizes.device) for _ in range(4))
-    q, k, v, cotangent = (x.to(sizes.dtype) for x in (normalize(q, dim=-1), normalize(k, dim=-1), v, cotangent))
+    q, k, v, cotangent = (
+        x.to(sizes.dtype) for x in (normalize(q, dim=-1), normalize(k, dim=-1), v, cotangent)
+    )
     beta, g = (
         1 - torch.rand(shape[:3], device=sizes.device),
         logsigmoid(torch.randn(shape[:3], device=sizes.device) + 4),
@@ -98,7 +117,9 @@ def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> 
     for which in (FORWARD, TRAINING):
         learns = which == TRAINING
 
-        def contender(case: str, run: Callable[[list[Tensor]], dict[str, Tensor]], learns: bool = learns) -> Contender:
+        def contender(
+            case: str, run: Callable[[list[Tensor]], dict[str, Tensor]], learns: bool = learns
+        ) -> Contender:
             def call() -> object:
                 given = [x.detach().requires_grad_(learns) for x in inputs]
                 with torch.set_grad_enabled(learns):
@@ -113,7 +134,9 @@ def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> 
                 learns=learns,
             )
             by = "fla's public function" if case.startswith("fla") else impl
-            return Contender({"case": case, "impl": by}, call, lambda: trusted.check(run, learns), work)
+            return Contender(
+                {"case": case, "impl": by}, call, lambda: trusted.check(run, learns), work
+            )
 
         def of_ours(case: str) -> Callable[[list[Tensor]], dict[str, Tensor]]:
             def run(given: list[Tensor]) -> dict[str, Tensor]:
@@ -128,4 +151,6 @@ def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> 
         # fla's twice: how far apart the same call comes out
         contenders = [contender("fla", of_fla), *(contender(case, of_ours(case)) for case in CASES)]
         contenders.append(contender("fla once more", of_fla))
-        yield from race(contenders, clock, ceilings, {"part": "delta", "tokens": tokens, "pass": which})
+        yield from race(
+            contenders, clock, ceilings, {"part": "delta", "tokens": tokens, "pass": which}
+        )

@@ -28,14 +28,18 @@ class Work(NamedTuple):
 
     def floor(self, ceilings: Ceilings) -> float:
         """Seconds."""
-        return max(self.operations / ceilings.operations_per_second, self.bytes / ceilings.bytes_per_second)
+        return max(
+            self.operations / ceilings.operations_per_second, self.bytes / ceilings.bytes_per_second
+        )
 
     def plus(self, other: Work) -> Work:
         """Both, one after the other."""
         return Work(self.operations + other.operations, self.bytes + other.bytes)
 
 
-def delta_rule(tokens: int, heads: int, dim: int, *, item: int, residual: bool, score: bool, learns: bool) -> Work:
+def delta_rule(
+    tokens: int, heads: int, dim: int, *, item: int, residual: bool, score: bool, learns: bool
+) -> Work:
     """The gated delta rule in chunks of C = 64, keys and values of D; `item` bytes an entry, scalars float32.
 
     Forward, per chunk: k k^T, A^-1 (beta e^g k), A^-1 (beta v), q k^T, P v_new are products of C C D (5); w S, k^T
@@ -61,7 +65,9 @@ def delta_rule(tokens: int, heads: int, dim: int, *, item: int, residual: bool, 
     return Work(rows * operations, rows * moved)
 
 
-def attention(tokens: int, heads: int, dim: int, *, pairs: int, kept: int, item: int, learns: bool) -> Work:
+def attention(
+    tokens: int, heads: int, dim: int, *, pairs: int, kept: int, item: int, learns: bool
+) -> Work:
     """Attention where `pairs` (query, key, head) see each other and `kept` (key, head) are stored.
 
     Forward: q k^T and P v, 4 D operations a pair; q and out of all tokens, k and v of the stored ones, lse and
@@ -82,7 +88,9 @@ def causal_pairs(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def layer(tokens: int, hidden: int, heads: int, dim: int, *, pairs: int, kept: int, item: int) -> Work:
+def layer(
+    tokens: int, hidden: int, heads: int, dim: int, *, pairs: int, kept: int, item: int
+) -> Work:
     """A HAM layer, forward and backward: its products with weights, the delta rule with the score, and attention.
 
     Weights: q, k, v and out (4 of hidden x heads dim), and four numbers a head (two gates, beta, decay). Forward 2

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 import hamblocks as hb
 from hamblocks.attention import rotate
 from hamblocks.ops import selected_attention
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from measuring import floors
 from measuring.attend import sdpa, seen
 from measuring.checks import GRADIENT, SampledAttention, error, within
@@ -28,11 +28,13 @@ COMPILED = 2.0**-5
 class FlashAttention(nn.Module):
     """The part that attends to everything by FlashAttention: what a layer without selection would use."""
 
-    def build(self, dims: Dims) -> None:
+    def build(self, dims: LayerDims) -> None:
         self.normed = hb.SelectedAttention()
         self.normed.build(dims)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, **given: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, **given: Any
+    ) -> tuple[Tensor, None]:
         q, k = normed(self.normed, q, k, given["position"])
         return sdpa(SDPBackend.FLASH_ATTENTION)(q, k, v), None
 
@@ -41,7 +43,9 @@ def shapes(sizes: Sizes) -> tuple[int, ...]:
     return sizes.layer_tokens
 
 
-def normed(part: hb.SelectedAttention, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def normed(
+    part: hb.SelectedAttention, q: Tensor, k: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     """Queries and keys as they are attended with."""
     q, k = part.q_norm(q), part.k_norm(k)
     return rotate(q, position, part.rope_theta), rotate(k, position, part.rope_theta)
@@ -55,7 +59,7 @@ def build(sizes: Sizes, tau: float, attention: Any = None) -> hb.HAMLayer:
         sizes.hidden,
         sizes.heads,
         head_dim=sizes.head_dim,
-        memory=hb.GatedDelta(impl=delta),
+        memory=hb.GatedDeltaMemory(impl=delta),
         gate=hb.PredictionError("cosine"),
         selector=hb.Threshold(tau),
         attention=hb.SelectedAttention(impl=attends) if attention is None else attention,
@@ -70,7 +74,10 @@ def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, A
     def keep(part: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         given[part] = args, kwargs, result[0]
 
-    hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in (layer.memory, layer.attention)]
+    hooks = [
+        part.register_forward_hook(keep, with_kwargs=True)
+        for part in (layer.memory, layer.attention)
+    ]
     try:
         with torch.no_grad():
             layer(x)
@@ -82,7 +89,11 @@ def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, A
     try:
         with torch.no_grad():
             exact, _, _ = layer.memory(*args, **kwargs)
-        checked = {"memory": within(f"{layer.memory.impl}", {"read": error(read, exact)}, {"read": GRADIENT})}
+        checked = {
+            "memory": within(
+                f"{layer.memory.impl}", {"read": error(read, exact)}, {"read": GRADIENT}
+            )
+        }
     finally:
         layer.memory.impl = impl
     (q, k, v, evict_at), kwargs, _ = given.pop(layer.attention)
@@ -106,10 +117,17 @@ def check_compiled(compiled: Any, layer: hb.HAMLayer, x: Tensor) -> dict[str, An
     return checked | {"decisions that differ": moved}
 
 
-def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> Iterator[dict[str, Any]]:
+def rows(
+    tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
+) -> Iterator[dict[str, Any]]:
     everything = build(sizes, EVERYTHING)
-    x, y = (torch.randn(1, tokens, sizes.hidden, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
-    reads = torch.randn(1, tokens, sizes.heads, sizes.head_dim, device=sizes.device, dtype=sizes.dtype)
+    x, y = (
+        torch.randn(1, tokens, sizes.hidden, device=sizes.device, dtype=sizes.dtype)
+        for _ in range(2)
+    )
+    reads = torch.randn(
+        1, tokens, sizes.heads, sizes.head_dim, device=sizes.device, dtype=sizes.dtype
+    )
     with torch.no_grad():
         tau = float(everything(x).stats.score.float().median())
         layers = {"selected": build(sizes, tau), "everything": everything}
@@ -120,22 +138,36 @@ def rows(tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings) -> 
 
     def contender(case: str, mode: str) -> Contender:
         layer = layers[case]
-        run = layer if mode == "eager" else torch.compile(layer, fullgraph=True, backend=sizes.backend, dynamic=False)
+        run = (
+            layer
+            if mode == "eager"
+            else torch.compile(layer, fullgraph=True, backend=sizes.backend, dynamic=False)
+        )
 
         def call() -> object:
             given = x.detach().requires_grad_()
             return torch.autograd.grad(run(given).y, [given, *layer.parameters()], y)
 
         def check() -> dict[str, Any]:
-            return check_parts(layer, x, reads) if mode == "eager" else check_compiled(run, layer, x)
+            return (
+                check_parts(layer, x, reads) if mode == "eager" else check_compiled(run, layer, x)
+            )
 
         number, stored = (pairs, kept) if case == "selected" else full
         work = floors.layer(
-            tokens, sizes.hidden, sizes.heads, sizes.head_dim, pairs=number, kept=stored, item=x.element_size()
+            tokens,
+            sizes.hidden,
+            sizes.heads,
+            sizes.head_dim,
+            pairs=number,
+            kept=stored,
+            item=x.element_size(),
         )
         row = {"case": case, "mode": mode, "kept": stored / full[1]}
         return Contender(row | ({"tau": tau} if case == "selected" else {}), call, check, work)
 
     torch.compiler.reset()  # or compilations of other lengths count against torch's limit for one function
     contenders = [contender(case, mode) for mode in ("eager", "compiled") for case in layers]
-    yield from race(contenders, clock, ceilings, {"part": "layer", "tokens": tokens, "pass": TRAINING})
+    yield from race(
+        contenders, clock, ceilings, {"part": "layer", "tokens": tokens, "pass": TRAINING}
+    )

@@ -23,7 +23,9 @@ def machine(gpu: bool) -> dict[str, str]:
     if gpu:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            found["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
+            found["driver"] = subprocess.run(
+                query, check=True, capture_output=True, text=True
+            ).stdout.split("\n")[0]
         except (OSError, subprocess.CalledProcessError) as error:
             found["driver"] = f"unknown ({type(error).__name__})"
     return found
@@ -31,7 +33,9 @@ def machine(gpu: bool) -> dict[str, str]:
 
 def tables(rows: list[dict[str, Any]], judged: list[dict[str, Any]]) -> list[Table]:
     """Times beside their floors, and targets beside what was reached."""
-    times = Table("part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", title="Times")
+    times = Table(
+        "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", title="Times"
+    )
     for row in rows:
         names = [
             row["part"],
@@ -41,8 +45,16 @@ def tables(rows: list[dict[str, Any]], judged: list[dict[str, Any]]) -> list[Tab
             f"{row['kept']:.3f}" if "kept" in row else str(row.get("fraction", "")),
         ]
         if "seconds" in row:
-            low, middle, high, floor = (1e3 * row[name] for name in ("lower", "seconds", "upper", "floor"))
-            times.add_row(*names, f"{middle:.3f}", f"{low:.3f} - {high:.3f}", f"{floor:.3f}", f"{middle / floor:.2f}")
+            low, middle, high, floor = (
+                1e3 * row[name] for name in ("lower", "seconds", "upper", "floor")
+            )
+            times.add_row(
+                *names,
+                f"{middle:.3f}",
+                f"{low:.3f} - {high:.3f}",
+                f"{floor:.3f}",
+                f"{middle / floor:.2f}",
+            )
         else:
             times.add_row(*names, "-", row["reason"][:60])
     verdicts = Table("target", "T", "pass", "bound", "ratio", "met", title="Targets")

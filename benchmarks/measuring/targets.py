@@ -33,13 +33,21 @@ def targets(row: dict[str, Any]) -> list[Target]:
         return [Target(f"delta rule with {case}: at most {bound} x fla's", other("fla"), bound)]
     if part == "attention" and case == "triton":
         bound = round(fraction + {FORWARD: 0.08, TRAINING: 0.12}[which], 3)
-        found = [Target(f"attention, {fraction} kept: at most {bound} x FlashAttention", other("flash"), bound)]
+        found = [
+            Target(
+                f"attention, {fraction} kept: at most {bound} x FlashAttention",
+                other("flash"),
+                bound,
+            )
+        ]
         if fraction == 0.5:
             text = f"attention, {fraction} kept: at least 1.6 x faster than flex"
             found.append(Target(text, other("flex", fraction), 1.6, least=True))
         return found
     if part == "layer" and case == "selected" and tokens >= 8192:
-        return [Target("layer: faster than with attention over everything", other("everything"), 1.0)]
+        return [
+            Target("layer: faster than with attention over everything", other("everything"), 1.0)
+        ]
     return []
 
 
@@ -50,7 +58,13 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         for target in targets(row):
             where = {name: row[name] for name in ("part", "tokens", "pass", "mode") if name in row}
-            verdict = {**where, "target": target.text, "bound": target.bound, "ratio": None, "met": None}
+            verdict = {
+                **where,
+                "target": target.text,
+                "bound": target.bound,
+                "ratio": None,
+                "met": None,
+            }
             other = by_key.get(target.other, {"reason": "nothing to compare with was measured"})
             missing = [x for x in (row, other) if "seconds" not in x]
             if missing:
@@ -60,6 +74,9 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 ratio = 1 / ratio if target.least else ratio
                 # "faster" is not "as fast"
                 reached = ratio < 1 if target.bound == 1 else ratio <= target.bound
-                verdict |= {"ratio": ratio, "met": ratio >= target.bound if target.least else reached}
+                verdict |= {
+                    "ratio": ratio,
+                    "met": ratio >= target.bound if target.least else reached,
+                }
             judged.append(verdict)
     return judged

@@ -24,7 +24,7 @@ _open: ContextVar[list[Change] | None] = ContextVar("open_transaction", default=
 
 
 @contextlib.contextmanager
-def transaction() -> Iterator[None]:
+def cache_transaction() -> Iterator[None]:
     """Within this context caches do not change; at its end all changes are made, and none if it ends by an exception.
 
     A model wraps the run over its layers in it, so that an error in the third leaves the caches of the first two as

@@ -50,7 +50,9 @@ class Commit:
         self.more = (self.keep - self.have).clamp(min=0)
         self.most, self.width = -(-self.count // page_size), rows.width
         if self.wait:
-            self.most, self.width = (int(x.max()) if len(table) else 0 for x in (self.more, self.keep))
+            self.most, self.width = (
+                int(x.max()) if len(table) else 0 for x in (self.more, self.keep)
+            )
         slots = max(self.width, rows.width) * page_size
         stays = pad(stays, [0, slots - stays.shape[1]])
         inside = torch.arange(slots, device=table.device) < self.keep[:, None] * page_size
@@ -59,11 +61,15 @@ class Commit:
         outside = stays & ~inside
         self.moves = _Moves(outside, self.holes) if self.wait and bool(outside.any()) else None
         moving = 0 if self.moves is None else self.moves.count[:, None]
-        self.place = torch.where(enters, torch.searchsorted(self.holes, moving + enters.cumsum(1)), -1)
+        self.place = torch.where(
+            enters, torch.searchsorted(self.holes, moving + enters.cumsum(1)), -1
+        )
         self.copies = None if rows.private else self._changed() & rows.common()
         self.need = 0
         if self.wait:
-            self.need = int(self.more.sum()) + (0 if self.copies is None else int(self.copies.sum()))
+            self.need = int(self.more.sum()) + (
+                0 if self.copies is None else int(self.copies.sum())
+            )
             if self.need > rows.lease.promised:
                 self.pool.ensure(self.need - rows.lease.promised)
             self.pool.promised += self.need
@@ -109,7 +115,9 @@ class Commit:
                 moved = moved._replace(evict_at=self.until[self.moves.row, self.moves.source])
             pool.write(rows.slots(self.moves.row, self.moves.target), moved, wait=True)
         if self.new is not None:
-            row = torch.arange(len(self.place), device=self.place.device)[:, None].expand_as(self.place)
+            row = torch.arange(len(self.place), device=self.place.device)[:, None].expand_as(
+                self.place
+            )
             pool.write(rows.slots(row, self.place).flatten(), self.new, wait=self.wait)
         if self.wait:
             self._return_pages()

@@ -48,17 +48,31 @@ class Pool:
     """
 
     def __init__(
-        self, page_size: int, heads: int, head_dim: int, like: Tensor, *, logit_bias: bool, max_pages: int | None
+        self,
+        page_size: int,
+        heads: int,
+        head_dim: int,
+        like: Tensor,
+        *,
+        logit_bias: bool,
+        max_pages: int | None,
     ) -> None:
         """heads: key/value heads in a page. like: dtype and device. max_pages: None for no limit."""
-        self.page_size, self.heads, self.head_dim, self.max_pages = page_size, heads, head_dim, max_pages
+        self.page_size, self.heads, self.head_dim, self.max_pages = (
+            page_size,
+            heads,
+            head_dim,
+            max_pages,
+        )
         self.dtype, self.device = like.dtype, like.device
         self.keys: list[tuple[Tensor, Tensor]] = []
         self.promised = 0
         self.returned: list[Tensor] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
-        self.bias = torch.zeros(2, page_size, dtype=wide(like), device=like.device) if logit_bias else None
+        self.bias = (
+            torch.zeros(2, page_size, dtype=wide(like), device=like.device) if logit_bias else None
+        )
         self.users = torch.ones(2, dtype=torch.int32, device=like.device)
 
     @property
@@ -123,13 +137,17 @@ class Pool:
             return
         if self.max_pages is not None and used + pages > self.max_pages:
             raise wrong(
-                "max_pages", f"at least {used + pages} pages ({used} in use and {pages} more)", str(self.max_pages)
+                "max_pages",
+                f"at least {used + pages} pages ({used} in use and {pages} more)",
+                str(self.max_pages),
             )
         grown = max(missing, self.pages // 2, LEAST)
         if self.max_pages is not None:
             grown = min(grown, self.max_pages - self.pages)
         self.keys.append(self._slab(grown))
-        self.position, self.evict_at = (self._widened(x, grown) for x in (self.position, self.evict_at))
+        self.position, self.evict_at = (
+            self._widened(x, grown) for x in (self.position, self.evict_at)
+        )
         self.users = self._widened(self.users, grown)
         if self.bias is not None:
             self.bias = self._widened(self.bias, grown)
@@ -168,7 +186,9 @@ class Pool:
 
     def slots(self, pages: Tensor) -> Tensor:
         """All slots of pages `[...]`, int64 `[..., page_size]`."""
-        return pages.long()[..., None] * self.page_size + torch.arange(self.page_size, device=self.device)
+        return pages.long()[..., None] * self.page_size + torch.arange(
+            self.page_size, device=self.device
+        )
 
     def read(self, slot: Tensor) -> Tokens:
         """The tokens in slots, int64 `[K]`; waits for the device."""
@@ -185,7 +205,11 @@ class Pool:
             k_slab.index_copy_(0, place, tokens.k[own])
             v_slab.index_copy_(0, place, tokens.v[own])
         anywhere = torch.where(slot < 0, self.waste * self.page_size, slot)
-        tables = (self.position, tokens.position), (self.evict_at, tokens.evict_at), (self.bias, tokens.logit_bias)
+        tables = (
+            (self.position, tokens.position),
+            (self.evict_at, tokens.evict_at),
+            (self.bias, tokens.logit_bias),
+        )
         for table, values in tables:
             if table is not None and values is not None:
                 table.view(-1).index_copy_(0, anywhere, values)

@@ -69,7 +69,9 @@ class Rows:
         end: gives all pages back; called once, at the latest with the last handle.
     """
 
-    def __init__(self, pool: Pool, table: Tensor, seen: Tensor, heads: int, *, private: bool = True) -> None:
+    def __init__(
+        self, pool: Pool, table: Tensor, seen: Tensor, heads: int, *, private: bool = True
+    ) -> None:
         """table: int32 `[R, M]`, of pages that were listed for these rows."""
         self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
         self.lease, self.width = Lease(pool, table), table.shape[1]
@@ -158,5 +160,7 @@ class Rows:
 
 def ranked(counts: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Row and entry of the first counts[row] entries of every row of `order`, one after the other."""
-    row, rank = (torch.arange(order.shape[1], device=order.device) < counts[:, None]).nonzero().unbind(1)
+    row, rank = (
+        (torch.arange(order.shape[1], device=order.device) < counts[:, None]).nonzero().unbind(1)
+    )
     return row, order[row, rank]

@@ -14,7 +14,13 @@ from hamblocks.cache.rows import Rows, lasting, ranked
 from hamblocks.protocols import Lifetimes, check_count
 from hamblocks.selectors import EMPTY, lower
 from hamblocks_ops import NEVER, Pages, unpage
-from hamblocks_ops.arguments import check_integer, check_range, check_tensor, values_are_checked, wrong
+from hamblocks_ops.arguments import (
+    check_integer,
+    check_range,
+    check_tensor,
+    values_are_checked,
+    wrong,
+)
 
 
 class Stored(NamedTuple):
@@ -41,14 +47,16 @@ class KVCache:
 
     A handle: `lower` and `append` say what is to change and give a handle that shows it; `commit` changes the pages in
     place, gives the next handle, and spends all handles before it. Any failure before that leaves the cache as it was
-    (see `transaction`). A token that dies leaves a hole that the next one fills; once the holes of a row are worth a
-    page, its last tokens move into them and the page goes back to the pool. What is stored carries no gradient.
+    (see `cache_transaction`). A token that dies leaves a hole that the next one fills; once the holes of a row are
+    worth a page, its last tokens move into them and the page goes back to the pool. What is stored carries no gradient.
 
     A cache has one row of pages per sequence and key/value head (H = Hkv), or one per sequence (H = 1) where the layer
     decides for its heads together.
     """
 
-    def __init__(self, rows: Rows, *, until: Tensor | None = None, new: Stored | None = None) -> None:
+    def __init__(
+        self, rows: Rows, *, until: Tensor | None = None, new: Stored | None = None
+    ) -> None:
         """Use `KVCache.empty`."""
         self._rows, self._pool, self._turn = rows, rows.pool, rows.turn
         self._until, self._new = until, new
@@ -86,9 +94,13 @@ class KVCache:
         if max_pages is not None:
             check_count("max_pages", max_pages)
         heads = 1 if shared else kv_heads
-        pool = Pool(page_size, kv_heads // heads, head_dim, like, logit_bias=logit_bias, max_pages=max_pages)
+        pool = Pool(
+            page_size, kv_heads // heads, head_dim, like, logit_bias=logit_bias, max_pages=max_pages
+        )
         table = torch.empty(sequences * heads, 0, dtype=torch.int32, device=like.device)
-        return KVCache(Rows(pool, table, torch.zeros(sequences, dtype=torch.int32, device=like.device), heads))
+        return KVCache(
+            Rows(pool, table, torch.zeros(sequences, dtype=torch.int32, device=like.device), heads)
+        )
 
     # what it is
 
@@ -174,7 +186,9 @@ class KVCache:
             ValueError: a later call went on from it, or an open transaction has still to change it.
         """
         if self._rows.pending:
-            raise ValueError("state: expected one call that changes it in a transaction, got a second")
+            raise ValueError(
+                "state: expected one call that changes it in a transaction, got a second"
+            )
         if self.spent:
             raise ValueError(
                 "state: expected the newest, got one that a later call went on from (fork() it before that call, to go "
@@ -192,8 +206,12 @@ class KVCache:
         """
         rows, pool = self._own(), self._pool
         if not self.in_place:
-            raise ValueError("cache: expected one whose pages have one user, to show lowered lifetimes, got one forked")
-        slabs = pool.slabs(None if self._until is None else rows.put_back(self._until, pool.evict_at.clone()))
+            raise ValueError(
+                "cache: expected one whose pages have one user, to show lowered lifetimes, got one forked"
+            )
+        slabs = pool.slabs(
+            None if self._until is None else rows.put_back(self._until, pool.evict_at.clone())
+        )
         if self._new is not None:
             slabs.append(self._by_row(self._new))
         return slabs
@@ -203,7 +221,12 @@ class KVCache:
         """Pages of every row, int32 `[N, H, M]`, -1 for none: what `paged_attention` takes."""
         table = self._own().table
         if self._new is not None:
-            own = torch.arange(self._pool.pages, self._pool.pages + len(table), dtype=torch.int32, device=self.device)
+            own = torch.arange(
+                self._pool.pages,
+                self._pool.pages + len(table),
+                dtype=torch.int32,
+                device=self.device,
+            )
             table = torch.cat([table, own[:, None]], 1)
         return table.view(self.sequences, self.row_heads, table.shape[1])
 
@@ -225,13 +248,16 @@ class KVCache:
         until = self._lifetimes()
         alive = rows.alive(until)
         position, until = (
-            rows.for_heads(rows.by_sequence(x)) for x in (rows.position().where(alive, NEVER), until.where(alive, 0))
+            rows.for_heads(rows.by_sequence(x))
+            for x in (rows.position().where(alive, NEVER), until.where(alive, 0))
         )
         stored = Stored(k, v, position, until, None if bias is None else rows.for_heads(bias))
         if self._new is None:
             return stored
         new = self._new
-        k, v, position, until = (torch.cat([old, own], 1) for old, own in zip(stored[:4], new[:4], strict=True))
+        k, v, position, until = (
+            torch.cat([old, own], 1) for old, own in zip(stored[:4], new[:4], strict=True)
+        )
         if stored.logit_bias is None or new.logit_bias is None:
             return Stored(k, v, position, until, None)
         return Stored(k, v, position, until, torch.cat([stored.logit_bias, new.logit_bias], 1))
@@ -244,7 +270,11 @@ class KVCache:
         if changes is None:
             return self
         if changes.position.shape[2] not in (1, self.row_heads):
-            raise wrong("changes", f"{self.row_heads} heads, as the rows", f"{changes.position.shape[2]} heads")
+            raise wrong(
+                "changes",
+                f"{self.row_heads} heads, as the rows",
+                f"{changes.position.shape[2]} heads",
+            )
         changes = Lifetimes(*(x.expand(-1, -1, self.row_heads) for x in changes))
         until = self._lifetimes()
         # a hole still names the token that it held
@@ -253,7 +283,12 @@ class KVCache:
         return KVCache(rows, until=lowered.mT.flatten(0, 1), new=self._new)
 
     def append(
-        self, k: Tensor, v: Tensor, position: Tensor, evict_at: Tensor, logit_bias: Tensor | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        evict_at: Tensor,
+        logit_bias: Tensor | None = None,
     ) -> KVCache:
         """The cache with new tokens.
 
@@ -275,19 +310,33 @@ class KVCache:
         check_tensor("v", v, "[N, T, Hkv, D]", [*k.shape], like=k)
         for name, value in (("k", k), ("v", v)):
             if value.dtype != self.dtype or value.device != self.device:
-                raise wrong(name, f"{str(self.dtype).removeprefix('torch.')} on {self.device}, as the cache", value)
+                raise wrong(
+                    name,
+                    f"{str(self.dtype).removeprefix('torch.')} on {self.device}, as the cache",
+                    value,
+                )
         check_tensor("position", position, "[N, T]", [self.sequences, tokens], like=k)
         if isinstance(evict_at, Tensor) and evict_at.dim() == 3 and evict_at.shape[2] == 1:
             evict_at = evict_at.expand(-1, -1, self.row_heads)
-        check_tensor("evict_at", evict_at, "[N, T, H]", [self.sequences, tokens, self.row_heads], like=k)
+        check_tensor(
+            "evict_at", evict_at, "[N, T, H]", [self.sequences, tokens, self.row_heads], like=k
+        )
         for name, value in (("position", position), ("evict_at", evict_at)):
             check_integer(name, value)
         bias = None
         if (logit_bias is None) == self.has_bias:
-            raise wrong("logit_bias", "a bias, as the cache has" if self.has_bias else "None, as the cache", logit_bias)
+            raise wrong(
+                "logit_bias",
+                "a bias, as the cache has" if self.has_bias else "None, as the cache",
+                logit_bias,
+            )
         if logit_bias is not None and self._pool.bias is not None:
-            heads = 1 if isinstance(logit_bias, Tensor) and logit_bias.shape[-1] == 1 else self.kv_heads
-            check_tensor("logit_bias", logit_bias, "[N, T, Hkv]", [self.sequences, tokens, heads], like=k)
+            heads = (
+                1 if isinstance(logit_bias, Tensor) and logit_bias.shape[-1] == 1 else self.kv_heads
+            )
+            check_tensor(
+                "logit_bias", logit_bias, "[N, T, Hkv]", [self.sequences, tokens, heads], like=k
+            )
             bias = logit_bias.to(self._pool.bias.dtype).expand(-1, -1, self.kv_heads)
         if values_are_checked(position):
             early = (position >= 0) & (position < rows.seen[:, None])
@@ -295,7 +344,11 @@ class KVCache:
                 n, t = (int(i) for i in early.nonzero()[0])
                 expected = f"none before the {int(rows.seen[n])} tokens that sequence {n} has seen"
                 raise wrong("position", expected, f"{int(position[n, t])}")
-        where = torch.where(position < 0, NEVER, position).to(torch.int32)[..., None].expand(-1, -1, self.kv_heads)
+        where = (
+            torch.where(position < 0, NEVER, position)
+            .to(torch.int32)[..., None]
+            .expand(-1, -1, self.kv_heads)
+        )
         until = rows.for_heads(evict_at.to(torch.int32))
         return KVCache(rows, until=self._until, new=Stored(k, v, where, until, bias))
 
@@ -317,8 +370,12 @@ class KVCache:
         new = None
         if self._new is not None:
             k, v, position, evict_at, bias = self._by_row(self._new)
-            k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
-            new = Tokens(k, v, position, evict_at, None if bias is None else bias.detach().flatten())
+            k, v, position, evict_at = (
+                x.detach().flatten(0, 1) for x in (k, v, position, evict_at)
+            )
+            new = Tokens(
+                k, v, position, evict_at, None if bias is None else bias.detach().flatten()
+            )
         make(Commit(rows, seen, self._until, new))
         following = KVCache(rows)
         following._turn = self._turn + 1
@@ -422,7 +479,12 @@ class KVCache:
         state = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
         k, lengths, bias = state["k"], state["lengths"], state.get("logit_bias")
         pool = Pool(
-            state["page_size"], k.shape[1], k.shape[2], k, logit_bias=bias is not None, max_pages=state["max_pages"]
+            state["page_size"],
+            k.shape[1],
+            k.shape[2],
+            k,
+            logit_bias=bias is not None,
+            max_pages=state["max_pages"],
         )
         counts = lengths.flatten()
         pages = -(-counts // pool.page_size)
@@ -433,7 +495,9 @@ class KVCache:
         table[taken] = torch.arange(total, dtype=torch.int32, device=k.device)
         pool.list(table, 1)
         rows = Rows(pool, table, state["seen"].clone(), lengths.shape[1])
-        row, place = ranked(counts, torch.arange(most * pool.page_size, device=k.device).expand(len(pages), -1))
+        row, place = ranked(
+            counts, torch.arange(most * pool.page_size, device=k.device).expand(len(pages), -1)
+        )
         tokens = Tokens(k, state["v"], state["position"], state["evict_at"], bias)
         pool.write(rows.slots(row, place), tokens, wait=True)
         return KVCache(rows)
@@ -447,7 +511,9 @@ class KVCache:
 
     def __repr__(self) -> str:
         state = ", spent" if self.spent else ""
-        return f"KVCache({self.sequences} sequences, {self.kv_heads} heads of {self.head_dim}{state})"
+        return (
+            f"KVCache({self.sequences} sequences, {self.kv_heads} heads of {self.head_dim}{state})"
+        )
 
     def _own(self) -> Rows:
         self.check()

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from hamblocks.controllers import TargetFraction, hook_controllers
 from hamblocks.demo.corpus import Corpus
-from hamblocks.gates import PredictionError, RandomRouting
+from hamblocks.gates import PredictionError, RandomGate
 from hamblocks.layer import HAMLayer
 from hamblocks.models import Decoder
 from hamblocks.protocols import Gate, Selector
@@ -112,7 +112,9 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
         model = _model(settings, gate, selector).to(device)
         if results is None:
             processor = (
-                torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+                torch.cuda.get_device_name()
+                if device.type == "cuda"
+                else f"{torch.get_num_threads()} CPU threads"
             )
             results = Results(
                 settings=settings,
@@ -139,7 +141,9 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
         progress("moving the threshold", done, len(FRACTIONS), "")
         for controller in controllers:
             controller.set_fraction(fraction)
-        results.trade_off.append(_measure(f"that HAM, moved to {fraction:.0%}", ham, settings, corpus, 0.0))
+        results.trade_off.append(
+            _measure(f"that HAM, moved to {fraction:.0%}", ham, settings, corpus, 0.0)
+        )
     for controller, tau in zip(controllers, trained, strict=True):
         controller.set_threshold(tau)
     results.growth = list(_grow(ham, settings, corpus))
@@ -148,12 +152,14 @@ def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
     return results
 
 
-def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], Callable[[], Selector]]]:
+def _variants(
+    settings: Settings,
+) -> Iterator[tuple[str, Callable[[int], Gate], Callable[[], Selector]]]:
     def surprise(_layer: int) -> Gate:
         return PredictionError("cosine")
 
     def chance(layer: int) -> Gate:
-        return RandomRouting(settings.seed + layer)
+        return RandomGate(settings.seed + layer)
 
     def target() -> Selector:
         return Threshold(TargetFraction(settings.target, rate=0.3)) | Window(settings.window)
@@ -164,22 +170,32 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Callable[[int], Gate], 
     yield f"random routing, {settings.target:.0%}", chance, target
 
 
-def _model(settings: Settings, gate: Callable[[int], Gate], selector: Callable[[], Selector]) -> Decoder:
+def _model(
+    settings: Settings, gate: Callable[[int], Gate], selector: Callable[[], Selector]
+) -> Decoder:
     return Decoder(
         256,
         settings.num_layers,
-        lambda layer: HAMLayer(settings.hidden_size, settings.num_heads, gate=gate(layer), selector=selector()),
+        lambda layer: HAMLayer(
+            settings.hidden_size, settings.num_heads, gate=gate(layer), selector=selector()
+        ),
     )
 
 
-def _train(model: Decoder, settings: Settings, corpus: Corpus, progress: Callable[[int, str], None]) -> float:
+def _train(
+    model: Decoder, settings: Settings, corpus: Corpus, progress: Callable[[int, str], None]
+) -> float:
     """Trains in place; returns seconds."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     warm_up = max(settings.steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warm_up, 0.05 + 0.95 * (1 + math.cos(math.pi * step / settings.steps)) / 2),
+        lambda step: min(
+            (step + 1) / warm_up, 0.05 + 0.95 * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        ),
     )
     hook_controllers(optimizer, model)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -228,12 +244,17 @@ def _grow(model: Decoder, settings: Settings, corpus: Corpus) -> Iterator[Growth
     fresh = corpus.rows(length, 8)[:, :length]
     passage = 32
     repetitive = fresh[:, :passage].repeat(1, length // passage + 1)[:, :length]
-    for name, rows in (("fresh text", fresh), (f"one passage of {passage} bytes, repeated", repetitive)):
+    for name, rows in (
+        ("fresh text", fresh),
+        (f"one passage of {passage} bytes, repeated", repetitive),
+    ):
         result = model(rows.to(device))
         at = list(range(0, length, max(length // 128, 1)))
         stored = [
             fmean(
-                float(((stats.position <= t)[..., None] & (t < stats.evict_at)).sum(1).double().mean())
+                float(
+                    ((stats.position <= t)[..., None] & (t < stats.evict_at)).sum(1).double().mean()
+                )
                 for stats in result.stats
             )
             for t in at

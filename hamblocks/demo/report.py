@@ -28,8 +28,13 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """The same table, as markdown."""
-    lines = ["| model | bits per byte | keep fraction | cache bytes per token | training |", "|---|--:|--:|--:|--:|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in [*results.models, *results.trade_off]]
+    lines = [
+        "| model | bits per byte | keep fraction | cache bytes per token | training |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        "| " + " | ".join(_cells(row)) + " |" for row in [*results.models, *results.trade_off]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -58,8 +63,18 @@ def chart(results: Results, path: Path) -> None:
         color="#3465a4",
         label="the trained HAM, threshold moved",
     )
-    for row, marker, color in zip(results.models, "vs*X", ("#888888", "#222222", "#cc4400", "#75507b"), strict=True):
-        left.plot(row.keep_fraction, row.bits_per_byte, marker, color=color, markersize=11, label=row.name, zorder=3)
+    for row, marker, color in zip(
+        results.models, "vs*X", ("#888888", "#222222", "#cc4400", "#75507b"), strict=True
+    ):
+        left.plot(
+            row.keep_fraction,
+            row.bits_per_byte,
+            marker,
+            color=color,
+            markersize=11,
+            label=row.name,
+            zorder=3,
+        )
     left.set_xlabel("keep fraction (stored tokens / tokens)")
     left.set_ylabel("bits per byte, held out")
     left.set_title("What storing tokens buys", loc="left")
@@ -69,7 +84,13 @@ def chart(results: Results, path: Path) -> None:
     for growth, color in zip(results.growth, ("#cc4400", "#3465a4"), strict=True):
         right.plot(growth.tokens, growth.stored, color=color, label=growth.name)
     longest = results.growth[0].tokens[-1]
-    right.plot([0, longest], [0, longest * results.settings.target], ":", color="#888888", label="the target")
+    right.plot(
+        [0, longest],
+        [0, longest * results.settings.target],
+        ":",
+        color="#888888",
+        label="the target",
+    )
     right.set_xlabel("tokens seen")
     right.set_ylabel("tokens stored (mean of layers and heads)")
     right.set_title("How the cache grows", loc="left")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from hamblocks.cache import transaction
+from hamblocks.cache import cache_transaction
 from hamblocks.models.configuration import HAMConfig
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
@@ -44,7 +44,9 @@ class HAMCache(Cache):
         config: of the model that it belongs to; None before the first token.
     """
 
-    def __init__(self, config: HAMConfig | None = None, *, page_size: int = 32, max_pages: int | None = None) -> None:
+    def __init__(
+        self, config: HAMConfig | None = None, *, page_size: int = 32, max_pages: int | None = None
+    ) -> None:
         """An empty cache, for any batch size.
 
         Args:
@@ -75,7 +77,11 @@ class HAMCache(Cache):
             for name in SHAPING:
                 ours, theirs = getattr(config, name), getattr(self.config, name)
                 if ours != theirs:
-                    raise wrong("past_key_values", f"a cache of a model with {name} = {ours}", f"one with {theirs}")
+                    raise wrong(
+                        "past_key_values",
+                        f"a cache of a model with {name} = {ours}",
+                        f"one with {theirs}",
+                    )
         if self.states is not None and self.batch_size != batch:
             got = f"{batch} (see batch_repeat_interleave, batch_select_indices and reset)"
             raise wrong("input_ids", f"{self.batch_size} sequences, as past_key_values", got)
@@ -85,7 +91,7 @@ class HAMCache(Cache):
         """Within this context an exception leaves the cache as it was."""
         before = self.config, self.states, self.columns
         try:
-            with transaction():
+            with cache_transaction():
                 yield
         except BaseException:
             self.config, self.states, self.columns = before
@@ -124,7 +130,9 @@ class HAMCache(Cache):
         """There is no limit."""
         return
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         """Whether something was seen."""
         return self.states is not None
 
@@ -165,7 +173,9 @@ class HAMCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Always raises: what is stored is the layers' decision."""
-        raise ValueError("past_key_values: expected a HAMModel to fill a HAMCache, got keys and values to store")
+        raise ValueError(
+            "past_key_values: expected a HAMModel to fill a HAMCache, got keys and values to store"
+        )
 
     def reset(self) -> None:
         """Forgets everything; any batch may follow."""
@@ -178,7 +188,9 @@ class HAMCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, one beside the other."""
         if self.seen is not None:
-            self.reorder_cache(torch.arange(self.batch_size, device=self.seen.device).repeat_interleave(repeats))
+            self.reorder_cache(
+                torch.arange(self.batch_size, device=self.seen.device).repeat_interleave(repeats)
+            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences: indices, or bool `[N]`."""
@@ -205,7 +217,9 @@ class HAMCache(Cache):
         if columns not in self._marks or self.states is None:
             recorded = ", ".join(str(mark) for mark in self._marks) or "none"
             raise wrong(
-                "tokens_to_remove", f"one that leads back to a checkpoint ({recorded})", f"a length of {columns}"
+                "tokens_to_remove",
+                f"one that leads back to a checkpoint ({recorded})",
+                f"a length of {columns}",
             )
         last = len(self._marks) - 1 - self._marks[::-1].index(columns)
         self._change(lambda state: state.crop(state.marks[last].position))
@@ -233,5 +247,5 @@ class HAMCache(Cache):
     def _change(self, change: Callable[[HAMState], HAMState]) -> None:
         """Changes the states of all layers, or none."""
         if self.states is not None:
-            with transaction():
+            with cache_transaction():
                 self.states = [change(state) for state in self.states]

@@ -19,7 +19,7 @@ LAYER_TYPES = {
 """Kinds of layers, under the names that transformers has for them, and the policies that each reads."""
 
 DEFAULTS: dict[str, Policy] = {
-    "memory": {"type": "gated_delta"},
+    "memory": {"type": "gated_delta_memory"},
     "gate": {"type": "prediction_error"},
     "selector": {
         "type": "any_of",
@@ -107,7 +107,9 @@ class HAMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                expected = f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim"
+                expected = (
+                    f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim"
+                )
                 raise wrong("hidden_size", expected, f"{self.hidden_size}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
@@ -119,7 +121,9 @@ class HAMConfig(PreTrainedConfig):
             raise wrong("layer_types", f"only {', '.join(LAYER_TYPES)}", ", ".join(unknown))
         if len(self.layer_types) != self.num_hidden_layers:
             raise wrong(
-                "layer_types", f"num_hidden_layers = {self.num_hidden_layers} of them", f"{len(self.layer_types)}"
+                "layer_types",
+                f"num_hidden_layers = {self.num_hidden_layers} of them",
+                f"{len(self.layer_types)}",
             )
         for kind in DEFAULTS:
             setattr(self, kind, self._completed(kind, getattr(self, kind)))
@@ -128,7 +132,9 @@ class HAMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers has it; what `from_pretrained(..., selector=...)` changes is checked and completed alike."""
-        changed = {name: kwargs.pop(name) for name in list(kwargs) if name in HAMConfig.__annotations__}
+        changed = {
+            name: kwargs.pop(name) for name in list(kwargs) if name in HAMConfig.__annotations__
+        }
         return super().from_dict({**config_dict, **changed}, **kwargs)
 
     def policy(self, kind: str, layer: int) -> Policy:
@@ -141,7 +147,11 @@ class HAMConfig(PreTrainedConfig):
         """The policy as JSON with every argument, once made so that a bad value is found here."""
         if isinstance(policy, (list, tuple)):
             if len(policy) != self.num_hidden_layers:
-                raise wrong(kind, f"one policy, or num_hidden_layers = {self.num_hidden_layers}", f"{len(policy)}")
+                raise wrong(
+                    kind,
+                    f"one policy, or num_hidden_layers = {self.num_hidden_layers}",
+                    f"{len(policy)}",
+                )
             completed = [self._completed(kind, one) for one in policy]
             return [one for one in completed if isinstance(one, dict)]
         if policy is None:

@@ -63,7 +63,11 @@ class Decoder(nn.Module):
         return self.stack.init_state(sequences)
 
     def forward(
-        self, tokens: Tensor, *, state: list[HAMState] | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        state: list[HAMState] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> DecoderOutput:
         """Next-token logits.
 

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,9 +28,9 @@ from transformers.utils.generic import can_return_tuple
 from hamblocks.absent import NoAttention, NoMemory
 from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
-from hamblocks.gates import Periodic
+from hamblocks.gates import PeriodicGate
 from hamblocks.layer import HAMLayer, LayerStats
-from hamblocks.memory import GatedDelta, ShortConvolution
+from hamblocks.memory import GatedDeltaMemory, ShortConvolution
 from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import make
@@ -64,7 +70,9 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, layer: HAMLayer, config: HAMConfig) -> None:
         super().__init__()
-        self.block = HAMBlock(layer, mlp_width=config.intermediate_size, norm_eps=config.rms_norm_eps)
+        self.block = HAMBlock(
+            layer, intermediate_size=config.intermediate_size, norm_eps=config.rms_norm_eps
+        )
 
     @property
     def layer(self) -> HAMLayer:
@@ -79,11 +87,13 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
 def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """The layer that a configuration describes."""
     kind = (config.layer_types or [])[index]
-    parts: dict[str, Any] = {name: make(name, config.policy(name, index)) for name in LAYER_TYPES[kind]}
+    parts: dict[str, Any] = {
+        name: make(name, config.policy(name, index)) for name in LAYER_TYPES[kind]
+    }
     if kind == "linear_attention":
-        parts.update(gate=Periodic(1), selector=Threshold(math.inf), attention=NoAttention())
+        parts.update(gate=PeriodicGate(1), selector=Threshold(math.inf), attention=NoAttention())
     elif kind == "full_attention":
-        parts.update(memory=NoMemory(), gate=Periodic(1), selector=Threshold(-math.inf))
+        parts.update(memory=NoMemory(), gate=PeriodicGate(1), selector=Threshold(-math.inf))
     return HAMLayer(
         config.hidden_size,
         config.num_attention_heads,
@@ -102,7 +112,7 @@ class HAMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HAMDecoderLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "state"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["log_rate", "step_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
     # a recurrence cannot forget a candidate: transformers then refuses assisted generation by name
     _is_stateful = True
 
@@ -114,18 +124,23 @@ class HAMPreTrainedModel(PreTrainedModel):
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """As transformers has it; what was loaded at its first place is not missing at the others (5.6 thinks so)."""
         super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[no-untyped-call]
-        again = {name for name in self._keys_to_ignore_on_save or () if name in loading_info.missing_keys}
-        loading_info.missing_keys -= {name for name in again if _is_loaded(self.get_parameter_or_buffer(name))}
+        again = {
+            name for name in self._keys_to_ignore_on_save or () if name in loading_info.missing_keys
+        }
+        loading_info.missing_keys -= {
+            name for name in again if _is_loaded(self.get_parameter_or_buffer(name))
+        }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.fresh(*module.weight.shape))
-        elif isinstance(module, GatedDelta):
-            log_rate, step_bias = module.fresh_rates(len(module.log_rate))
-            init.copy_(module.log_rate, log_rate)
-            init.copy_(module.step_bias, step_bias)
+        elif isinstance(module, GatedDeltaMemory):
+            for weight, initial in zip(
+                (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True
+            ):
+                init.copy_(weight, initial)
         elif isinstance(module, (FixedThreshold, TargetFraction)) and self._lacks(module.tau):
             module.reset()
 
@@ -149,7 +164,9 @@ class HAMPreTrainedModel(PreTrainedModel):
 class HAMModel(HAMPreTrainedModel):
     """Embedding, blocks and a norm."""
 
-    def __init__(self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None) -> None:
+    def __init__(
+        self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None
+    ) -> None:
         """Makes the model.
 
         Args:
@@ -167,9 +184,15 @@ class HAMModel(HAMPreTrainedModel):
         layers = [make_layer(index) for index in range(config.num_hidden_layers)]
         if layer is not None:
             _keep_weights(layers)
-        self.stack = Stack((HAMDecoderLayer(own, config) for own in layers), norm_eps=config.rms_norm_eps)
+        self.stack = Stack(
+            (HAMDecoderLayer(own, config) for own in layers), norm_eps=config.rms_norm_eps
+        )
         if self.stack.hidden_size != config.hidden_size:
-            raise wrong("layer", f"layers of hidden_size = {config.hidden_size}", f"of {self.stack.hidden_size}")
+            raise wrong(
+                "layer",
+                f"layers of hidden_size = {config.hidden_size}",
+                f"of {self.stack.hidden_size}",
+            )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -206,7 +229,11 @@ class HAMModel(HAMPreTrainedModel):
             ValueError: a bad argument; the message names it, what was expected and what came. The cache is as it was.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise wrong("output_attentions", "False (attention over stored tokens has no matrix of weights)", "True")
+            raise wrong(
+                "output_attentions",
+                "False (attention over stored tokens has no matrix of weights)",
+                "True",
+            )
         x = self._embedded(input_ids, inputs_embeds)
         cache = _checked_cache(past_key_values, self.config, x.shape[0])
         rows = rows_of(
@@ -218,7 +245,9 @@ class HAMModel(HAMPreTrainedModel):
             seen=None if cache is None else cache.seen,
         )
         if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training and rows.sequences == x.shape[0]
+            use_cache = (
+                bool(self.config.use_cache) and not self.training and rows.sequences == x.shape[0]
+            )
         if use_cache and self.training and self.is_checkpointing:
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
@@ -230,10 +259,16 @@ class HAMModel(HAMPreTrainedModel):
             cache = HAMCache(self.config)
         if cache is not None and rows.sequences != x.shape[0]:
             raise wrong("use_cache", "False for a packed batch", "True")
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
             states = None if cache is None else cache.states or self._first(cache, x.shape[0])
-            result = self.stack(rows.pack(x), state=states, cu_seqlens=rows.cu_seqlens, keep_inputs=bool(keep))
+            result = self.stack(
+                rows.pack(x), state=states, cu_seqlens=rows.cu_seqlens, keep_inputs=bool(keep)
+            )
             if cache is not None:
                 cache.advance(self.config, result.state, x.shape[1])
         y = rows.unpack(result.y)
@@ -246,7 +281,9 @@ class HAMModel(HAMPreTrainedModel):
 
     def _first(self, cache: HAMCache, sequences: int) -> list[HAMState]:
         """The states before the first token."""
-        return self.stack.init_state(sequences, page_size=cache.page_size, max_pages=cache.max_pages)
+        return self.stack.init_state(
+            sequences, page_size=cache.page_size, max_pages=cache.max_pages
+        )
 
     @property
     def is_checkpointing(self) -> bool:
@@ -256,10 +293,17 @@ class HAMModel(HAMPreTrainedModel):
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise wrong(
-                "input_ids", "either input_ids or inputs_embeds", "both" if input_ids is not None else "neither"
+                "input_ids",
+                "either input_ids or inputs_embeds",
+                "both" if input_ids is not None else "neither",
             )
         if inputs_embeds is not None:
-            check_tensor("inputs_embeds", inputs_embeds, "[B, T, hidden]", [None, None, self.config.hidden_size])
+            check_tensor(
+                "inputs_embeds",
+                inputs_embeds,
+                "[B, T, hidden]",
+                [None, None, self.config.hidden_size],
+            )
             return inputs_embeds
         check_tensor("input_ids", input_ids, "[B, T]", [None, None])
         assert input_ids is not None
@@ -274,7 +318,9 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own form
 
-    def __init__(self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None) -> None:
+    def __init__(
+        self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None
+    ) -> None:
         """Makes the model; see `HAMModel`."""
         config = _checked(config, layer)
         super().__init__(config)
@@ -337,7 +383,9 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             assert hidden is not None
             loss = None
             kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+                slice(-logits_to_keep, None)
+                if isinstance(logits_to_keep, int) and logits_to_keep
+                else logits_to_keep
             )
             logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
             if labels is not None:
@@ -381,9 +429,11 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     ) -> bool:
         """A HAMCache where generate() would make a cache of transformers' own."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise wrong("cache_implementation", "None", repr(generation_config.cache_implementation))
-        sizes = generation_mode, batch_size, max_cache_length
-        result: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *sizes)  # type: ignore[misc]
+            raise wrong(
+                "cache_implementation", "None", repr(generation_config.cache_implementation)
+            )
+        given = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        result: bool = super()._prepare_cache_for_generation(*given)  # type: ignore[misc]
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HAMCache(self.config)
         return result
@@ -401,7 +451,9 @@ def _repeated(model: nn.Module) -> set[str]:
     """Names in the state dict of modules that stand in several places, but for the first."""
     first: dict[int, str] = {}
     places = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
-    again = [(name, module) for name, module in places if first.setdefault(id(module), name) != name]
+    again = [
+        (name, module) for name, module in places if first.setdefault(id(module), name) != name
+    ]
     return {f"{name}.{key}" for name, module in again for key in module.state_dict()}
 
 
@@ -413,7 +465,9 @@ def _is_loaded(weight: Tensor) -> bool:
 def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMConfig:
     """The configuration, marked where the layers are a user's own."""
     if layer is None and config.own_layers:
-        raise wrong("layer", "the function that made the layers of this model (own_layers = True)", "None")
+        raise wrong(
+            "layer", "the function that made the layers of this model (own_layers = True)", "None"
+        )
     if layer is None or config.own_layers:
         return config
     config = copy.copy(config)

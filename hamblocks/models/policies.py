@@ -12,6 +12,7 @@ Nothing is imported by name: parts of a user's own go to the model as objects (`
 from __future__ import annotations
 
 import inspect
+import re
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from torch import Tensor
 from hamblocks.attention import SelectedAttention
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
-from hamblocks.gates import LearnedRouter, Periodic, PredictionError, RandomRouting, Shared
-from hamblocks.memory import Delta, GatedDelta
-from hamblocks.selectors import AllOf, AnyOf, First, Threshold, TopK, Window
+from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.memory import DeltaMemory, GatedDeltaMemory
+from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks_ops.arguments import wrong
 
 Policy = dict[str, Any]
@@ -32,29 +33,26 @@ class _Entry(NamedTuple):
     """A part in the table, and which of its arguments are parts themselves."""
 
     part: type[Any]
-    parts: dict[str, str] = {}  # noqa: RUF012 - never changed
+    parts: dict[str, str]
+
+
+def _named(*parts: type[Any], **inner: str) -> dict[str, _Entry]:
+    """A part's name in JSON is its class name in snake case; `inner` as in `_Entry.parts`."""
+    return {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part.__name__).lower(): _Entry(part, inner)
+        for part in parts
+    }
 
 
 TABLE: dict[str, dict[str, _Entry]] = {
-    "memory": {"delta": _Entry(Delta), "gated_delta": _Entry(GatedDelta)},
-    "gate": {
-        "learned_router": _Entry(LearnedRouter),
-        "periodic": _Entry(Periodic),
-        "prediction_error": _Entry(PredictionError),
-        "random_routing": _Entry(RandomRouting),
-        "shared": _Entry(Shared, {"gate": "gate"}),
-    },
-    "selector": {
-        "all_of": _Entry(AllOf),
-        "any_of": _Entry(AnyOf),
-        "first": _Entry(First),
-        "threshold": _Entry(Threshold, {"controller": "controller"}),
-        "top_k": _Entry(TopK),
-        "window": _Entry(Window),
-    },
-    "controller": {"fixed": _Entry(FixedThreshold), "target_fraction": _Entry(TargetFraction)},
-    "attention": {"selected_attention": _Entry(SelectedAttention)},
-    "combiner": {"gated_sum": _Entry(GatedSum), "softmax_mix": _Entry(SoftmaxMix)},
+    "memory": _named(DeltaMemory, GatedDeltaMemory),
+    "gate": _named(LearnedRouter, PeriodicGate, PredictionError, RandomGate)
+    | _named(SharedGate, gate="gate"),
+    "selector": _named(AllOf, AnyOf, FirstTokens, TopK, Window)
+    | _named(Threshold, controller="controller"),
+    "controller": _named(FixedThreshold, TargetFraction),
+    "attention": _named(SelectedAttention),
+    "combiner": _named(GatedSum, SoftmaxMix),
 }
 """Kinds of parts -> names -> parts."""
 
@@ -75,11 +73,14 @@ def complete(kind: str, policy: object) -> Policy:
         ValueError: an unknown name or argument, or a missing one; the message lists what exists.
     """
     if kind == "controller" and isinstance(policy, (int, float)) and not isinstance(policy, bool):
-        policy = {"type": "fixed", "tau": float(policy)}
+        policy = {"type": "fixed_threshold", "tau": float(policy)}
     names = TABLE[kind]
     if not isinstance(policy, dict) or not isinstance(policy.get("type"), str):
         raise wrong(kind, f'an object with one of {", ".join(names)} as "type"', repr(policy))
-    name, given = policy["type"], {argument: value for argument, value in policy.items() if argument != "type"}
+    name, given = (
+        policy["type"],
+        {argument: value for argument, value in policy.items() if argument != "type"},
+    )
     if name not in names:
         raise wrong(kind, f'one of {", ".join(names)} as "type"', repr(name))
     entry, where = names[name], f"{kind} {name}"
@@ -89,9 +90,13 @@ def complete(kind: str, policy: object) -> Policy:
             raise wrong(where, 'a list of two or more as "of", and nothing else', repr(policy))
         return {"type": name, "of": [complete(kind, side) for side in sides]}
     arguments = _arguments(entry.part)
-    missing = [argument for argument, default in arguments.items() if default is inspect.Parameter.empty]
+    missing = [
+        argument for argument, default in arguments.items() if default is inspect.Parameter.empty
+    ]
     if not (set(missing) <= set(given) <= set(arguments)):
-        listed = ", ".join(argument + ("" if argument in missing else " (optional)") for argument in arguments)
+        listed = ", ".join(
+            argument + ("" if argument in missing else " (optional)") for argument in arguments
+        )
         raise wrong(where, f"the arguments {listed or '(none)'}", ", ".join(given) or "none")
     full = {argument: given.get(argument, default) for argument, default in arguments.items()}
     for argument, inner in entry.parts.items():
@@ -122,14 +127,21 @@ def describe(kind: str, part: object) -> Policy:
     """
     found = [(name, entry) for name, entry in TABLE[kind].items() if type(part) is entry.part]
     if not found:
-        raise wrong(kind, f"one of hamblocks' own parts ({', '.join(TABLE[kind])}); others go in by layer=", part)
+        raise wrong(
+            kind,
+            f"one of hamblocks' own parts ({', '.join(TABLE[kind])}); others go in by layer=",
+            part,
+        )
     name, entry = found[0]
     if entry.part in COMBINED:
         return {"type": name, "of": [describe(kind, side) for side in _sides(part)]}
     values = {argument: getattr(part, argument) for argument in _arguments(entry.part)}
     for argument, inner in entry.parts.items():
         values[argument] = describe(inner, values[argument])
-    return {"type": name, **{key: shortest(x) if isinstance(x, Tensor) else x for key, x in values.items()}}
+    return {
+        "type": name,
+        **{key: shortest(x) if isinstance(x, Tensor) else x for key, x in values.items()},
+    }
 
 
 def _sides(part: Any) -> list[Any]:
@@ -140,4 +152,8 @@ def _sides(part: Any) -> list[Any]:
 def _arguments(part: type[Any]) -> dict[str, Any]:
     """Arguments of a constructor and their defaults; a part without a constructor has none."""
     parameters = inspect.signature(part).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.kind not in VARIADIC}
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind not in VARIADIC
+    }

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hamblocks_ops import packing
-from hamblocks_ops.arguments import check_cu_seqlens, check_integer, check_tensor, values_are_checked, wrong
+from hamblocks_ops.arguments import (
+    check_cu_seqlens,
+    check_integer,
+    check_tensor,
+    values_are_checked,
+    wrong,
+)
 
 IGNORE = -100
 """The label that no loss counts."""
@@ -112,7 +118,11 @@ def rows_of(
 
 
 def _bordered(
-    x: Tensor, cu_seqlens: Tensor, mask: Tensor | None, position_ids: Tensor | None, seen: Tensor | None
+    x: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    seen: Tensor | None,
 ) -> Rows:
     """One row, borders given."""
     for name, value in (("attention_mask", mask), ("past_key_values", seen)):
@@ -123,7 +133,11 @@ def _bordered(
     if position_ids is not None and values_are_checked(position_ids):
         within = packing.positions(1, x.shape[1], device=x.device, cu_seqlens=cu_seqlens)
         if not torch.equal(within, position_ids.to(within.dtype)):
-            raise wrong("position_ids", "positions that restart at 0 where cu_seq_lens_q has a border", "others")
+            raise wrong(
+                "position_ids",
+                "positions that restart at 0 where cu_seq_lens_q has a border",
+                "others",
+            )
     return Rows(1, x.shape[1], None, cu_seqlens)
 
 
@@ -162,12 +176,16 @@ def _real(x: Tensor, mask: Tensor, past: int, seen: Tensor | None) -> Tensor:
         known = real[:, :past].sum(1)
         if seen is not None and not torch.equal(known, seen.to(known.dtype)):
             raise wrong(
-                "attention_mask", f"{seen.tolist()} tokens in its first {past} columns, as seen", f"{known.tolist()}"
+                "attention_mask",
+                f"{seen.tolist()} tokens in its first {past} columns, as seen",
+                f"{known.tolist()}",
             )
         real = real[:, past:]
         blocks = real.sum(1) - (real[:, 1:] & real[:, :-1]).sum(1)
         if bool((blocks > 1).any()):
-            raise wrong("attention_mask", "no padding between tokens", f"some in row {int(blocks.argmax())}")
+            raise wrong(
+                "attention_mask", "no padding between tokens", f"some in row {int(blocks.argmax())}"
+            )
         return real
     return real[:, past:]
 
@@ -177,7 +195,9 @@ def _check_positions(position_ids: Tensor, real: Tensor | None, seen: Tensor | N
     if not values_are_checked(position_ids):
         return
     if real is None:
-        expected = torch.arange(position_ids.shape[1], device=position_ids.device).expand(position_ids.shape)
+        expected = torch.arange(position_ids.shape[1], device=position_ids.device).expand(
+            position_ids.shape
+        )
     else:
         expected = real.cumsum(1) - 1
     if seen is not None:
@@ -188,4 +208,6 @@ def _check_positions(position_ids: Tensor, real: Tensor | None, seen: Tensor | N
     if bool(bad.any()):
         row, column = (int(place) for place in bad.nonzero()[0])
         got = f"{int(position_ids[row, column])} in row {row}, column {column}"
-        raise wrong("position_ids", f"{int(expected[row, column])}, what follows on the tokens seen", got)
+        raise wrong(
+            "position_ids", f"{int(expected[row, column])}, what follows on the tokens seen", got
+        )

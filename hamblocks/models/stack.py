@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
 
-from hamblocks.cache import transaction
+from hamblocks.cache import cache_transaction
 from hamblocks.layer import HAMLayer, LayerStats
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
@@ -48,7 +48,9 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         widths = sorted({layer.dims.hidden_size for layer in self.layers})
         if len(widths) != 1:
-            raise ValueError(f"layer: expected layers of one hidden size, got hidden sizes {widths}")
+            raise ValueError(
+                f"layer: expected layers of one hidden size, got hidden sizes {widths}"
+            )
         self.hidden_size = widths[0]
         self.norm = nn.RMSNorm(self.hidden_size, eps=norm_eps)
 
@@ -58,9 +60,14 @@ class Stack(nn.Module):
         layers: list[Any] = [block.layer for block in self.blocks]
         return layers
 
-    def init_state(self, sequences: int, *, page_size: int = 32, max_pages: int | None = None) -> list[HAMState]:
+    def init_state(
+        self, sequences: int, *, page_size: int = 32, max_pages: int | None = None
+    ) -> list[HAMState]:
         """The states before the first token, one per layer; sizes of each layer's cache as in `HAMLayer.init_state`."""
-        return [layer.init_state(sequences, page_size=page_size, max_pages=max_pages) for layer in self.layers]
+        return [
+            layer.init_state(sequences, page_size=page_size, max_pages=max_pages)
+            for layer in self.layers
+        ]
 
     def forward(
         self,
@@ -88,12 +95,14 @@ class Stack(nn.Module):
         states: list[HAMState] = []
         stats: list[LayerStats] = []
         # without caches there is nothing to hold together, and torch.compile cannot look into it
-        with contextlib.nullcontext() if state is None else transaction():
+        with contextlib.nullcontext() if state is None else cache_transaction():
             for index, block in enumerate(self.blocks):
                 if keep_inputs:
                     inputs.append(x)
                 # a plain tuple where activations are checkpointed by a reentrant autograd function
-                x, after, decided = block(x, state=None if state is None else state[index], cu_seqlens=cu_seqlens)
+                x, after, decided = block(
+                    x, state=None if state is None else state[index], cu_seqlens=cu_seqlens
+                )
                 stats.append(decided)
                 if after is not None:
                     states.append(after)

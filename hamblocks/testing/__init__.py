@@ -15,7 +15,7 @@ imported by its name, and called with a part, or with a part and one case, as th
 
 from typing import Any
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.budget import Problem, assert_close, assert_close_to_reference, assert_same
 from hamblocks.testing.check import Check, CheckFailed, NotApplicableError, Options, Result
 from hamblocks.testing.inputs.attention import AttentionInputs, EvictAt, attention_inputs, evict_at
@@ -50,10 +50,10 @@ __all__ = [
     "Check",
     "CheckFailed",
     "DeltaRuleInputs",
-    "Dims",
     "Draw",
     "EvictAt",
     "FilledMemory",
+    "LayerDims",
     "NotApplicableError",
     "OpImplementation",
     "Options",

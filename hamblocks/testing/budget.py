@@ -41,7 +41,9 @@ class Problem:
         floating = [x.dtype for x in self.tensors.values() if x.is_floating_point()]
         return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
-    def run(self, impl: str, *, dtype: torch.dtype | None = None, backward: bool = True) -> dict[str, Tensor]:
+    def run(
+        self, impl: str, *, dtype: torch.dtype | None = None, backward: bool = True
+    ) -> dict[str, Tensor]:
         """Results by field name, gradients as "grad of <argument>"; floating tensors in `dtype` where one is given."""
         leaves = {name: _leaf(x, dtype, backward) for name, x in self.tensors.items()}
         output = self.op(**leaves, **self.options, impl=impl)
@@ -50,20 +52,32 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         roots, cotangents = [], []
         for name, x in results.items():
-            cotangent = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(self.dtype).to(x.dtype)
-            if x.requires_grad and name not in ("lse", "score"):  # these carry none in the ops that promise so
+            cotangent = (
+                torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                .to(self.dtype)
+                .to(x.dtype)
+            )
+            if x.requires_grad and name not in (
+                "lse",
+                "score",
+            ):  # these carry none in the ops that promise so
                 roots.append(x)
                 cotangents.append(cotangent)
         wanted = {name: x for name, x in leaves.items() if x.requires_grad}
         if roots:
-            grads = torch.autograd.grad(roots, list(wanted.values()), cotangents, materialize_grads=True)
+            grads = torch.autograd.grad(
+                roots, list(wanted.values()), cotangents, materialize_grads=True
+            )
             results |= {f"grad of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
         return {name: x.detach() for name, x in results.items()}
 
     def noise(self) -> dict[str, float]:
         """Norm of the change in each forward result of the reference when its arithmetic is moved by one rounding."""
         plain, moved = self.run("reference", backward=False), self._moved(1, backward=False)
-        return {name: float((moved[name] - x).masked_fill(~x.isfinite(), 0).norm()) for name, x in plain.items()}
+        return {
+            name: float((moved[name] - x).masked_fill(~x.isfinite(), 0).norm())
+            for name, x in plain.items()
+        }
 
     def _moved(self, seed: int, *, backward: bool = True) -> dict[str, Tensor]:
         with MovedByOneRounding(seed, products=self.products):
@@ -99,8 +113,12 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
     samples = [once]
     assert got.keys() == exact.keys()
     for name, value in got.items():
-        assert value.dtype == once[name].dtype, f"{name}: {value.dtype}, the reference gives {once[name].dtype}"
-        assert value.shape == once[name].shape, f"{name}: {value.shape}, the reference gives {once[name].shape}"
+        assert value.dtype == once[name].dtype, (
+            f"{name}: {value.dtype}, the reference gives {once[name].dtype}"
+        )
+        assert value.shape == once[name].shape, (
+            f"{name}: {value.shape}, the reference gives {once[name].shape}"
+        )
         if not value.is_floating_point():
             assert torch.equal(value, once[name]), f"{impl}: {_unequal(name, value, once[name])}"
             continue
@@ -113,7 +131,9 @@ def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
 
 
 def assert_same(
-    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], rerun: Callable[[], Mapping[str, Tensor]]
+    got: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    rerun: Callable[[], Mapping[str, Tensor]],
 ) -> None:
     """Two ways to compute the same thing agree, in any dtype: neither is exact, each may err by what rounding does.
 
@@ -136,7 +156,9 @@ def assert_same(
     for name, value in got.items():
         other = expected[name]
         assert value.dtype == other.dtype, f"{name}: {value.dtype} here, {other.dtype} there"
-        assert value.shape == other.shape, f"{name}: {list(value.shape)} here, {list(other.shape)} there"
+        assert value.shape == other.shape, (
+            f"{name}: {list(value.shape)} here, {list(other.shape)} there"
+        )
         if not value.is_floating_point():
             assert torch.equal(value, other), _unequal(name, value, other)
             continue
@@ -158,7 +180,9 @@ def measured(
             moved = rerun()
         for name in own:
             difference = (moved[name].double() - results[name].double()).detach()
-            own[name] = max(own[name], float(difference.masked_fill(~difference.isfinite(), 0).norm()))
+            own[name] = max(
+                own[name], float(difference.masked_fill(~difference.isfinite(), 0).norm())
+            )
     return own
 
 
@@ -174,23 +198,34 @@ def unlike(name: str, got: Tensor, expected: Tensor, *, own: float) -> str:
 class _Samples:
     """What a computation gives when its arithmetic is moved: half of the samples keep exact operations exact."""
 
-    def __init__(self, rerun: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, rerun: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]
+    ) -> None:
         self.rerun, self.expected = rerun, expected
         self.taken: list[Mapping[str, Tensor]] = []
 
     def of(self, name: str, number: int) -> list[Tensor]:
         """That result in the first `number` samples, of those that are a measure for it."""
         if not self.taken:
-            assert_bits(self.rerun(), self.rerun())  # else the samples would tell how it varies, not what rounding does
+            assert_bits(
+                self.rerun(), self.rerun()
+            )  # else the samples would tell how it varies, not what rounding does
         while len(self.taken) < number:
             turn = len(self.taken)
             with MovedByOneRounding(turn, exact=turn % 2 == 0):
                 self.taken.append(self.rerun())
         gradient = name.startswith("grad of ")
-        return [x[name] for turn, x in enumerate(self.taken[:number]) if self._alike(x) and (gradient or turn % 2 == 0)]
+        return [
+            x[name]
+            for turn, x in enumerate(self.taken[:number])
+            if self._alike(x) and (gradient or turn % 2 == 0)
+        ]
 
     def _alike(self, sample: Mapping[str, Tensor]) -> bool:
-        return all(x.is_floating_point() or torch.equal(sample[name], x) for name, x in self.expected.items())
+        return all(
+            x.is_floating_point() or torch.equal(sample[name], x)
+            for name, x in self.expected.items()
+        )
 
 
 def assert_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -198,7 +233,9 @@ def assert_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     for name, other in expected.items():
         one = got[name]
         same = one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
-        same = same and torch.equal(one.masked_fill(one.isnan(), 0), other.masked_fill(other.isnan(), 0))
+        same = same and torch.equal(
+            one.masked_fill(one.isnan(), 0), other.masked_fill(other.isnan(), 0)
+        )
         assert same, _unequal(name, one, other)
 
 
@@ -216,7 +253,13 @@ def assert_close(got: Tensor, expected: Tensor, name: str = "result", *, own: fl
 
 
 def _report(
-    name: str, got: Tensor, samples: list[Tensor], exact: Tensor, own: float = 0.0, *, both: bool = False
+    name: str,
+    got: Tensor,
+    samples: list[Tensor],
+    exact: Tensor,
+    own: float = 0.0,
+    *,
+    both: bool = False,
 ) -> str:
     """What is wrong, or nothing. `both`: `exact` errs as well."""
     eps = torch.finfo(got.dtype).eps

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.profiles import Profile, current
 
@@ -43,7 +43,7 @@ class Options:
         dtypes: floating dtypes that the part computes in. Laws that compare two results use the first.
     """
 
-    dims: Dims | None = None
+    dims: LayerDims | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
@@ -150,11 +150,17 @@ class Check:
             return case, error
         return None
 
-    def _fail_with(self, failure: tuple[Any, Exception] | None, called: str, options: Options) -> None:
+    def _fail_with(
+        self, failure: tuple[Any, Exception] | None, called: str, options: Options
+    ) -> None:
         if failure is None:
             return
         case, error = failure
-        what = plain(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+        what = (
+            plain(error)
+            if isinstance(error, AssertionError) and str(error)
+            else f"{type(error).__name__}: {error}"
+        )
         more = "" if options == Options() else f", options={options!r}"
         raise CheckFailed(
             f"{self.name}: {called}\n  {what}\n  law: {self.purpose}\n  again: {self.name}({called}, {case!r}{more})"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.budget import measured, unlike
 from hamblocks.testing.check import Options
 from hamblocks.testing.inputs.parts import DIMS, PartInputs
@@ -66,7 +66,7 @@ class Golden:
     target: str
     like: str | None
     impl: str | None
-    dims: Dims | None
+    dims: LayerDims | None
     versions: dict[str, str]
     weights: dict[str, Any]
     cases: list[dict[str, Any]]
@@ -81,28 +81,41 @@ class Golden:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             dims = fields.pop("dims")
-            return Golden(**fields, dims=None if dims is None else Dims(*dims))
+            return Golden(**fields, dims=None if dims is None else LayerDims(*dims))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise wrong("against", f"a file that hamblocks record wrote ({error})", str(path)) from error
+            raise wrong(
+                "against", f"a file that hamblocks record wrote ({error})", str(path)
+            ) from error
 
     def save(self, path: Path) -> None:
         """Writes a file: one line per tensor, so that a change of it reads well in a diff."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         head = ",\n".join(
-            f" {json.dumps(name)}: {json.dumps(x)}" for name, x in fields.items() if name not in ("weights", "cases")
+            f" {json.dumps(name)}: {json.dumps(x)}"
+            for name, x in fields.items()
+            if name not in ("weights", "cases")
         )
-        weights = ",\n".join(f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in self.weights.items())
+        weights = ",\n".join(
+            f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in self.weights.items()
+        )
         cases = ",\n".join(
             f'  {{"inputs": {json.dumps(case["inputs"])},\n   "results": {{\n'
-            + ",\n".join(f"    {json.dumps(name)}: {json.dumps(x)}" for name, x in case["results"].items())
+            + ",\n".join(
+                f"    {json.dumps(name)}: {json.dumps(x)}" for name, x in case["results"].items()
+            )
             + "}}"
             for case in self.cases
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{\n{head},\n "weights": {{\n{weights}}},\n "cases": [\n{cases}]\n}}\n', encoding="utf-8")
+        path.write_text(
+            f'{{\n{head},\n "weights": {{\n{weights}}},\n "cases": [\n{cases}]\n}}\n',
+            encoding="utf-8",
+        )
 
 
-def record(kind: str, part: Any, target: str, options: Options | None = None, *, seed: int = 0) -> Golden:
+def record(
+    kind: str, part: Any, target: str, options: Options | None = None, *, seed: int = 0
+) -> Golden:
     """What a part says of seeded inputs, in every dtype that it computes in.
 
     Raises:
@@ -112,9 +125,15 @@ def record(kind: str, part: Any, target: str, options: Options | None = None, *,
     dims = options.dims or DIMS[2]
     like = part.like.__name__ if isinstance(part, OpImplementation) else None
     impl = part.impl if isinstance(part, OpImplementation) else None
-    weights = {} if kind in ("op", "selector", "controller") else _weights(made(part, dims, torch.float64, seed))
+    weights = (
+        {}
+        if kind in ("op", "selector", "controller")
+        else _weights(made(part, dims, torch.float64, seed))
+    )
     if sum(len(x["values"]) for x in weights.values()) > MOST:
-        raise wrong("dims", f"sizes with at most {MOST} weights, to keep the file small", str(tuple(dims)))
+        raise wrong(
+            "dims", f"sizes with at most {MOST} weights, to keep the file small", str(tuple(dims))
+        )
     cases = []
     for case in _cases(kind, part, dims, options, seed):
 
@@ -126,7 +145,9 @@ def record(kind: str, part: Any, target: str, options: Options | None = None, *,
         results = {name: _written(x) | {"own": own.get(name, 0.0)} for name, x in once.items()}
         cases.append({"inputs": _told(case), "results": results})
     versions = {"hamblocks": importlib.metadata.version("hamblocks"), "torch": torch.__version__}
-    return Golden(kind, target, like, impl, dims if kind in SUBJECTS else None, versions, weights, cases)
+    return Golden(
+        kind, target, like, impl, dims if kind in SUBJECTS else None, versions, weights, cases
+    )
 
 
 def differences(golden: Golden, part: Any) -> Iterator[str]:
@@ -148,22 +169,29 @@ def differences(golden: Golden, part: Any) -> Iterator[str]:
                 yield f"{inputs}: {message}"
 
 
-def _cases(kind: str, part: Any, dims: Dims, options: Options, seed: int) -> Iterator[Any]:
+def _cases(kind: str, part: Any, dims: LayerDims, options: Options, seed: int) -> Iterator[Any]:
     if kind == "selector":
-        yield from (ScorePieces((14, 9), ((5, 2, 0), (6, 6, 0)), 2, kind, seed) for kind in ("ties", "normal", "mixed"))
+        yield from (
+            ScorePieces((14, 9), ((5, 2, 0), (6, 6, 0)), 2, kind, seed)
+            for kind in ("ties", "normal", "mixed")
+        )
     elif kind == "controller":
         yield from (Scores(40, 2, None, 2, kind, seed=seed) for kind in ("ties", "normal"))
     elif kind == "op":
         number = 0
         for case in part.op.edges:
             for dtype in part.op.dtypes if hasattr(case, "dtype") else (None,):
-                one = dataclasses.replace(case, seed=seed + number, **({} if dtype is None else {"dtype": dtype}))
+                one = dataclasses.replace(
+                    case, seed=seed + number, **({} if dtype is None else {"dtype": dtype})
+                )
                 size = sum(x.numel() for x in one.tensors().values())
                 if 0 < size <= 600:
                     number += 1
                     yield one
     else:
-        for dtype in options.dtypes if kind != "layer" else options.dtypes[:1]:  # decisions may flip in a lower one
+        for dtype in (
+            options.dtypes if kind != "layer" else options.dtypes[:1]
+        ):  # decisions may flip in a lower one
             yield PartInputs(dims=dims, batch=1, tokens=5, dtype=dtype, bias=True, seed=seed)
 
 
@@ -171,7 +199,9 @@ def _run(kind: str, part: Any, case: Any, weights: dict[str, Any]) -> Results:
     if kind == "selector":
         selector = ready(part)
         steps = [step.selection.evict_at for step in stream(selector, case)]
-        return {"evict_at": selector(case.score).evict_at} | {f"evict_at of piece {i}": x for i, x in enumerate(steps)}
+        return {"evict_at": selector(case.score).evict_at} | {
+            f"evict_at of piece {i}": x for i, x in enumerate(steps)
+        }
     if kind == "controller":
         return taus(part, case)
     if kind == "op":
@@ -185,7 +215,9 @@ def _run(kind: str, part: Any, case: Any, weights: dict[str, Any]) -> Results:
         for name, x in own.items():
             kept = _read(weights[name])
             if kept.shape != x.shape:
-                raise ValueError(f"weight {name}: expected shape {list(kept.shape)}, got {list(x.shape)}")
+                raise ValueError(
+                    f"weight {name}: expected shape {list(kept.shape)}, got {list(x.shape)}"
+                )
             x.copy_(kept)
         return subject.run(subject.inputs)[0]
 
@@ -217,7 +249,10 @@ def _told(case: Any) -> dict[str, Any]:
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     defaults = {field.name: field.default for field in dataclasses.fields(case)}
     kept = {name: x for name, x in fields.items() if x != defaults[name]}
-    plain = {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in kept.items()}
+    plain = {
+        name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x
+        for name, x in kept.items()
+    }
     return {"class": type(case).__name__} | plain
 
 
@@ -228,7 +263,7 @@ def _made(told: dict[str, Any]) -> Any:
     if "dtype" in fields:
         fields["dtype"] = getattr(torch, fields["dtype"])
     if "dims" in fields:
-        fields["dims"] = Dims(*fields["dims"])
+        fields["dims"] = LayerDims(*fields["dims"])
     return getattr(testing, told["class"])(**fields)
 
 

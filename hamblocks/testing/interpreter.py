@@ -57,12 +57,18 @@ def _make_loop_variables_tensors(interpreter: Any, tl: Any) -> None:
 
     def tensors(*borders: Any) -> Iterator[Any]:
         for index in range(*(int(border) for border in borders)):
-            yield tl.tensor(interpreter.TensorHandle(np.array([index], dtype=np.int32), tl.int32), tl.int32)
+            yield tl.tensor(
+                interpreter.TensorHandle(np.array([index], dtype=np.int32), tl.int32), tl.int32
+            )
 
     def visit_for(self: Any, node: Any) -> Any:
         self.generic_visit(node)
         call = node.iter
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "range":
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id == "range"
+        ):
             call.func.id = "_range_of_tensors"
         return node
 
@@ -120,7 +126,12 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
 
         return method
 
-    for name, operands in (("binary_op", 2), ("unary_op", 1), ("create_fma", 3), ("create_rsqrt", 1)):
+    for name, operands in (
+        ("binary_op", 2),
+        ("unary_op", 1),
+        ("create_fma", 3),
+        ("create_rsqrt", 1),
+    ):
         setattr(builder, name, in_float32(getattr(builder, name), operands))
 
     dot = builder.create_dot
@@ -134,7 +145,11 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if dst_type.scalar == tl.bfloat16:
             return src if is_bfloat16(src) else handle(rounded(src.data), tl.bfloat16)
-        return cast(self, wide(src), dst_type) if dst_type.scalar != tl.float32 or not is_bfloat16(src) else wide(src)
+        return (
+            cast(self, wide(src), dst_type)
+            if dst_type.scalar != tl.float32 or not is_bfloat16(src)
+            else wide(src)
+        )
 
     fp_to_fp = builder.create_fp_to_fp
 
@@ -143,7 +158,11 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
             return cast_impl(self, src, dst_type)
         return fp_to_fp(self, src, dst_type, rounding_mode)
 
-    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = (
+        create_dot,
+        cast_impl,
+        create_fp_to_fp,
+    )
 
     for kind in (interpreter.ReduceOps, interpreter.ScanOps):
         kind.apply_impl = _reducing_float32(kind.apply_impl, tl, wide, narrow)
@@ -158,7 +177,9 @@ def _reducing_float32(own: Any, tl: Any, wide: Any, narrow: Any) -> Any:
 
         def retyped(x: Any, handle: Any) -> Any:
             shape = [int(size) for size in x.shape]
-            return tl.core.tensor(handle, tl.block_type(handle.dtype.scalar, shape) if shape else handle.dtype.scalar)
+            return tl.core.tensor(
+                handle, tl.block_type(handle.dtype.scalar, shape) if shape else handle.dtype.scalar
+            )
 
         result = own(self, tuple(retyped(x, wide(x.handle)) for x in inputs))
         several = isinstance(result, (list, tuple))

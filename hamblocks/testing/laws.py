@@ -29,7 +29,10 @@ Law = Callable[[type[Subject], Any, PartInputs], None]
 
 def head(results: Mapping[str, Tensor], t: int) -> Results:
     """What was said of the tokens before t, as far as queries before t can tell."""
-    return {name: x[:, :t].clamp(max=t) if name == "evict_at" else x[:, :t] for name, x in results.items()}
+    return {
+        name: x[:, :t].clamp(max=t) if name == "evict_at" else x[:, :t]
+        for name, x in results.items()
+    }
 
 
 def differentiated(
@@ -44,7 +47,9 @@ def differentiated(
 
     `parts` are the rows and tokens that are summed; each is weighted as it is when it is run alone.
     """
-    given = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    given = {
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()
+    }
     results, _ = subject.run(given, cu_seqlens=cu_seqlens)
     wanted = {name: x for name, x in given.items() if x.requires_grad}
     if weights and isinstance(subject.part, nn.Module):
@@ -54,7 +59,10 @@ def differentiated(
     if roots:
         cotangents = [Draw(7).normal(*x.shape).to(x.dtype) for x in roots]
         gradients = torch.autograd.grad(roots, list(wanted.values()), cotangents, allow_unused=True)
-    filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted.values(), gradients, strict=True)]
+    filled = [
+        torch.zeros_like(x) if grad is None else grad
+        for x, grad in zip(wanted.values(), gradients, strict=True)
+    ]
     return {name: x.detach() for name, x in results.items()}, dict(zip(wanted, filled, strict=True))
 
 
@@ -79,15 +87,23 @@ def has_its_shapes(kind: type[Subject], part: Any, case: PartInputs) -> None:
     for name, x in results.items():
         shape, dtype = told[name]
         assert isinstance(x, Tensor), f"{name}: {type(x).__name__}, expected a tensor"
-        assert x.dim() == 2 + len(shape), f"{name}: shape {list(x.shape)}, expected {2 + len(shape)} dimensions"
-        assert tuple(x.shape[:2]) == case.rows, f"{name}: shape {list(x.shape)}, expected [B, T] = {list(case.rows)}"
-        fits = all(want is None or want == got for want, got in zip(shape, x.shape[2:], strict=True))
+        assert x.dim() == 2 + len(shape), (
+            f"{name}: shape {list(x.shape)}, expected {2 + len(shape)} dimensions"
+        )
+        assert tuple(x.shape[:2]) == case.rows, (
+            f"{name}: shape {list(x.shape)}, expected [B, T] = {list(case.rows)}"
+        )
+        fits = all(
+            want is None or want == got for want, got in zip(shape, x.shape[2:], strict=True)
+        )
         assert fits, f"{name}: shape {list(x.shape)}, expected {list(shape)} behind [B, T]"
         assert dtype is None or x.dtype == dtype, f"{name}: {x.dtype}, expected {dtype}"
         _, heads, kv_heads, _ = getattr(subject.part, "dims", None) or case.dims
         if name in ("score", "logit_bias", "evict_at") and subject.kind != "memory":
             right = {1, kv_heads, heads} if name == "score" else {1, kv_heads}
-            assert x.shape[2] in right, f"{name}: {x.shape[2]} heads, expected one of {sorted(right)}"
+            assert x.shape[2] in right, (
+                f"{name}: {x.shape[2]} heads, expected one of {sorted(right)}"
+            )
 
 
 def is_causal(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -95,7 +111,9 @@ def is_causal(kind: type[Subject], part: Any, case: PartInputs) -> None:
     subject = kind(part, case)
     t = min(case.cuts[0], case.tokens)
     other = subject.drawn(replace(case, seed=case.seed + 1))
-    changed = {name: torch.cat([x[:, :t], other[name][:, t:]], 1) for name, x in subject.inputs.items()}
+    changed = {
+        name: torch.cat([x[:, :t], other[name][:, t:]], 1) for name, x in subject.inputs.items()
+    }
 
     def run(inputs: Mapping[str, Tensor]) -> Results:
         with torch.no_grad():
@@ -124,7 +142,9 @@ def rows_are_independent(kind: type[Subject], part: Any, case: PartInputs) -> No
 
     def alone() -> Results:
         rows = [
-            gradients_named(*differentiated(subject, {name: x[n : n + 1] for name, x in subject.inputs.items()}))
+            gradients_named(
+                *differentiated(subject, {name: x[n : n + 1] for name, x in subject.inputs.items()})
+            )
             for n in range(case.batch)
         ]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -143,13 +163,18 @@ def packed_is_one_by_one(kind: type[Subject], part: Any, case: PartInputs) -> No
     cu_seqlens = borders(case.packed)
 
     def alone() -> Results:
-        rows = [gradients_named(*differentiated(subject, by_token(subject.inputs, where))) for where in own]
+        rows = [
+            gradients_named(*differentiated(subject, by_token(subject.inputs, where)))
+            for where in own
+        ]
         if not rows:
             return gradients_named(*differentiated(subject, subject.inputs, cu_seqlens=cu_seqlens))
         return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
 
     parts = [(slice(None), where) for where in own]
-    together = gradients_named(*differentiated(subject, subject.inputs, parts=parts, cu_seqlens=cu_seqlens))
+    together = gradients_named(
+        *differentiated(subject, subject.inputs, parts=parts, cu_seqlens=cu_seqlens)
+    )
     with told("a sequence alone gives another result than packed"):
         assert_same(together, alone(), alone)
 
@@ -167,7 +192,9 @@ def any_split_is_one_pass(kind: type[Subject], part: Any, case: PartInputs) -> N
         state, told_pieces = subject.start(case.batch), []
         for begin, end in pairwise(ends):
             results, state = subject.run(by_token(subject.inputs, slice(begin, end)), state)
-            told_pieces.append({name: x.clamp(max=end) if name == "evict_at" else x for name, x in results.items()})
+            told_pieces.append(
+                {name: x.clamp(max=end) if name == "evict_at" else x for name, x in results.items()}
+            )
     got = {name: torch.cat([piece[name] for piece in told_pieces], 1) for name in told_pieces[0]}
     with told(f"pieces that end at {ends[1:]} give another result than one pass"):
         assert_same(got, whole(), whole)
@@ -195,7 +222,9 @@ def nothing_given_changes(kind: type[Subject], part: Any, case: PartInputs) -> N
     with torch.no_grad():
         _, state = subject.run(by_token(subject.inputs, slice(0, t)), subject.start(case.batch))
         kept = dict(subject.part.state_dict()) if isinstance(subject.part, nn.Module) else {}
-        given = dict(subject.inputs) | {name: x for name, x in kept.items() if isinstance(x, Tensor)}
+        given = dict(subject.inputs) | {
+            name: x for name, x in kept.items() if isinstance(x, Tensor)
+        }
         if subject.kind != "attention":  # a cache is handed on, changed
             tree = state[:3] if subject.kind == "layer" and state is not None else state
             given |= {f"state {i}": x for i, x in enumerate(leaves(tree))}
@@ -211,7 +240,8 @@ def strides_do_not_matter(kind: type[Subject], part: Any, case: PartInputs) -> N
     @torch.no_grad()
     def run(layout: str) -> Results:
         lie = {
-            n: lay_out(x, layout) if x.is_floating_point() else x.mT.contiguous().mT for n, x in subject.inputs.items()
+            n: lay_out(x, layout) if x.is_floating_point() else x.mT.contiguous().mT
+            for n, x in subject.inputs.items()
         }
         return subject.run(lie)[0]
 
@@ -223,7 +253,9 @@ def strides_do_not_matter(kind: type[Subject], part: Any, case: PartInputs) -> N
 def reads_no_unwritten_memory(kind: type[Subject], part: Any, case: PartInputs) -> None:
     """Results do not depend on what `torch.empty` happens to hold."""
     subject = kind(part, case)
-    assert_reads_what_was_written(lambda: gradients_named(*differentiated(subject, subject.inputs, weights=True)))
+    assert_reads_what_was_written(
+        lambda: gradients_named(*differentiated(subject, subject.inputs, weights=True))
+    )
 
 
 def is_always_finite(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -233,7 +265,9 @@ def is_always_finite(kind: type[Subject], part: Any, case: PartInputs) -> None:
     for name, x in gradients_named(results, gradients).items():
         if x.is_floating_point() and not bool(x.isfinite().all()):
             at = [int(i) for i in (~x.isfinite()).nonzero()[0]]
-            raise AssertionError(f"{name}{at}: {float(x[tuple(at)])} out of {case.kind} inputs in {case.dtype}")
+            raise AssertionError(
+                f"{name}{at}: {float(x[tuple(at)])} out of {case.kind} inputs in {case.dtype}"
+            )
 
 
 def gradients_are_right(kind: type[Subject], part: Any, case: PartInputs) -> None:
@@ -244,7 +278,9 @@ def gradients_are_right(kind: type[Subject], part: Any, case: PartInputs) -> Non
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         results, _ = subject.run(subject.inputs | dict(zip(names, given, strict=False)))
-        return tuple(x for name, x in results.items() if x.is_floating_point() and x.requires_grad) or (given[0] * 0,)
+        return tuple(
+            x for name, x in results.items() if x.is_floating_point() and x.requires_grad
+        ) or (given[0] * 0,)
 
     given = [subject.inputs[name].clone().requires_grad_() for name in names]
     with told("gradients differ from finite differences"):
@@ -382,7 +418,9 @@ def first(options: Options, **fields: Any) -> PartInputs:
     return PartInputs(**({"dtype": options.dtypes[0]} | fields | sizes))
 
 
-def cases_of(strategy: Callable[..., st.SearchStrategy[Any]], **fixed: Any) -> Callable[[Options], Any]:
+def cases_of(
+    strategy: Callable[..., st.SearchStrategy[Any]], **fixed: Any
+) -> Callable[[Options], Any]:
     """Drawn cases, as far as the options leave them open."""
     return lambda options: strategy(**(fixed | exact(options)))
 
@@ -394,13 +432,17 @@ def edges_of(*fields: dict[str, Any]) -> Callable[[Options], list[PartInputs]]:
 
 def _degenerate(options: Options) -> list[PartInputs]:
     return [
-        first(options, kind=kind, dtype=dtype, tokens=5, bias=True) for kind in KINDS[1:] for dtype in options.dtypes
+        first(options, kind=kind, dtype=dtype, tokens=5, bias=True)
+        for kind in KINDS[1:]
+        for dtype in options.dtypes
     ]
 
 
 def no_module(part: Any, _options: Options) -> str | None:
     """For checks of what a state dict holds."""
-    return None if isinstance(part, nn.Module) else "it is no torch.nn.Module, so it has no state dict"
+    return (
+        None if isinstance(part, nn.Module) else "it is no torch.nn.Module, so it has no state dict"
+    )
 
 
 def _no_build(part: Any, options: Options) -> str | None:
@@ -414,11 +456,17 @@ def _no_float64(_part: Any, options: Options) -> str | None:
     return None if torch.float64 in options.dtypes else "finite differences need float64"
 
 
-EDGES = edges_of({"tokens": 0, "cuts": (0,)}, {"tokens": 1, "cuts": (1,), "batch": 1}, {"tokens": 14, "cuts": (9,)})
+EDGES = edges_of(
+    {"tokens": 0, "cuts": (0,)},
+    {"tokens": 1, "cuts": (1,), "batch": 1},
+    {"tokens": 14, "cuts": (9,)},
+)
 TWO_ROWS = edges_of({"batch": 1}, {"batch": 2, "seed": 1})
 PACKED = edges_of({"packed": ()}, {"packed": (0,)}, {"packed": (0, 1, 9, 0, 0, 4, 0), "seed": 3})
 SPLIT = edges_of(
-    {"tokens": 14, "cuts": tuple(range(14))}, {"tokens": 14, "cuts": (9, *range(9, 14))}, {"tokens": 0, "cuts": (0,)}
+    {"tokens": 14, "cuts": tuple(range(14))},
+    {"tokens": 14, "cuts": (9, *range(9, 14))},
+    {"tokens": 0, "cuts": (0,)},
 )
 SHAPES = edges_of({"tokens": 0}, {"batch": 0}, {"tokens": 1, "batch": 1})
 
@@ -429,7 +477,14 @@ def common(kind: type[Subject], *, share: int = 1, bias: bool = False) -> list[C
     one = cases_of(part_inputs, **fixed)
 
     def check(
-        name: str, law: Law, cases: Any, edges: Any, *, divided: int = 1, slow: bool = False, applies: Any = None
+        name: str,
+        law: Law,
+        cases: Any,
+        edges: Any,
+        *,
+        divided: int = 1,
+        slow: bool = False,
+        applies: Any = None,
     ) -> Check:
         def body(part: Any, case: PartInputs, _options: Options) -> None:
             law(kind, part, case)
@@ -437,7 +492,14 @@ def common(kind: type[Subject], *, share: int = 1, bias: bool = False) -> list[C
         body.__doc__ = law.__doc__
         more = {} if applies is None else {"applies": applies}
         return Check(
-            f"check_{kind.kind}_{name}", kind.kind, body, cases, edges, share=share * divided, slow=slow, **more
+            f"check_{kind.kind}_{name}",
+            kind.kind,
+            body,
+            cases,
+            edges,
+            share=share * divided,
+            slow=slow,
+            **more,
         )
 
     rows = cases_of(part_inputs, batch=st.integers(1, 3), **fixed)
@@ -463,11 +525,21 @@ def common(kind: type[Subject], *, share: int = 1, bias: bool = False) -> list[C
             "gradients_are_right",
             gradients_are_right,
             None,
-            edges_of({"tokens": 4, "batch": 1}, {"tokens": 5, "dims": DIMS[2], "bias": True, "seed": 1}),
+            edges_of(
+                {"tokens": 4, "batch": 1}, {"tokens": 5, "dims": DIMS[2], "bias": True, "seed": 1}
+            ),
             applies=_no_float64,
         ),
-        check("state_dict_is_all_there_is", state_dict_is_all_there_is, None, EDGES, applies=no_module),
-        check("compiled_is_eager", compiled_is_eager, None, edges_of({"tokens": 6, "bias": True}), slow=True),
+        check(
+            "state_dict_is_all_there_is", state_dict_is_all_there_is, None, EDGES, applies=no_module
+        ),
+        check(
+            "compiled_is_eager",
+            compiled_is_eager,
+            None,
+            edges_of({"tokens": 6, "bias": True}),
+            slow=True,
+        ),
     ]
     if kind.kind != "layer":
         found += [

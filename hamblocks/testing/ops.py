@@ -38,7 +38,9 @@ def choose_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise wrong("device", f"one that is here ({str(error).splitlines()[0]})", repr(name)) from error
+        raise wrong(
+            "device", f"one that is here ({str(error).splitlines()[0]})", repr(name)
+        ) from error
     chosen_device.set(name)
 
 
@@ -107,7 +109,9 @@ class OpImplementation:
         names = ops.implementations(self.like)
         if self.run is None and self.impl != "auto" and self.impl not in names:
             raise wrong(
-                "impl", f"'auto' or one of {', '.join(map(repr, names))} for {self.like.__name__}", repr(self.impl)
+                "impl",
+                f"'auto' or one of {', '.join(map(repr, names))} for {self.like.__name__}",
+                repr(self.impl),
             )
 
     @property
@@ -133,7 +137,9 @@ class OpImplementation:
 
     def moved(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call, tensors on its device as they lie in memory."""
-        return {name: _to(x, self.device) if isinstance(x, Tensor) else x for name, x in call.items()}
+        return {
+            name: _to(x, self.device) if isinstance(x, Tensor) else x for name, x in call.items()
+        }
 
     def _run(self, **call: Any) -> Any:
         through = self.op.call
@@ -147,9 +153,15 @@ class OpImplementation:
         """Runs the reference."""
         if self.op.call is not None:
             return self.op.call(None, impl="reference", **call)
-        return self.like(**call, impl="reference") if self.op.reference is None else self.op.reference(**call)
+        return (
+            self.like(**call, impl="reference")
+            if self.op.reference is None
+            else self.op.reference(**call)
+        )
 
-    def problem(self, case: Any, tensors: Mapping[str, Tensor] | None = None, **options: Any) -> Problem:
+    def problem(
+        self, case: Any, tensors: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> Problem:
         """A case as a call that runs by this implementation or by the reference."""
 
         def either(impl: str, **call: Any) -> Any:
@@ -178,9 +190,14 @@ def _to(x: Tensor, device: str) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
-def _through_chunks(*, metric: str | None = None, output_residual: bool = True, **call: Any) -> ops.DeltaRuleOutput:
+def _through_chunks(
+    *, metric: str | None = None, output_residual: bool = True, **call: Any
+) -> ops.DeltaRuleOutput:
     """The delta rule in chunks whose residual is read off beta * residual in the dtype of v, as fla keeps it."""
-    beta, v = torch.where(call["beta"] == 0, call["beta"] + 2.0**-64, call["beta"]), call["v"].detach()
+    beta, v = (
+        torch.where(call["beta"] == 0, call["beta"] + 2.0**-64, call["beta"]),
+        call["v"].detach(),
+    )
     result = ops.gated_delta_rule(**call | {"beta": beta}, impl="chunked")
     if metric is not None and result.residual is not None:
         beta = beta.detach()[..., None]
@@ -206,7 +223,9 @@ def _count(name: str) -> Callable[[Any], dict[str, Any]]:
     return lambda case: {name: (2, 0, 1, 3, 5, 40, 2**40)[case.seed % 7]}
 
 
-def placed(like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def placed(
+    like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Position int64 `[B, T, H]` and, packed, sequence `[T]` of every token, by loops."""
     batch, tokens, heads = like.shape
     lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
@@ -217,7 +236,11 @@ def placed(like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 def _by_definition(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def reference(
-        score: Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any
+        score: Tensor,
+        *,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         where, sequence = placed(score, position, cu_seqlens)
         return rule(score, where, sequence, **options).to(torch.int32)
@@ -232,15 +255,22 @@ def compact_by_definition(
     where, sequence = placed(evict_at, position, cu_seqlens)
     batch, tokens, heads = evict_at.shape
     kept = [
-        [[t for t in range(tokens) if evict_at[b, t, h] > where[b, t, h]] for h in range(heads)] for b in range(batch)
+        [[t for t in range(tokens) if evict_at[b, t, h] > where[b, t, h]] for h in range(heads)]
+        for b in range(batch)
     ]
     length = max((len(row) for rows in kept for row in rows), default=0)
-    lists = [torch.full((batch, heads, length), fill, dtype=torch.int32) for fill in (tokens, NEVER, 0)]
-    counted = torch.zeros(batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, dtype=torch.int32)
+    lists = [
+        torch.full((batch, heads, length), fill, dtype=torch.int32) for fill in (tokens, NEVER, 0)
+    ]
+    counted = torch.zeros(
+        batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, dtype=torch.int32
+    )
     for b in range(batch):
         for h in range(heads):
             for slot, t in enumerate(kept[b][h]):
-                for x, value in zip(lists, (t, int(where[b, t, h]), int(evict_at[b, t, h])), strict=True):
+                for x, value in zip(
+                    lists, (t, int(where[b, t, h]), int(evict_at[b, t, h])), strict=True
+                ):
                     x[b, h, slot] = value
                 counted[b if sequence is None else int(sequence[t]), h] += 1
     index, position_of, until = lists
@@ -327,7 +357,9 @@ OPS: dict[Callable[..., Any], Op] = {
             scores,
             SCORE_EDGES,
             options=_count("k"),
-            reference=_by_definition(lambda score, where, sequence, *, k: lifetimes.topk(score, k, where, sequence)),
+            reference=_by_definition(
+                lambda score, where, sequence, *, k: lifetimes.topk(score, k, where, sequence)
+            ),
             by_token=("score", "position"),
         ),
         Op(
@@ -335,7 +367,9 @@ OPS: dict[Callable[..., Any], Op] = {
             scores,
             SCORE_EDGES,
             options=_count("width"),
-            reference=_by_definition(lambda _score, where, _sequence, *, width: lifetimes.window(width, where)),
+            reference=_by_definition(
+                lambda _score, where, _sequence, *, width: lifetimes.window(width, where)
+            ),
             by_token=("score", "position"),
         ),
         Op(
@@ -343,7 +377,9 @@ OPS: dict[Callable[..., Any], Op] = {
             scores,
             SCORE_EDGES,
             options=_count("n"),
-            reference=_by_definition(lambda _score, where, _sequence, *, n: lifetimes.first(n, where)),
+            reference=_by_definition(
+                lambda _score, where, _sequence, *, n: lifetimes.first(n, where)
+            ),
             by_token=("score", "position"),
         ),
         Op(
@@ -402,7 +438,14 @@ OPS: dict[Callable[..., Any], Op] = {
                 PagedInputs(slabs=((12, 4), (12, 0))),
                 PagedInputs(slabs=((400, 2),), bias="hidden"),
                 PagedInputs(slabs=((1, 70),), forked=True, queries=8, width=1),
-                PagedInputs(width=90, slabs=((200, 3), (150, 3)), sequences=1, group=2, bias="some", policy="all"),
+                PagedInputs(
+                    width=90,
+                    slabs=((200, 3), (150, 3)),
+                    sequences=1,
+                    group=2,
+                    bias="some",
+                    policy="all",
+                ),
                 PagedInputs(policy="none", queries=2),
                 PagedInputs(policy="all", queries=8, together=3, group=3, layout="strided"),
                 PagedInputs(together=2, rows=1, group=2, layout="transposed", queries=4),
@@ -410,7 +453,10 @@ OPS: dict[Callable[..., Any], Op] = {
             causal=False,
             packs=False,
             dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
-            degenerate=(PagedInputs(policy="none", garbage=INF), PagedInputs(queries=3, bias="hidden")),
+            degenerate=(
+                PagedInputs(policy="none", garbage=INF),
+                PagedInputs(queries=3, bias="hidden"),
+            ),
             call=_paged,
         ),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.check import Check, CheckFailed, Options, describe
 from hamblocks.testing.inputs.draw import DTYPES
 from hamblocks.testing.suite import BY_NAME, checks_for, op_implementations, settled
@@ -55,7 +55,7 @@ def parametrize_with_checks(
     layers: Parts = (),
     ops: Sequence[Any] = (),
     expected_failures: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
-    dims: Dims | None = None,
+    dims: LayerDims | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Any:
     """Decorates a test with an argument `check`, to be called: one test per part and check that applies to it.
@@ -97,21 +97,36 @@ def parametrize_with_checks(
     found, expected_of_some = [], set()
     for kind, parts in kinds.items():
         for name, part in _named(parts).items():
-            expected = dict((expected_failures(part) if callable(expected_failures) else expected_failures) or {})
+            expected = dict(
+                (expected_failures(part) if callable(expected_failures) else expected_failures)
+                or {}
+            )
             options = settled(kind, part, Options(dims, tuple(dtypes)))
             for check in checks_for(kind):
                 reason = check.why_not(part, options)
                 if check.name in expected:
                     expected_of_some.add(check.name)
                     if reason is not None:
-                        raise wrong("expected_failures", "checks that apply", f"{check.name} for {name}: {reason}")
+                        raise wrong(
+                            "expected_failures",
+                            "checks that apply",
+                            f"{check.name} for {name}: {reason}",
+                        )
                 if reason is not None:
                     continue
                 marks = [pytest.mark.hamblocks_slow] if check.slow else []
                 if check.name in expected:
-                    marks.append(pytest.mark.xfail(raises=CheckFailed, strict=True, reason=expected[check.name]))
+                    marks.append(
+                        pytest.mark.xfail(
+                            raises=CheckFailed, strict=True, reason=expected[check.name]
+                        )
+                    )
                 found.append(
-                    pytest.param(BoundCheck(check, part, options, name), id=f"{name}-{check.name}", marks=marks)
+                    pytest.param(
+                        BoundCheck(check, part, options, name),
+                        id=f"{name}-{check.name}",
+                        marks=marks,
+                    )
                 )
     if not found:
         raise wrong("parts", "at least one", "none")

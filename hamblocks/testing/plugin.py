@@ -19,7 +19,9 @@ from hamblocks_ops import implementations
 chosen_seed: ContextVar[int | None] = ContextVar("hamblocks_seed", default=None)
 """What pytest was told by --hamblocks-seed."""
 
-for _profile in PROFILES.values():  # at import, before hypothesis looks for the one that --hypothesis-profile names
+for _profile in (
+    PROFILES.values()
+):  # at import, before hypothesis looks for the one that --hypothesis-profile names
     hypothesis.settings.register_profile(
         f"hamblocks-{_profile.name}",
         max_examples=_profile.examples,
@@ -37,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many cases a check draws: dev 10, ci 20 (the same every time), nightly 500; "
         "default: ci where the environment variable CI is set, else dev",
     )
-    group.addoption("--hamblocks-seed", type=int, help="draw other cases, the same ones for the same seed")
+    group.addoption(
+        "--hamblocks-seed", type=int, help="draw other cases, the same ones for the same seed"
+    )
     group.addoption(
         "--hamblocks-impl",
         action="append",
@@ -56,14 +60,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks; a profile that is asked for is that of the suite's own hypothesis tests, too."""
-    config.addinivalue_line("markers", "hamblocks_slow: a check of hamblocks.testing that takes seconds")
     config.addinivalue_line(
-        "markers", "hamblocks_op(name): the op whose implementations the fixture hamblocks_impl gives"
+        "markers", "hamblocks_slow: a check of hamblocks.testing that takes seconds"
+    )
+    config.addinivalue_line(
+        "markers",
+        "hamblocks_op(name): the op whose implementations the fixture hamblocks_impl gives",
     )
     known = {name for op in OPS for name in implementations(op)}
     for given in config.getoption("--hamblocks-impl"):
         if given.rpartition("=")[2] not in known:
-            raise pytest.UsageError(f"--hamblocks-impl: expected [OP=] one of {', '.join(sorted(known))}, got {given}")
+            raise pytest.UsageError(
+                f"--hamblocks-impl: expected [OP=] one of {', '.join(sorted(known))}, got {given}"
+            )
     name = config.getoption("--hamblocks-profile")
     profiles.chosen.set(name)
     try:
@@ -98,7 +107,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             f"{metafunc.definition.nodeid}: hamblocks_impl needs @pytest.mark.hamblocks_op(name), one of {names}"
         )
     wanted = _chosen(metafunc.config, op)
-    metafunc.parametrize("hamblocks_impl", [name for name in implementations(op) if not wanted or name in wanted])
+    metafunc.parametrize(
+        "hamblocks_impl", [name for name in implementations(op) if not wanted or name in wanted]
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,7 +122,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         part = check.part if isinstance(check, BoundCheck) else None
-        chosen = _chosen(config, part.like) if isinstance(part, OpImplementation) and part.run is None else []
+        chosen = (
+            _chosen(config, part.like)
+            if isinstance(part, OpImplementation) and part.run is None
+            else []
+        )
         (left if chosen and part is not None and part.impl not in chosen else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
@@ -124,7 +139,10 @@ def hamblocks_poisoned_memory() -> Iterator[None]:
     It is torch's own deterministic mode, which reaches memory that kernels allocate for themselves, too.
     """
     deterministic: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = deterministic.fill_uninitialized_memory
     deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -16,13 +16,19 @@ COLOURS = {"pass": "green", "fail": "red", "not applicable": "dim"}
 
 def show(console: Console, called: str, results: Sequence[Result]) -> None:
     """Prints a table of one part's results, and behind it what failed."""
-    table = Table(title=escape(called), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=escape(called), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     table.add_column("check", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     table.add_column("", overflow="fold")
     for result in results:
         colour = COLOURS[result.outcome]
-        remark = escape(result.reason) if result.outcome == "not applicable" else f"{result.seconds:.1f} s"
+        remark = (
+            escape(result.reason)
+            if result.outcome == "not applicable"
+            else f"{result.seconds:.1f} s"
+        )
         table.add_row(result.check, f"[{colour}]{result.outcome}[/]", f"[dim]{remark}[/]")
     console.print(table)
     for result in results:
@@ -38,7 +44,9 @@ def show(console: Console, called: str, results: Sequence[Result]) -> None:
     )
 
 
-def as_json(kind: str, called: str, profile: str, seed: int | None, results: Sequence[Result]) -> dict[str, Any]:
+def as_json(
+    kind: str, called: str, profile: str, seed: int | None, results: Sequence[Result]
+) -> dict[str, Any]:
     """The same for machines."""
     return {
         "kind": kind,

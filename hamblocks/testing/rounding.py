@@ -36,14 +36,20 @@ class MovedByOneRounding(TorchDispatchMode):
 
     PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "linalg_solve_triangular"])
 
-    def __init__(self, seed: int, *, exact: bool = False, products: torch.dtype | None = None) -> None:
+    def __init__(
+        self, seed: int, *, exact: bool = False, products: torch.dtype | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.generator = torch.Generator().manual_seed(seed)
         self.exact = exact
         self.products = products
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__.split(".")[0]
@@ -54,7 +60,11 @@ class MovedByOneRounding(TorchDispatchMode):
             return func(*args, **kwargs)
         coarse = self.products if name in self.PRODUCTS else None
         result = func(*(self._moved(x, coarse) for x in args), **kwargs)
-        needs_none = self.EXACT.get(name) if self.exact and isinstance(result, Tensor) and len(args) > 1 else None
+        needs_none = (
+            self.EXACT.get(name)
+            if self.exact and isinstance(result, Tensor) and len(args) > 1
+            else None
+        )
         if needs_none is None or kwargs.get("alpha", 1) != 1:
             return result
         plain = func(*args, **kwargs)
@@ -106,7 +116,9 @@ def _quotient(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
     return (_like(a, result) == 0) | _simple(_like(b, result))
 
 
-def _total(a: Any, _b: Any, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _total(
+    a: Any, _b: Any, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     terms = func((a != 0).to(result.dtype), *args[1:], **kwargs)
     return torch.as_tensor(terms <= 1)
 

@@ -16,8 +16,8 @@ from hamblocks.cache import KVCache
 from hamblocks.combiners import GatedSum
 from hamblocks.gates import PredictionError
 from hamblocks.layer import HAMLayer
-from hamblocks.memory import GatedDelta
-from hamblocks.protocols import Dims, Trace
+from hamblocks.memory import GatedDeltaMemory
+from hamblocks.protocols import LayerDims, MemoryTrace
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import PartInputs
@@ -27,7 +27,7 @@ from hamblocks_ops.precision import wide
 Results = dict[str, Tensor]
 
 
-def made(part: Any, dims: Dims | None, dtype: torch.dtype, seed: int) -> Any:
+def made(part: Any, dims: LayerDims | None, dtype: torch.dtype, seed: int) -> Any:
     """A part as a layer would use it: a copy, built, in eval mode, no weight at a value that hides what it does."""
     part = copy.deepcopy(part)
     with torch.random.fork_rng(devices=[]):
@@ -106,10 +106,12 @@ class GateSubject(Subject):
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
         """Score, and the logit bias where the gate gives one."""
-        fields = {name: inputs.get(name) for name in Trace._fields}
-        score, logit_bias = self.part(inputs["x"], Trace(**fields))  # type: ignore[arg-type]
+        fields = {name: inputs.get(name) for name in MemoryTrace._fields}
+        score, logit_bias = self.part(inputs["x"], MemoryTrace(**fields))  # type: ignore[arg-type]
         # the layer ranks scores, it learns through the bias alone
-        return {"score": score.detach()} | ({} if logit_bias is None else {"logit_bias": logit_bias}), None
+        return {"score": score.detach()} | (
+            {} if logit_bias is None else {"logit_bias": logit_bias}
+        ), None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Heads are checked by the law itself: there are three right numbers of them."""
@@ -137,8 +139,12 @@ class MemorySubject(Subject):
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
         """The read and what the trace holds."""
-        read, trace, state = self.part(**inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric)
-        told = {name: x for name, x in trace._asdict().items() if x is not None and name != "position"}
+        read, trace, state = self.part(
+            **inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric
+        )
+        told = {
+            name: x for name, x in trace._asdict().items() if x is not None and name != "position"
+        }
         return {"read": read} | told, state
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
@@ -186,7 +192,9 @@ class AttentionSubject(Subject):
         """The read; with a cache, what the layer then does with it."""
         names = "q", "k", "v", "evict_at"
         rest = {name: x for name, x in inputs.items() if name not in names}
-        read, cache = self.part(*(inputs[name] for name in names), **rest, cu_seqlens=cu_seqlens, cache=state)
+        read, cache = self.part(
+            *(inputs[name] for name in names), **rest, cu_seqlens=cu_seqlens, cache=state
+        )
         if state is not None:
             position = inputs["position"]
             seen = position.amax(1) + 1 if position.shape[1] else state.seen
@@ -257,13 +265,17 @@ class LayerSubject(Subject):
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """That of x."""
-        return {"y": ((self.hidden_size,), self.case.dtype), "score": ((None,), None), "evict_at": ((None,), None)}
+        return {
+            "y": ((self.hidden_size,), self.case.dtype),
+            "score": ((None,), None),
+            "evict_at": ((None,), None),
+        }
 
 
-def layer_with(kind: str, part: Any, dims: Dims) -> HAMLayer:
+def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
     """A layer around one part; the others are the plainest that let it show."""
     parts: dict[str, Any] = {
-        "memory": GatedDelta(conv_size=2),
+        "memory": GatedDeltaMemory(conv_size=2),
         "gate": PredictionError(),
         "selector": (Threshold(0.9) | TopK(2)) & Window(6),
         "attention": SelectedAttention(rope_theta=None if dims.head_dim % 2 else 10_000.0),

@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.check import Check, CheckFailed, NotApplicableError, Options, Result
 from hamblocks.testing.inputs.draw import DTYPES
-from hamblocks.testing.kinds import attentions, combiners, controllers, gates, layers, memories, ops, selectors
+from hamblocks.testing.kinds import (
+    attentions,
+    combiners,
+    controllers,
+    gates,
+    layers,
+    memories,
+    ops,
+    selectors,
+)
 from hamblocks.testing.ops import OpImplementation
 from hamblocks.testing.profiles import Profile
 from hamblocks_ops import implementations
@@ -44,7 +53,9 @@ def checks_for(kind: str, only: Sequence[str] | None = None) -> list[Check]:
     known = {check.name for check in checks}
     for name in only or ():
         if name not in known:
-            raise wrong("only", f"names of checks of a {kind}: {', '.join(sorted(known))}", repr(name))
+            raise wrong(
+                "only", f"names of checks of a {kind}: {', '.join(sorted(known))}", repr(name)
+            )
     return [check for check in checks if only is None or check.name in only]
 
 
@@ -58,8 +69,12 @@ def settled(kind: str, part: Any, options: Options) -> Options:
         return options
     dims = getattr(part, "dims", None)
     if dims is None:
-        raise wrong("dims", "the sizes of a layer that has no attribute dims, e.g. Dims(64, 4, 4, 16)", "None")
-    return Options(Dims(*dims), options.dtypes)
+        raise wrong(
+            "dims",
+            "the sizes of a layer that has no attribute dims, e.g. LayerDims(64, 4, 4, 16)",
+            "None",
+        )
+    return Options(LayerDims(*dims), options.dtypes)
 
 
 def run_checks(
@@ -67,7 +82,7 @@ def run_checks(
     part: Any,
     *,
     only: Sequence[str] | None = None,
-    dims: Dims | None = None,
+    dims: LayerDims | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     profile: str | Profile | None = None,
     seed: int | None = None,
@@ -110,7 +125,7 @@ def _run(
     *,
     raises: bool,
     only: Sequence[str] | None = None,
-    dims: Dims | None = None,
+    dims: LayerDims | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     **given: Any,
 ) -> Iterator[Result]:
@@ -162,7 +177,9 @@ check_layer = _for("layer")
 """Runs every check of a layer: `check_layer(part, **given)`, with the keyword arguments of `run_checks`."""
 
 
-def check_op(run: Callable[..., Any], like: Callable[..., Any] | None = None, **given: Any) -> list[Result]:
+def check_op(
+    run: Callable[..., Any], like: Callable[..., Any] | None = None, **given: Any
+) -> list[Result]:
     """Runs every check of an op over an implementation of it.
 
     Args:
@@ -178,7 +195,11 @@ def check_op(run: Callable[..., Any], like: Callable[..., Any] | None = None, **
         CheckFailed: at the first check that fails.
         ValueError: `like` is no op of ours.
     """
-    return [result for part in op_implementations(run, like) for result in _run("op", part, raises=True, **given)]
+    return [
+        result
+        for part in op_implementations(run, like)
+        for result in _run("op", part, raises=True, **given)
+    ]
 
 
 def op_implementations(

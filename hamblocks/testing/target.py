@@ -28,7 +28,9 @@ def load(target: str) -> tuple[Any, str]:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise wrong("target", f"a module that can be imported before the colon ({error})", repr(name)) from error
+        raise wrong(
+            "target", f"a module that can be imported before the colon ({error})", repr(name)
+        ) from error
     try:
         part = eval(expression, dict(vars(module)))
         return (part(), f"{expression}()") if isinstance(part, type) else (part, expression)
@@ -37,7 +39,9 @@ def load(target: str) -> tuple[Any, str]:
         raise wrong("target", what, repr(expression)) from error
 
 
-def parts_of(kind: str, target: str, like: str | None = None, impl: str | None = None) -> list[tuple[Any, str]]:
+def parts_of(
+    kind: str, target: str, like: str | None = None, impl: str | None = None
+) -> list[tuple[Any, str]]:
     """The parts, each with the expression that makes it: one, or all implementations of an op of ours.
 
     Raises:

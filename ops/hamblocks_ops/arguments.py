@@ -22,7 +22,9 @@ def describe(value: object) -> str:
 
 def wrong(name: str, expected: str, got: object) -> ValueError:
     """The error of a bad argument, to be raised by the caller."""
-    return ValueError(f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+    return ValueError(
+        f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}"
+    )
 
 
 @contextlib.contextmanager
@@ -40,7 +42,11 @@ def value_checks() -> Iterator[None]:
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether the values of this tensor may be read for a check: never while tracing, on the CPU always."""
-    if torch.compiler.is_compiling() or tensor.numel() == 0 or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if (
+        torch.compiler.is_compiling()
+        or tensor.numel() == 0
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    ):
         return False
     return tensor.device.type == "cpu" or _check_values_everywhere.get()
 
@@ -66,7 +72,9 @@ def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None
     if not value.is_floating_point():
         raise wrong(name, "a floating-point dtype", value)
     if like is not None and value.dtype != like.dtype:
-        raise wrong(name, f"dtype {str(like.dtype).removeprefix('torch.')}, as the other tensors", value)
+        raise wrong(
+            name, f"dtype {str(like.dtype).removeprefix('torch.')}, as the other tensors", value
+        )
 
 
 def check_integer(name: str, value: Tensor) -> None:
@@ -99,10 +107,16 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) 
         return
     borders = [int(border) for border in cu_seqlens.tolist()]
     if borders[0] != 0 or borders[-1] != tokens:
-        raise wrong("cu_seqlens", f"first 0 and last T = {tokens}", f"first {borders[0]} and last {borders[-1]}")
+        raise wrong(
+            "cu_seqlens",
+            f"first 0 and last T = {tokens}",
+            f"first {borders[0]} and last {borders[-1]}",
+        )
     for index, (left, right) in enumerate(itertools.pairwise(borders)):
         if right < left:
-            raise wrong("cu_seqlens", "ascending values", f"{right} after {left} at index {index + 1}")
+            raise wrong(
+                "cu_seqlens", "ascending values", f"{right} after {left} at index {index + 1}"
+            )
 
 
 def check_impl(name: object) -> None:

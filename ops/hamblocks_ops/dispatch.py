@@ -91,7 +91,9 @@ def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Call
 
 def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the implementations of `op`, in the order in which "auto" tries them; none if it has no choice."""
-    table: Sequence[Implementation] = getattr(sys.modules.get(getattr(op, "__module__", "")), "TABLE", ())
+    table: Sequence[Implementation] = getattr(
+        sys.modules.get(getattr(op, "__module__", "")), "TABLE", ()
+    )
     return tuple(row.name for row in table)
 
 

@@ -15,7 +15,9 @@ def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
 
 
-def positions(batch: int, tokens: int, *, device: torch.device, cu_seqlens: Tensor | None = None) -> Tensor:
+def positions(
+    batch: int, tokens: int, *, device: torch.device, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Position of every token within its sequence, int32 `[batch, tokens]`."""
     index = torch.arange(tokens, device=device)
     if cu_seqlens is not None:

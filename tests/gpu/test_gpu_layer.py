@@ -13,7 +13,9 @@ pytestmark = pytest.mark.gpu
 
 def layer(gate: object = None, kv_heads: int = 2) -> hb.HAMLayer:
     torch.manual_seed(0)
-    return hb.HAMLayer(128, 2, num_kv_heads=kv_heads, gate=gate, selector=hb.Threshold(0.9) | hb.Window(16)).eval()
+    return hb.HAMLayer(
+        128, 2, num_kv_heads=kv_heads, gate=gate, selector=hb.Threshold(0.9) | hb.Window(16)
+    ).eval()
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
@@ -25,18 +27,32 @@ def test_is_the_layer_of_the_cpu(kv_heads: int) -> None:
     """In bfloat16; every third token is stored, for a score within rounding of tau may flip."""
     x = torch.randn(2, 700, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
-        one = layer(hb.Periodic(3, 1), kv_heads).to(device, dtype)
+    for device, dtype in (
+        ("cpu", torch.float64),
+        ("cpu", torch.bfloat16),
+        ("cuda", torch.bfloat16),
+    ):
+        one = layer(hb.PeriodicGate(3, 1), kv_heads).to(device, dtype)
         given = x.to(device, dtype).requires_grad_()
         y = one(given).y
-        results.append((y, *torch.autograd.grad(y, [given, *one.parameters()], torch.ones_like(y), allow_unused=True)))
+        results.append(
+            (
+                y,
+                *torch.autograd.grad(
+                    y, [given, *one.parameters()], torch.ones_like(y), allow_unused=True
+                ),
+            )
+        )
     for wanted, plain, got in zip(*results, strict=True):
         if wanted is not None and bool(wanted.any()):
-            assert distance(got, wanted) <= 2 * distance(plain, wanted) + torch.finfo(torch.bfloat16).eps
+            assert (
+                distance(got, wanted)
+                <= 2 * distance(plain, wanted) + torch.finfo(torch.bfloat16).eps
+            )
 
 
 def test_compiles_whole() -> None:
-    fast = layer(hb.Periodic(3, 1)).to("cuda", torch.bfloat16)
+    fast = layer(hb.PeriodicGate(3, 1)).to("cuda", torch.bfloat16)
     x = torch.randn(2, 256, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     compiled = torch.compile(fast, fullgraph=True)
     eager, traced = fast(x).y, compiled(x).y
@@ -48,7 +64,7 @@ def test_compiles_whole() -> None:
 
 def test_pieces_give_what_one_pass_gives() -> None:
     """Prefill, then token by token through the cache."""
-    fast = layer(hb.Periodic(3, 1)).to("cuda", torch.bfloat16)
+    fast = layer(hb.PeriodicGate(3, 1)).to("cuda", torch.bfloat16)
     x = torch.randn(2, 200, 128, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         whole = fast(x).y

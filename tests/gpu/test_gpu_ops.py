@@ -18,7 +18,14 @@ from hamblocks.testing import (
 )
 from hamblocks.testing.kinds.ops import _refused
 from hamblocks.testing.ops import OPS
-from hamblocks_ops import explain, gated_delta_rule, implementations, paged_attention, selected_attention, surprise
+from hamblocks_ops import (
+    explain,
+    gated_delta_rule,
+    implementations,
+    paged_attention,
+    selected_attention,
+    surprise,
+)
 
 pytestmark = pytest.mark.gpu
 FAST = [
@@ -41,7 +48,9 @@ LARGE: dict[Any, list[Any]] = {
         DeltaRuleInputs(packed=(300, 0, 1, 517, 64), key_dim=128, value_dim=256, decay="hard"),
         DeltaRuleInputs(tokens=300, key_dim=256, value_dim=128, decay="none"),
     ],
-    surprise: [RowInputs(tokens=4000, dim=dim, seed=seed) for dim in (64, 128, 250) for seed in range(3)],
+    surprise: [
+        RowInputs(tokens=4000, dim=dim, seed=seed) for dim in (64, 128, 250) for seed in range(3)
+    ],
     selected_attention: [
         AttentionInputs(tokens=1500, dim=64, policy="some"),
         AttentionInputs(tokens=1100, dim=128, policy="window", group=4, kv_heads=1, bias="some"),
@@ -51,8 +60,19 @@ LARGE: dict[Any, list[Any]] = {
         AttentionInputs(tokens=1, cache=2000, dim=64, group=8, kv_heads=1, policy="all"),
     ],
     paged_attention: [
-        PagedInputs(width=60, slabs=((400, 16), (90, 64)), sequences=3, group=4, dim=128, policy="any"),
-        PagedInputs(width=40, slabs=((300, 32),), sequences=2, together=2, group=2, dim=64, queries=4, bias="some"),
+        PagedInputs(
+            width=60, slabs=((400, 16), (90, 64)), sequences=3, group=4, dim=128, policy="any"
+        ),
+        PagedInputs(
+            width=40,
+            slabs=((300, 32),),
+            sequences=2,
+            together=2,
+            group=2,
+            dim=64,
+            queries=4,
+            bias="some",
+        ),
         PagedInputs(width=20, slabs=((99, 64),), sequences=2, dim=256, forked=True, policy="all"),
     ],
 }
@@ -83,14 +103,19 @@ def test_sizes_that_users_run(part: OpImplementation, dtype: torch.dtype) -> Non
 
 def test_auto_takes_the_kernels_made_for_it() -> None:
     x = torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    beta, evict_at = torch.ones(1, 64, 2, device="cuda"), torch.ones(1, 64, 2, dtype=torch.int32, device="cuda")
+    beta, evict_at = (
+        torch.ones(1, 64, 2, device="cuda"),
+        torch.ones(1, 64, 2, dtype=torch.int32, device="cuda"),
+    )
     assert explain(selected_attention, x, x, x, evict_at).chosen == "triton"
     assert explain(surprise, x, x).chosen == "triton"
     answers = explain(gated_delta_rule, x, x, x, beta=beta)
     assert answers["fla"] == "yes" or "Hopper" in answers["fla"], answers
 
 
-@pytest.mark.parametrize("case", [one for one in LARGE[selected_attention] if one.bias == "none"], ids=repr)
+@pytest.mark.parametrize(
+    "case", [one for one in LARGE[selected_attention] if one.bias == "none"], ids=repr
+)
 def test_flash_attention_in_inference(case: AttentionInputs) -> None:
     """It is refused with a gradient, which the checks ask for."""
     case = replace(case, dtype=torch.bfloat16)
@@ -100,4 +125,6 @@ def test_flash_attention_in_inference(case: AttentionInputs) -> None:
     for name, exact in problem.run("reference", dtype=torch.float64, backward=False).items():
         error, allowed = (float((x[name].double() - exact).nan_to_num().norm()) for x in (got, own))
         size = float(exact[exact.isfinite()].norm())
-        assert error <= 4 * allowed + torch.finfo(got[name].dtype).eps * size, f"{name}: {error / size:.2e}"
+        assert error <= 4 * allowed + torch.finfo(got[name].dtype).eps * size, (
+            f"{name}: {error / size:.2e}"
+        )

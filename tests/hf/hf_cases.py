@@ -22,12 +22,17 @@ SELECTORS: dict[str, Any] = {
     "top-k": lambda: hb.TopK(3),
     "window": lambda: hb.Window(4),
     "target": lambda: hb.Threshold(hb.TargetFraction(0.5)) | hb.Window(2),
-    "ranked": lambda: (hb.TopK(4) & hb.Threshold(0.9)) | hb.First(1),
+    "ranked": lambda: (hb.TopK(4) & hb.Threshold(0.9)) | hb.FirstTokens(1),
 }
 
 
 def config(**changes: Any) -> HAMConfig:
-    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+    }
     given = {
         "vocab_size": VOCAB,
         "pad_token_id": PAD,
@@ -39,7 +44,9 @@ def config(**changes: Any) -> HAMConfig:
     return HAMConfig(**given)
 
 
-def model(seed: int = 0, dtype: torch.dtype = torch.float64, *, layer: Any = None, **changes: Any) -> HAMForCausalLM:
+def model(
+    seed: int = 0, dtype: torch.dtype = torch.float64, *, layer: Any = None, **changes: Any
+) -> HAMForCausalLM:
     """A model in eval mode, no weight at a value that hides it, thresholds where two steps of training put them."""
     torch.manual_seed(seed)
     made = HAMForCausalLM(config(**changes), layer=layer)
@@ -64,7 +71,10 @@ def rows(seed: int, lengths: Sequence[int]) -> list[Tensor]:
 def padded(prompts: Sequence[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
     """Prompts as one batch and its mask; side: left, right or both."""
     longest = max(len(prompt) for prompt in prompts) + (side == "both")
-    ids, mask = torch.full((len(prompts), longest), PAD), torch.zeros(len(prompts), longest, dtype=torch.long)
+    ids, mask = (
+        torch.full((len(prompts), longest), PAD),
+        torch.zeros(len(prompts), longest, dtype=torch.long),
+    )
     for row, prompt in enumerate(prompts):
         room = longest - len(prompt)
         begin = {"left": room, "right": 0, "both": room // 2}[side]
@@ -87,4 +97,8 @@ def buffers(made: torch.nn.Module) -> dict[str, Tensor]:
 
 def bits(x: Tensor) -> Tensor:
     """Float tensors as integers, so that NaN equals NaN."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
+    return (
+        x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+        if x.is_floating_point()
+        else x
+    )

@@ -51,7 +51,9 @@ def test_packed_is_one_by_one(name):
     # several sequences in each of several rows
     two = torch.cat([ids, ids.flip(1)])
     both = torch.cat([positions(LENGTHS), positions(LENGTHS[::-1])])
-    expected = [made(two[row : row + 1], position_ids=both[row : row + 1]).logits for row in range(2)]
+    expected = [
+        made(two[row : row + 1], position_ids=both[row : row + 1]).logits for row in range(2)
+    ]
     close(made(two, position_ids=both).logits, torch.cat(expected))
     # one sequence per row is no packed batch
     assert made(two, position_ids=torch.arange(25)[None]).past_key_values.get_seq_length() == 25
@@ -59,23 +61,38 @@ def test_packed_is_one_by_one(name):
 
 def test_loss_is_the_mean_over_separate_sequences():
     made, prompts = model(selector=hb.TopK(3)), rows(3, LENGTHS)
-    alone = [made(prompt[None], labels=prompt[None]).loss * (len(prompt) - 1) for prompt in prompts if len(prompt) > 1]
+    alone = [
+        made(prompt[None], labels=prompt[None]).loss * (len(prompt) - 1)
+        for prompt in prompts
+        if len(prompt) > 1
+    ]
     expected = torch.stack(alone).sum() / (sum(LENGTHS) - len(LENGTHS))
     ids = torch.cat(prompts)[None]
     close(made(ids, position_ids=positions(LENGTHS), labels=ids).loss, expected)
-    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": row.tolist()} for row in prompts])
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
+        [{"input_ids": row.tolist()} for row in prompts]
+    )
     close(made(**batch).loss, expected)
-    close(made(**{name: batch[name] for name in ("input_ids", "labels", "position_ids")}).loss, expected)
+    close(
+        made(**{name: batch[name] for name in ("input_ids", "labels", "position_ids")}).loss,
+        expected,
+    )
     for side in ("left", "right", "both"):
         ids, mask = padded(prompts, side)
-        close(made(ids, attention_mask=mask, labels=ids).loss, expected)  # what is padding is no target
-        summed = made(ids, attention_mask=mask, labels=ids, num_items_in_batch=torch.tensor(10)).loss
+        close(
+            made(ids, attention_mask=mask, labels=ids).loss, expected
+        )  # what is padding is no target
+        summed = made(
+            ids, attention_mask=mask, labels=ids, num_items_in_batch=torch.tensor(10)
+        ).loss
         close(summed, expected * (sum(LENGTHS) - len(LENGTHS)) / 10)
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.5, -100)
     kept = labels.masked_fill(mask == 0, -100)[:, 1:]
     logits = made(ids, attention_mask=mask).logits[:, :-1]
     first = (mask.cumsum(1) == 1)[:, 1:]
-    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), kept.masked_fill(first, -100).flatten())
+    expected = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), kept.masked_fill(first, -100).flatten()
+    )
     close(made(ids, attention_mask=mask, labels=labels).loss, expected)
 
 
@@ -144,18 +161,30 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         ({"input_ids": IDS + 100}, r"^input_ids: expected values in \[0, 18\]"),
         ({"input_ids": IDS.float()}, r"^input_ids: expected dtype int32 or int64"),
         ({"input_ids": IDS[0]}, r"^input_ids: expected shape \[B, T\]"),
-        ({"input_ids": IDS, "attention_mask": MASK[:, :3]}, r"^attention_mask: expected shape .* = \[2, 0 \+ 4\]"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:, :3]},
+            r"^attention_mask: expected shape .* = \[2, 0 \+ 4\]",
+        ),
         (
             {"input_ids": IDS, "attention_mask": MASK[:, None, None]},
             r"^attention_mask: expected a tensor \[B, past \+ T\]",
         ),
-        ({"input_ids": IDS, "attention_mask": {"full": MASK}}, r"^attention_mask: expected a tensor"),
-        ({"input_ids": IDS, "attention_mask": 2 * MASK}, r"^attention_mask: expected 0 and 1, got other values"),
+        (
+            {"input_ids": IDS, "attention_mask": {"full": MASK}},
+            r"^attention_mask: expected a tensor",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": 2 * MASK},
+            r"^attention_mask: expected 0 and 1, got other values",
+        ),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]])},
             r"^attention_mask: expected no padding between tokens, got some in row 1",
         ),
-        ({"input_ids": IDS, "position_ids": torch.arange(3)[None]}, r"^position_ids: expected shape \[B, T\]"),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(3)[None]},
+            r"^position_ids: expected shape \[B, T\]",
+        ),
         (
             {"input_ids": IDS, "position_ids": torch.ones(3, 4).long()},
             r"^position_ids: expected shape \[B, T\] = \[2, 4\]",
@@ -169,20 +198,35 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
             r"^position_ids: expected 0 or 2 .*, got 1 in row 1, column 2",
         ),
         (
-            {"input_ids": IDS, "attention_mask": MASK, "position_ids": torch.tensor([[0, 1, 0, 1]])},
+            {
+                "input_ids": IDS,
+                "attention_mask": MASK,
+                "position_ids": torch.tensor([[0, 1, 0, 1]]),
+            },
             r"^position_ids: expected 2, what follows on the tokens seen, got 0 in row 0, column 2",
         ),
-        ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 8])}, r"^cu_seqlens: expected a packed batch"),
+        (
+            {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 8])},
+            r"^cu_seqlens: expected a packed batch",
+        ),
         (
             {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 5])},
             r"^cu_seqlens: expected first 0 and last T = 4",
         ),
         (
-            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 4]), "attention_mask": MASK[:1]},
+            {
+                "input_ids": IDS[:1],
+                "cu_seq_lens_q": torch.tensor([0, 4]),
+                "attention_mask": MASK[:1],
+            },
             r"^attention_mask: expected None beside cu_seq_lens_q",
         ),
         (
-            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 2, 4]), "position_ids": torch.arange(4)[None]},
+            {
+                "input_ids": IDS[:1],
+                "cu_seq_lens_q": torch.tensor([0, 2, 4]),
+                "position_ids": torch.arange(4)[None],
+            },
             r"^position_ids: expected positions that restart at 0",
         ),
         (
@@ -190,9 +234,15 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
             r"^use_cache: expected False for a packed batch",
         ),
         ({"input_ids": IDS, "output_attentions": True}, r"^output_attentions: expected False"),
-        ({"input_ids": IDS, "past_key_values": ()}, r"^past_key_values: expected a HAMCache, got tuple"),
+        (
+            {"input_ids": IDS, "past_key_values": ()},
+            r"^past_key_values: expected a HAMCache, got tuple",
+        ),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"^labels: expected shape \[B, T\] = \[2, 4\]"),
-        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, r"^logits_to_keep: expected 0 beside labels"),
+        (
+            {"input_ids": IDS, "labels": IDS, "logits_to_keep": 1},
+            r"^logits_to_keep: expected 0 beside labels",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -23,12 +23,17 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, dtype, tied):
     made.set_keep_fraction(0.4)
     made.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
-    for loaded in (HAMForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+    for loaded in (
+        HAMForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
         assert type(loaded) is HAMForCausalLM
         saved, got = made.state_dict(), loaded.state_dict()
         assert saved.keys() == got.keys()
         kept = (
-            {name for name in saved if name.endswith(("log_rate", "step_bias"))} if dtype == torch.bfloat16 else set()
+            {name for name in saved if name.endswith(("A_log", "dt_bias"))}
+            if dtype == torch.bfloat16
+            else set()
         )
         for name in saved.keys() - kept:
             assert saved[name].dtype == got[name].dtype
@@ -51,7 +56,7 @@ def test_thresholds_stay_float32_in_bfloat16(tmp_path):
         assert after[name].dtype == buffer.dtype
         assert torch.equal(bits(after[name]), bits(buffer)), name
     for name, weight in loaded.named_parameters():
-        wide = name.endswith(("log_rate", "step_bias"))
+        wide = name.endswith(("A_log", "dt_bias"))
         assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
     assert loaded(text(0, 1, 9)).logits.dtype == torch.bfloat16
     assert torch.equal(loaded.generate(text(0, 1, 9), max_new_tokens=3)[:, :9], text(0, 1, 9))
@@ -61,21 +66,33 @@ def test_what_a_checkpoint_lacks_begins_as_in_a_new_model(tmp_path):
     made = model(dtype=torch.float32, selector=hb.Window(2))
     made.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    lost = [name for name in weights if name.endswith(("log_rate", "step_bias", "conv.weight", "gate_proj.bias"))]
+    lost = [
+        name
+        for name in weights
+        if name.endswith(("A_log", "dt_bias", "conv.weight", "gate_proj.bias"))
+    ]
     save_file(
-        {name: x for name, x in weights.items() if name not in lost}, tmp_path / "model.safetensors", {"format": "pt"}
+        {name: x for name, x in weights.items() if name not in lost},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
     )
-    loaded, info = HAMForCausalLM.from_pretrained(tmp_path, selector=target(), output_loading_info=True)
+    loaded, info = HAMForCausalLM.from_pretrained(
+        tmp_path, selector=target(), output_loading_info=True
+    )
     assert set(lost) <= set(info["missing_keys"])
     for module in loaded.modules():
         if isinstance(module, hb.TargetFraction):
-            assert (module.fraction, float(module.tau), bool(module.started)) == (pytest.approx(0.3), -torch.inf, False)
+            assert (module.fraction, float(module.tau), bool(module.started)) == (
+                pytest.approx(0.3),
+                -torch.inf,
+                False,
+            )
             assert module.sample.isnan().all()
         if isinstance(module, hb.FixedThreshold):
             assert module.tau.isinf()
-        if isinstance(module, hb.GatedDelta):
-            assert ((module.log_rate.exp() >= 1) & (module.log_rate.exp() < 16)).all()
-            step = torch.nn.functional.softplus(module.step_bias)
+        if isinstance(module, hb.GatedDeltaMemory):
+            assert ((module.A_log.exp() >= 1) & (module.A_log.exp() < 16)).all()
+            step = torch.nn.functional.softplus(module.dt_bias)
             assert ((step > 0.0009) & (step < 0.11)).all()
         if isinstance(module, hb.ShortConvolution):
             assert module.weight.abs().max() <= 0.5
@@ -126,7 +143,9 @@ def test_parts_of_a_users_own(tmp_path):
 def sharing():
     """Layers whose thresholds are one."""
     controller = hb.TargetFraction(0.3)
-    return lambda index: hb.HAMLayer(16, 4, num_kv_heads=2, selector=hb.Threshold(controller) | hb.Window(2))
+    return lambda index: hb.HAMLayer(
+        16, 4, num_kv_heads=2, selector=hb.Threshold(controller) | hb.Window(2)
+    )
 
 
 def test_a_shared_controller_is_saved_once_and_stays_shared(tmp_path):
@@ -137,7 +156,9 @@ def test_a_shared_controller_is_saved_once_and_stays_shared(tmp_path):
     for cls in (HAMForCausalLM, HAMModel):
         loaded, info = cls.from_pretrained(tmp_path, layer=sharing(), output_loading_info=True)
         assert not info["missing_keys"]
-        controllers = [module for module in loaded.modules() if isinstance(module, hb.TargetFraction)]
+        controllers = [
+            module for module in loaded.modules() if isinstance(module, hb.TargetFraction)
+        ]
         assert len(controllers) == 1
         assert controllers[0].tau == made.model.stack.layers[2].selector.left.controller.tau
         assert controllers[0].tau.isfinite()

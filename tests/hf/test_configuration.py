@@ -13,20 +13,35 @@ from hamblocks.models import HAMConfig, HAMForCausalLM, HAMModel
 from hamblocks.models.policies import TABLE, complete, describe, make
 
 POLICIES = [
-    ("memory", {"type": "gated_delta", "conv_size": 2, "negative_eigenvalues": True, "impl": "auto"}),
-    ("memory", {"type": "delta", "conv_size": 4, "negative_eigenvalues": False, "impl": "reference"}),
+    (
+        "memory",
+        {"type": "gated_delta_memory", "conv_size": 2, "allow_neg_eigval": True, "impl": "auto"},
+    ),
+    (
+        "memory",
+        {"type": "delta_memory", "conv_size": 4, "allow_neg_eigval": False, "impl": "reference"},
+    ),
     ("gate", {"type": "prediction_error", "metric": "l2"}),
     ("gate", {"type": "learned_router", "width": 3}),
     ("gate", {"type": "learned_router", "width": None}),
-    ("gate", {"type": "random_routing", "seed": 7}),
-    ("gate", {"type": "periodic", "n": 3, "offset": 1}),
-    ("gate", {"type": "shared", "gate": {"type": "prediction_error", "metric": "cosine"}}),
-    ("selector", {"type": "threshold", "controller": {"type": "fixed", "tau": 0.3}}),
-    ("selector", {"type": "threshold", "controller": {"type": "target_fraction", "fraction": 0.1, "rate": 0.5}}),
+    ("gate", {"type": "random_gate", "seed": 7}),
+    ("gate", {"type": "periodic_gate", "n": 3, "offset": 1}),
+    ("gate", {"type": "shared_gate", "gate": {"type": "prediction_error", "metric": "cosine"}}),
+    ("selector", {"type": "threshold", "controller": {"type": "fixed_threshold", "tau": 0.3}}),
+    (
+        "selector",
+        {
+            "type": "threshold",
+            "controller": {"type": "target_fraction", "fraction": 0.1, "rate": 0.5},
+        },
+    ),
     ("selector", {"type": "window", "width": 64}),
-    ("selector", {"type": "first", "n": 4}),
+    ("selector", {"type": "first_tokens", "n": 4}),
     ("selector", {"type": "top_k", "k": 32}),
-    ("attention", {"type": "selected_attention", "rope_theta": None, "qk_norm": False, "impl": "auto"}),
+    (
+        "attention",
+        {"type": "selected_attention", "rope_theta": None, "qk_norm": False, "impl": "auto"},
+    ),
     ("combiner", {"type": "gated_sum"}),
     ("combiner", {"type": "softmax_mix"}),
     (
@@ -35,8 +50,14 @@ POLICIES = [
             "type": "any_of",
             "of": [
                 {"type": "top_k", "k": 2},
-                {"type": "all_of", "of": [{"type": "window", "width": 9}, {"type": "first", "n": 2}]},
-                {"type": "any_of", "of": [{"type": "first", "n": 1}, {"type": "window", "width": 1}]},
+                {
+                    "type": "all_of",
+                    "of": [{"type": "window", "width": 9}, {"type": "first_tokens", "n": 2}],
+                },
+                {
+                    "type": "any_of",
+                    "of": [{"type": "first_tokens", "n": 1}, {"type": "window", "width": 1}],
+                },
             ],
         },
     ),
@@ -52,46 +73,81 @@ def test_policies_are_read_in_both_directions(kind, policy):
 
 def test_every_part_in_the_table_was_tried():
     tried = {(kind, policy["type"]) for kind, policy in POLICIES}
-    tried |= {("controller", "fixed"), ("controller", "target_fraction"), ("selector", "all_of")}
+    tried |= {
+        ("controller", "fixed_threshold"),
+        ("controller", "target_fraction"),
+        ("selector", "all_of"),
+    }
     assert tried == {(kind, name) for kind, names in TABLE.items() for name in names}
 
 
 def test_what_is_left_out_is_completed():
-    assert complete("memory", {"type": "delta"}) == {
-        "type": "delta",
+    assert complete("memory", {"type": "delta_memory"}) == {
+        "type": "delta_memory",
         "conv_size": 4,
-        "negative_eigenvalues": False,
+        "allow_neg_eigval": False,
         "impl": "auto",
     }
-    assert complete("controller", 0.25) == {"type": "fixed", "tau": 0.25}
-    a, b, c = hb.Window(1), hb.First(2), hb.TopK(3)
-    assert [side["type"] for side in describe("selector", (a | b) | c)["of"]] == ["window", "first", "top_k"]
+    assert complete("controller", 0.25) == {"type": "fixed_threshold", "tau": 0.25}
+    a, b, c = hb.Window(1), hb.FirstTokens(2), hb.TopK(3)
+    assert [side["type"] for side in describe("selector", (a | b) | c)["of"]] == [
+        "window",
+        "first_tokens",
+        "top_k",
+    ]
     assert describe("selector", a | (b & c))["of"][1]["type"] == "all_of"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": {"type": "surprise"}}, r"^gate: expected one of learned_router, .*, got 'surprise'"),
-        ({"gate": {}}, r"^gate: expected an object with one of learned_router, .* as \"type\""),
-        ({"selector": "window"}, r"^selector: expected one of hamblocks' own parts \(all_of, any_of, first,"),
-        ({"selector": {"type": "window"}}, r"^selector window: expected the arguments width, got none"),
-        ({"selector": {"type": "window", "size": 3}}, r"^selector window: expected the arguments width, got size"),
         (
-            {"memory": {"type": "delta", "taps": 3}},
-            r"^memory delta: expected the arguments conv_size \(optional\), .*taps",
+            {"gate": {"type": "surprise"}},
+            r"^gate: expected one of learned_router, .*, got 'surprise'",
         ),
-        ({"combiner": {"type": "gated_sum", "n": 1}}, r"^combiner gated_sum: expected the arguments \(none\), got n"),
-        ({"selector": {"type": "any_of", "of": []}}, r"^selector any_of: expected a list of two or more as \"of\""),
+        ({"gate": {}}, r"^gate: expected an object with one of learned_router, .* as \"type\""),
+        (
+            {"selector": "window"},
+            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, first_tokens,",
+        ),
+        (
+            {"selector": {"type": "window"}},
+            r"^selector window: expected the arguments width, got none",
+        ),
+        (
+            {"selector": {"type": "window", "size": 3}},
+            r"^selector window: expected the arguments width, got size",
+        ),
+        (
+            {"memory": {"type": "delta_memory", "taps": 3}},
+            r"^memory delta_memory: expected the arguments conv_size \(optional\), .*taps",
+        ),
+        (
+            {"combiner": {"type": "gated_sum", "n": 1}},
+            r"^combiner gated_sum: expected the arguments \(none\), got n",
+        ),
+        (
+            {"selector": {"type": "any_of", "of": []}},
+            r"^selector any_of: expected a list of two or more as \"of\"",
+        ),
         ({"selector": {"type": "window", "width": -1}}, r"^width: expected an integer >= 0"),
-        ({"selector": [{"type": "window", "width": 1}]}, r"^selector: expected one policy, or num_hidden_layers = 3"),
+        (
+            {"selector": [{"type": "window", "width": 1}]},
+            r"^selector: expected one policy, or num_hidden_layers = 3",
+        ),
         ({"gate": lambda x, trace: None}, r"^gate: expected one of hamblocks' own parts .*layer="),
-        ({"layer_types": ["hybrid"]}, r"^layer_types: expected num_hidden_layers = 3 of them, got 1"),
+        (
+            {"layer_types": ["hybrid"]},
+            r"^layer_types: expected num_hidden_layers = 3 of them, got 1",
+        ),
         (
             {"layer_types": ["ham"] * 3},
             r"^layer_types: expected only hybrid, linear_attention, full_attention, got ham",
         ),
-        ({"hidden_size": 18}, r"^hidden_size: expected a multiple of num_attention_heads = 4, or head_dim, got 18"),
+        (
+            {"hidden_size": 18},
+            r"^hidden_size: expected a multiple of num_attention_heads = 4, or head_dim, got 18",
+        ),
         ({"num_hidden_layers": 0}, r"^num_hidden_layers: expected an integer >= 1"),
     ],
 )
@@ -128,8 +184,16 @@ def test_auto_classes_know_the_models():
 
 def test_layers_are_what_layer_types_says():
     layers = HAMForCausalLM(config(selector=hb.TopK(2))).model.stack.layers
-    assert [type(layer.memory) for layer in layers] == [hb.GatedDelta, hb.GatedDelta, hb.NoMemory]
-    assert [type(layer.attention) for layer in layers] == [hb.NoAttention, hb.SelectedAttention, hb.SelectedAttention]
+    assert [type(layer.memory) for layer in layers] == [
+        hb.GatedDeltaMemory,
+        hb.GatedDeltaMemory,
+        hb.NoMemory,
+    ]
+    assert [type(layer.attention) for layer in layers] == [
+        hb.NoAttention,
+        hb.SelectedAttention,
+        hb.SelectedAttention,
+    ]
     assert type(layers[1].selector) is hb.TopK
 
 

@@ -11,16 +11,24 @@ LENGTHS = [3, 9, 1, 6]
 
 @pytest.mark.parametrize(
     ("name", "layer_types"),
-    [*((name, kinds) for name in SELECTORS for kinds in (MIXED, ["hybrid"] * 2)), ("window", ["linear_attention"] * 2)],
+    [
+        *((name, kinds) for name in SELECTORS for kinds in (MIXED, ["hybrid"] * 2)),
+        ("window", ["linear_attention"] * 2),
+    ],
 )
 def test_greedy_is_argmax_over_full_passes(name, layer_types):
-    made = model(layer_types=layer_types, num_hidden_layers=len(layer_types), selector=SELECTORS[name]())
+    made = model(
+        layer_types=layer_types, num_hidden_layers=len(layer_types), selector=SELECTORS[name]()
+    )
     prompts = rows(1, LENGTHS)
     ids, mask = padded(prompts)
     out = made.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     for row, prompt in enumerate(prompts):
         assert torch.equal(out[row, ids.shape[1] - len(prompt) :], greedy(made, prompt, 8))
-    assert torch.equal(out, made.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=False))
+    assert torch.equal(
+        out,
+        made.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=False),
+    )
 
 
 def test_finished_rows_leave_the_others_alone():
@@ -29,7 +37,14 @@ def test_finished_rows_leave_the_others_alone():
     ids, mask = padded(prompts)
     free = [greedy(made, prompt, 8)[len(prompt) :] for prompt in prompts]
     eos = int(free[0][2])
-    out = made.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    out = made.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
     for row, tokens in enumerate(free):
         ends = (tokens == eos).nonzero()[:, 0]
         length = int(ends[0]) + 1 if len(ends) else 8
@@ -41,7 +56,9 @@ def test_chunked_prefill_changes_nothing(chunk):
     made = model(selector=hb.TopK(3) | hb.Window(2))
     ids, mask = padded(rows(1, LENGTHS))
     plain = made.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    pieces = made.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, prefill_chunk_size=chunk)
+    pieces = made.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, prefill_chunk_size=chunk
+    )
     assert torch.equal(plain, pieces)
 
 
@@ -51,7 +68,9 @@ def test_sampling_repeats_with_its_seed_and_without_the_cache():
 
     def sample(seed, **how):
         torch.manual_seed(seed)
-        return made.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=True, top_k=0, **how)
+        return made.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=True, top_k=0, **how
+        )
 
     assert torch.equal(sample(0), sample(0))
     assert torch.equal(sample(0), sample(0, use_cache=False))
@@ -65,10 +84,23 @@ def test_sampling_repeats_with_its_seed_and_without_the_cache():
 def test_beams_need_no_cache(name, returned):
     made = model(selector=SELECTORS[name]())
     ids, mask = padded(rows(1, LENGTHS))
-    how = {"num_beams": 3, "num_return_sequences": returned, "max_new_tokens": 7, "do_sample": False, "eos_token_id": 5}
-    found = made.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **how)
+    how = {
+        "num_beams": 3,
+        "num_return_sequences": returned,
+        "max_new_tokens": 7,
+        "do_sample": False,
+        "eos_token_id": 5,
+    }
+    found = made.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **how
+    )
     plain = made.generate(
-        ids, attention_mask=mask, use_cache=False, return_dict_in_generate=True, output_scores=True, **how
+        ids,
+        attention_mask=mask,
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **how,
     )
     assert torch.equal(found.sequences, plain.sequences)
     torch.testing.assert_close(found.sequences_scores, plain.sequences_scores)
@@ -81,7 +113,9 @@ def test_sampled_beams_need_no_cache():
 
     def sample(**how):
         torch.manual_seed(0)
-        return made.generate(ids, attention_mask=mask, num_beams=3, do_sample=True, max_new_tokens=7, **how)
+        return made.generate(
+            ids, attention_mask=mask, num_beams=3, do_sample=True, max_new_tokens=7, **how
+        )
 
     assert torch.equal(sample(), sample(use_cache=False))
 
@@ -89,7 +123,9 @@ def test_sampled_beams_need_no_cache():
 def test_a_conversation_goes_on_from_its_cache():
     made = model(selector=hb.TopK(3) | hb.Window(2))
     ids, mask = padded(rows(1, LENGTHS))
-    first = made.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    first = made.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
     cache = first.past_key_values
     # the last token was never put in
     assert cache.get_seq_length() == first.sequences.shape[1] - 1
@@ -98,25 +134,35 @@ def test_a_conversation_goes_on_from_its_cache():
     plain = made.generate(said, attention_mask=mask, max_new_tokens=5, do_sample=False)
     twin = cache.fork()
     assert torch.equal(
-        made.generate(said, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache), plain
+        made.generate(
+            said, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache
+        ),
+        plain,
     )
     assert cache.get_seq_length() == said.shape[1] + 4
     assert twin.get_seq_length() == first.sequences.shape[1] - 1
     assert torch.equal(
-        made.generate(said, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=twin), plain
+        made.generate(
+            said, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=twin
+        ),
+        plain,
     )
 
 
 def test_embeddings_instead_of_tokens():
     made = model(selector=hb.TopK(3))
     ids = text(1, 2, 7)
-    out = made.generate(inputs_embeds=made.model.embed_tokens(ids), max_new_tokens=5, do_sample=False)
+    out = made.generate(
+        inputs_embeds=made.model.embed_tokens(ids), max_new_tokens=5, do_sample=False
+    )
     assert torch.equal(out, made.generate(ids, max_new_tokens=5, do_sample=False)[:, 7:])
 
 
 def test_what_generate_cannot_do_is_said():
     made, ids = model(), text(0, 1, 5)
-    with pytest.raises(ValueError, match=r"not supported with stateful models, such as HAMForCausalLM"):
+    with pytest.raises(
+        ValueError, match=r"not supported with stateful models, such as HAMForCausalLM"
+    ):
         made.generate(ids, assistant_model=model(), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"^cache_implementation: expected None, got 'static'"):
         made.generate(ids, cache_implementation="static", max_new_tokens=3)
@@ -127,6 +173,12 @@ def test_what_generate_cannot_do_is_said():
 def test_hidden_states_of_every_step():
     made = model()
     out = made.generate(
-        text(0, 2, 5), output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3, do_sample=False
+        text(0, 2, 5),
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+        max_new_tokens=3,
+        do_sample=False,
     )
-    assert [[tuple(x.shape) for x in step] for step in out.hidden_states] == [[(2, t, 16)] * 4 for t in (5, 1, 1)]
+    assert [[tuple(x.shape) for x in step] for step in out.hidden_states] == [
+        [(2, t, 16)] * 4 for t in (5, 1, 1)
+    ]

@@ -61,7 +61,13 @@ def test_it_counts_tokens_seen():
     ]
     assert cache.nbytes > 0
     cache.reset()
-    assert (cache.get_seq_length(), cache.batch_size, len(cache), cache.nbytes, cache.tokens) == (0, -1, 0, 0, [])
+    assert (cache.get_seq_length(), cache.batch_size, len(cache), cache.nbytes, cache.tokens) == (
+        0,
+        -1,
+        0,
+        0,
+        [],
+    )
     assert not cache.is_initialized
     with pytest.raises(ValueError, match=r"^past_key_values: expected a HAMModel to fill"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
@@ -73,7 +79,10 @@ def test_it_counts_tokens_seen():
 @torch.no_grad()
 def test_any_pieces_with_padding_in_each():
     made = model(selector=hb.TopK(3) | hb.Window(2))
-    said = [rows(seed, lengths) for seed, lengths in ((1, LENGTHS), (2, [2, 0, 4, 1]), (3, [1, 1, 1, 1]))]
+    said = [
+        rows(seed, lengths)
+        for seed, lengths in ((1, LENGTHS), (2, [2, 0, 4, 1]), (3, [1, 1, 1, 1]))
+    ]
     cache, mask, out = HAMCache(), torch.zeros(4, 0, dtype=torch.long), []
     for turn, side in zip(said, ("right", "left", "left"), strict=True):
         ids, new = padded(turn, side)
@@ -131,7 +140,8 @@ def test_back_to_a_checkpoint():
     first = made(new, attention_mask=mask, past_key_values=cache).logits
     cache.crop(0)
     with pytest.raises(
-        ValueError, match=r"^tokens_to_remove: expected one that leads back to a checkpoint \(9\), .* 13"
+        ValueError,
+        match=r"^tokens_to_remove: expected one that leads back to a checkpoint \(9\), .* 13",
     ):
         cache.crop(-1)
     assert cache.get_seq_length() == 14
@@ -140,7 +150,9 @@ def test_back_to_a_checkpoint():
         cache.crop(back)
         assert cache.get_seq_length() == 9
         order = [1, 0, 2, 3]
-        close(made(new[order], attention_mask=mask[order], past_key_values=cache).logits, first[order])
+        close(
+            made(new[order], attention_mask=mask[order], past_key_values=cache).logits, first[order]
+        )
     cache.reset()
     with pytest.raises(ValueError, match=r"^tokens_to_remove: .* \(none\)"):
         cache.crop(-1)
@@ -152,7 +164,9 @@ def test_forks_and_copies_go_their_own_ways():
     cache, _, mask = filled(made)
     mask = torch.cat([mask, torch.ones(4, 2).long()], 1)
     a, b = text(5, 4, 2), text(6, 4, 2)
-    plain = [made(new, attention_mask=mask, past_key_values=filled(made)[0]).logits for new in (a, b, a)]
+    plain = [
+        made(new, attention_mask=mask, past_key_values=filled(made)[0]).logits for new in (a, b, a)
+    ]
     caches = [cache, cache.fork(), copy.deepcopy(cache)]
     for twin, new, expected in zip(caches, (a, b, a), plain, strict=True):
         close(made(new, attention_mask=mask, past_key_values=twin).logits, expected)
@@ -164,7 +178,10 @@ def bad(cache, ids, mask):
     other = grown.clone()
     other[1, 0] = 0
     return {
-        "another batch size": ({"input_ids": new[:3]}, r"^input_ids: expected 4 sequences, as past_key_values, got 3"),
+        "another batch size": (
+            {"input_ids": new[:3]},
+            r"^input_ids: expected 4 sequences, as past_key_values, got 3",
+        ),
         "mask of the new columns alone": (
             {"input_ids": new, "attention_mask": grown[:, -2:]},
             r"^attention_mask: expected shape \[B, past \+ T\] = \[4, 9 \+ 2\]",
@@ -174,19 +191,33 @@ def bad(cache, ids, mask):
             r"^attention_mask: expected \[3, 9, 1, 6\] tokens in its first 9 columns, as seen, got \[3, 8, 1, 6\]",
         ),
         "backwards": (
-            {"input_ids": new, "attention_mask": grown, "position_ids": torch.arange(2)[None].expand(4, -1)},
+            {
+                "input_ids": new,
+                "attention_mask": grown,
+                "position_ids": torch.arange(2)[None].expand(4, -1),
+            },
             r"^position_ids: expected 3, what follows on the tokens seen, got 0 in row 0, column 0",
         ),
         "the same again": (
-            {"input_ids": new, "attention_mask": grown, "position_ids": cache.seen[:, None] + torch.tensor([[-1, 0]])},
+            {
+                "input_ids": new,
+                "attention_mask": grown,
+                "position_ids": cache.seen[:, None] + torch.tensor([[-1, 0]]),
+            },
             r"^position_ids: expected 3, .* got 2 in row 0, column 0",
         ),
         "packed": (
             {"input_ids": new.view(1, -1), "cu_seq_lens_q": torch.tensor([0, 8])},
             r"^input_ids: expected 4 sequences",
         ),
-        "labels": ({"input_ids": new, "attention_mask": grown, "labels": new[:, 1:]}, r"^labels: expected shape"),
-        "tokens": ({"input_ids": new + 99, "attention_mask": grown}, r"^input_ids: expected values in \[0, 18\]"),
+        "labels": (
+            {"input_ids": new, "attention_mask": grown, "labels": new[:, 1:]},
+            r"^labels: expected shape",
+        ),
+        "tokens": (
+            {"input_ids": new + 99, "attention_mask": grown},
+            r"^input_ids: expected values in \[0, 18\]",
+        ),
     }
 
 
@@ -209,7 +240,9 @@ def test_bad_input_leaves_the_cache_as_it_was(name):
         )
 
 
-@pytest.mark.parametrize("where", ["model.stack.blocks.2.block.layer.combiner", "model.stack.norm", "lm_head"])
+@pytest.mark.parametrize(
+    "where", ["model.stack.blocks.2.block.layer.combiner", "model.stack.norm", "lm_head"]
+)
 def test_an_exception_anywhere_leaves_the_cache_as_it_was(where):
     made = model(selector=hb.TopK(3) | hb.Window(2))
     cache, _, mask = filled(made)
@@ -232,8 +265,14 @@ def test_an_exception_anywhere_leaves_the_cache_as_it_was(where):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 32}, r"^past_key_values: expected a cache of a model with hidden_size = 32, got one with 16"),
-        ({"num_key_value_heads": 4}, r"^past_key_values: .* num_key_value_heads = 4, got one with 2"),
+        (
+            {"hidden_size": 32},
+            r"^past_key_values: expected a cache of a model with hidden_size = 32, got one with 16",
+        ),
+        (
+            {"num_key_value_heads": 4},
+            r"^past_key_values: .* num_key_value_heads = 4, got one with 2",
+        ),
         (
             {"layer_types": ["hybrid"] * 3},
             r"^past_key_values: .* layer_types = \['hybrid', .* got one with \['linear_att",
@@ -266,5 +305,7 @@ def test_a_limit_to_what_is_stored():
 
 
 def test_a_cache_of_transformers_own():
-    with pytest.raises(ValueError, match=r"^past_key_values: expected a HAMCache, got DynamicCache"):
+    with pytest.raises(
+        ValueError, match=r"^past_key_values: expected a HAMCache, got DynamicCache"
+    ):
         model()(text(0, 1, 3), past_key_values=DynamicCache())

@@ -34,9 +34,13 @@ def test_checkpointing_changes_no_gradient(reentrant):
 def enable(made, reentrant=False):
     name = "activation_checkpointing_enable"
     if hasattr(made, name):
-        made.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        made.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     else:
-        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        made.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
 
 
 def test_checkpointing_and_the_cache(caplog):
@@ -53,7 +57,9 @@ def test_checkpointing_and_the_cache(caplog):
     assert [record.message for record in caplog.records].count(
         "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
     ) == 1
-    with pytest.raises(ValueError, match=r"^past_key_values: expected None under gradient checkpointing"):
+    with pytest.raises(
+        ValueError, match=r"^past_key_values: expected None under gradient checkpointing"
+    ):
         made(ids, past_key_values=HAMCache())
     assert made.eval()(ids, use_cache=True).past_key_values is not None
 
@@ -76,7 +82,11 @@ def run(tmp_path, made, *, steps=6, accumulation=1, data=None, callbacks=True, *
     data = data or [{"input_ids": row, "labels": row} for row in text(5, 8, 16)]
     extra = {"data_collator": DataCollatorWithFlattening()} if "lengths" in data[0] else {}
     trainer = Trainer(
-        made, arguments, train_dataset=data, callbacks=[ControllerCallback()] if callbacks else None, **extra
+        made,
+        arguments,
+        train_dataset=data,
+        callbacks=[ControllerCallback()] if callbacks else None,
+        **extra,
     )
     return trainer, trainer.train()
 
@@ -122,7 +132,11 @@ def test_trainer_with_packed_batches_checkpointing_and_bfloat16(tmp_path):
     assert all(bool(controller.started) for controller in controllers(made))
     trainer.save_model(str(tmp_path / "saved"))
     loaded = HAMForCausalLM.from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(buffers(loaded)[name], x) for name, x in buffers(made).items() if name.endswith("tau"))
+    assert all(
+        torch.equal(buffers(loaded)[name], x)
+        for name, x in buffers(made).items()
+        if name.endswith("tau")
+    )
 
 
 def test_evaluation_of_the_trainer(tmp_path):
@@ -132,12 +146,16 @@ def test_evaluation_of_the_trainer(tmp_path):
     before = {name: x.clone() for name, x in buffers(made).items()}
     logits = trainer.predict(data).predictions
     assert logits.shape == (4, 16, VOCAB)
-    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in buffers(made).items())
+    assert all(
+        torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in buffers(made).items()
+    )
 
 
 def test_keep_fraction_of_a_trained_model(tmp_path):
     torch.manual_seed(0)
-    made = HAMForCausalLM(config(selector=hb.Threshold(hb.TargetFraction(0.3)), layer_types=["hybrid"] * 3))
+    made = HAMForCausalLM(
+        config(selector=hb.Threshold(hb.TargetFraction(0.3)), layer_types=["hybrid"] * 3)
+    )
     run(tmp_path, made, steps=3)
     made.save_pretrained(tmp_path / "trained")
     loaded, ids = HAMForCausalLM.from_pretrained(tmp_path / "trained"), text(9, 2, 40)
@@ -146,7 +164,9 @@ def test_keep_fraction_of_a_trained_model(tmp_path):
         loaded.set_keep_fraction(fraction)
         out = loaded.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
         cache = out.past_key_values
-        stored.append(sum(int(tokens.sum()) for tokens in cache.tokens) / (3 * 2 * 2 * cache.get_seq_length()))
+        stored.append(
+            sum(int(tokens.sum()) for tokens in cache.tokens) / (3 * 2 * 2 * cache.get_seq_length())
+        )
         bytes_used.append(cache.nbytes)
     assert stored == sorted(stored)
     assert (stored[0], stored[-1]) == (0, 1)

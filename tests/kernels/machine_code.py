@@ -82,7 +82,14 @@ def of_attention(width: int, chip: int, *, groups: int, bias: bool) -> Iterator[
     ):
         tile = {"BLOCK_M": config.queries, "BLOCK_N": config.keys}
         yield Build(
-            kernel, width, sizes | tile | more, types, tuple(tile.values()), config.warps, config.stages, name=suffix
+            kernel,
+            width,
+            sizes | tile | more,
+            types,
+            tuple(tile.values()),
+            config.warps,
+            config.stages,
+            name=suffix,
         )
     if not bias:
         copy = {"HEADS": 16, "DIM": width, "WIDTH": width, "BLOCK": forward.keys, "HAS_BIAS": False}
@@ -91,10 +98,20 @@ def of_attention(width: int, chip: int, *, groups: int, bias: bool) -> Iterator[
 
 def of_pages(width: int) -> Iterator[Build]:
     """Pages of 16 slots, groups of 4 query heads."""
-    strides = "k_p k_s k_w v_p v_s v_w begin pages columns queries per_share first_share rows shares"
+    strides = (
+        "k_p k_s k_w v_p v_s v_w begin pages columns queries per_share first_share rows shares"
+    )
     types = named({BF16: "q k v", FP32: "out lse parts sums bias", "fp32": "scale", "i32": strides})
     config = paged.config(width, torch.bfloat16)
-    sizes = {"ROWS": 4, "TOGETHER": 1, "GROUP": 4, "PAGE": 16, "DIM": width, "WIDTH": width, "HAS_BIAS": False}
+    sizes = {
+        "ROWS": 4,
+        "TOGETHER": 1,
+        "GROUP": 4,
+        "PAGE": 16,
+        "DIM": width,
+        "WIDTH": width,
+        "HAS_BIAS": False,
+    }
     tile = {"BLOCK_M": 16, "BLOCK_N": config.slots}
     yield Build(
         paged.share_kernel,
@@ -109,12 +126,16 @@ def of_pages(width: int) -> Iterator[Build]:
     block = 1024 // width
     constants = {"DIM": width, "WIDTH": width, "BLOCK": block}
     merged = types | {"out": BF16}
-    yield Build(paged.merge_kernel, width, constants, merged, (block,), multiplies=False, name=" of pages")
+    yield Build(
+        paged.merge_kernel, width, constants, merged, (block,), multiplies=False, name=" of pages"
+    )
 
 
 def of_rows(width: int) -> Iterator[Build]:
     constants = launch(width, "cosine", torch.float32)
-    types = named({BF16: "residual v v_new d_residual dv", FP32: "score wanted beta", "i32": "rows"})
+    types = named(
+        {BF16: "residual v v_new d_residual dv", FP32: "score wanted beta", "i32": "rows"}
+    )
     tile = (constants["BLOCK"],)
     for kernel in (scores.surprise_kernel, scores.surprise_grad_kernel):
         yield Build(kernel, width, constants, types, tile, multiplies=False)
@@ -124,10 +145,23 @@ def of_rows(width: int) -> Iterator[Build]:
 
 def of_beta(width: int) -> Build:
     types = named(
-        {BF16: "k dh v_new local dr", FP32: "g beta dbeta", INT64: "cu_seqlens chunk_indices", "i32": "tokens"}
+        {
+            BF16: "k dh v_new local dr",
+            FP32: "g beta dbeta",
+            INT64: "cu_seqlens chunk_indices",
+            "i32": "tokens",
+        }
     )
     tiles = {"BK": 64, "BV": 64}
-    sizes = {"HEADS": 16, "VALUE_HEADS": 16, "K": width, "V": width, "CHUNK": 64, "LEAST": 2.0**-64, "PACKED": False}
+    sizes = {
+        "HEADS": 16,
+        "VALUE_HEADS": 16,
+        "K": width,
+        "V": width,
+        "CHUNK": 64,
+        "LEAST": 2.0**-64,
+        "PACKED": False,
+    }
     return Build(delta.beta_grad_kernel, width, sizes | tiles, types, (64, 64))
 
 
@@ -136,18 +170,34 @@ def of_lists() -> Iterator[Build]:
     types = named({INT64: "position", "i32": strides})
     sizes = {"TOKENS": lists.TOKENS, "HEADS": 16}
     for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"AT_ONCE": 64})):
-        yield Build(kernel, 0, sizes | more, types, (lists.TOKENS, 16), 8, multiplies=False, name=" of lists")
+        yield Build(
+            kernel,
+            0,
+            sizes | more,
+            types,
+            (lists.TOKENS, 16),
+            8,
+            multiplies=False,
+            name=" of lists",
+        )
 
 
 def compiled(build: Build, chip: int) -> dict[str, Any]:
     """What one kernel takes on one chip."""
     names = build.kernel.arg_names
-    signature = {name: "constexpr" if name in build.constants else build.types.get(name, "*i32") for name in names}
+    signature = {
+        name: "constexpr" if name in build.constants else build.types.get(name, "*i32")
+        for name in names
+    }
     # what a launch finds out of its arguments: pointers, strides and lengths are multiples of 16
     aligned = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name][0] in ("*", "i")
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name][0] in ("*", "i")
     }
-    source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants, attrs=aligned)
+    source = ASTSource(
+        fn=build.kernel, signature=signature, constexprs=build.constants, attrs=aligned
+    )
     options = {"num_warps": build.warps, "num_stages": build.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     ptx = binary.asm["ptx"]
@@ -155,7 +205,9 @@ def compiled(build: Build, chip: int) -> dict[str, Any]:
         file.write(binary.asm["cubin"])
         file.flush()
         tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     spilled = sum(map(int, re.findall(r"LOCAL:(\d+)", usage))) + stack
     matrix = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
@@ -174,4 +226,6 @@ def compiled(build: Build, chip: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump([compiled(build, chip) for chip in CHIPS for build in builds(chip)], sys.stdout, indent=1)
+    json.dump(
+        [compiled(build, chip) for chip in CHIPS for build in builds(chip)], sys.stdout, indent=1
+    )

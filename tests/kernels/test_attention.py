@@ -12,7 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hamblocks.testing import AttentionInputs, OpImplementation, assert_close_to_reference, attention_inputs
+from hamblocks.testing import (
+    AttentionInputs,
+    OpImplementation,
+    assert_close_to_reference,
+    attention_inputs,
+)
 from hamblocks_ops import NEVER, explain, select_threshold, selected_attention
 from hamblocks_ops.dispatch import WHEN_NAMED
 from hamblocks_ops.selected_attention import lists
@@ -45,7 +50,8 @@ def extremes(index: Tensor, time: lists.Times, block: int) -> lists.Blocks:
     there = index.clamp(min=0).long()
     begins = position.gather(1, there).masked_fill(index < 0, NEVER).unflatten(1, (-1, block))
     least, most = (
-        evict_at.gather(1, there).masked_fill(index < 0, fill).unflatten(1, (-1, block)) for fill in (NEVER, -1)
+        evict_at.gather(1, there).masked_fill(index < 0, fill).unflatten(1, (-1, block))
+        for fill in (NEVER, -1)
     )
     return lists.Blocks(begins.amin(2), begins.amax(2), least.amin(2), most.amax(2))
 
@@ -58,7 +64,9 @@ class Visits:
         blocks = extremes(self.index, time, keys)
         low, high = lists.query_blocks(time.asked, queries)
         plan = lists.plan_queries(blocks, first, low, high).long()
-        begin, full_begin, full_end, end, other_begin, other_end = (x[..., None] for x in plan.unbind(2))
+        begin, full_begin, full_end, end, other_begin, other_end = (
+            x[..., None] for x in plan.unbind(2)
+        )
         n = torch.arange(blocks.least_position.shape[1])
         group = first.shape[0] // low.shape[0]
         low, high = (x.repeat_interleave(group, 0)[..., None] for x in (low, high))
@@ -69,7 +77,10 @@ class Visits:
         by_keys = lists.plan_keys(blocks, *lists.query_blocks(time.asked, queries)).long()
         begin, full_begin, full_end, end = (x[:, None] for x in by_keys.unbind(2))
         m = torch.arange(plan.shape[1])[:, None]
-        self.read_by_keys, self.whole_by_keys = (m >= begin) & (m < end), (m >= full_begin) & (m < full_end)
+        self.read_by_keys, self.whole_by_keys = (
+            (m >= begin) & (m < end),
+            (m >= full_begin) & (m < full_end),
+        )
 
 
 @given(
@@ -83,16 +94,22 @@ def test_nothing_visible_is_left_out_and_nothing_hidden_goes_unmasked(
 ) -> None:
     call = case.tensors()
     names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(**(dict.fromkeys(names) | call))
+    checked = import_module("hamblocks_ops.selected_attention")._checked(
+        **(dict.fromkeys(names) | call)
+    )
     if not checked.q.numel() or not checked.k.numel():
         return
-    time = lists.times(checked.query_position, checked.key_position, checked.evict_at, checked.cu_seqlens)
+    time = lists.times(
+        checked.query_position, checked.key_position, checked.evict_at, checked.cu_seqlens
+    )
     visits = Visits(time, queries, keys)
     mask = (time.position[:, None] <= time.asked[:, :, None, None]) & (
         time.asked[:, :, None, None] < time.evict_at[:, None]
     )
     if checked.cu_seqlens is not None:  # one clock for all sequences hides them from each other
-        own = torch.repeat_interleave(torch.arange(len(call["cu_seqlens"]) - 1), call["cu_seqlens"].diff().long())
+        own = torch.repeat_interleave(
+            torch.arange(len(call["cu_seqlens"]) - 1), call["cu_seqlens"].diff().long()
+        )
         apart = (own[:, None] != own)[None, :, :, None]
         assert not bool((mask & apart).any())
         plain = (checked.key_position[:, None] <= checked.query_position[:, :, None, None]) & (
@@ -105,7 +122,10 @@ def test_nothing_visible_is_left_out_and_nothing_hidden_goes_unmasked(
         for m in range(visits.read.shape[1]):
             for n in range(visits.read.shape[2]):
                 tile = seen[m * queries : (m + 1) * queries, n * keys : (n + 1) * keys]
-                for read, whole in ((visits.read, visits.whole), (visits.read_by_keys, visits.whole_by_keys)):
+                for read, whole in (
+                    (visits.read, visits.whole),
+                    (visits.read_by_keys, visits.whole_by_keys),
+                ):
                     assert bool(read[row, m, n]) or not bool(tile.any())
                     assert bool(tile.all()) or not bool(whole[row, m, n])
 
@@ -115,7 +135,9 @@ TOKENS, TILE = 8192, 64
 
 def visits(evict_at: Tensor) -> Visits:
     position = torch.arange(TOKENS, dtype=torch.int32)[None]
-    return Visits(lists.times(position, position[..., None].expand_as(evict_at), evict_at, None), TILE, TILE)
+    return Visits(
+        lists.times(position, position[..., None].expand_as(evict_at), evict_at, None), TILE, TILE
+    )
 
 
 def test_cost_follows_what_is_kept() -> None:
@@ -124,21 +146,28 @@ def test_cost_follows_what_is_kept() -> None:
     for fraction in (0.5, 0.25, 0.1):
         found = visits(select_threshold(score, 1 - fraction))
         assert int(found.read.sum()) <= (fraction + 0.03) * everything
-        assert int((found.read & ~found.whole).sum()) <= 3 * found.read.shape[0] * found.read.shape[1]
+        assert (
+            int((found.read & ~found.whole).sum()) <= 3 * found.read.shape[0] * found.read.shape[1]
+        )
 
 
 def test_a_window_costs_its_width_beside_what_lasts() -> None:
     score = torch.rand(1, TOKENS, 1, generator=torch.Generator().manual_seed(0))
     position = torch.arange(TOKENS, dtype=torch.int32)[None, :, None]
     lasting = select_threshold(score, 0.9)
-    alone, both = (visits(x).walked.sum() for x in (lasting, torch.maximum(lasting, position + 256)))
+    alone, both = (
+        visits(x).walked.sum() for x in (lasting, torch.maximum(lasting, position + 256))
+    )
     assert int(both - alone) <= (256 // TILE + 3) * TOKENS // TILE
 
 
 def test_reasons() -> None:
     call = AttentionInputs().tensors()
     answers = [
-        explain(selected_attention, **{name: x.to(dtype) if x.is_floating_point() else x for name, x in call.items()})
+        explain(
+            selected_attention,
+            **{name: x.to(dtype) if x.is_floating_point() else x for name, x in call.items()},
+        )
         for dtype in (torch.float64, torch.bfloat16)
     ]
     assert answers[0]["triton"] == "it computes in float32 at the most"
@@ -154,7 +183,10 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
     call = AttentionInputs(dtype=torch.float32).tensors()
     with patch("hamblocks_ops.dispatch.interpreting", lambda: False):
         answer = explain(selected_attention, **call)["triton"]
-    assert answer == "Triton compiles for a GPU, the tensors are on cpu (TRITON_INTERPRET=1 runs it on a CPU)"
+    assert (
+        answer
+        == "Triton compiles for a GPU, the tensors are on cpu (TRITON_INTERPRET=1 runs it on a CPU)"
+    )
     with patch("hamblocks_ops.dispatch.installed", lambda _: False):
         answer = explain(selected_attention, **call)["triton"]
     assert answer == "Triton is not installed (pip install hamblocks[gpu])"
@@ -163,17 +195,27 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [AttentionInputs(tokens=5, bias="some"), AttentionInputs(packed=(2, 0, 3)), AttentionInputs(tokens=3, cache=7)],
+    [
+        AttentionInputs(tokens=5, bias="some"),
+        AttentionInputs(packed=(2, 0, 3)),
+        AttentionInputs(tokens=3, cache=7),
+    ],
     ids=["bias", "packed", "cache"],
 )
 def test_operators_are_registered_well(case: AttentionInputs) -> None:
     triton = import_module("hamblocks_ops.selected_attention.triton")
     names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    tensors = {name: x.float() if x.is_floating_point() else x for name, x in case.tensors().items()}
-    checked = import_module("hamblocks_ops.selected_attention")._checked(**(dict.fromkeys(names) | tensors))
+    tensors = {
+        name: x.float() if x.is_floating_point() else x for name, x in case.tensors().items()
+    }
+    checked = import_module("hamblocks_ops.selected_attention")._checked(
+        **(dict.fromkeys(names) | tensors)
+    )
     args = [checked.q, checked.k, checked.v, checked.evict_at, checked.logit_bias]
     args += [checked.query_position, checked.key_position, checked.cu_seqlens]
-    learning = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in args]
+    learning = [
+        x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in args
+    ]
     torch.library.opcheck(triton.attend, (*learning, checked.scale, True))
     out, lse, exact = triton.attend(*args, checked.scale, True)
     checks = ("test_schema", "test_faketensor")  # the backward of the backward is not promised

@@ -35,7 +35,9 @@ def test_any_number_of_blocks_gives_the_definition(case: EvictAt, spare: int) ->
 @pytest.mark.slow
 def test_what_does_not_fit_is_left_out_where_values_are_not_checked() -> None:
     call = EvictAt(tokens=20, policy="all").tensors()
-    with patch.object(import_module("hamblocks_ops.compact"), "values_are_checked", lambda _: False):
+    with patch.object(
+        import_module("hamblocks_ops.compact"), "values_are_checked", lambda _: False
+    ):
         both = [compact(**call, capacity=7, impl=impl) for impl in ("triton", "scatter")]
     for one, other in zip(*both, strict=True):
         assert torch.equal(one, other)
@@ -45,7 +47,9 @@ def test_what_does_not_fit_is_left_out_where_values_are_not_checked() -> None:
 def test_operator_is_registered_well() -> None:
     lifetimes = EvictAt(tokens=9).tensors()["evict_at"]
     position = torch.arange(9)[None, :, None].expand_as(lifetimes)
-    torch.library.opcheck(triton.lists, (lifetimes, position, 5), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        triton.lists, (lifetimes, position, 5), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_reasons() -> None:

@@ -42,16 +42,25 @@ def test_has_the_bits_of_fla(case: DeltaRuleInputs) -> None:
 
     def run(through_fla: bool) -> list[Tensor]:
         given = {name: x.contiguous() if x is not None else None for name, x in whole(case).items()}
-        leaves = {name: x.requires_grad_() for name, x in given.items() if x is not None and x.is_floating_point()}
+        leaves = {
+            name: x.requires_grad_()
+            for name, x in given.items()
+            if x is not None and x.is_floating_point()
+        }
         borders = given["cu_seqlens"]
         if through_fla:
-            more = {"cu_seqlens": None if borders is None else borders.long(), "output_final_state": True}
+            more = {
+                "cu_seqlens": None if borders is None else borders.long(),
+                "output_final_state": True,
+            }
             out, state = chunk_gated_delta_rule(**leaves, **more)
         else:
             metric = None if case.dtype == torch.float16 else "cosine"
             result = gated_delta_rule(**given, metric=metric, output_residual=False, impl="fla")
             out, state = result.out, result.final_state
-        cotangents = [torch.sin(torch.arange(x.numel())).view_as(x).to(x.dtype) for x in (out, state)]
+        cotangents = [
+            torch.sin(torch.arange(x.numel())).view_as(x).to(x.dtype) for x in (out, state)
+        ]
         return [out, state, *torch.autograd.grad([out, state], list(leaves.values()), cotangents)]
 
     for number, (mine, theirs) in enumerate(zip(run(False), run(True), strict=True)):
@@ -71,9 +80,17 @@ def written(case: DeltaRuleInputs) -> tuple[Tensor, Tensor, Tensor]:
     call = {name: x if x is None else x.contiguous() for name, x in whole(case).items()}
     beta = call["beta"].clamp(min=2.0**-64)
     sums = chunk_local_cumsum(call["g"], chunk_size=64, scale=RCP_LN2)
-    w, u, _ = chunk_gated_delta_rule_fwd_intra(k=call["k"], v=call["v"], g=sums, beta=beta, chunk_size=64)
+    w, u, _ = chunk_gated_delta_rule_fwd_intra(
+        k=call["k"], v=call["v"], g=sums, beta=beta, chunk_size=64
+    )
     _, v_new, _ = chunk_gated_delta_rule_fwd_h(
-        k=call["k"], w=w, u=u, g=sums, initial_state=call["initial_state"], output_final_state=True, chunk_size=64
+        k=call["k"],
+        w=w,
+        u=u,
+        g=sums,
+        initial_state=call["initial_state"],
+        output_final_state=True,
+        chunk_size=64,
     )
     return v_new, beta, call["v"]
 
@@ -137,7 +154,11 @@ def test_reasons() -> None:
     assert reason(value_dim=16385) == "a tile holds rows of up to 16384 entries, not 16385"
     if not torch.cuda.is_available():
         assert reason() == WHEN_NAMED + "Triton's interpreter is for tests"
-        assert reason(dtype=torch.float32, tokens=16) == reason(dtype=torch.float16, tokens=3) == reason()
+        assert (
+            reason(dtype=torch.float32, tokens=16)
+            == reason(dtype=torch.float16, tokens=3)
+            == reason()
+        )
         assert "TF32" in reason(dtype=torch.float32, tokens=16, learns=True)
 
 
@@ -154,13 +175,25 @@ def test_reasons_of_what_is_installed() -> None:
 
 @pytest.mark.parametrize(
     ("triton", "chip", "wrong"),
-    [("3.3.1", 9, False), ("3.4.0", 9, True), ("3.7.0+git1", 9, True), ("3.7.1", 9, False), ("3.6.0", 8, False)],
+    [
+        ("3.3.1", 9, False),
+        ("3.4.0", 9, True),
+        ("3.7.0+git1", 9, True),
+        ("3.7.1", 9, False),
+        ("3.6.0", 8, False),
+    ],
 )
-def test_hopper_with_a_triton_that_miscompiles_the_backward(triton: str, chip: int, wrong: bool) -> None:
+def test_hopper_with_a_triton_that_miscompiles_the_backward(
+    triton: str, chip: int, wrong: bool
+) -> None:
     with (
         patch.object(refused, "interpreting", lambda: False),
         patch.object(refused, "without_triton", lambda _: None),
-        patch.object(refused.importlib.metadata, "version", lambda name: triton if name == "triton" else "0.6.0"),
+        patch.object(
+            refused.importlib.metadata,
+            "version",
+            lambda name: triton if name == "triton" else "0.6.0",
+        ),
         patch.object(torch.cuda, "get_device_capability", lambda: (chip, 0)),
     ):
         assert reason(value_dim=4) in ("yes", WHEN_NAMED + "Triton's interpreter is for tests")
@@ -184,9 +217,13 @@ def test_operators_are_registered_well(case: DeltaRuleInputs) -> None:
     given = call["cu_seqlens"], 0.5
     torch.library.opcheck(fla.chunks, (*learning, *given, True, "cosine"))
     torch.library.opcheck(fla.chunks, (*learning, *given, False, None))
-    out, residual, state, _, sums, inverse = fla.chunks(*(x.detach() for x in learning), *given, True, "l2")
+    out, residual, state, _, sums, inverse = fla.chunks(
+        *(x.detach() for x in learning), *given, True, "l2"
+    )
     q, k, v, beta, _g, start = (x.detach() for x in learning)
     backward = out, residual, state, q, k, v, beta, start, call["cu_seqlens"], sums, inverse, 0.5
     checks = ("test_schema", "test_faketensor")  # the backward of the backward is not promised
     torch.library.opcheck(fla.chunks_backward, backward, test_utils=checks)
-    torch.library.opcheck(fla.recurrent, (q, k, v, beta, call["g"], start, *given), test_utils=checks)
+    torch.library.opcheck(
+        fla.recurrent, (q, k, v, beta, call["g"], start, *given), test_utils=checks
+    )

@@ -77,7 +77,11 @@ def test_inference_is_the_reference(case: AttentionInputs) -> None:
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_what_is_not_seen_does_not_leak(garbage: float) -> None:
-    for case in (AttentionInputs(tokens=20), AttentionInputs(tokens=6, cache=20), AttentionInputs(tokens=1, cache=9)):
+    for case in (
+        AttentionInputs(tokens=20),
+        AttentionInputs(tokens=6, cache=20),
+        AttentionInputs(tokens=1, cache=9),
+    ):
         tensors = case.tensors()
         unseen = ~visible(tensors).any(1)[..., None]
         found = []
@@ -94,7 +98,10 @@ def kept(tokens: int, fraction: float, prefix: int = 0) -> dict[str, Any]:
     position = torch.arange(tokens)[None, torch.rand(tokens, generator=generator) < fraction]
     count = position.shape[1]
     shape = 1, count, 2, 8
-    q, k, v = (torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    )
     evict_at = torch.full((1, count, 1), 2**31 - 1)
     return {
         "q": q[:, prefix:], "k": k, "v": v, "evict_at": evict_at,
@@ -110,7 +117,13 @@ def test_queries_that_are_the_stored_tokens_have_a_gradient(prefix: int) -> None
     for impl in ("flash", "reference"):
         with patch.object(flash, "_block", None):  # it is one call
             out, lse = selected_attention(**call, impl=impl)
-        results.append([out, lse, *torch.autograd.grad(out.sin().sum(), [call[name] for name in ("q", "k", "v")])])
+        results.append(
+            [
+                out,
+                lse,
+                *torch.autograd.grad(out.sin().sum(), [call[name] for name in ("q", "k", "v")]),
+            ]
+        )
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -118,14 +131,18 @@ def test_queries_that_are_the_stored_tokens_have_a_gradient(prefix: int) -> None
 def test_other_queries_have_none() -> None:
     call = AttentionInputs(tokens=9, policy="window").tensors()
     call["q"].requires_grad_()
-    with pytest.raises(UnsupportedError, match="only where the queries are the last of the stored tokens"):
+    with pytest.raises(
+        UnsupportedError, match="only where the queries are the last of the stored tokens"
+    ):
         selected_attention(**call, impl="flash")
     with torch.no_grad():
         assert bool(selected_attention(**call, impl="flash").out.isfinite().all())
 
 
 @settings(max_examples=100)
-@given(case=attention_inputs(bias="none", tokens=st.integers(1, 6), packed=None, dtype=torch.float64))
+@given(
+    case=attention_inputs(bias="none", tokens=st.integers(1, 6), packed=None, dtype=torch.float64)
+)
 @example(case=AttentionInputs(tokens=5, policy="all"))
 @example(case=AttentionInputs(tokens=3, cache=2, policy="all"))
 def test_a_staircase_is_one(case: AttentionInputs) -> None:
@@ -133,8 +150,12 @@ def test_a_staircase_is_one(case: AttentionInputs) -> None:
     call = case.tensors()
     mask = visible(call)
     names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(**(dict.fromkeys(names) | call))
-    found = flash.staircase(flash.times(checked.query_position, checked.key_position, checked.evict_at, None))
+    checked = import_module("hamblocks_ops.selected_attention")._checked(
+        **(dict.fromkeys(names) | call)
+    )
+    found = flash.staircase(
+        flash.times(checked.query_position, checked.key_position, checked.evict_at, None)
+    )
     stairs = True
     for b in range(mask.shape[0]):
         for h in range(mask.shape[3]):
@@ -162,7 +183,9 @@ class Elsewhere(NamedTuple):
 
 
 def test_reasons_of_the_device() -> None:
-    def reason(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> str | None:
+    def reason(
+        device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64
+    ) -> str | None:
         answer: str | None = WITHOUT(Elsewhere(torch.device(device), dtype, (1, 1, 1, dim)))
         return answer
 
@@ -179,7 +202,9 @@ def test_torchs_function_is_called_by_its_signature(old: bool) -> None:
     """torch 2.11 has neither grouped heads nor a scale."""
     told: dict[str, Any] = {}
 
-    def new(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa):  # type: ignore[no-untyped-def]
+    def new(
+        query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa
+    ):  # type: ignore[no-untyped-def]
         told.update(q=query, k=key, scale=scale, window=window_size, gqa=enable_gqa)
         return query, query[..., 0].mT
 

@@ -44,10 +44,16 @@ def test_is_the_reference(case: AttentionInputs) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_what_is_not_seen_does_not_leak(garbage: float) -> None:
-    for case in (AttentionInputs(tokens=20, bias="hidden"), AttentionInputs(tokens=6, cache=20, policy="any")):
+    for case in (
+        AttentionInputs(tokens=20, bias="hidden"),
+        AttentionInputs(tokens=6, cache=20, policy="any"),
+    ):
         tensors = case.tensors()
         unseen = ~visible(tensors).any(1)[..., None]
-        filled = [tensors | {x: tensors[x].masked_fill(unseen, value) for x in ("k", "v")} for value in (garbage, 0.0)]
+        filled = [
+            tensors | {x: tensors[x].masked_fill(unseen, value) for x in ("k", "v")}
+            for value in (garbage, 0.0)
+        ]
         for name, x in forward(case, filled[1]).items():
             assert torch.equal(forward(case, filled[0])[name], x)
 
@@ -59,8 +65,12 @@ def test_blocks_leave_out_nothing_visible_and_unmask_nothing_hidden(case: Attent
     if not call["q"].numel() or not call["k"].numel():
         return
     names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(**(dict.fromkeys(names) | call))
-    time = flex.times(checked.query_position, checked.key_position, checked.evict_at, checked.cu_seqlens)
+    checked = import_module("hamblocks_ops.selected_attention")._checked(
+        **(dict.fromkeys(names) | call)
+    )
+    time = flex.times(
+        checked.query_position, checked.key_position, checked.evict_at, checked.cu_seqlens
+    )
     mask = visible(call).permute(0, 3, 1, 2)
     with patch.object(flex, "BLOCK", 4):
         some, whole = flex.visited(time)

@@ -11,7 +11,9 @@ from hamblocks.testing.laws import compiled
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it where kernels are compiled"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="tests/gpu has it where kernels are compiled"
+    ),
 ]
 
 
@@ -20,7 +22,7 @@ def layer(memory: str, attention: str) -> hb.HAMLayer:
     made = hb.HAMLayer(
         32,
         2,
-        memory=hb.GatedDelta(impl=memory),
+        memory=hb.GatedDeltaMemory(impl=memory),
         attention=hb.SelectedAttention(impl=attention),
         selector=hb.Threshold(0.9) | hb.Window(4),
     )

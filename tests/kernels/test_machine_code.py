@@ -30,12 +30,26 @@ def built() -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| kernel | head size | chip | tile | warps | registers | spilled bytes | shared bytes | products |"]
+    lines = [
+        "| kernel | head size | chip | tile | warps | registers | spilled bytes | shared bytes | products |"
+    ]
     lines.append("|---|--:|---|---|--:|--:|--:|--:|---|")
     for row in rows:
         tile = " x ".join(map(str, row["tile"]))
-        cells = row["kernel"], row["head"] or "any", row["chip"], tile, row["warps"], row["registers"], row["spilled"]
-        lines.append("| " + " | ".join(map(str, (*cells, row["shared"], row["tensor_cores"] or "none"))) + " |")
+        cells = (
+            row["kernel"],
+            row["head"] or "any",
+            row["chip"],
+            tile,
+            row["warps"],
+            row["registers"],
+            row["spilled"],
+        )
+        lines.append(
+            "| "
+            + " | ".join(map(str, (*cells, row["shared"], row["tensor_cores"] or "none")))
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -48,7 +62,9 @@ def test_what_kernels_take(built: list[dict[str, Any]]) -> None:
         assert row["spilled"] <= (0 if row["head"] <= 128 else 256), told
         if row["multiplies"]:
             decoding = row["kernel"].endswith("of pages")
-            assert row["tensor_cores"] in (DECODING if decoding else TENSOR_CORES[row["chip"]]), told
+            assert row["tensor_cores"] in (DECODING if decoding else TENSOR_CORES[row["chip"]]), (
+                told
+            )
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ triton = import_module("hamblocks_ops.paged_attention.triton")
 PART = OpImplementation(paged_attention, impl="triton")
 CASES = [
     PagedInputs(width=9, slabs=((20, 7), (9, 16), (3, 1)), queries=3, group=3, bias="hidden"),
-    PagedInputs(width=6, slabs=((30, 5),), sequences=3, together=2, group=2, forked=True, queries=2),
+    PagedInputs(
+        width=6, slabs=((30, 5),), sequences=3, together=2, group=2, forked=True, queries=2
+    ),
     PagedInputs(width=40, slabs=((90, 3),), sequences=1, rows=1, group=1, policy="all", dim=20),
 ]
 
@@ -27,7 +29,10 @@ CASES = [
 def small(shares: int) -> Any:
     """Tiles of 16 slots, each share of at least one, and as many shares as that gives up to a number."""
     return patch.multiple(
-        triton, LEAST_TILES=1, WAVES=shares, config=lambda _width, _dtype: triton.Config(16, 16, 4, 1)
+        triton,
+        LEAST_TILES=1,
+        WAVES=shares,
+        config=lambda _width, _dtype: triton.Config(16, 16, 4, 1),
     )
 
 
@@ -44,7 +49,9 @@ def test_any_number_of_shares_gives_the_same(case: PagedInputs, dtype: torch.dty
         for name, x in exact.items():
             error, allowed = (float((y[name].double() - x).nan_to_num().norm()) for y in (got, own))
             size = float(x.nan_to_num(neginf=0).norm())
-            assert error <= 2 * allowed + 2 * torch.finfo(got[name].dtype).eps * size, f"{name}, {shares} shares"
+            assert error <= 2 * allowed + 2 * torch.finfo(got[name].dtype).eps * size, (
+                f"{name}, {shares} shares"
+            )
 
 
 def test_shares_follow_the_shapes_alone() -> None:

@@ -39,7 +39,9 @@ def with_one(x: Tensor, value: float) -> Tensor:
 
 
 def rule() -> dict[str, Any]:
-    return DeltaRuleInputs(tokens=5, batch=1, group=2, dtype=torch.float32).tensors() | {"cu_seqlens": ints(0, 5)}
+    return DeltaRuleInputs(tokens=5, batch=1, group=2, dtype=torch.float32).tensors() | {
+        "cu_seqlens": ints(0, 5)
+    }
 
 
 def attention() -> dict[str, Any]:
@@ -101,14 +103,26 @@ def other_kinds() -> Iterator[Any]:
         for name in tensors:
             others = [other for other in tensors if other != name]
             for kind in CHANGES:
-                compared = (kind == "size" and name in sets) or (kind == "device" and name == sets[0])
-                if compared and (not others or (kind == "size" and op is selected_attention and name == "q")):
+                compared = (kind == "size" and name in sets) or (
+                    kind == "device" and name == sets[0]
+                )
+                if compared and (
+                    not others or (kind == "size" and op is selected_attention and name == "q")
+                ):
                     continue  # q may have any length, and a tensor that stands alone any device
-                yield pytest.param(op, name, kind, others if compared else [name], id=f"{op.__name__}-{name}-{kind}")
+                yield pytest.param(
+                    op,
+                    name,
+                    kind,
+                    others if compared else [name],
+                    id=f"{op.__name__}-{name}-{kind}",
+                )
 
 
 @pytest.mark.parametrize(("op", "name", "kind", "blamed"), list(other_kinds()))
-def test_tensors_of_another_kind(op: Callable[..., Any], name: str, kind: str, blamed: list[str]) -> None:
+def test_tensors_of_another_kind(
+    op: Callable[..., Any], name: str, kind: str, blamed: list[str]
+) -> None:
     build, options = CALLS[op]
     call = build()
     call[name] = CHANGES[kind](call[name])
@@ -116,10 +130,18 @@ def test_tensors_of_another_kind(op: Callable[..., Any], name: str, kind: str, b
         op(**call, **options)
 
 
-def bad(op: Callable[..., Any], name: str, value: Any, *, base: Any = None, got: str = "", at: str = "") -> Any:
+def bad(
+    op: Callable[..., Any], name: str, value: Any, *, base: Any = None, got: str = "", at: str = ""
+) -> Any:
     """One row: `value`, or a function of the good value, for the argument `name`; the error starts with `at` or it."""
     return pytest.param(
-        op, base or CALLS[op][0], name, value, at or name, got, id=f"{op.__name__}-{name}-{got or value}"
+        op,
+        base or CALLS[op][0],
+        name,
+        value,
+        at or name,
+        got,
+        id=f"{op.__name__}-{name}-{got or value}",
     )
 
 
@@ -168,8 +190,18 @@ TABLE = [
     bad(select_threshold, "tau", None, got="None"),
     *[
         bad(op, name, value, got=got)
-        for op, name in ((select_topk, "k"), (select_window, "width"), (select_first, "n"), (compact, "capacity"))
-        for value, got in ((-1, "int -1"), (1.5, "float 1.5"), (True, "bool True"), (torch.tensor(2), "int64"))
+        for op, name in (
+            (select_topk, "k"),
+            (select_window, "width"),
+            (select_first, "n"),
+            (compact, "capacity"),
+        )
+        for value, got in (
+            (-1, "int -1"),
+            (1.5, "float 1.5"),
+            (True, "bool True"),
+            (torch.tensor(2), "int64"),
+        )
     ],
     *[
         bad(op, "position", value, got=got)
@@ -195,31 +227,60 @@ TABLE = [
     bad(selected_attention, "key_lengths", ints(3), base=attention_packed, got="int32"),
     bad(selected_attention, "query_position", ints(0, 1, 2, 3, 4), got=r"\[5\]"),
     bad(selected_attention, "query_position", torch.zeros(1, 5), got="float32"),
-    bad(selected_attention, "query_position", torch.zeros(1, 5, 2, dtype=torch.int32), got=r"\[1, 5, 2\]"),
+    bad(
+        selected_attention,
+        "query_position",
+        torch.zeros(1, 5, 2, dtype=torch.int32),
+        got=r"\[1, 5, 2\]",
+    ),
     bad(selected_attention, "key_position", ints(0, 1, 2, 3, 4), got=r"\[5\]"),
     bad(selected_attention, "key_position", torch.zeros(1, 5), got="float32"),
-    bad(selected_attention, "key_position", torch.zeros(1, 5, 3, dtype=torch.int32), got=r"\[1, 5, 3\]"),
-    bad(selected_attention, "q", lambda x: x[:, :3], base=attention_packed, at="cu_seqlens", got="5 keys, 3 queries"),
+    bad(
+        selected_attention,
+        "key_position",
+        torch.zeros(1, 5, 3, dtype=torch.int32),
+        got=r"\[1, 5, 3\]",
+    ),
+    bad(
+        selected_attention,
+        "q",
+        lambda x: x[:, :3],
+        base=attention_packed,
+        at="cu_seqlens",
+        got="5 keys, 3 queries",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("op", "base", "name", "value", "at", "got"), TABLE)
-def test_bad_values(op: Callable[..., Any], base: Any, name: str, value: Any, at: str, got: str) -> None:
+def test_bad_values(
+    op: Callable[..., Any], base: Any, name: str, value: Any, at: str, got: str
+) -> None:
     call = base() | CALLS[op][1]
     call[name] = value(call[name]) if callable(value) else value
     with pytest.raises(ValueError, match=rf"^{at}: expected .+, got .*{got}"):
         op(**call)
 
 
-@pytest.mark.parametrize("op", [gated_delta_rule, select_topk, compact, selected_attention], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "op", [gated_delta_rule, select_topk, compact, selected_attention], ids=lambda x: x.__name__
+)
 def test_packed_batches_have_one_row(op: Callable[..., Any]) -> None:
     build, options = CALLS[op]
-    call = {name: torch.cat([x, x]) for name, x in build().items() if name not in ("cu_seqlens", "initial_state")}
-    with pytest.raises(ValueError, match=r"^cu_seqlens: expected a packed batch .*, got a batch of 2 rows"):
+    call = {
+        name: torch.cat([x, x])
+        for name, x in build().items()
+        if name not in ("cu_seqlens", "initial_state")
+    }
+    with pytest.raises(
+        ValueError, match=r"^cu_seqlens: expected a packed batch .*, got a batch of 2 rows"
+    ):
         op(**call, **options, cu_seqlens=ints(0, 5))
 
 
-@pytest.mark.parametrize("op", [gated_delta_rule, surprise, selected_attention], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "op", [gated_delta_rule, surprise, selected_attention], ids=lambda x: x.__name__
+)
 def test_integer_inputs(op: Callable[..., Any]) -> None:
     build, _ = CALLS[op]
     first = "v" if op is surprise else "q"
@@ -233,7 +294,9 @@ class Watched(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not re.search(r"\b(item|tolist|aminmax|__bool__|__float__)\b", str(func)), f"{func} reads the tensor"
+        assert not re.search(r"\b(item|tolist|aminmax|__bool__|__float__)\b", str(func)), (
+            f"{func} reads the tensor"
+        )
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -250,7 +313,10 @@ def test_values_of_subclasses_and_meta_tensors_are_not_read() -> None:
     assert explain(gated_delta_rule, **{name: x.to("meta") for name, x in call.items()}).chosen
     for op in (select_window, select_first):
         build, options = CALLS[op]
-        assert op(**{name: x.to("meta") for name, x in build().items()}, **options).device.type == "meta"
+        assert (
+            op(**{name: x.to("meta") for name, x in build().items()}, **options).device.type
+            == "meta"
+        )
 
 
 def test_value_checks_covers_every_device() -> None:

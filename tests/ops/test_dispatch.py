@@ -45,7 +45,9 @@ def test_auto_takes_the_first_that_can() -> None:
 
 
 def test_naming_one_that_refuses_gives_its_reason() -> None:
-    with pytest.raises(UnsupportedError, match=r"op cannot run this call with impl='halves'. halves: 7 is odd$"):
+    with pytest.raises(
+        UnsupportedError, match=r"op cannot run this call with impl='halves'. halves: 7 is odd$"
+    ):
         pick("op", TABLE, "halves", 7)
     with pytest.raises(UnsupportedError, match="missing: not built; halves: 7 is odd"):
         pick("op", TABLE[:2], "auto", 7)
@@ -53,12 +55,17 @@ def test_naming_one_that_refuses_gives_its_reason() -> None:
 
 @pytest.mark.parametrize("impl", ["fast", "", "Any"])
 def test_unknown_names_are_told_the_choices(impl: str) -> None:
-    with pytest.raises(ValueError, match=f"^impl: expected 'auto' or one of 'missing', 'halves', 'any'.*'{impl}'"):
+    with pytest.raises(
+        ValueError, match=f"^impl: expected 'auto' or one of 'missing', 'halves', 'any'.*'{impl}'"
+    ):
         pick("op", TABLE, impl, 6)
 
 
 def test_auto_passes_over_what_is_there_for_those_who_name_it() -> None:
-    table = (Implementation("slow", always, lambda: lambda call: -call, lambda _: "it is slow"), *TABLE)
+    table = (
+        Implementation("slow", always, lambda: lambda call: -call, lambda _: "it is slow"),
+        *TABLE,
+    )
     explanation = explain_table(table, 6)
     assert explanation["slow"] == "yes, when named: it is slow"
     assert explanation.chosen == "halves"
@@ -88,9 +95,13 @@ def test_every_op_explains_itself() -> None:
         explanation = explain(op, **call)
         assert explanation["reference"] == "yes"
         assert tuple(explanation) == implementations(op)
-        with pytest.raises(ValueError, match=r"^impl: expected 'auto' or one of .*'reference'.*got 'quick'"):
+        with pytest.raises(
+            ValueError, match=r"^impl: expected 'auto' or one of .*'reference'.*got 'quick'"
+        ):
             op(**call, impl="quick")
-        with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):
+        with pytest.raises(
+            ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"
+        ):
             op(**call, impl=None)
         result = op(**call)
         chosen = op(**call, impl=explanation.chosen)

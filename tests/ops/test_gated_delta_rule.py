@@ -40,9 +40,15 @@ def test_reference_is_the_recurrence(case: DeltaRuleInputs) -> None:
                     for i in range(case.key_dim):
                         state[i, j] = column[i] + beta[b, t, h] * missed * k[b, t, 0, i]
                     read = 0.5 * sum(state[i, j] * q[b, t, 0, i] for i in range(case.key_dim))
-                    np.testing.assert_allclose(float(result.residual[b, t, h, j]), missed, rtol=1e-12, atol=1e-12)
-                    np.testing.assert_allclose(float(result.out[b, t, h, j]), read, rtol=1e-12, atol=1e-12)
-            np.testing.assert_allclose(result.final_state[b, h].numpy(), state, rtol=1e-12, atol=1e-12)
+                    np.testing.assert_allclose(
+                        float(result.residual[b, t, h, j]), missed, rtol=1e-12, atol=1e-12
+                    )
+                    np.testing.assert_allclose(
+                        float(result.out[b, t, h, j]), read, rtol=1e-12, atol=1e-12
+                    )
+            np.testing.assert_allclose(
+                result.final_state[b, h].numpy(), state, rtol=1e-12, atol=1e-12
+            )
 
 
 @given(case=delta_rule_inputs(dtype=torch.float64), size=st.integers(1, 80))
@@ -51,11 +57,16 @@ def test_reference_is_the_recurrence(case: DeltaRuleInputs) -> None:
 def test_chunk_size_does_not_matter(case: DeltaRuleInputs, size: int) -> None:
     module = import_module("hamblocks_ops.gated_delta_rule")
     tensors = {"g": None, "initial_state": None, "cu_seqlens": None} | case.tensors()
-    call = module._tensors(module._checked(**tensors, scale=None, output_residual=True, metric=None))
+    call = module._tensors(
+        module._checked(**tensors, scale=None, output_residual=True, metric=None)
+    )
     chunked = import_module("hamblocks_ops.gated_delta_rule.chunked").chunked
     own = problem(case).noise()
     for name, one, other in zip(
-        ("out", "residual", "final_state"), chunked(**call, chunk_size=size), chunked(**call), strict=True
+        ("out", "residual", "final_state"),
+        chunked(**call, chunk_size=size),
+        chunked(**call),
+        strict=True,
     ):
         assert_close(one, other, name, own=own[name])
 
@@ -65,7 +76,9 @@ def test_score_comes_from_the_residual_before_it_is_rounded() -> None:
     wide = tensors | {name: tensors[name].float() for name in ("q", "k", "v")}
     narrow = gated_delta_rule(**tensors, metric="cosine", impl="chunked")
     assert narrow.score.dtype == torch.float32
-    assert torch.equal(narrow.score, gated_delta_rule(**wide, metric="cosine", impl="chunked").score)
+    assert torch.equal(
+        narrow.score, gated_delta_rule(**wide, metric="cosine", impl="chunked").score
+    )
 
 
 @given(case=delta_rule_inputs(decay="none", write="mild"), impl=st.sampled_from(IMPLS))
@@ -89,12 +102,16 @@ def test_forgetting_everything_starts_anew(impl: str) -> None:
     assert_close(result.out[:, 30:], alone.out, own=own["out"])
 
 
-def by_definition(tokens: int, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def by_definition(
+    tokens: int, state: Tensor, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """In bfloat16, v = 0, q = k = 1, no decay."""
     v = torch.zeros(1, tokens, 1, state.shape[3], dtype=torch.bfloat16)
     k = torch.ones(1, tokens, 1, state.shape[2], dtype=torch.bfloat16)
     rate = torch.zeros(1, tokens, 1)
-    return reference(k, k, v, beta=rate, g=rate, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens)
+    return reference(
+        k, k, v, beta=rate, g=rate, scale=1.0, initial_state=state, cu_seqlens=cu_seqlens
+    )
 
 
 def test_operands_have_the_dtype_of_the_inputs_and_sums_are_float32() -> None:
@@ -109,5 +126,8 @@ def test_operands_have_the_dtype_of_the_inputs_and_sums_are_float32() -> None:
 
 def test_the_reference_of_no_tokens_is_as_unrounded_as_that_of_many() -> None:
     state = torch.zeros(0, 1, 2, 2)
-    nothing = by_definition(0, state, torch.zeros(1, dtype=torch.int32)), by_definition(0, torch.zeros(1, 1, 2, 2))
+    nothing = (
+        by_definition(0, state, torch.zeros(1, dtype=torch.int32)),
+        by_definition(0, torch.zeros(1, 1, 2, 2)),
+    )
     assert all(x.dtype == torch.float32 for results in nothing for x in results)

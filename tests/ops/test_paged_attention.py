@@ -17,9 +17,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hamblocks.testing import PagedInputs, Problem, assert_close, assert_close_to_reference, paged_inputs, seeds
+from hamblocks.testing import (
+    PagedInputs,
+    Problem,
+    assert_close,
+    assert_close_to_reference,
+    paged_inputs,
+    seeds,
+)
 from hamblocks.testing.inputs.paged import DTYPES, INF, LAST, NAN, paged, slabs_of
-from hamblocks_ops import NEVER, Pages, UnsupportedError, explain, paged_attention, selected_attention, unpage
+from hamblocks_ops import (
+    NEVER,
+    Pages,
+    UnsupportedError,
+    explain,
+    paged_attention,
+    selected_attention,
+    unpage,
+)
 
 op = import_module("hamblocks_ops.paged_attention")
 layout = import_module("hamblocks_ops.paged_attention.layout")
@@ -49,7 +64,9 @@ def path(way: str) -> Iterator[dict[str, object]]:
         raise AssertionError(f"not {way}")
 
     with patch.object(pages, "SPARE", 0 if way == ALL else 10**6), ExitStack() as stack:
-        stack.enter_context(patch.object(pages, "_gathered" if way == IN_PLACE else "_lying", wrong))
+        stack.enter_context(
+            patch.object(pages, "_gathered" if way == IN_PLACE else "_lying", wrong)
+        )
         yield {"shared": way == LISTED}
 
 
@@ -76,7 +93,9 @@ def arithmetic_of_other_devices() -> Iterator[None]:
 @pytest.mark.parametrize("way", [IN_PLACE, LISTED, ALL])
 @given(data=st.data())
 def test_every_path_is_the_reference(way: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    case = data.draw(paged_inputs(dtype=dtype, forked=st.just(False) if way != LISTED else st.booleans()))
+    case = data.draw(
+        paged_inputs(dtype=dtype, forked=st.just(False) if way != LISTED else st.booleans())
+    )
     with path(way) as options:
         assert_close_to_reference(problem(case, **options), "pages")
 
@@ -100,21 +119,31 @@ def test_reference_is_softmax_over_what_is_visible(case: PagedInputs) -> None:
         for slab, page in (every[entry] for entry in table[n, row].tolist() if entry >= 0):
             for slot in range(slab.k.shape[1]):
                 bias = 0.0 if slab.logit_bias is None else float(slab.logit_bias[page, slot])
-                if t >= 0 and slab.position[page, slot] <= t < slab.evict_at[page, slot] and bias > -INF:
+                if (
+                    t >= 0
+                    and slab.position[page, slot] <= t < slab.evict_at[page, slot]
+                    and bias > -INF
+                ):
                     logits.append(0.7 * q[n, i, head] @ slab.k[page, slot, w] + bias)
                     values.append(slab.v[page, slot, w][None])
         found = torch.stack(logits) if logits else q.new_zeros(0)
         lse = found.logsumexp(0) if logits else q.new_tensor(-INF)
         assert torch.allclose(result.lse[n, i, head], lse, rtol=1e-12, atol=1e-12)
-        assert torch.allclose(result.out[n, i, head], found.softmax(0) @ torch.cat(values), rtol=1e-12, atol=1e-12)
+        assert torch.allclose(
+            result.out[n, i, head], found.softmax(0) @ torch.cat(values), rtol=1e-12, atol=1e-12
+        )
 
 
 @given(case=paged_inputs(garbage=st.sampled_from([None, NAN])))
 def test_reference_is_selected_attention_over_unpaged_keys(case: PagedInputs) -> None:
-    assume(case.slabs and case.bias != "hidden")  # a bias that is garbage there is one that hides here
+    assume(
+        case.slabs and case.bias != "hidden"
+    )  # a bias that is garbage there is one that hides here
     q, slabs, table, asks = split(case if case.garbage is None else replace(case, bias="none"))
     rows = unpage(slabs, table)
-    position, evict_at, bias = (None if x is None else x.repeat_interleave(case.together, 2) for x in rows[2:])
+    position, evict_at, bias = (
+        None if x is None else x.repeat_interleave(case.together, 2) for x in rows[2:]
+    )
     expected = selected_attention(
         q,
         rows.k,
@@ -126,7 +155,9 @@ def test_reference_is_selected_attention_over_unpaged_keys(case: PagedInputs) ->
         impl="reference",
     )
     for got, same in zip(
-        paged_attention(q, slabs, table, query_position=asks, impl="reference"), expected, strict=True
+        paged_attention(q, slabs, table, query_position=asks, impl="reference"),
+        expected,
+        strict=True,
     ):
         assert torch.equal(got, same)
 
@@ -140,7 +171,9 @@ def test_unpage_lists_the_pages_of_every_row(case: PagedInputs) -> None:
     every = [(slab, page) for slab in slabs for page in range(len(slab.k))]
     rows = unpage(slabs, table)
     slots = case.width * size
-    assert rows.k.shape == rows.v.shape == (case.sequences, slots, case.rows * case.together, case.dim)
+    assert (
+        rows.k.shape == rows.v.shape == (case.sequences, slots, case.rows * case.together, case.dim)
+    )
     assert rows.position.shape == rows.evict_at.shape == (case.sequences, slots, case.rows)
     assert rows.position.dtype == rows.evict_at.dtype == torch.int32
     missing = Pages(*(torch.zeros(()) for _ in range(5)))._replace(position=torch.tensor(NEVER))
@@ -161,7 +194,9 @@ def test_unpage_lists_the_pages_of_every_row(case: PagedInputs) -> None:
 @given(case=paged_inputs(policy="all", queries=2, garbage=None))
 def test_padding_queries_see_nothing(impl: str, case: PagedInputs) -> None:
     q, slabs, table, asks = split(case)
-    early = [slab._replace(position=slab.position - LAST - 1) for slab in slabs]  # also before position 0
+    early = [
+        slab._replace(position=slab.position - LAST - 1) for slab in slabs
+    ]  # also before position 0
     asks = asks.clone()
     asks[:, 1:] = -1
     got = paged_attention(q, early, table, query_position=asks, impl=impl)
@@ -182,9 +217,13 @@ def test_what_no_query_sees_does_not_leak(way: str, case: PagedInputs, garbage: 
             assert torch.equal(x, expected[name]), name
 
 
-@given(case=paged_inputs(garbage=NAN, queries=1, dtype=torch.float64), nan=st.sampled_from([NAN, INF]))
+@given(
+    case=paged_inputs(garbage=NAN, queries=1, dtype=torch.float64), nan=st.sampled_from([NAN, INF])
+)
 @example(case=PagedInputs(garbage=NAN, policy="all", sequences=3), nan=NAN)
-def test_a_sequence_that_is_not_finite_leaves_the_others_alone(case: PagedInputs, nan: float) -> None:
+def test_a_sequence_that_is_not_finite_leaves_the_others_alone(
+    case: PagedInputs, nan: float
+) -> None:
     assume(case.sequences > 0)
     q, slabs, table, asks = split(case)
     before = paged_attention(q, slabs, table, query_position=asks)
@@ -213,7 +252,9 @@ def watched() -> Iterator[list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("garbage", [NAN, INF])
 def test_pages_are_read_once_where_they_lie(dtype: torch.dtype, bias: str, garbage: float) -> None:
     """Unlisted pages may be anything: nothing is copied, cleaned or read again for them."""
-    case = PagedInputs(slabs=((9, 4), (20, 2)), dtype=dtype, bias=bias, queries=2, policy="all", garbage=None)
+    case = PagedInputs(
+        slabs=((9, 4), (20, 2)), dtype=dtype, bias=bias, queries=2, policy="all", garbage=None
+    )
     q, slabs, table, asks = split(case)
     for begin, slab in ((0, slabs[0]), (9, slabs[1])):
         for page in set(range(len(slab.k))) - set((table - begin).flatten().tolist()):
@@ -221,13 +262,22 @@ def test_pages_are_read_once_where_they_lie(dtype: torch.dtype, bias: str, garba
     with watched() as seen:
         paged_attention(q, slabs, table, query_position=asks.clamp(min=0))
     seen.reverse()  # small pages come first
-    assert [(k.data_ptr(), v.data_ptr()) for k, v in seen] == [(x.k.data_ptr(), x.v.data_ptr()) for x in slabs]
-    last = [int(table[(table >= begin) & (table < end)].max()) - begin for begin, end in ((0, 9), (9, 29))]
-    assert [len(k) for k, _ in seen] == [page + 1 for page in last]  # and none behind the last that is listed
+    assert [(k.data_ptr(), v.data_ptr()) for k, v in seen] == [
+        (x.k.data_ptr(), x.v.data_ptr()) for x in slabs
+    ]
+    last = [
+        int(table[(table >= begin) & (table < end)].max()) - begin
+        for begin, end in ((0, 9), (9, 29))
+    ]
+    assert [len(k) for k, _ in seen] == [
+        page + 1 for page in last
+    ]  # and none behind the last that is listed
 
 
 def test_only_slabs_with_a_page_that_is_listed_twice_are_gathered() -> None:
-    q, slabs, table, asks = split(PagedInputs(slabs=((12, 4), (12, 4)), sequences=2, rows=1, width=4, garbage=None))
+    q, slabs, table, asks = split(
+        PagedInputs(slabs=((12, 4), (12, 4)), sequences=2, rows=1, width=4, garbage=None)
+    )
     table[:] = torch.tensor([[[3, 12, 14, -1]], [[5, 3, 13, 20]]])
     with watched() as seen:
         got = paged_attention(q, slabs, table, query_position=asks)
@@ -256,11 +306,16 @@ def test_the_order_of_pages_does_not_matter(case: PagedInputs, seed: int) -> Non
     whole = [torch.cat(x) if x[0] is not None else None for x in zip(*slabs, strict=True)]
     order = torch.randperm(case.pages, generator=generator)
     cut = seed % (case.pages + 1)
-    moved = [Pages(*(None if x is None else x[order][own] for x in whole)) for own in (slice(cut), slice(cut, None))]
+    moved = [
+        Pages(*(None if x is None else x[order][own] for x in whole))
+        for own in (slice(cut), slice(cut, None))
+    ]
     new = torch.cat([order.argsort(), torch.tensor([-1])])[table.long()]
     new = new.gather(2, torch.rand(new.shape, generator=generator).argsort(2))
     noise = problem(case).noise()
-    before, after = (paged_attention(q, x, y, query_position=asks) for x, y in ((slabs, table), (moved, new)))
+    before, after = (
+        paged_attention(q, x, y, query_position=asks) for x, y in ((slabs, table), (moved, new))
+    )
     for name in ("out", "lse"):
         assert_close(getattr(after, name), getattr(before, name), name, own=noise[name])
 
@@ -274,7 +329,9 @@ def test_the_page_size_does_not_matter(case: PagedInputs, size: int) -> None:
     fields = []
     for x, fill in zip(rows, (NAN, NAN, 0, 0, NAN), strict=True):
         if x is not None:
-            x = torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), fill)], 1).unflatten(1, (-1, size))
+            x = torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), fill)], 1).unflatten(
+                1, (-1, size)
+            )
             x = x.unflatten(3, (case.rows, case.together)) if x.dim() == 5 else x
             x = x.movedim(3, 1).flatten(0, 2)
         fields.append(x)
@@ -290,12 +347,16 @@ def test_the_page_size_does_not_matter(case: PagedInputs, size: int) -> None:
 class NothingDependsOnValues(TorchDispatchMode):
     """Raises where a shape or the host would come to depend on what a tensor holds."""
 
-    FORBIDDEN = re.compile(r"^(_local_scalar_dense|nonzero|masked_select|_?unique|equal|is_nonzero|bincount)")
+    FORBIDDEN = re.compile(
+        r"^(_local_scalar_dense|nonzero|masked_select|_?unique|equal|is_nonzero|bincount)"
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
         indices = (
-            [x for x in args[1] if x is not None] if name.startswith(("index.", "index_put", "_index_put")) else []
+            [x for x in args[1] if x is not None]
+            if name.startswith(("index.", "index_put", "_index_put"))
+            else []
         )
         if self.FORBIDDEN.match(name) or any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             raise AssertionError(f"{func} depends on values")
@@ -336,7 +397,14 @@ def test_no_step_reads_values_of_fake_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [Tensor.nonzero, Tensor.unique, lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())]
+    "step",
+    [
+        Tensor.nonzero,
+        Tensor.unique,
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.any()),
+    ],
 )
 def test_dependence_on_values_is_noticed(step: Callable[[Tensor], object]) -> None:
     with pytest.raises(AssertionError, match="depends on values"), NothingDependsOnValues():
@@ -349,7 +417,9 @@ def test_there_is_no_gradient(name: str) -> None:
     fields[name].requires_grad_()
     q, table, asks = (fields.pop(key) for key in ("q", "block_table", "query_position"))
     slabs = slabs_of(fields)
-    with pytest.raises(ValueError, match=r"^q: expected no gradient.*, got grad required by (q|slabs\[\d\]\.\w+)$"):
+    with pytest.raises(
+        ValueError, match=r"^q: expected no gradient.*, got grad required by (q|slabs\[\d\]\.\w+)$"
+    ):
         paged_attention(q, slabs, table, query_position=asks)
     with torch.no_grad():
         assert not paged_attention(q, slabs, table, query_position=asks).out.requires_grad
@@ -362,18 +432,27 @@ def test_explain_and_impl() -> None:
     assert explanation["triton"] == "it computes in float32 at the most"
     assert explanation["pages"] == explanation["reference"] == "yes"
     assert explanation.chosen == "pages"
-    auto, named = (paged_attention(q, slabs, table, query_position=asks, impl=impl) for impl in ("auto", "pages"))
+    auto, named = (
+        paged_attention(q, slabs, table, query_position=asks, impl=impl)
+        for impl in ("auto", "pages")
+    )
     assert torch.equal(auto.out, named.out)
     with pytest.raises(
-        ValueError, match=r"^impl: expected 'auto' or one of 'triton', 'pages', 'reference'.*got 'quick'"
+        ValueError,
+        match=r"^impl: expected 'auto' or one of 'triton', 'pages', 'reference'.*got 'quick'",
     ):
         paged_attention(q, slabs, table, query_position=asks, impl="quick")
-    with pytest.raises(ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"):
+    with pytest.raises(
+        ValueError, match=r"^impl: expected the name of an implementation.*, got NoneType"
+    ):
         paged_attention(q, slabs, table, query_position=asks, impl=None)
     with pytest.raises(ValueError, match=r"^q: "):
         explain(paged_attention, q[0], slabs, table, query_position=asks)
     refusing = tuple(row._replace(refuses=lambda _call: "not here") for row in op.TABLE)
-    with patch.object(op, "TABLE", refusing), pytest.raises(UnsupportedError, match="pages: not here"):
+    with (
+        patch.object(op, "TABLE", refusing),
+        pytest.raises(UnsupportedError, match="pages: not here"),
+    ):
         paged_attention(q, slabs, table, query_position=asks)
     ours, theirs = (inspect.signature(f).parameters for f in (paged_attention, op.explain))
     assert [*ours] == [*theirs, "impl"]
@@ -441,7 +520,9 @@ def test_bad_arguments(name: str, change: Callable[[Any], Any], got: str) -> Non
     call[name] = change(call.get(name))
     with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .*({got})"):
         paged_attention(**call)
-    if name in ("slabs", "block_table") and "of them" not in got and "[1, 2" not in got:  # which only q rules out
+    if (
+        name in ("slabs", "block_table") and "of them" not in got and "[1, 2" not in got
+    ):  # which only q rules out
         with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .*({got})"):
             unpage(call["slabs"], call["block_table"])
 
@@ -450,7 +531,10 @@ def test_bad_arguments(name: str, change: Callable[[Any], Any], got: str) -> Non
 def test_bad_slabs(name: str, change: Callable[[Tensor], Any], got: str) -> None:
     call = good()
     call["slabs"][1] = call["slabs"][1]._replace(**{name: change(getattr(call["slabs"][1], name))})
-    for run in (lambda: paged_attention(**call), lambda: unpage(call["slabs"], call["block_table"])):
+    for run in (
+        lambda: paged_attention(**call),
+        lambda: unpage(call["slabs"], call["block_table"]),
+    ):
         with pytest.raises(ValueError, match=rf"^slabs\[1\]\.{name}: expected .+, got .*{got}"):
             run()
 
@@ -461,7 +545,9 @@ def test_slabs_agree_with_q() -> None:
         with pytest.raises(ValueError, match=r"^slabs\[0\]\.k: expected "):
             paged_attention(**(call | {"q": change(call["q"])}))
     bare = [call["slabs"][0]._replace(logit_bias=None), call["slabs"][1]]
-    with pytest.raises(ValueError, match=r"^slabs\[1\]\.logit_bias: expected None, as in slabs\[0\], got float32"):
+    with pytest.raises(
+        ValueError, match=r"^slabs\[1\]\.logit_bias: expected None, as in slabs\[0\], got float32"
+    ):
         paged_attention(**(call | {"slabs": bare}))
     with pytest.raises(ValueError, match=r"^slabs: expected at least one slab"):
         unpage([], call["block_table"])
@@ -472,7 +558,8 @@ def test_a_page_that_is_listed_twice_is_not_private() -> None:
     call["block_table"][:] = -1
     call["block_table"][0, 0, 0] = call["block_table"][1, 1, 2] = 13
     with pytest.raises(
-        ValueError, match=r"^shared: expected True or None where a page is listed twice, got bool False"
+        ValueError,
+        match=r"^shared: expected True or None where a page is listed twice, got bool False",
     ):
         paged_attention(**call, shared=False)
     paged_attention(**call)

@@ -44,7 +44,9 @@ def test_threshold_per_head(case: Scores, seed: int) -> None:
 @pytest.mark.parametrize("cap", [0, 2])
 def test_compact_refuses_a_capacity_that_is_too_small(cap: int) -> None:
     evict_at = torch.full((1, 3, 1), NEVER, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"^capacity: expected at least the 3 tokens .*got 2|got 0"):
+    with pytest.raises(
+        ValueError, match=r"^capacity: expected at least the 3 tokens .*got 2|got 0"
+    ):
         compact(evict_at, capacity=cap)
 
 
@@ -52,7 +54,9 @@ def test_compact_refuses_a_capacity_that_is_too_small(cap: int) -> None:
 def test_a_capacity_fills_the_lists_up(case: Scores, seed: int, spare: int) -> None:
     call = case.tensors()
     tokens = call.pop("score").shape[1]
-    own = call.get("position", torch.arange(tokens)[None, :, None]).expand(case.tensors()["score"].shape)
+    own = call.get("position", torch.arange(tokens)[None, :, None]).expand(
+        case.tensors()["score"].shape
+    )
     evict_at = own + Draw(seed).integers(-2, 4, tuple(own.shape))
     tight = compact(evict_at, **call)
     length = tight.index.shape[2]
@@ -79,11 +83,15 @@ def test_everything_is_computed_on_the_device_of_the_inputs(packed: bool) -> Non
     score = torch.tensor([0.5, 0.9, 0.5, 0.1, 1.0])[None, :, None].repeat(1, 1, 2)
     batch = {"cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32)} if packed else {}
     sequence = torch.tensor([0, 0, 0, 1, 1]) if packed else None
-    position = torch.tensor([0, 1, 2, 0, 1] if packed else [0, 1, 2, 3, 4])[None, :, None].repeat(1, 1, 2)
+    position = torch.tensor([0, 1, 2, 0, 1] if packed else [0, 1, 2, 3, 4])[None, :, None].repeat(
+        1, 1, 2
+    )
 
     def everything() -> list[torch.Tensor]:
         lifetimes = [op(score, **options, **batch) for op, options in SELECT]
-        lists = [x for capacity in (None, 5) for x in compact(lifetimes[1], capacity=capacity, **batch)]
+        lists = [
+            x for capacity in (None, 5) for x in compact(lifetimes[1], capacity=capacity, **batch)
+        ]
         return [*lifetimes, *lists, reference.topk(score, 2, position, sequence)]
 
     expected = everything()
@@ -95,8 +103,14 @@ def test_everything_is_computed_on_the_device_of_the_inputs(packed: bool) -> Non
 
 SCORE = torch.zeros(1, 5, 2)
 TOLD: list[tuple[Any, str]] = [
-    (lambda: select_topk(SCORE[0], 2), "score: expected shape [B, T, H] = [any, any, any], got float32 [5, 2]"),
-    (lambda: compact(SCORE[0].int()), "evict_at: expected shape [B, T, H] = [any, any, any], got int32 [5, 2]"),
+    (
+        lambda: select_topk(SCORE[0], 2),
+        "score: expected shape [B, T, H] = [any, any, any], got float32 [5, 2]",
+    ),
+    (
+        lambda: compact(SCORE[0].int()),
+        "evict_at: expected shape [B, T, H] = [any, any, any], got int32 [5, 2]",
+    ),
     (
         lambda: select_topk(SCORE, 2, position=torch.zeros(1, 4, dtype=torch.int32)),
         "position: expected shape [B, T] = [1, 5], got int32 [1, 4]",
@@ -110,7 +124,9 @@ TOLD: list[tuple[Any, str]] = [
         "position: expected device cpu, got int32 [1, 5] on meta",
     ),
     (
-        lambda: select_topk(SCORE, 2, position=torch.zeros(1, 5, 2, dtype=torch.int32, device="meta")),
+        lambda: select_topk(
+            SCORE, 2, position=torch.zeros(1, 5, 2, dtype=torch.int32, device="meta")
+        ),
         "position: expected device cpu, got int32 [1, 5, 2] on meta",
     ),
     (
@@ -127,7 +143,10 @@ TOLD: list[tuple[Any, str]] = [
         lambda: select_threshold(SCORE, torch.zeros(2, device="meta")),
         "tau: expected device cpu, got float32 [2] on meta",
     ),
-    (lambda: select_threshold(SCORE, torch.tensor([0.0, NAN])), "tau: expected values that are not NaN, got NaN"),
+    (
+        lambda: select_threshold(SCORE, torch.tensor([0.0, NAN])),
+        "tau: expected values that are not NaN, got NaN",
+    ),
     (
         lambda: compact(torch.full((1, 3, 1), 9), capacity=2),
         "capacity: expected at least the 3 tokens that are stored, got 2",
@@ -153,7 +172,9 @@ def test_one_tau_is_for_every_head() -> None:
     assert torch.equal(select_threshold(score, torch.tensor([0.5])), select_threshold(score, 0.5))
 
 
-@pytest.mark.parametrize("tau", [0.3015, torch.tensor(0.3015), torch.tensor([0.3015])], ids=["number", "[]", "[H]"])
+@pytest.mark.parametrize(
+    "tau", [0.3015, torch.tensor(0.3015), torch.tensor([0.3015])], ids=["number", "[]", "[H]"]
+)
 def test_tau_is_not_rounded_to_the_dtype_of_the_score(tau: float | torch.Tensor) -> None:
     """In bfloat16 tau would be the score itself."""
     score = torch.full((1, 1, 1), 0.30078125, dtype=torch.bfloat16)

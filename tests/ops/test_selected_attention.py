@@ -113,7 +113,11 @@ def test_reference_is_softmax_over_what_is_visible(case: AttentionInputs) -> Non
             if bias is not None:
                 logits = logits + bias[0].expand(keys, kv_heads)[seen, g]
             lse = logits.logsumexp(0) if seen else torch.tensor(float("-inf"), dtype=torch.float64)
-            out = v.new_zeros(case.dim) if float(lse) == float("-inf") else logits.softmax(0) @ v[0, seen, g]
+            out = (
+                v.new_zeros(case.dim)
+                if float(lse) == float("-inf")
+                else logits.softmax(0) @ v[0, seen, g]
+            )
             assert torch.allclose(result.lse[0, i, h], lse, rtol=1e-12, atol=1e-12)
             assert torch.allclose(result.out[0, i, h], out, rtol=1e-12, atol=1e-12)
 
@@ -126,15 +130,21 @@ def test_keeping_everything_is_causal_attention(impl: str, case: AttentionInputs
     score = torch.randn(call["k"].shape[:3])
     call["evict_at"] = select_threshold(score, float("-inf"))
     q, k, v = (call[name].transpose(1, 2) for name in ("q", "k", "v"))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
     got = selected_attention(**call, impl=impl)
-    assert_close(got.out, expected.transpose(1, 2), own=Problem(selected_attention, call).noise()["out"])
+    assert_close(
+        got.out, expected.transpose(1, 2), own=Problem(selected_attention, call).noise()["out"]
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lse_carries_no_gradient(impl: str) -> None:
     call = AttentionInputs().tensors()
-    assert not selected_attention(**(call | {"q": call["q"].requires_grad_()}), impl=impl).lse.requires_grad
+    assert not selected_attention(
+        **(call | {"q": call["q"].requires_grad_()}), impl=impl
+    ).lse.requires_grad
 
 
 def products(evict_at: Tensor, dim: int = 8) -> int:
@@ -188,8 +198,16 @@ def test_a_head_that_keeps_everything_does_not_charge_the_others() -> None:
     ids=["bias", "packed", "cache", "bfloat16"],
 )
 def test_operators_are_registered_well(case: AttentionInputs) -> None:
-    call = {"logit_bias": None, "cu_seqlens": None, "query_position": None, "key_position": None, "key_lengths": None}
-    checked = import_module("hamblocks_ops.selected_attention")._checked(**(call | case.tensors()), scale=None)
+    call = {
+        "logit_bias": None,
+        "cu_seqlens": None,
+        "query_position": None,
+        "key_position": None,
+        "key_lengths": None,
+    }
+    checked = import_module("hamblocks_ops.selected_attention")._checked(
+        **(call | case.tensors()), scale=None
+    )
     args = [checked.q, checked.k, checked.v, checked.evict_at, checked.logit_bias]
     args += [checked.query_position, checked.key_position, checked.cu_seqlens]
     differentiable = [x.clone().requires_grad_() if _floating(x) else x for x in args]
@@ -197,7 +215,9 @@ def test_operators_are_registered_well(case: AttentionInputs) -> None:
     out, lse = gather.gather(*args, checked.scale)
     checks = ("test_schema", "test_faketensor")  # the backward of the backward is not promised
     torch.library.opcheck(
-        gather.gather_backward, (torch.ones_like(out), *args, out, lse, checked.scale), test_utils=checks
+        gather.gather_backward,
+        (torch.ones_like(out), *args, out, lse, checked.scale),
+        test_utils=checks,
     )
 
 

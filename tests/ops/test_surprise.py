@@ -6,7 +6,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hamblocks.testing import Draw, Problem, assert_close, assert_close_to_reference, dtypes, layouts, seeds
+from hamblocks.testing import (
+    Draw,
+    Problem,
+    assert_close,
+    assert_close_to_reference,
+    dtypes,
+    layouts,
+    seeds,
+)
 from hamblocks_ops import surprise
 
 METRICS = ("cosine", "relative_l2", "l2")
@@ -28,7 +36,9 @@ def formula(residual: Tensor, v: Tensor, metric: str) -> Tensor:
 @given(size=sizes, dtype=dtypes, layout=layouts, seed=seeds)
 @example(size=(0, 0, 1, 1), dtype=torch.float32, layout="contiguous", seed=0)
 @example(size=(1, 1, 1, 1), dtype=torch.bfloat16, layout="strided", seed=0)
-def test_is_its_formula(metric: str, size: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -> None:
+def test_is_its_formula(
+    metric: str, size: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int
+) -> None:
     draw = Draw(seed, layout)
     v = draw.normal(*size, dtype=dtype)
     residual = (0.5 * v + draw.normal(*size)).to(dtype)
@@ -49,17 +59,24 @@ def test_is_its_formula(metric: str, size: tuple[int, ...], dtype: torch.dtype, 
 def test_directions_do_not_depend_on_size(metric: str, scale: float, seed: int) -> None:
     """No square over- or underflows: cosine and relative_l2 of a row are those of the row times any power of two."""
     draw = Draw(seed)
-    v, residual = draw.normal(1, 5, 2, 4, dtype=torch.float32), draw.normal(1, 5, 2, 4, dtype=torch.float32)
+    v, residual = (
+        draw.normal(1, 5, 2, 4, dtype=torch.float32),
+        draw.normal(1, 5, 2, 4, dtype=torch.float32),
+    )
     exponent = round(torch.tensor(scale, dtype=torch.float64).log2().item())
     # a tiny row must keep normal entries, or it is another row
-    v, residual = (x.sign() * x.abs().clamp(min=2**-3) * (8 if scale < 1 else 1) for x in (v, residual))
+    v, residual = (
+        x.sign() * x.abs().clamp(min=2**-3) * (8 if scale < 1 else 1) for x in (v, residual)
+    )
     big_v, big_residual = (torch.ldexp(x, torch.tensor(exponent)) for x in (v, residual))
     if metric == "l2":
         got = surprise(big_residual, big_v, metric=metric)
         exact = formula(big_residual, big_v, metric).clamp(max=torch.finfo(torch.float32).max)
         assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-44)
         return
-    assert torch.equal(surprise(big_residual, big_v, metric=metric), surprise(residual, v, metric=metric))
+    assert torch.equal(
+        surprise(big_residual, big_v, metric=metric), surprise(residual, v, metric=metric)
+    )
 
 
 EXTREMES = [0.0, 1e-45, 1e-38, -1e-38, 1e-20, 1.0, -1.0, 1e20, 1e30, -1e30]
@@ -68,7 +85,14 @@ EXTREMES = [0.0, 1e-45, 1e-38, -1e-38, 1e-20, 1.0, -1.0, 1e20, 1e30, -1e30]
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @given(rows=st.lists(st.tuples(*[st.sampled_from(EXTREMES)] * 4), min_size=1, max_size=6))
-@example(rows=[(0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1e30, -1e30), (1e30, 1e30, 1e30, 1e30), (1e-38, 0.0, 1e-38, 0.0)])
+@example(
+    rows=[
+        (0.0, 0.0, 0.0, 0.0),
+        (0.0, 0.0, 1e30, -1e30),
+        (1e30, 1e30, 1e30, 1e30),
+        (1e-38, 0.0, 1e-38, 0.0),
+    ]
+)
 def test_always_finite(metric: str, dtype: torch.dtype, rows: list[tuple[float, ...]]) -> None:
     table = torch.tensor(rows, dtype=torch.float64).to(dtype)
     residual, v = (x[None, :, None].clone().requires_grad_() for x in (table[:, :2], table[:, 2:]))

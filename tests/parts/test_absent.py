@@ -15,7 +15,7 @@ from hamblocks.attention import rotate
 def without_memory(gate=None):
     return {
         "memory": hb.NoMemory(),
-        "gate": hb.Periodic(1) if gate is None else gate,
+        "gate": hb.PeriodicGate(1) if gate is None else gate,
         "selector": hb.Threshold(-math.inf),
     }
 
@@ -42,12 +42,16 @@ def layer_of(size, parts, dtype=torch.float64):
 @torch.no_grad()
 def test_without_memory_attention_sees_everything(size):
     layer, x = layer_of(size, without_memory()), inputs(size)
-    q, k, v = (proj(x).unflatten(-1, (-1, 4)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (
+        proj(x).unflatten(-1, (-1, 4)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
     q, k = layer.attention.q_norm(q), layer.attention.k_norm(k)
     q, k = (rotate(part, torch.arange(size.tokens)[None], 10_000.0) for part in (q, k))
     group = size.heads[0] // size.heads[1]
     k, v = (part.repeat_interleave(group, 2) for part in (k, v))
-    read = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True).transpose(1, 2)
+    read = F.scaled_dot_product_attention(
+        *(part.transpose(1, 2) for part in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
     close(layer(x).y, layer.combiner(x, torch.zeros_like(read), read))
     assert layer(x).stats.keep_fraction() == bool(x.numel())
 

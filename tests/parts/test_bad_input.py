@@ -24,7 +24,10 @@ def ham(**kwargs):
 
 CONSTRUCTORS = {
     "heads do not divide": ("hidden_size", lambda: ham(hidden_size=9)),
-    "key heads do not divide": ("num_kv_heads", lambda: ham(hidden_size=12, num_heads=3, num_kv_heads=2)),
+    "key heads do not divide": (
+        "num_kv_heads",
+        lambda: ham(hidden_size=12, num_heads=3, num_kv_heads=2),
+    ),
     "more key heads": ("num_kv_heads", lambda: ham(num_kv_heads=4)),
     "no heads": ("num_heads", lambda: ham(num_heads=0)),
     "heads as float": ("num_heads", lambda: ham(num_heads=2.0)),
@@ -32,16 +35,16 @@ CONSTRUCTORS = {
     "negative head_dim": ("head_dim", lambda: ham(head_dim=-4)),
     "odd head_dim": ("head_dim", lambda: ham(head_dim=3)),
     "selector class": ("selector", lambda: ham(selector=hb.Window)),
-    "memory class": ("memory", lambda: ham(memory=hb.GatedDelta)),
+    "memory class": ("memory", lambda: ham(memory=hb.GatedDeltaMemory)),
     "gate class": ("gate", lambda: ham(gate=hb.PredictionError)),
     "gate name": ("gate", lambda: ham(gate="cosine")),
     "attention class": ("attention", lambda: ham(attention=hb.SelectedAttention)),
     "combiner class": ("combiner", lambda: ham(combiner=hb.GatedSum)),
     "metric": ("metric", lambda: hb.PredictionError("cos")),
-    "shared class": ("gate", lambda: hb.Shared(hb.LearnedRouter)),
+    "shared class": ("gate", lambda: hb.SharedGate(hb.LearnedRouter)),
     "router width": ("width", lambda: hb.LearnedRouter(0)),
-    "period": ("n", lambda: hb.Periodic(0)),
-    "conv": ("conv_size", lambda: hb.Delta(conv_size=0)),
+    "period": ("n", lambda: hb.PeriodicGate(0)),
+    "conv": ("conv_size", lambda: hb.DeltaMemory(conv_size=0)),
     "threshold NaN": ("tau", lambda: hb.Threshold(math.nan)),
     "fixed NaN": ("tau", lambda: hb.FixedThreshold(math.nan)),
     "set NaN": ("tau", lambda: hb.TargetFraction(0.5).set_threshold(math.nan)),
@@ -51,7 +54,7 @@ CONSTRUCTORS = {
     "negative k": ("k", lambda: hb.TopK(-1)),
     "k as float": ("k", lambda: hb.TopK(2.0)),
     "negative width": ("width", lambda: hb.Window(-1)),
-    "negative n": ("n", lambda: hb.First(-1)),
+    "negative n": ("n", lambda: hb.FirstTokens(-1)),
     "or a class": ("right", lambda: hb.Window(1) | hb.Window),
     "and a number": ("left", lambda: 0.5 & hb.Window(1)),
     "fraction": ("fraction", lambda: hb.TargetFraction(1.5)),
@@ -92,7 +95,9 @@ def spent(layer, state):
 
 
 def float_cache(layer, state):
-    return state._replace(cache=build("delta-relative-topk", SIZE, torch.float32).init_state(2).cache)
+    return state._replace(
+        cache=build("delta-relative-topk", SIZE, torch.float32).init_state(2).cache
+    )
 
 
 def shared(layer):
@@ -125,7 +130,10 @@ CALLS = {
     "cu_seqlens order": ("cu_seqlens", lambda layer, s: packed(layer, 0, 7, 5, 12)),
     "cu_seqlens rank": ("cu_seqlens", lambda layer, s: packed(layer, [0, 12])),
     "cu_seqlens empty": ("cu_seqlens", lambda layer, s: packed(layer)),
-    "cu_seqlens of a batch": ("cu_seqlens", lambda layer, s: layer(X, cu_seqlens=borders(0, 6, 12))),
+    "cu_seqlens of a batch": (
+        "cu_seqlens",
+        lambda layer, s: layer(X, cu_seqlens=borders(0, 6, 12)),
+    ),
     "state type": ("state", lambda layer, s: layer(X, state=tuple(s))),
     "state list": ("state", lambda layer, s: layer(X, state=[s])),
     "state batch": ("state", lambda layer, s: layer(X[:1], state=s)),
@@ -135,20 +143,40 @@ CALLS = {
     ),
     "state head_dim": (
         "state",
-        lambda layer, s: layer(X, state=hb.HAMLayer(32, 4, num_kv_heads=2, selector=hb.Window(1)).init_state(2)),
+        lambda layer, s: layer(
+            X, state=hb.HAMLayer(32, 4, num_kv_heads=2, selector=hb.Window(1)).init_state(2)
+        ),
     ),
-    "state key heads": ("state", lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (3, 3))))),
-    "state query heads": ("state", lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (2, 2))))),
-    "state of another memory": ("state", lambda layer, s: layer(X, state=s._replace(memory=s.memory.conv))),
-    "state of another convolution": ("state", lambda layer, s: layer(X, state=state_of("shared-router-tree"))),
+    "state key heads": (
+        "state",
+        lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (3, 3)))),
+    ),
+    "state query heads": (
+        "state",
+        lambda layer, s: layer(X, state=state_of(size=Size(0, 2, 6, (2, 2)))),
+    ),
+    "state of another memory": (
+        "state",
+        lambda layer, s: layer(X, state=s._replace(memory=s.memory.conv)),
+    ),
+    "state of another convolution": (
+        "state",
+        lambda layer, s: layer(X, state=state_of("shared-router-tree")),
+    ),
     "state with biases": (
         "state",
         lambda layer, s: layer(X, state=s._replace(cache=state_of("router-and").cache)),
     ),
-    "ledger of another k": ("ledger", lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2)))),
+    "ledger of another k": (
+        "ledger",
+        lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2))),
+    ),
     "spent state": ("state", lambda layer, s: layer(X, state=spent(layer, s))),
     "state in another dtype": ("state", lambda layer, s: layer(X, state=float_cache(layer, s))),
-    "state of one row per sequence": ("state", lambda layer, s: layer(X, state=s._replace(cache=shared(layer).cache))),
+    "state of one row per sequence": (
+        "state",
+        lambda layer, s: layer(X, state=s._replace(cache=shared(layer).cache)),
+    ),
     "decode a piece": ("x", lambda layer, s: layer.decode(X, s)),
     "decode another batch": ("state", lambda layer, s: layer.decode(X[:1, 0], s)),
     "prefill without a batch": ("x", lambda layer, s: layer.prefill(X[0])),
@@ -163,18 +191,29 @@ CALLS = {
     "reserve less than nothing": ("steps", lambda layer, s: s.reserve(-1)),
     "saved by another memory": (
         "memory",
-        lambda layer, s: layer.load_state({**s.state_dict(), "memory": s.state_dict()["memory"][1:]}),
+        lambda layer, s: layer.load_state(
+            {**s.state_dict(), "memory": s.state_dict()["memory"][1:]}
+        ),
     ),
     "saved with other sizes": (
         "state",
         lambda layer, s: layer.load_state(state_of(size=Size(0, 2, 6, (3, 3))).state_dict()),
     ),
-    "appended before what was seen": ("position", lambda layer, s: append(s, position=borders([6], [5]))),
+    "appended before what was seen": (
+        "position",
+        lambda layer, s: append(s, position=borders([6], [5])),
+    ),
     "appended in another dtype": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 2, 4))),
     "appended other heads": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 3, 4))),
     "appended other values": ("v", lambda layer, s: append(s, v=torch.zeros(2, 2, 2, 4).double())),
-    "appended with a bias": ("logit_bias", lambda layer, s: append(s, logit_bias=torch.zeros(2, 1, 2))),
-    "appended float lifetimes": ("evict_at", lambda layer, s: append(s, evict_at=torch.zeros(2, 1, 2))),
+    "appended with a bias": (
+        "logit_bias",
+        lambda layer, s: append(s, logit_bias=torch.zeros(2, 1, 2)),
+    ),
+    "appended float lifetimes": (
+        "evict_at",
+        lambda layer, s: append(s, evict_at=torch.zeros(2, 1, 2)),
+    ),
     "appended lifetimes of query heads": (
         "evict_at",
         lambda layer, s: append(s, evict_at=borders([[7] * 4], [[7] * 4])),
@@ -213,7 +252,9 @@ GATES = {
 @torch.no_grad()
 def test_what_a_gate_returns(what, streaming):
     name, wrong = GATES[what]
-    layer = hb.HAMLayer(WIDTH, 4, num_kv_heads=2, selector=hb.TopK(2), gate=lambda x, trace: wrong(trace.beta)).double()
+    layer = hb.HAMLayer(
+        WIDTH, 4, num_kv_heads=2, selector=hb.TopK(2), gate=lambda x, trace: wrong(trace.beta)
+    ).double()
     refuse(name, lambda: layer(X, state=layer.init_state(2) if streaming else None))
 
 
@@ -228,7 +269,10 @@ DECODER = {
     "one row": ("tokens", lambda model: model(TOKENS[0])),
     "beyond the vocabulary": ("tokens", lambda model: model(TOKENS + 1)),
     "negative token": ("tokens", lambda model: model(TOKENS - 1)),
-    "one state for two layers": ("state", lambda model: model(TOKENS, state=model.init_state(1)[:1])),
+    "one state for two layers": (
+        "state",
+        lambda model: model(TOKENS, state=model.init_state(1)[:1]),
+    ),
     "state of one layer": ("state", lambda model: model(TOKENS, state=model.init_state(1)[0])),
     "state batch": ("state", lambda model: model(TOKENS, state=model.init_state(2))),
     "cu_seqlens": ("cu_seqlens", lambda model: model(TOKENS, cu_seqlens=borders(0, 2))),

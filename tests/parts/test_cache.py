@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from parts_cases import close, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,7 +31,9 @@ class Token(NamedTuple):
 
 def keys_of(name, heads, dim):
     """k and v of a token, [heads, dim] each, and its bias."""
-    k = name + 0.25 * torch.arange(heads * dim, dtype=torch.float64).view(heads, dim) / (heads * dim)
+    k = name + 0.25 * torch.arange(heads * dim, dtype=torch.float64).view(heads, dim) / (
+        heads * dim
+    )
     return k, -k, float(name) / 7
 
 
@@ -92,7 +102,11 @@ class Caches(RuleBasedStateMachine):
             own = data.draw(st.integers(0, tokens), "own")
             evict_at[n, own:] = data.draw(st.sampled_from([-1, NEVER]), "padding")
             lives = data.draw(
-                st.lists(st.sampled_from([0, 1, 2, 4, NEVER]), min_size=own * self.heads, max_size=own * self.heads),
+                st.lists(
+                    st.sampled_from([0, 1, 2, 4, NEVER]),
+                    min_size=own * self.heads,
+                    max_size=own * self.heads,
+                ),
                 "lives",
             )
             for t in range(own):
@@ -103,7 +117,9 @@ class Caches(RuleBasedStateMachine):
                     until = min(where + lives[t * self.heads + h], NEVER)
                     evict_at[n, t, h] = until
                     part = slice(h * self.wide, (h + 1) * self.wide)
-                    k[n, t, part], v[n, t, part], bias[n, t, part] = keys_of(self.names, self.wide, 2)
+                    k[n, t, part], v[n, t, part], bias[n, t, part] = keys_of(
+                        self.names, self.wide, 2
+                    )
                     if until > where:
                         plain.rows[n][h][where] = Token(self.names, until)
             plain.seen[n] += own
@@ -119,10 +135,14 @@ class Caches(RuleBasedStateMachine):
                 _ = cache.slabs
             return
         stored = cache.read()
-        q = torch.linspace(-1, 1, position.numel() * self.heads * self.wide * 2, dtype=torch.float64)
+        q = torch.linspace(
+            -1, 1, position.numel() * self.heads * self.wide * 2, dtype=torch.float64
+        )
         q = q.view(*position.shape, self.heads * self.wide, 2)
         shared = False if cache.private else None
-        paged = paged_attention(q, cache.slabs, cache.block_table, query_position=position, shared=shared)
+        paged = paged_attention(
+            q, cache.slabs, cache.block_table, query_position=position, shared=shared
+        )
         plain = selected_attention(
             q,
             stored.k,
@@ -141,13 +161,19 @@ class Caches(RuleBasedStateMachine):
         lists = []
         for n, rows in enumerate(plain.rows):
             for row in rows:
-                chosen = sorted(data.draw(st.sets(st.sampled_from(sorted(row))), "chosen") if row else [])
+                chosen = sorted(
+                    data.draw(st.sets(st.sampled_from(sorted(row))), "chosen") if row else []
+                )
                 for p in chosen:
-                    until = min(row[p].evict_at, plain.seen[n] + data.draw(st.integers(0, 3), "until"))
+                    until = min(
+                        row[p].evict_at, plain.seen[n] + data.draw(st.integers(0, 3), "until")
+                    )
                     row[p] = row[p]._replace(evict_at=until)
                 lists.append([(p, row[p].evict_at) for p in chosen])
         most = max((len(one) for one in lists), default=0)
-        table = torch.tensor([[(-1, -1)] * (most - len(one)) + one for one in lists], dtype=torch.int32)
+        table = torch.tensor(
+            [[(-1, -1)] * (most - len(one)) + one for one in lists], dtype=torch.int32
+        )
         table = table.view(len(plain.seen), self.heads, most, 2).transpose(1, 2)
         plain.evict()
         return hb.Lifetimes(table[..., 0], table[..., 1])
@@ -158,7 +184,9 @@ class Caches(RuleBasedStateMachine):
         spent = handle.cache
         handle.cache, handle.plain = staged.commit(seen), plain
         for old in (spent, staged):
-            with pytest.raises(ValueError, match=r"^state: expected the newest, got one .*fork\(\)"):
+            with pytest.raises(
+                ValueError, match=r"^state: expected the newest, got one .*fork\(\)"
+            ):
                 old.commit(seen)
 
     @rule(handle=handles, data=st.data())
@@ -171,7 +199,7 @@ class Caches(RuleBasedStateMachine):
         following = []
 
         def fails():
-            with hb.transaction():
+            with hb.cache_transaction():
                 following.append(staged.commit(seen))
                 for cache in (staged, *following):
                     with pytest.raises(ValueError, match=r"^state: expected one call"):
@@ -183,13 +211,13 @@ class Caches(RuleBasedStateMachine):
         assert following[0].spent
 
     @rule(one=handles, other=handles, data=st.data())
-    def transaction(self, one, other, data):
+    def cache_transaction(self, one, other, data):
         if one is other:
             return
         changes = [(handle, *self.change(handle, data)) for handle in (one, other)]
-        with hb.transaction():
+        with hb.cache_transaction():
             for handle, staged, seen, plain in changes:
-                with hb.transaction():  # the outer one decides
+                with hb.cache_transaction():  # the outer one decides
                     handle.cache, handle.plain = staged.commit(seen), plain
 
     @rule(target=handles, handle=handles)
@@ -249,7 +277,9 @@ class Caches(RuleBasedStateMachine):
         wanted = (pool.pages + 1) * self.page_size
         if len(handle.plain.seen):
             before = cache.state_dict()
-            with pytest.raises(ValueError, match=r"^max_pages: expected at least \d+ pages .*, got"):
+            with pytest.raises(
+                ValueError, match=r"^max_pages: expected at least \d+ pages .*, got"
+            ):
                 cache.reserve(wanted)
             assert same(before, cache.state_dict())
         pool.max_pages = None
@@ -260,7 +290,8 @@ class Caches(RuleBasedStateMachine):
             stored, plain = handle.cache.read(), handle.plain
             assert handle.cache.seen.tolist() == plain.seen
             assert handle.cache.tokens.tolist() == [
-                [len(rows[h // self.wide]) for h in range(self.heads * self.wide)] for rows in plain.rows
+                [len(rows[h // self.wide]) for h in range(self.heads * self.wide)]
+                for rows in plain.rows
             ]
             for n, rows in enumerate(plain.rows):
                 for h in range(self.heads * self.wide):
@@ -274,7 +305,9 @@ class Caches(RuleBasedStateMachine):
                         assert torch.equal(stored.v[n, got[p], h], v[h % self.wide])
                         assert stored.evict_at[n, got[p], h] == token.evict_at
                         if self.bias:
-                            assert stored.logit_bias[n, got[p], h] == torch.tensor(bias).to(stored.logit_bias.dtype)
+                            assert stored.logit_bias[n, got[p], h] == torch.tensor(bias).to(
+                                stored.logit_bias.dtype
+                            )
             assert not stored.evict_at[stored.position == NEVER].any()
 
     @invariant()
@@ -302,13 +335,18 @@ class Caches(RuleBasedStateMachine):
             assert not pool.evict_at[-2].any()
 
 
-Caches.TestCase.settings = settings(max_examples=max(settings().max_examples * 4, 20), stateful_step_count=20)
+Caches.TestCase.settings = settings(
+    max_examples=max(settings().max_examples * 4, 20), stateful_step_count=20
+)
 TestCaches = Caches.TestCase
 
 
 def test_a_handle_may_die_inside_a_trace():
     cache = hb.KVCache.empty(2, 1, 2, torch.zeros(()), page_size=2)
-    position, evict_at = torch.arange(3).int().expand(2, -1), torch.full((2, 3, 1), NEVER, dtype=torch.int32)
+    position, evict_at = (
+        torch.arange(3).int().expand(2, -1),
+        torch.full((2, 3, 1), NEVER, dtype=torch.int32),
+    )
     cache = cache.append(torch.ones(2, 3, 1, 2), torch.ones(2, 3, 1, 2), position, evict_at).commit(
         torch.tensor([3, 3], dtype=torch.int32)
     )
@@ -325,12 +363,19 @@ def one_row(cache, evict_at, lowered=()):
     seen, tokens = int(cache.seen), len(evict_at)
     if lowered:
         cache = cache.lower(
-            hb.Lifetimes(*(torch.tensor(x, dtype=torch.int32)[None, :, None] for x in zip(*lowered, strict=True)))
+            hb.Lifetimes(
+                *(
+                    torch.tensor(x, dtype=torch.int32)[None, :, None]
+                    for x in zip(*lowered, strict=True)
+                )
+            )
         )
     position = torch.arange(seen, seen + tokens, dtype=torch.int32)
     k = position.double()[None, :, None, None].expand(-1, -1, 1, 2)
     until = torch.tensor(evict_at, dtype=torch.int32)[None, :, None]
-    return cache.append(k, -k, position[None], until).commit(torch.tensor([seen + tokens], dtype=torch.int32))
+    return cache.append(k, -k, position[None], until).commit(
+        torch.tensor([seen + tokens], dtype=torch.int32)
+    )
 
 
 def row_of(cache):
@@ -339,12 +384,20 @@ def row_of(cache):
     there = stored.position[0, :, 0] != NEVER
     assert torch.equal(stored.k[0, there, 0, 0], stored.position[0, there, 0].double())
     assert torch.equal(stored.v[0, there, 0, 1], -stored.position[0, there, 0].double())
-    return dict(zip(stored.position[0, there, 0].tolist(), stored.evict_at[0, there, 0].tolist(), strict=True))
+    return dict(
+        zip(
+            stored.position[0, there, 0].tolist(),
+            stored.evict_at[0, there, 0].tolist(),
+            strict=True,
+        )
+    )
 
 
 def six():
     """Six tokens on three pages."""
-    return one_row(hb.KVCache.empty(1, 1, 2, torch.zeros((), dtype=torch.float64), page_size=2), [NEVER] * 6)
+    return one_row(
+        hb.KVCache.empty(1, 1, 2, torch.zeros((), dtype=torch.float64), page_size=2), [NEVER] * 6
+    )
 
 
 def test_tokens_that_move_take_their_lowered_lifetimes_along():
@@ -354,7 +407,9 @@ def test_tokens_that_move_take_their_lowered_lifetimes_along():
 
 
 @pytest.mark.parametrize("reserve", [0, 4])
-@pytest.mark.parametrize("lowered", [[(0, 6), (1, 6), (5, 9)], [(1, 8)], [(4, 6), (5, 6)], [(n, 6) for n in range(6)]])
+@pytest.mark.parametrize(
+    "lowered", [[(0, 6), (1, 6), (5, 9)], [(1, 8)], [(4, 6), (5, 6)], [(n, 6) for n in range(6)]]
+)
 def test_what_a_fork_does_is_its_own_affair(lowered, reserve):
     cache = six()
     fork = cache.fork()

@@ -8,7 +8,11 @@ import hamblocks as hb
 
 LAYERS = {
     "target": lambda: {"selector": hb.Threshold(hb.TargetFraction(0.5)) | hb.Window(2)},
-    "router": lambda: {"selector": hb.TopK(3) & hb.Window(4), "gate": hb.LearnedRouter(), "memory": hb.Delta()},
+    "router": lambda: {
+        "selector": hb.TopK(3) & hb.Window(4),
+        "gate": hb.LearnedRouter(),
+        "memory": hb.DeltaMemory(),
+    },
 }
 
 
@@ -28,7 +32,9 @@ def test_compiled_is_eager(name, packed):
             leaf = x.clone().requires_grad_()
             result = run(leaf, cu_seqlens=cu_seqlens)
             (result.y * torch.arange(8)).sum().backward()
-            results.append((result, leaf.grad, [weight.grad.clone() for weight in layer.parameters()]))
+            results.append(
+                (result, leaf.grad, [weight.grad.clone() for weight in layer.parameters()])
+            )
         (eager, x_grad, grads), (fused, fused_x_grad, fused_grads) = results
         close(fused.y, eager.y, 1e-5)
         close(fused.stats.score, eager.stats.score, 1e-5)

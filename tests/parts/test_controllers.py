@@ -43,7 +43,11 @@ def test_first_step_places_tau_at_the_quantile(seed, fraction, forwards):
     assert controller.tau.dtype == torch.float32
 
 
-@given(seed=SEEDS, fraction=st.floats(0, 1), pieces=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+@given(
+    seed=SEEDS,
+    fraction=st.floats(0, 1),
+    pieces=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
 def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction, pieces):
     controller = started(0.4, rate=0.3)
     controller.fraction = fraction
@@ -75,7 +79,9 @@ def test_padding_and_empty_pieces_do_not_count():
     assert plain.admitted == padded.admitted
     plain.step()
     padded.step()
-    torch.testing.assert_close(plain.tau, padded.tau, rtol=0, atol=0.02)  # the sample is drawn at other places
+    torch.testing.assert_close(
+        plain.tau, padded.tau, rtol=0, atol=0.02
+    )  # the sample is drawn at other places
 
 
 def test_state_dict_restores_target_and_sample():
@@ -158,7 +164,9 @@ def test_shared_controller_steps_once():
 
 def test_every_controller_of_a_model_is_found():
     inner = hb.TargetFraction(0.5), hb.TargetFraction(0.2), hb.FixedThreshold(0.0)
-    tree = hb.Threshold(inner[0]) & (hb.Window(3) | (hb.Threshold(inner[1]) & hb.Threshold(inner[2])))
+    tree = hb.Threshold(inner[0]) & (
+        hb.Window(3) | (hb.Threshold(inner[1]) & hb.Threshold(inner[2]))
+    )
     layer = hb.HAMLayer(16, 2, selector=tree)
     layer(torch.randn(1, 40, 16))
     hb.step_controllers(torch.nn.Sequential(torch.nn.Linear(2, 2), layer))
@@ -201,7 +209,9 @@ def test_gradient_checkpointing_gives_the_same_tau():
 
 def rank_main(rank, store, out):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
     controller, taus = hb.TargetFraction(0.3), []
     for score in batches():
         # unequal shares: the first rank has a third of the tokens

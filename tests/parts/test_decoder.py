@@ -15,7 +15,9 @@ LAYERS = ["threshold", "router-and", "shared-random", "shared-router-tree"]
 
 def make(seed, names=LAYERS):
     torch.manual_seed(seed)
-    model = hb.Decoder(13, len(names), lambda i: hb.HAMLayer(16, 4, num_kv_heads=2, **CASES[names[i]]()))
+    model = hb.Decoder(
+        13, len(names), lambda i: hb.HAMLayer(16, 4, num_kv_heads=2, **CASES[names[i]]())
+    )
     return model.double().eval()
 
 
@@ -23,7 +25,12 @@ def draw_tokens(seed, *shape):
     return torch.randint(13, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@given(seed=SEEDS, batch=st.integers(1, 2), tokens=st.integers(0, 12), drawn=st.lists(st.integers(0, 12), max_size=4))
+@given(
+    seed=SEEDS,
+    batch=st.integers(1, 2),
+    tokens=st.integers(0, 12),
+    drawn=st.lists(st.integers(0, 12), max_size=4),
+)
 @example(seed=0, batch=2, tokens=12, drawn=[5, *range(5, 12)])
 @example(seed=0, batch=1, tokens=0, drawn=[0])
 @torch.no_grad()
@@ -50,7 +57,10 @@ def test_packed_is_one_by_one(seed, lengths):
     close(packed.logits, torch.cat([one.logits for one in alone], 1))
     # a token counts as kept if it is stored when its own sequence ends
     for layer, stats in enumerate(packed.stats):
-        kept = sum(int((one.stats[layer].evict_at >= length).sum()) for one, length in zip(alone, lengths, strict=True))
+        kept = sum(
+            int((one.stats[layer].evict_at >= length).sum())
+            for one, length in zip(alone, lengths, strict=True)
+        )
         heads = stats.evict_at.shape[2]
         expected = kept / (sum(lengths) * heads) if sum(lengths) else 0.0
         assert stats.keep_fraction().item() == pytest.approx(expected, abs=1e-6)
@@ -61,7 +71,7 @@ def test_packed_is_one_by_one(seed, lengths):
     [
         (lambda: hb.Window(3), 3 / 10),
         (lambda: hb.TopK(4), 4 / 10),
-        (lambda: hb.First(1), 1 / 10),
+        (lambda: hb.FirstTokens(1), 1 / 10),
         (lambda: hb.Window(0), 0.0),
         (lambda: hb.Threshold(float("-inf")), 1.0),
     ],
@@ -92,9 +102,13 @@ def test_layers_are_made_by_index_and_keep_their_own_state():
 
 def test_loss_reaches_every_weight_that_acts():
     model = make(0).train()
-    loss = torch.nn.functional.cross_entropy(model(draw_tokens(0, 2, 12)).logits.flatten(0, 1), draw_tokens(1, 24))
+    loss = torch.nn.functional.cross_entropy(
+        model(draw_tokens(0, 2, 12)).logits.flatten(0, 1), draw_tokens(1, 24)
+    )
     loss.backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters()
+    )
     assert same(model(draw_tokens(0, 2, 12)), model(draw_tokens(0, 2, 12)))
 
 

@@ -9,7 +9,7 @@ from parts_cases import SEEDS, build, close, inputs, over_sizes
 import hamblocks as hb
 from hamblocks.ops import surprise
 
-DIMS = hb.Dims(12, 4, 2, 4)
+DIMS = hb.LayerDims(12, 4, 2, 4)
 
 
 def trace_of(seed, batch, tokens, heads=4, metric=None, begin=0):
@@ -17,7 +17,7 @@ def trace_of(seed, batch, tokens, heads=4, metric=None, begin=0):
     k, v, residual = (torch.randn(batch, tokens, heads, 4, generator=generator) for _ in range(3))
     position = torch.arange(begin, begin + tokens).to(torch.int32).expand(batch, tokens)
     score = None if metric is None else surprise(residual, v, metric=metric)
-    return hb.Trace(k, v, k[..., 0].sigmoid(), None if metric else residual, score, position)
+    return hb.MemoryTrace(k, v, k[..., 0].sigmoid(), None if metric else residual, score, position)
 
 
 def score_of(gate, trace):
@@ -28,7 +28,7 @@ def score_of(gate, trace):
 @example(seed=0, batch=1, tokens=0, cut=0)
 @example(seed=0, batch=1, tokens=1, cut=1)
 def test_random_routing_knows_position_alone(seed, batch, tokens, cut):
-    gate, cut = hb.RandomRouting(seed), min(cut, tokens)
+    gate, cut = hb.RandomGate(seed), min(cut, tokens)
     whole = score_of(gate, trace_of(0, batch, tokens))
     pieces = [trace_of(1, batch, cut), trace_of(2, batch, tokens - cut, begin=cut)]
     assert torch.equal(whole, torch.cat([score_of(gate, piece) for piece in pieces], 1))
@@ -38,7 +38,9 @@ def test_random_routing_knows_position_alone(seed, batch, tokens, cut):
 
 def test_random_routing_is_uniform_and_differs_everywhere():
     tokens = 20_000
-    scores = torch.cat([score_of(hb.RandomRouting(seed), trace_of(0, 1, tokens))[0] for seed in (0, 1, 2**40)], 1)
+    scores = torch.cat(
+        [score_of(hb.RandomGate(seed), trace_of(0, 1, tokens))[0] for seed in (0, 1, 2**40)], 1
+    )
     assert scores.min() >= 0
     assert scores.max() < 1
     # each of 16 bins holds 1250 of 20000 on average, with a standard deviation of 34
@@ -52,9 +54,14 @@ def test_random_routing_is_uniform_and_differs_everywhere():
     assert between.abs().max() < 0.04
 
 
-@given(n=st.integers(1, 6), offset=st.integers(-3, 9), begin=st.integers(0, 9), tokens=st.integers(0, 12))
+@given(
+    n=st.integers(1, 6),
+    offset=st.integers(-3, 9),
+    begin=st.integers(0, 9),
+    tokens=st.integers(0, 12),
+)
 def test_periodic_is_a_stride(n, offset, begin, tokens):
-    score = score_of(hb.Periodic(n, offset), trace_of(0, 2, tokens, begin=begin))
+    score = score_of(hb.PeriodicGate(n, offset), trace_of(0, 2, tokens, begin=begin))
     stride = [float((position - offset) % n == 0) for position in range(begin, begin + tokens)]
     assert score.shape == (2, tokens, 1)
     assert score[0, :, 0].tolist() == score[1, :, 0].tolist() == stride
@@ -78,7 +85,7 @@ def test_prediction_error_is_the_surprise_of_the_residual(metric, shared, size):
     layer.gate = hb.PredictionError(metric)
     if shared:
         del layer.gate
-        layer.gate = hb.Shared(hb.PredictionError(metric))
+        layer.gate = hb.SharedGate(hb.PredictionError(metric))
     assert layer.gate.metric == metric
     score = layer(x).stats.score
     heads = 1 if shared else size.heads[1]
@@ -94,11 +101,11 @@ def test_prediction_error_needs_the_score_it_named():
 
 @pytest.mark.parametrize(
     "gate",
-    [hb.PredictionError(), hb.RandomRouting(), hb.Periodic(2), hb.LearnedRouter()],
+    [hb.PredictionError(), hb.RandomGate(), hb.PeriodicGate(2), hb.LearnedRouter()],
     ids=lambda g: type(g).__name__,
 )
 def test_shared_is_one_column_the_mean_over_heads(gate):
-    shared = hb.Shared(gate)
+    shared = hb.SharedGate(gate)
     shared.build(DIMS)
     x, trace = torch.randn(2, 5, 12), trace_of(0, 2, 5, metric="cosine")
     one, inner = shared(x, trace), gate(x, trace)
@@ -123,7 +130,9 @@ def test_learned_router_scores_with_a_sigmoid_and_biases_with_its_log():
 def test_learned_router_learns_through_the_logit_bias_alone(shared):
     torch.manual_seed(0)
     router = hb.LearnedRouter()
-    layer = hb.HAMLayer(12, 2, selector=hb.Threshold(0.5), gate=hb.Shared(router) if shared else router)
+    layer = hb.HAMLayer(
+        12, 2, selector=hb.Threshold(0.5), gate=hb.SharedGate(router) if shared else router
+    )
     x, weights = torch.randn(1, 9, 12), list(router.parameters())
 
     def gradients():

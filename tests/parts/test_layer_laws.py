@@ -47,8 +47,14 @@ def test_layer_is_memory_and_attention_over_what_it_stored(case, size):
             heads = result.stats.score.shape[2]
             error = (result.stats.score[n] - score.unflatten(1, (heads, -1)).mean(-1)).abs()
             # v - residual leaves a small prediction with the rounding of v: the cosine knows its direction that well
-            blur = torch.finfo(prediction.dtype).eps * oracle.v.norm(dim=-1) / prediction.norm(dim=-1)
-            blur = blur.where(prediction.norm(dim=-1) > 0, 0) if gate.metric == "cosine" else torch.zeros_like(blur)
+            blur = (
+                torch.finfo(prediction.dtype).eps * oracle.v.norm(dim=-1) / prediction.norm(dim=-1)
+            )
+            blur = (
+                blur.where(prediction.norm(dim=-1) > 0, 0)
+                if gate.metric == "cosine"
+                else torch.zeros_like(blur)
+            )
             assert (error <= 1e-10 + 32 * blur.unflatten(1, (heads, -1)).mean(-1)).all()
 
 
@@ -60,7 +66,10 @@ def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case
     everything = everyone_sees(size.tokens, size.heads[1])
     read = []
     layer.attention.register_forward_hook(lambda *call: read.append(call[-1][0]))
-    for tau, visible, evict in ((-math.inf, everything, NEVER), (math.inf, torch.zeros_like(everything), None)):
+    for tau, visible, evict in (
+        (-math.inf, everything, NEVER),
+        (math.inf, torch.zeros_like(everything), None),
+    ):
         layer.selector = hb.Threshold(tau)
         result = layer(x)
         expected = result.stats.position[..., None] if evict is None else torch.tensor(evict)
@@ -95,7 +104,9 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
         state, pieces = layer.init_state(2), []
         for piece in x.split([5, 4, 3], 1):
             y, state, _ = layer(piece, state=state)
-            assert not any(stored.requires_grad for stored in state.cache.read() if stored is not None)
+            assert not any(
+                stored.requires_grad for stored in state.cache.read() if stored is not None
+            )
             pieces.append(y)
         return torch.cat(pieces, 1)
 
@@ -112,7 +123,8 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
         reads = []
         for begin, end in ((0, 5), (5, 9), (9, 12)):
             past = (
-                None if x is None else torch.cat([x[:, :begin].detach(), x[:, begin:]], 1) for x in (k, v, logit_bias)
+                None if x is None else torch.cat([x[:, :begin].detach(), x[:, begin:]], 1)
+                for x in (k, v, logit_bias)
             )
             k_, v_, bias = past
             reads.append(attend(q, k_, v_, evict_at, logit_bias=bias, **rest).out[:, begin:end])

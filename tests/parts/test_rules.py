@@ -14,7 +14,7 @@ from hamblocks import ops
 
 SIZE = Size(0, 2, 12, (4, 2))
 PARTS = {
-    "memory": hb.GatedDelta,
+    "memory": hb.GatedDeltaMemory,
     "gate": hb.LearnedRouter,
     "attention": hb.SelectedAttention,
     "combiner": hb.SoftmaxMix,
@@ -25,14 +25,16 @@ PARTS = {
 def test_two_layers_cannot_share_a_part(name):
     part = PARTS[name]()
     hb.HAMLayer(8, 2, selector=hb.Window(2), **{name: part})
-    with pytest.raises(ValueError, match=rf"^{PARTS[name].__name__}: expected a part of its own.*, got one"):
+    with pytest.raises(
+        ValueError, match=rf"^{PARTS[name].__name__}: expected a part of its own.*, got one"
+    ):
         hb.HAMLayer(8, 2, selector=hb.Window(2), **{name: part})
     with pytest.raises(ValueError, match="expected a part of its own"):
-        part.build(hb.Dims(8, 2, 2, 4))
+        part.build(hb.LayerDims(8, 2, 2, 4))
 
 
 def test_a_refused_layer_spends_no_part():
-    memory = hb.GatedDelta()
+    memory = hb.GatedDeltaMemory()
     with pytest.raises(ValueError, match=r"^combiner: expected a part"):
         hb.HAMLayer(8, 2, selector=hb.Window(2), memory=memory, combiner=hb.GatedSum)
     hb.HAMLayer(8, 2, selector=hb.Window(2), memory=memory)
@@ -59,7 +61,11 @@ def test_decoder_state_dict_reproduces_outputs():
     def make(seed):
         torch.manual_seed(seed)
         return hb.Decoder(
-            11, 2, lambda i: hb.HAMLayer(16, 2, selector=hb.Threshold(hb.TargetFraction(0.5)) | hb.TopK(2))
+            11,
+            2,
+            lambda i: hb.HAMLayer(
+                16, 2, selector=hb.Threshold(hb.TargetFraction(0.5)) | hb.TopK(2)
+            ),
         )
 
     trained, fresh = make(0), make(1)
@@ -98,7 +104,10 @@ class TinyHAM(nn.Module):
 
 def test_custom_gate():
     direction = torch.linspace(-1, 1, 16)
-    layer, x = hb.HAMLayer(16, 2, gate=Vowels(direction), selector=hb.Threshold(0.0)), torch.randn(2, 9, 16)
+    layer, x = (
+        hb.HAMLayer(16, 2, gate=Vowels(direction), selector=hb.Threshold(0.0)),
+        torch.randn(2, 9, 16),
+    )
     result = layer(x)
     assert torch.equal(result.stats.evict_at[..., 0] == ops.NEVER, x @ direction >= 0)
     result.y.sum().backward()
@@ -124,10 +133,16 @@ def test_custom_memory_and_attention():
             seen = total / (position + 1)[..., None, None]
             before = (total - v) / position.clamp(min=1)[..., None, None]
             score = None if metric is None else ops.surprise(v - before, v, metric=metric)
-            return seen, hb.Trace(k, v, torch.ones_like(v[..., 0]), v - before, score, position), total[:, -1:]
+            return (
+                seen,
+                hb.MemoryTrace(k, v, torch.ones_like(v[..., 0]), v - before, score, position),
+                total[:, -1:],
+            )
 
     class Nothing:
-        def __call__(self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None):
+        def __call__(
+            self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None
+        ):
             return torch.zeros_like(q), cache
 
     layer = hb.HAMLayer(8, 2, memory=Mean(), attention=Nothing(), selector=hb.TopK(2)).double()
@@ -156,12 +171,14 @@ def test_autocast_leaves_the_memory_in_float32(case):
     close(whole.y[:, :1].float(), exact.y[:, :1], 0.1)
     whole.y.float().square().sum().backward()
     for weight in layer.parameters():
-        assert weight.grad is None or (weight.grad.dtype == torch.float32 and weight.grad.isfinite().all())
+        assert weight.grad is None or (
+            weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+        )
 
 
 def test_parts_say_what_they_are():
     for part, protocol in (
-        (hb.GatedDelta(), "Memory"),
+        (hb.GatedDeltaMemory(), "Memory"),
         (Parity(), "Gate"),
         (hb.TopK(1), "Selector"),
         (hb.SelectedAttention(), "Attention"),

@@ -17,7 +17,7 @@ from hamblocks.testing import CHECKS, Options, ScorePieces, score_pieces
 LEAF = {
     "top": hb.TopK,
     "window": hb.Window,
-    "first": hb.First,
+    "first": hb.FirstTokens,
     "threshold": hb.Threshold,
     "smallest": Smallest,
     "at least": AtLeast,
@@ -28,7 +28,9 @@ LEAVES = st.one_of(
     st.tuples(st.sampled_from(["window", "first"]), st.integers(0, 6)),
     st.tuples(st.sampled_from(["threshold", "at least"]), TAUS),
 )
-TREES = st.recursive(LEAVES, lambda side: st.tuples(st.sampled_from("|&"), side, side), max_leaves=5)
+TREES = st.recursive(
+    LEAVES, lambda side: st.tuples(st.sampled_from("|&"), side, side), max_leaves=5
+)
 
 
 def grow(tree):
@@ -88,7 +90,7 @@ def test_leaves_by_their_definition():
     never = NEVER
     assert evict_at(hb.Threshold(0.5)) == [never, never, never, 3, never, never]
     assert evict_at(hb.Window(2)) == [2, 3, 4, 5, 6, 7]
-    assert evict_at(hb.First(2)) == [never, never, 2, 3, 4, 5]
+    assert evict_at(hb.FirstTokens(2)) == [never, never, 2, 3, 4, 5]
     # ties go to the earlier token: 0.5 at 2 never enters, 0.9 at 4 pushes out 0.5, 1.0 the later 0.9
     assert evict_at(hb.TopK(2)) == [4, never, 2, 3, 5, never]
     assert evict_at(hb.TopK(2) & hb.Window(3)) == [3, 4, 2, 3, 5, 8]
@@ -101,7 +103,7 @@ def test_leaves_by_their_definition():
         lambda s: s,
         lambda s: s | hb.Window(1),
         lambda s: hb.Window(1) & s,
-        lambda s: hb.TopK(1) | (hb.First(1) & s),
+        lambda s: hb.TopK(1) | (hb.FirstTokens(1) & s),
         lambda s: hb.AllOf(s, AtLeast(0.0)),
     ],
 )
@@ -114,8 +116,8 @@ def test_only_what_revises_lifetimes_has_a_ledger():
     for selector in (
         hb.Threshold(0.0),
         hb.Window(3),
-        hb.First(2),
-        hb.Threshold(0.0) | hb.Window(3) & hb.First(1),
+        hb.FirstTokens(2),
+        hb.Threshold(0.0) | hb.Window(3) & hb.FirstTokens(1),
         AtLeast(0),
     ):
         assert start(selector, 2, 2) is None
@@ -156,7 +158,9 @@ def test_positions_in_a_ledger_are_int32_whatever_they_come_as(selector):
 @pytest.mark.parametrize("selector", LEDGERS)
 def test_what_a_ledger_cannot_take_is_told(selector):
     score, ledger = torch.zeros(1, 5, 2), start(selector, 1, 2)
-    with pytest.raises(ValueError, match=r"^position: expected int32 \[B, T\] beside a ledger, got None$"):
+    with pytest.raises(
+        ValueError, match=r"^position: expected int32 \[B, T\] beside a ledger, got None$"
+    ):
         selector(score, ledger)
     with pytest.raises(ValueError, match=r"^ledger: expected one of k = 3 tokens, got one of 4$"):
         hb.TopK(3)(score, start(hb.TopK(4), 1, 2), position=torch.arange(5)[None])
@@ -191,7 +195,9 @@ def test_a_controller_sees_nan_where_there_is_no_token():
     assert torch.equal(controller.seen[:, 1:], score[:, 1:])
 
 
-@pytest.mark.parametrize("selector", [hb.Threshold(0.5), hb.Window(2), hb.First(1), hb.TopK(1)])
+@pytest.mark.parametrize(
+    "selector", [hb.Threshold(0.5), hb.Window(2), hb.FirstTokens(1), hb.TopK(1)]
+)
 def test_positions_count_without_a_ledger_too(selector):
     score = torch.tensor([0.9, 0.8, 0.7])[None, :, None]
     padded = torch.tensor([[-1, 0, 1]], dtype=torch.int32)

@@ -9,8 +9,28 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
-from parts_cases import CASES, HEADS, SEEDS, Size, build, close, content, cuts, inputs, over_sizes, pack, same
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    precondition,
+    rule,
+)
+from parts_cases import (
+    CASES,
+    HEADS,
+    SEEDS,
+    Size,
+    build,
+    close,
+    content,
+    cuts,
+    inputs,
+    over_sizes,
+    pack,
+    same,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hamblocks as hb
@@ -41,7 +61,9 @@ class Streams(RuleBasedStateMachine):
         self.layer = build(case, Size(seed, 1, 0, heads))
         self.width, self.drawn = 4 * heads[0], torch.Generator().manual_seed(seed)
         self.live = 1
-        return Stream(self.layer.init_state(sequences, page_size=page_size), [self.rows(0)] * sequences)
+        return Stream(
+            self.layer.init_state(sequences, page_size=page_size), [self.rows(0)] * sequences
+        )
 
     def rows(self, tokens):
         return torch.randn(tokens, self.width, generator=self.drawn, dtype=torch.float64)
@@ -71,7 +93,11 @@ class Streams(RuleBasedStateMachine):
         before = [len(row) for row in stream.seen]
         pieces = [self.rows(tokens) for _ in before]
         stream.seen = [torch.cat(pair) for pair in zip(stream.seen, pieces, strict=True)]
-        x = torch.stack(pieces) if pieces else torch.zeros(0, tokens, self.width, dtype=torch.float64)
+        x = (
+            torch.stack(pieces)
+            if pieces
+            else torch.zeros(0, tokens, self.width, dtype=torch.float64)
+        )
         y, state, stats = self.layer.prefill(x, stream.state)
         self.compare(stream, before, y, stats, state)
 
@@ -86,7 +112,8 @@ class Streams(RuleBasedStateMachine):
         x, cu_seqlens = pack(pieces)
         y, state, stats = self.layer.prefill(x, stream.state, cu_seqlens=cu_seqlens)
         y, score, evict_at = (
-            part[0].tensor_split(cu_seqlens[1:-1].long()) for part in (y, stats.score, stats.evict_at)
+            part[0].tensor_split(cu_seqlens[1:-1].long())
+            for part in (y, stats.score, stats.evict_at)
         )
         self.compare(stream, before, y, stats._replace(score=score, evict_at=evict_at), state)
 
@@ -115,7 +142,9 @@ class Streams(RuleBasedStateMachine):
         old = stream.state
         self.prefill(stream, 1)
         with pytest.raises(ValueError, match=r"^state: expected the newest, got one .*fork\(\)"):
-            self.layer.prefill(torch.zeros(len(stream.seen), 1, self.width, dtype=torch.float64), old)
+            self.layer.prefill(
+                torch.zeros(len(stream.seen), 1, self.width, dtype=torch.float64), old
+            )
 
     @rule(stream=streams, data=st.data())
     def reorder(self, stream, data):
@@ -137,21 +166,27 @@ class Streams(RuleBasedStateMachine):
         back = data.draw(st.sampled_from(stream.marks))
         position = torch.tensor([len(row) for row in back])
         # of checkpoints at the same position, the last counts
-        last = max(i for i, mark in enumerate(stream.marks) if [len(r) for r in mark] == position.tolist())
+        last = max(
+            i for i, mark in enumerate(stream.marks) if [len(r) for r in mark] == position.tolist()
+        )
         stream.state = stream.state.crop(position)
         stream.seen, stream.marks = list(stream.marks[last]), stream.marks[: last + 1]
 
     @rule(stream=streams)
     def no_such_checkpoint(self, stream):
         if stream.seen:
-            with pytest.raises(ValueError, match=r"^position: expected one that checkpoint\(\) recorded .*, got"):
+            with pytest.raises(
+                ValueError, match=r"^position: expected one that checkpoint\(\) recorded .*, got"
+            ):
                 stream.state.crop(10_000)
 
     @rule(stream=streams, data=st.data())
     def reset(self, stream, data):
         gone = [data.draw(st.booleans()) for _ in stream.seen]
         stream.state = self.layer.reset(stream.state, torch.tensor(gone, dtype=torch.bool))
-        stream.seen = [self.rows(0) if which else row for which, row in zip(gone, stream.seen, strict=True)]
+        stream.seen = [
+            self.rows(0) if which else row for which, row in zip(gone, stream.seen, strict=True)
+        ]
         stream.marks = []
 
     @rule(stream=streams, how=st.sampled_from(["to", "deepcopy", "load_state"]))
@@ -177,7 +212,9 @@ class Streams(RuleBasedStateMachine):
                 self.layer.prefill(x, stream.state)
 
 
-Streams.TestCase.settings = settings(max_examples=max(settings().max_examples * 2, 20), stateful_step_count=12)
+Streams.TestCase.settings = settings(
+    max_examples=max(settings().max_examples * 2, 20), stateful_step_count=12
+)
 TestStreams = Streams.TestCase
 
 
@@ -199,10 +236,12 @@ def prefilled(layer, tokens, *, sequences=1, piece=1024):
 @pytest.mark.parametrize("shared", [False, True])
 def test_bytes_follow_what_is_kept(fraction, shared):
     if shared:  # one row of pages for all heads
-        gate = hb.Periodic(round(1 / fraction) if fraction else 10**6, 5)
+        gate = hb.PeriodicGate(round(1 / fraction) if fraction else 10**6, 5)
         layer = layer_of(hb.Threshold(0.5), gate=gate)
     else:
-        layer = layer_of(hb.Threshold(float("inf") if fraction == 0 else 1 - fraction), gate=hb.RandomRouting())
+        layer = layer_of(
+            hb.Threshold(float("inf") if fraction == 0 else 1 - fraction), gate=hb.RandomGate()
+        )
     state, tokens = prefilled(layer, 4096, sequences=2), 4096
     cache, rows = state.cache, state.cache.sequences * state.cache.row_heads
     assert cache.row_heads == (1 if shared else 4)
@@ -213,7 +252,9 @@ def test_bytes_follow_what_is_kept(fraction, shared):
     assert cache.nbytes + ledgers <= kept * full + rows * cache.page_size * cache.token_nbytes
     assert cache.nbytes >= kept * full
     assert cache.capacity_nbytes >= cache.nbytes
-    assert cache.capacity_nbytes <= 1.6 * cache.nbytes + 2 * 17 * cache.page_size * cache.token_nbytes
+    assert (
+        cache.capacity_nbytes <= 1.6 * cache.nbytes + 2 * 17 * cache.page_size * cache.token_nbytes
+    )
 
 
 def test_bytes_stop_growing_with_a_top_k():
@@ -224,7 +265,9 @@ def test_bytes_stop_growing_with_a_top_k():
         for _ in range(12):
             _, state, _ = layer.prefill(torch.randn(2, 256, 32, generator=generator), state)
             bytes_at.append((state.nbytes, state.cache.capacity_nbytes))
-        assert len({used for used, _ in bytes_at[1:]}) <= 2  # the window and the best overlap more or less
+        assert (
+            len({used for used, _ in bytes_at[1:]}) <= 2
+        )  # the window and the best overlap more or less
         assert len({capacity for _, capacity in bytes_at[3:]}) == 1
         for _ in range(40):
             _, state, _ = layer.decode(torch.randn(2, 32, generator=generator), state)
@@ -283,10 +326,16 @@ def test_low_precision_pieces_are_one_pass_within_the_budget(case, dtype, size, 
         pieces.append(y)
     right = exact(x.double()).y
     own = 0.0
-    for seed in range(4):  # one pass is one sample of its own error; inputs moved by a rounding give others
+    for seed in range(
+        4
+    ):  # one pass is one sample of its own error; inputs moved by a rounding give others
         generator = torch.Generator().manual_seed(seed)
-        step = torch.finfo(dtype).eps * (2 * torch.rand(x.shape, generator=generator) - 1) * (seed > 0)
-        own = max(own, float((layer((x.double() * (1 + step)).to(dtype)).y.double() - right).norm()))
+        step = (
+            torch.finfo(dtype).eps * (2 * torch.rand(x.shape, generator=generator) - 1) * (seed > 0)
+        )
+        own = max(
+            own, float((layer((x.double() * (1 + step)).to(dtype)).y.double() - right).norm())
+        )
     assert_close(torch.cat(pieces, 1), right, "y", own=own)
 
 
@@ -298,7 +347,9 @@ def test_beams_are_one_pass(case):
     generator = torch.Generator().manual_seed(0)
     histories = list(torch.randn(2, 9, 16, generator=generator, dtype=torch.float64))
     _, state, _ = layer.prefill(torch.stack(histories), layer.init_state(2, page_size=4))
-    for step, index in enumerate([[0, 0, 1, 0, 1], [4, 4, 0, 1, 2], [2, 1, 0, 0, 3], [3, 3, 3, 4, 4]]):
+    for step, index in enumerate(
+        [[0, 0, 1, 0, 1], [4, 4, 0, 1, 2], [2, 1, 0, 0, 3], [3, 3, 3, 4, 4]]
+    ):
         state = state.reorder(torch.tensor(index))
         x = torch.randn(5, 1 + step % 2, 16, generator=generator, dtype=torch.float64)
         histories = [torch.cat([histories[i], own]) for i, own in zip(index, x, strict=True)]
@@ -311,7 +362,8 @@ def test_beams_are_one_pass(case):
 
 
 @pytest.mark.parametrize(
-    "modes", list(itertools.product([torch.no_grad, torch.inference_mode, torch.enable_grad], repeat=2))
+    "modes",
+    list(itertools.product([torch.no_grad, torch.inference_mode, torch.enable_grad], repeat=2)),
 )
 def test_a_state_goes_on_in_another_mode(modes):
     size = Size(0, 2, 12, (4, 2))
@@ -323,7 +375,10 @@ def test_a_state_goes_on_in_another_mode(modes):
         state.reserve(2)
         for t in range(6, 12):
             y, state, _ = layer.decode(x[:, t], state)
-        layer.decode(x[:, 6], layer.reset(state.crop(6).reorder(torch.tensor([1, 0])), torch.tensor([True, False])))
+        layer.decode(
+            x[:, 6],
+            layer.reset(state.crop(6).reorder(torch.tensor([1, 0])), torch.tensor([True, False])),
+        )
     close(y.clone(), layer(x).y[:, -1])
 
 
@@ -353,7 +408,16 @@ def test_checkpoints_of_a_fork_are_its_own_and_others_may_begin_anew(case):
 class NoWaiting(TorchDispatchMode):
     """Refuses whatever would read a value off the device."""
 
-    WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero")
+    WAITS = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_unique2",
+        "equal",
+        "is_nonzero",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.__name__.split(".")[0] not in self.WAITS, f"{func} waits for the device"
@@ -368,15 +432,23 @@ def test_decode_with_reserved_pages_never_waits_for_the_device(case, monkeypatch
     whole = layer(x).y
     _, state, _ = layer.prefill(x[:, :20], layer.init_state(3, page_size=4))
     state.reserve(10)
-    before = [slab[0].data_ptr() for slab in state.cache._pool.keys], state.cache._rows.lease.table.data_ptr()
+    before = (
+        [slab[0].data_ptr() for slab in state.cache._pool.keys],
+        state.cache._rows.lease.table.data_ptr(),
+    )
     steps = []
     with monkeypatch.context() as patch, NoWaiting():
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # then no value is looked at for a check
+        patch.setattr(
+            torch.compiler, "is_compiling", lambda: True
+        )  # then no value is looked at for a check
         for t in range(20, 30):
             y, state, _ = layer.decode(x[:, t], state)
             steps.append(y)
     close(torch.stack(steps, 1), whole[:, 20:])
-    assert before == ([slab[0].data_ptr() for slab in state.cache._pool.keys], state.cache._rows.lease.table.data_ptr())
+    assert before == (
+        [slab[0].data_ptr() for slab in state.cache._pool.keys],
+        state.cache._rows.lease.table.data_ptr(),
+    )
     # and on, where the reserve is used up
     y, state, _ = layer.decode(x[:, 0], state)
     close(y, layer(torch.cat([x, x[:, :1]], 1)).y[:, -1])
@@ -395,7 +467,8 @@ def test_too_few_pages_change_nothing():
         lambda: state.reserve(1000),
     ):
         with pytest.raises(
-            ValueError, match=r"^max_pages: expected at least \d+ pages \(40 in use and \d+ more\), got 40$"
+            ValueError,
+            match=r"^max_pages: expected at least \d+ pages \(40 in use and \d+ more\), got 40$",
         ):
             call()
         assert same(saved, state.state_dict())
@@ -409,7 +482,7 @@ PREFILL = """
 import resource, sys, torch
 import hamblocks as hb
 torch.manual_seed(0)
-layer = hb.HAMLayer(128, 2, gate=hb.RandomRouting(), selector=hb.Threshold({tau})).eval()
+layer = hb.HAMLayer(128, 2, gate=hb.RandomGate(), selector=hb.Threshold({tau})).eval()
 state, x = layer.init_state(1), torch.randn(1, 4096, 128)
 with torch.no_grad():
     layer.prefill(x)
@@ -424,7 +497,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, state.cache.n
 def test_memory_of_a_long_prefill_follows_what_is_kept():
     def peak(tau, pieces=25):
         code = PREFILL.format(tau=tau, pieces=pieces)
-        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
         return [int(number) for number in run.stdout.split()]
 
     (nothing, _, tokens), (tenth, kept, _) = peak("float('inf')"), peak(0.9)

@@ -29,7 +29,13 @@ def under(seed: int) -> tuple[int, int, list[str]]:
     for one in checks():
         try:
             one.check(
-                one.part, options=one.options, profile="ci", seed=seed, shrink=False, edges=False, called=one.called
+                one.part,
+                options=one.options,
+                profile="ci",
+                seed=seed,
+                shrink=False,
+                edges=False,
+                called=one.called,
             )
         except AssertionError as error:
             failed.append(str(error))
@@ -41,7 +47,10 @@ def main() -> None:
     begin, alarms = time.perf_counter(), 0
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for seed, ran, failed in pool.imap_unordered(under, range(1, SEEDS + 1)):
-            print(f"seed {seed}: {ran} checks, {len(failed)} failed, {time.perf_counter() - begin:.0f} s", flush=True)
+            print(
+                f"seed {seed}: {ran} checks, {len(failed)} failed, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
             alarms += len(failed)
             for message in failed:
                 print(message, flush=True)

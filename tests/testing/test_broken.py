@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from broken import BROKEN, Broken, attentions, combiners, controllers, gates, layers, memories, ops, selectors
+from broken import (
+    BROKEN,
+    Broken,
+    attentions,
+    combiners,
+    controllers,
+    gates,
+    layers,
+    memories,
+    ops,
+    selectors,
+)
 
 from hamblocks.testing import CHECKS, CheckFailed, OpImplementation, Options
 from hamblocks.testing.suite import BY_NAME, settled
@@ -31,7 +42,9 @@ def run(check: str, part: Any) -> None:
     BY_NAME[check](part, options=options, profile="ci", shrink=False)
 
 
-@pytest.mark.parametrize("one", BROKEN, ids=lambda one: f"{one.check.removeprefix('check_')}-{one.name}")
+@pytest.mark.parametrize(
+    "one", BROKEN, ids=lambda one: f"{one.check.removeprefix('check_')}-{one.name}"
+)
 def test_a_broken_part_is_rejected_by_the_check_that_is_meant_for_it(one: Broken) -> None:
     with pytest.raises(CheckFailed) as caught:
         run(one.check, part_of(one))

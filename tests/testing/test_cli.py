@@ -92,7 +92,10 @@ def test_json_is_all_there_is_on_stdout() -> None:
         1,
     )
     outcomes = {one["check"]: one["outcome"] for one in told["results"]}
-    assert outcomes == {"check_gate_is_causal": "fail", "check_gate_is_built_once": "not applicable"}
+    assert outcomes == {
+        "check_gate_is_causal": "fail",
+        "check_gate_is_built_once": "not applicable",
+    }
     assert "check_gate_is_causal" in told["results"][0]["reason"]
 
 
@@ -103,7 +106,9 @@ def test_the_line_of_a_failure_repeats_it() -> None:
 
     from hamblocks import testing
 
-    names = {name: getattr(testing, name) for name in ("check_gate_is_causal", "PartInputs", "Dims")}
+    names = {
+        name: getattr(testing, name) for name in ("check_gate_is_causal", "PartInputs", "Dims")
+    }
     import mine
 
     with pytest.raises(testing.CheckFailed, match="check_gate_is_causal"):
@@ -116,20 +121,34 @@ def test_sizes_and_dtypes_of_parts_that_take_one_only() -> None:
     right = ("--dims", "6,2,1,3", "--dtypes", "float32")
     result = run("check", "gate", "mine:Fixed", *right)
     assert result.exit_code == 0, result.output
-    layer = run("check", "layer", "mine:Plain", "--dims", "6,1,1,6", "--only", "check_layer_is_causal")
+    layer = run(
+        "check", "layer", "mine:Plain", "--dims", "6,1,1,6", "--only", "check_layer_is_causal"
+    )
     assert layer.exit_code == 0, layer.output
 
 
 def test_ops_of_ones_own_and_of_ours() -> None:
-    few = ("--only", "check_op_seeing_nothing_is_zero", "--only", "check_op_float32_is_the_reference")
+    few = (
+        "--only",
+        "check_op_seeing_nothing_is_zero",
+        "--only",
+        "check_op_float32_is_the_reference",
+    )
     assert run("check", "op", "mine:attend", "--like", "selected_attention", *few).exit_code == 0
     late = run("check", "op", "mine:late", "--like", "selected_attention", *few)
     assert late.exit_code == 1
-    assert "again: check_op_seeing_nothing_is_zero(OpImplementation(selected_attention, late), " in late.output
+    assert (
+        "again: check_op_seeing_nothing_is_zero(OpImplementation(selected_attention, late), "
+        in late.output
+    )
     ours = run("check", "op", "hamblocks.ops:select_topk", "--only", "check_op_is_causal")
     assert ours.exit_code == 0
-    one = run("check", "op", "hamblocks.ops:selected_attention", "--impl", "gather", "--json", *few[:2])
-    assert [told["part"] for told in json.loads(one.stdout)] == ["OpImplementation(selected_attention, impl='gather')"]
+    one = run(
+        "check", "op", "hamblocks.ops:selected_attention", "--impl", "gather", "--json", *few[:2]
+    )
+    assert [told["part"] for told in json.loads(one.stdout)] == [
+        "OpImplementation(selected_attention, impl='gather')"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,15 +158,27 @@ def test_ops_of_ones_own_and_of_ours() -> None:
         (["gait", "mine:Written"], "kind: expected one of gate"),
         (["gate", "mine"], "target: expected package.module:expression"),
         (["gate", "nowhere:Written"], "target: expected a module that can be imported"),
-        (["gate", "mine:Missing"], "target: expected an expression that makes a part in mine (NameError"),
-        (["gate", "mine:Written", "--only", "check_it"], "only: expected names of checks of a gate"),
-        (["gate", "mine:Written", "--profile", "fast"], "profile: expected one of dev, ci, nightly"),
+        (
+            ["gate", "mine:Missing"],
+            "target: expected an expression that makes a part in mine (NameError",
+        ),
+        (
+            ["gate", "mine:Written", "--only", "check_it"],
+            "only: expected names of checks of a gate",
+        ),
+        (
+            ["gate", "mine:Written", "--profile", "fast"],
+            "profile: expected one of dev, ci, nightly",
+        ),
         (["gate", "mine:Written", "--dims", "8"], "dims: expected hidden_size,num_heads"),
         (["gate", "mine:Written", "--dtypes", "float31"], "dtypes: expected names of torch dtypes"),
         (["gate", "mine:Written", "--impl", "gather"], "impl: expected None for a gate"),
         (["op", "mine:attend", "--like", "attention"], "like: expected the name of an op"),
         (["op", "mine:attend"], "like: expected one of gated_delta_rule"),
-        (["op", "hamblocks.ops:selected_attention", "--impl", "quick"], "impl: expected one of triton, gather"),
+        (
+            ["op", "hamblocks.ops:selected_attention", "--impl", "quick"],
+            "impl: expected one of triton, gather",
+        ),
         (["layer", "mine:Plain"], "dims: expected the sizes of a layer"),
         (["--against", "missing.json"], "against: expected a file that hamblocks record wrote"),
         (["--against", "mine.py"], "against: expected a file that hamblocks record wrote"),
@@ -164,7 +195,7 @@ def test_bad_usage_is_told_in_one_line(arguments: list[str], message: str) -> No
 PARTS = [
     ("gate", "mine:Written"),
     ("gate", "hamblocks:LearnedRouter()"),
-    ("memory", "hamblocks:GatedDelta()"),
+    ("memory", "hamblocks:GatedDeltaMemory()"),
     ("selector", "hamblocks:TopK(3) | Window(2)"),
     ("controller", "hamblocks:TargetFraction(0.3)"),
     ("attention", "hamblocks:SelectedAttention()"),
@@ -187,7 +218,13 @@ def test_what_was_recorded_is_what_is_said_again(tmp_path: Path, kind: str, targ
 
 def changed(value: Any) -> Any:
     """Another number, by more than rounding explains."""
-    return 7 if isinstance(value, int) else value + abs(value) + 1 if isinstance(value, float) else "nan"
+    return (
+        7
+        if isinstance(value, int)
+        else value + abs(value) + 1
+        if isinstance(value, float)
+        else "nan"
+    )
 
 
 @pytest.mark.parametrize(("kind", "target"), PARTS, ids=[target for _, target in PARTS])
@@ -201,7 +238,10 @@ def test_every_result_that_changes_is_told(tmp_path: Path, kind: str, target: st
                 continue
             other = json.loads(json.dumps(told))
             values = other["cases"][number]["results"][name]["values"]
-            at = max(range(len(values)), key=lambda i: abs(values[i]) if isinstance(values[i], (int, float)) else 0)
+            at = max(
+                range(len(values)),
+                key=lambda i: abs(values[i]) if isinstance(values[i], (int, float)) else 0,
+            )
             values[at] = changed(values[at])
             path.write_text(json.dumps(other))
             result = run("check", "--against", str(path), "--json")
@@ -222,7 +262,7 @@ def test_a_later_version_is_compared(tmp_path: Path) -> None:
     assert "3 results differ" not in result.output  # bfloat16 has no third digit
     other = run("check", "gate", "mine:Written", "--against", str(path))
     assert "weights: expected ['weight'], got []" in other.output
-    assert run("check", "memory", "hamblocks:Delta()", "--against", str(path)).exit_code == 2
+    assert run("check", "memory", "hamblocks:DeltaMemory()", "--against", str(path)).exit_code == 2
 
 
 def test_ops_are_recorded_by_implementation(tmp_path: Path) -> None:
@@ -233,7 +273,16 @@ def test_ops_are_recorded_by_implementation(tmp_path: Path) -> None:
         both.output.replace("│", " ").split()
     )
     assert (
-        run("record", "op", "hamblocks.ops:selected_attention", "--impl", "gather", "--out", str(path)).exit_code == 0
+        run(
+            "record",
+            "op",
+            "hamblocks.ops:selected_attention",
+            "--impl",
+            "gather",
+            "--out",
+            str(path),
+        ).exit_code
+        == 0
     )
     assert run("check", "--against", str(path)).exit_code == 0
     assert run("check", "op", "mine:attend", "--against", str(path)).exit_code == 0

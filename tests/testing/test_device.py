@@ -33,7 +33,9 @@ def test_checks_of_what_runs_elsewhere(check: object) -> None:
 
 def test_tensors_lie_there_as_they_lay_here() -> None:
     call = AttentionInputs(tokens=5, layout="transposed").tensors() | {"scale": 0.5}
-    for name, x in OpImplementation(selected_attention, impl="gather", device="cpu:0").moved(call).items():
+    for name, x in (
+        OpImplementation(selected_attention, impl="gather", device="cpu:0").moved(call).items()
+    ):
         if isinstance(x, Tensor):
             assert x is not call[name]
             assert x.stride() == call[name].stride()
@@ -57,7 +59,9 @@ def test_inputs_that_change_there_are_noticed() -> None:
 def test_what_runs_nowhere_here_is_not_applicable() -> None:
     """Without a GPU and without the interpreter, Triton is refused in every case, and no check fails for that."""
     with patch("hamblocks_ops.dispatch.interpreting", lambda: False):
-        run = CliRunner().invoke(app, ["check", "op", "hamblocks.ops:surprise", "--impl", "triton", "--json"])
+        run = CliRunner().invoke(
+            app, ["check", "op", "hamblocks.ops:surprise", "--impl", "triton", "--json"]
+        )
     assert run.exit_code == 0, run.output
     (told,) = json.loads(run.stdout)
     assert len(told["results"]) == len(ops.CHECKS)
@@ -73,8 +77,13 @@ def _uncached() -> Iterator[None]:
 
 
 def test_messages_name_the_device() -> None:
-    assert repr(ELSEWHERE[0]) == "OpImplementation(selected_attention, impl='gather', device='cpu:0')"
-    assert repr(OpImplementation(selected_attention)) == "OpImplementation(selected_attention, impl='auto')"
+    assert (
+        repr(ELSEWHERE[0]) == "OpImplementation(selected_attention, impl='gather', device='cpu:0')"
+    )
+    assert (
+        repr(OpImplementation(selected_attention))
+        == "OpImplementation(selected_attention, impl='auto')"
+    )
     assert check_op(OpImplementation(select_window, device="cpu:0"), only=["check_op_is_causal"])
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hamblocks import testing
 from hamblocks.testing import (
-    Dims,
     FilledMemory,
+    LayerDims,
     PartInputs,
     Problem,
     assert_close,
@@ -52,7 +52,10 @@ def test_another_order_of_the_same_sum_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("got", "message"),
     [
-        ({"total": X.sum() * (1 + 1e-12)}, r"total \[\]: norm-relative error 1.00e-12, allowed is twice what rounding"),
+        (
+            {"total": X.sum() * (1 + 1e-12)},
+            r"total \[\]: norm-relative error 1.00e-12, allowed is twice what rounding",
+        ),
         ({"total": X.sum().float()}, r"total: torch.float32 here, torch.float64 there"),
         ({"total": X.sum()[None]}, r"total: \[1\] here, \[\] there"),
         ({"sum": X.sum()}, r"\['sum'\] here, \['total'\] there"),
@@ -118,7 +121,9 @@ ROUNDED = {
     "matrix": lambda: X[None].mm(X[:, None]),
     "sum": lambda: X.sum(),
     "softmax": lambda: X.softmax(0),
-    "solution": lambda: torch.linalg.solve_triangular(LOWER, X[:3, None], upper=False, unitriangular=True),
+    "solution": lambda: torch.linalg.solve_triangular(
+        LOWER, X[:3, None], upper=False, unitriangular=True
+    ),
 }
 
 
@@ -162,7 +167,10 @@ def test_a_wrong_implementation_is_far_from_the_reference() -> None:
         return score if impl == "reference" else score * (1 + 1e-5)
 
     problem = Problem(op, case.tensors())
-    with pytest.raises(AssertionError, match=r"^mine: result .*norm-relative error .*the reference's own .*worst at"):
+    with pytest.raises(
+        AssertionError,
+        match=r"^mine: result .*norm-relative error .*the reference's own .*worst at",
+    ):
         assert_close_to_reference(problem, "mine")
 
 
@@ -246,7 +254,7 @@ def test_layouts_hold_the_same_numbers() -> None:
 
 def test_cases_say_only_what_differs() -> None:
     assert repr(PartInputs()) == "PartInputs()"
-    dims = Dims(4, 1, 1, 4)
+    dims = LayerDims(4, 1, 1, 4)
     assert repr(PartInputs(dims=dims, seed=3)) == (
-        "PartInputs(dims=Dims(hidden_size=4, num_heads=1, num_kv_heads=1, head_dim=4), seed=3)"
+        "PartInputs(dims=LayerDims(hidden_size=4, num_heads=1, num_kv_heads=1, head_dim=4), seed=3)"
     )

@@ -8,7 +8,7 @@ import parts_cases
 from parts_cases import CASES, AtLeast, Loudness, Parity, Size, Smallest, Sum
 
 import hamblocks as hb
-from hamblocks.testing import Dims, parametrize_with_checks
+from hamblocks.testing import LayerDims, parametrize_with_checks
 from hamblocks.testing.ops import OPS
 
 
@@ -30,10 +30,10 @@ def test_ops(check: Any) -> None:
         hb.PredictionError("l2"),
         hb.LearnedRouter(),
         hb.LearnedRouter(3),
-        hb.RandomRouting(1),
-        hb.Periodic(3, 1),
-        hb.Shared(hb.LearnedRouter()),
-        hb.Shared(hb.PredictionError()),
+        hb.RandomGate(1),
+        hb.PeriodicGate(3, 1),
+        hb.SharedGate(hb.LearnedRouter()),
+        hb.SharedGate(hb.PredictionError()),
         Parity(),
         Loudness(),
     ],
@@ -50,7 +50,7 @@ def test_small_parts(check: Any) -> None:
         hb.Threshold(trained()),
         hb.Window(3),
         hb.Window(0),
-        hb.First(2),
+        hb.FirstTokens(2),
         hb.TopK(3),
         hb.TopK(0),
         hb.Threshold(0.25) | hb.Window(3),
@@ -66,10 +66,10 @@ def test_selectors(check: Any) -> None:
 
 @parametrize_with_checks(
     memories=[
-        hb.GatedDelta(),
-        hb.GatedDelta(negative_eigenvalues=True, impl="reference"),
-        hb.Delta(),
-        hb.Delta(conv_size=1, negative_eigenvalues=True),
+        hb.GatedDeltaMemory(),
+        hb.GatedDeltaMemory(allow_neg_eigval=True, impl="reference"),
+        hb.DeltaMemory(),
+        hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
         hb.NoMemory(),
     ],
     attentions=[
@@ -83,7 +83,7 @@ def test_memory_and_attention(check: Any) -> None:
     check()
 
 
-@parametrize_with_checks(combiners=[Sum()], dims=Dims(8, 2, 1, 4))
+@parametrize_with_checks(combiners=[Sum()], dims=LayerDims(8, 2, 1, 4))
 def test_a_combiner_of_one_width(check: Any) -> None:
     check()
 

@@ -17,12 +17,16 @@ PART = GATES + "from hamblocks.testing import parametrize_with_checks\n"
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.delenv("CI", raising=False)
-    pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider -m 'not hamblocks_slow'\n")
+    pytester.makeini(
+        "[pytest]\naddopts = --strict-markers -p no:cacheprovider -m 'not hamblocks_slow'\n"
+    )
     return pytester
 
 
 def test_three_lines_check_a_part(suite: pytest.Pytester) -> None:
-    suite.makepyfile(PART + "\n@parametrize_with_checks(gates=[Written()])\ndef test_mine(check):\n    check()\n")
+    suite.makepyfile(
+        PART + "\n@parametrize_with_checks(gates=[Written()])\ndef test_mine(check):\n    check()\n"
+    )
     result = suite.runpytest("-v")
     counts = result.parseoutcomes()
     assert set(counts) == {"passed", "deselected"}
@@ -33,7 +37,10 @@ def test_three_lines_check_a_part(suite: pytest.Pytester) -> None:
 def test_the_three_lines_of_the_guide(suite: pytest.Pytester) -> None:
     guide = (Path(__file__).parents[2] / "docs/guide/testing.md").read_text(encoding="utf-8")
     part, test = re.findall(r"^```python\n(.*?)^```$", guide, re.M | re.S)[:2]
-    code = [[line for line in block.splitlines() if line and "import" not in line] for block in (part, test)]
+    code = [
+        [line for line in block.splitlines() if line and "import" not in line]
+        for block in (part, test)
+    ]
     assert len(code[0]) <= 8
     assert len(code[1]) == 3
     suite.makepyfile(part + test)
@@ -41,8 +48,12 @@ def test_the_three_lines_of_the_guide(suite: pytest.Pytester) -> None:
     assert set(counts) == {"passed", "deselected"}
 
 
-def test_a_failure_names_the_check_and_shows_one_line_that_repeats_it(suite: pytest.Pytester) -> None:
-    suite.makepyfile(PART + "\n@parametrize_with_checks(gates=[Peeks()])\ndef test_mine(check):\n    check()\n")
+def test_a_failure_names_the_check_and_shows_one_line_that_repeats_it(
+    suite: pytest.Pytester,
+) -> None:
+    suite.makepyfile(
+        PART + "\n@parametrize_with_checks(gates=[Peeks()])\ndef test_mine(check):\n    check()\n"
+    )
     result = suite.runpytest()
     assert result.ret == 1
     result.stdout.fnmatch_lines(
@@ -75,7 +86,8 @@ def test_expected_failures_fail_as_expected(suite: pytest.Pytester) -> None:
 
 def test_an_expected_failure_that_passes_is_an_error(suite: pytest.Pytester) -> None:
     suite.makepyfile(
-        PART + "\n@parametrize_with_checks(gates=[Written()], expected_failures={'check_gate_is_causal': 'why'})\n"
+        PART
+        + "\n@parametrize_with_checks(gates=[Written()], expected_failures={'check_gate_is_causal': 'why'})\n"
         "def test_mine(check):\n    check()\n"
     )
     result = suite.runpytest()
@@ -95,15 +107,28 @@ def test_an_expected_failure_with_another_error_is_an_error(suite: pytest.Pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("gates=[Written()], expected_failures={'check_gate_is_casual': 'why'}", "check_gate_is_casual"),
-        ("gates=[Written()], expected_failures={'check_gate_is_built_once': 'why'}", "it has no build"),
-        ("gates=[Written()], expected_failures={'check_layer_is_causal': 'why'}", "check_layer_is_causal"),
+        (
+            "gates=[Written()], expected_failures={'check_gate_is_casual': 'why'}",
+            "check_gate_is_casual",
+        ),
+        (
+            "gates=[Written()], expected_failures={'check_gate_is_built_once': 'why'}",
+            "it has no build",
+        ),
+        (
+            "gates=[Written()], expected_failures={'check_layer_is_causal': 'why'}",
+            "check_layer_is_causal",
+        ),
         ("", "parts: expected at least one"),
         ("layers=[Written()]", "dims: expected the sizes of a layer"),
     ],
 )
-def test_bad_arguments_are_told_at_collection(suite: pytest.Pytester, arguments: str, message: str) -> None:
-    suite.makepyfile(PART + f"\n@parametrize_with_checks({arguments})\ndef test_mine(check):\n    check()\n")
+def test_bad_arguments_are_told_at_collection(
+    suite: pytest.Pytester, arguments: str, message: str
+) -> None:
+    suite.makepyfile(
+        PART + f"\n@parametrize_with_checks({arguments})\ndef test_mine(check):\n    check()\n"
+    )
     result = suite.runpytest()
     assert result.ret == 2
     result.stdout.fnmatch_lines([f"*ValueError*{message}*"])
@@ -111,7 +136,9 @@ def test_bad_arguments_are_told_at_collection(suite: pytest.Pytester, arguments:
 
 def test_expected_failures_may_depend_on_the_part(suite: pytest.Pytester) -> None:
     suite.makepyfile(
-        PART + EXPECTED + "\n@parametrize_with_checks(gates={'peeks': Peeks(), 'written': Written()},\n"
+        PART
+        + EXPECTED
+        + "\n@parametrize_with_checks(gates={'peeks': Peeks(), 'written': Written()},\n"
         "    expected_failures=lambda part: KNOWN if isinstance(part, Peeks) else {})\n"
         "def test_mine(check):\n    check()\n"
     )
@@ -198,4 +225,6 @@ def test_poisoned_memory(suite: pytest.Pytester) -> None:
 
 def test_hamblocks_impl_needs_its_mark(suite: pytest.Pytester) -> None:
     suite.makepyfile("def test_mine(hamblocks_impl):\n    pass\n")
-    suite.runpytest().stdout.fnmatch_lines(["*hamblocks_impl needs @pytest.mark.hamblocks_op(name)*"])
+    suite.runpytest().stdout.fnmatch_lines(
+        ["*hamblocks_impl needs @pytest.mark.hamblocks_op(name)*"]
+    )

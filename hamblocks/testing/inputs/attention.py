@@ -40,7 +40,9 @@ def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
     if policy != "any":
         return kinds[policy]
     # beside them what no policy gives: ends before the token itself, or below 0
-    return draw.choice(shape, *(x.double() for x in kinds.values()), draw.integers(-2, most, shape).double()).long()
+    return draw.choice(
+        shape, *(x.double() for x in kinds.values()), draw.integers(-2, most, shape).double()
+    ).long()
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +99,9 @@ class AttentionInputs(Sequences):
         keys = queries if self.cache is None or self.packed is not None else self.cache
         shape = rows, keys, self.kv_heads
         result = {
-            "q": draw.normal(rows, queries, self.kv_heads * self.group, self.dim, dtype=self.dtype, scale=2),
+            "q": draw.normal(
+                rows, queries, self.kv_heads * self.group, self.dim, dtype=self.dtype, scale=2
+            ),
             "k": draw.normal(*shape, self.dim, dtype=self.dtype, scale=2),
             "v": draw.normal(*shape, self.dim, dtype=self.dtype),
         }
@@ -112,10 +116,16 @@ class AttentionInputs(Sequences):
             result["key_position"] = position.to(torch.int32)
             position = position.expand(shape)
             start = int(draw.integers(0, keys + 1, (1,)))
-            result["query_position"] = (start + torch.arange(queries)).expand(rows, queries).to(torch.int32)
-            result["key_lengths"] = draw.integers(0, keys + 1, (rows, self.kv_heads) if self.seed % 3 else (rows,))
+            result["query_position"] = (
+                (start + torch.arange(queries)).expand(rows, queries).to(torch.int32)
+            )
+            result["key_lengths"] = draw.integers(
+                0, keys + 1, (rows, self.kv_heads) if self.seed % 3 else (rows,)
+            )
         evict_at = lifetimes(self.policy, draw, position)
-        result["evict_at"] = lay_out((evict_at[..., :1] if self.shared else evict_at).to(torch.int32), self.layout)
+        result["evict_at"] = lay_out(
+            (evict_at[..., :1] if self.shared else evict_at).to(torch.int32), self.layout
+        )
         if self.bias != "none":
             bias = draw.normal(*shape[:2], 1 if self.bias == "shared" else shape[2])
             if self.bias == "hidden":

@@ -69,7 +69,9 @@ class DeltaRuleInputs(Sequences):
             }[self.decay]()
             result["g"] = lay_out(g.to(wide), self.layout)
         if self.state:
-            result["initial_state"] = draw.normal(sequences, value_heads, self.key_dim, self.value_dim, dtype=wide)
+            result["initial_state"] = draw.normal(
+                sequences, value_heads, self.key_dim, self.value_dim, dtype=wide
+            )
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
         return result

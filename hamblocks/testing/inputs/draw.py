@@ -24,7 +24,9 @@ layouts: st.SearchStrategy[str] = st.sampled_from(LAYOUTS)
 """Strategy of layouts in memory: contiguous, transposed, strided."""
 
 
-def ragged_lengths(longest: int = 20, most: int = 5, chunk: int | None = None) -> st.SearchStrategy[tuple[int, ...]]:
+def ragged_lengths(
+    longest: int = 20, most: int = 5, chunk: int | None = None
+) -> st.SearchStrategy[tuple[int, ...]]:
     """Lengths of packed sequences, in tokens: many empty ones, length 1, and the borders of a chunk +- 1.
 
     Args:
@@ -33,12 +35,16 @@ def ragged_lengths(longest: int = 20, most: int = 5, chunk: int | None = None) -
         chunk: chunk size of a kernel, whose borders are to be met.
     """
     special = [0, 0, 1] + ([] if chunk is None else [chunk - 1, chunk, chunk + 1])
-    return st.lists(st.one_of(st.sampled_from(special), st.integers(0, longest)), max_size=most).map(tuple)
+    return st.lists(
+        st.one_of(st.sampled_from(special), st.integers(0, longest)), max_size=most
+    ).map(tuple)
 
 
 def lengths(longest: int = 40, chunk: int = 64) -> st.SearchStrategy[int]:
     """Length of one sequence, in tokens: none, one, and the borders of a chunk +- 1 among them."""
-    return st.one_of(st.sampled_from([0, 1, 2, chunk - 1, chunk, chunk + 1]), st.integers(0, longest))
+    return st.one_of(
+        st.sampled_from([0, 1, 2, chunk - 1, chunk, chunk + 1]), st.integers(0, longest)
+    )
 
 
 class Inputs:
@@ -55,7 +61,9 @@ def building(
     inputs: type[T], fields: Mapping[str, st.SearchStrategy[Any]], fixed: Mapping[str, object]
 ) -> st.SearchStrategy[T]:
     """Strategy of `inputs`; values or strategies in `fixed` take the place of the drawn fields."""
-    chosen = {name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()}
+    chosen = {
+        name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()
+    }
     return st.builds(inputs, **{**fields, **chosen})
 
 
@@ -101,7 +109,9 @@ class Draw:
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Uniform numbers in [0, 1)."""
-        return lay_out(torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype), self.layout)
+        return lay_out(
+            torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype), self.layout
+        )
 
     def integers(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
         """Uniform integers in [low, high), int64."""
@@ -121,7 +131,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan if x.is_floating_point() else 7)], -1)[..., 0]
+        return torch.stack([x, torch.full_like(x, torch.nan if x.is_floating_point() else 7)], -1)[
+            ..., 0
+        ]
     return x
 
 
@@ -133,7 +145,9 @@ def borders(lengths: Sequence[int]) -> Tensor:
 def placing(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Of every packed token its position within its sequence, and which sequence that is; int64 `[T]` each."""
     own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
-    sequence = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
+    sequence = torch.tensor(
+        [n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64
+    )
     return own, sequence
 
 

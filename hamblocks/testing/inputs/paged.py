@@ -53,7 +53,9 @@ class PagedInputs(Inputs):
         asks = draw.integers(-1, LAST + 5, (self.sequences, self.queries)).to(index)
         table = self.table(draw)
         result = {
-            "q": draw.normal(self.sequences, self.queries, heads, self.dim, dtype=self.dtype, scale=2),
+            "q": draw.normal(
+                self.sequences, self.queries, heads, self.dim, dtype=self.dtype, scale=2
+            ),
             "block_table": table.to(index),
             "query_position": asks,
         }
@@ -91,7 +93,11 @@ class PagedInputs(Inputs):
         shape = self.sequences, self.rows, self.width
         entries = self.sequences * self.rows * self.width
         if self.forked:
-            table = draw.integers(-1, max(self.pages, 1), shape) if self.pages else torch.full(shape, -1)
+            table = (
+                draw.integers(-1, max(self.pages, 1), shape)
+                if self.pages
+                else torch.full(shape, -1)
+            )
         else:
             order = torch.randperm(max(self.pages, entries), generator=draw.generator)[:entries]
             table = torch.where(order < self.pages, order, -1).view(shape)
@@ -103,7 +109,13 @@ class PagedInputs(Inputs):
         shape = tuple(position.shape)
         if self.policy != "any":
             return torch.full(shape, NEVER) if self.policy == "all" else position
-        ends = (torch.full(shape, NEVER), position, position + 7, torch.zeros(shape), draw.integers(-2, LAST, shape))
+        ends = (
+            torch.full(shape, NEVER),
+            position,
+            position + 7,
+            torch.zeros(shape),
+            draw.integers(-2, LAST, shape),
+        )
         return draw.choice(shape, *(x.double() for x in ends)).long()
 
     @staticmethod
@@ -159,4 +171,6 @@ def paged(
     """The op, or `run` in its place, with the fields of the slabs as arguments of their own."""
     more = {"shared": shared, "impl": impl} if run is None else {}
     with torch.no_grad():
-        return (run or paged_attention)(q, slabs_of(fields), block_table, query_position=query_position, **more)
+        return (run or paged_attention)(
+            q, slabs_of(fields), block_table, query_position=query_position, **more
+        )

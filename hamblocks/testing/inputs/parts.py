@@ -9,11 +9,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hamblocks.protocols import Dims
+from hamblocks.protocols import LayerDims
 from hamblocks.testing.inputs.draw import Draw, Sequences, building, ragged_lengths, seeds
 from hamblocks_ops import NEVER
 
-DIMS = (Dims(8, 2, 1, 4), Dims(4, 1, 1, 4), Dims(16, 4, 2, 4), Dims(10, 3, 3, 4))
+DIMS = (
+    LayerDims(8, 2, 1, 4),
+    LayerDims(4, 1, 1, 4),
+    LayerDims(16, 4, 2, 4),
+    LayerDims(10, 3, 3, 4),
+)
 KINDS = ("normal", "zero", "constant", "large")
 
 
@@ -21,7 +26,7 @@ KINDS = ("normal", "zero", "constant", "large")
 class PartInputs(Sequences):
     """Inputs of any part: whole sequences, or packed (lengths), and where they are cut."""
 
-    dims: Dims = DIMS[0]
+    dims: LayerDims = DIMS[0]
     batch: int = 2
     tokens: int = 6
     packed: tuple[int, ...] | None = None
@@ -44,7 +49,12 @@ class PartInputs(Sequences):
     def numbers(self, draw: Draw, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """`[B, T, *shape]` of the kind, with the same random numbers behind every kind."""
         drawn = draw.normal(*self.rows, *shape)
-        kinds = {"normal": drawn, "zero": 0 * drawn, "constant": torch.ones_like(drawn), "large": 1e4 * drawn}
+        kinds = {
+            "normal": drawn,
+            "zero": 0 * drawn,
+            "constant": torch.ones_like(drawn),
+            "large": 1e4 * drawn,
+        }
         return kinds[self.kind].to(dtype or self.dtype)
 
     def lifetimes(self, draw: Draw, heads: int) -> Tensor:
@@ -69,7 +79,9 @@ def part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
 
 def packed_part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
     """Inputs of a part, packed sequences."""
-    return part_inputs(**{"packed": ragged_lengths(9, 4), "batch": 1, "tokens": 0, "cuts": (), **fixed})
+    return part_inputs(
+        **{"packed": ragged_lengths(9, 4), "batch": 1, "tokens": 0, "cuts": (), **fixed}
+    )
 
 
 def cuts(longest: int = 14) -> st.SearchStrategy[tuple[int, ...]]:

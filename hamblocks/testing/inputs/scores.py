@@ -81,7 +81,10 @@ class ScorePieces(Inputs):
     """Scores of sequences that come piece by piece: every row has its own length and is cut at its own places."""
 
     lengths: tuple[int, ...] = (9, 6)
-    cuts: tuple[tuple[int, int, int], ...] = ((3, 2, 0), (5, 5, 1))  # of every piece, where it ends in each row
+    cuts: tuple[tuple[int, int, int], ...] = (
+        (3, 2, 0),
+        (5, 5, 1),
+    )  # of every piece, where it ends in each row
     heads: int = 2
     kind: str = "ties"  # as in Scores
     seed: int = 0
@@ -90,13 +93,16 @@ class ScorePieces(Inputs):
     def score(self) -> Tensor:
         """Float32 `[N, max(lengths), H]`."""
         longest = max(self.lengths, default=0)
-        return Scores(longest, len(self.lengths), None, self.heads, self.kind, seed=self.seed).tensors()["score"]
+        return Scores(
+            longest, len(self.lengths), None, self.heads, self.kind, seed=self.seed
+        ).tensors()["score"]
 
     @property
     def ends(self) -> Tensor:
         """Int64 `[pieces, N]`: where every piece ends, 0 first and the lengths last."""
         rows = [
-            [0, *sorted(min(cut[n % 3], length) for cut in self.cuts), length] for n, length in enumerate(self.lengths)
+            [0, *sorted(min(cut[n % 3], length) for cut in self.cuts), length]
+            for n, length in enumerate(self.lengths)
         ]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), len(self.cuts) + 2).T
 

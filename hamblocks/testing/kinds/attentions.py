@@ -44,7 +44,11 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
         return
     inputs = subject.inputs
     j = min(case.cuts[0], case.tokens - 1)
-    until = (inputs["position"][:, j, None] + 1 + Draw(case.seed).integers(0, 4, inputs["evict_at"][:, j].shape)).int()
+    until = (
+        inputs["position"][:, j, None]
+        + 1
+        + Draw(case.seed).integers(0, 4, inputs["evict_at"][:, j].shape)
+    ).int()
     inputs["evict_at"][:, j] = until
     changed = dict(inputs)
     for name in ("k", "v"):
@@ -56,7 +60,9 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
     def later(given: dict[str, Tensor]) -> Results:
         return {"read": _read(subject, given)["read"] * gone}
 
-    with told(f"the token at position {j} is still read after its eviction at {until.flatten().tolist()}"):
+    with told(
+        f"the token at position {j} is still read after its eviction at {until.flatten().tolist()}"
+    ):
         assert_same(later(changed), later(inputs), lambda: later(inputs))
 
 
@@ -69,12 +75,17 @@ def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> N
     group = case.dims.num_heads // case.dims.num_kv_heads
     for t in range(case.tokens):
         (grad,) = torch.autograd.grad(
-            read[:, t].unflatten(1, (-1, group)).sin().sum(), v, retain_graph=True, allow_unused=True
+            read[:, t].unflatten(1, (-1, group)).sin().sum(),
+            v,
+            retain_graph=True,
+            allow_unused=True,
         )
         seen = (position[..., None] <= t) & (t < evict_at)
         touched = torch.zeros_like(seen) if grad is None else grad.ne(0).any(-1)
         missed = (seen & ~touched).nonzero().tolist()
-        assert not missed, f"query {t} does not read the token [row, position, head] = {missed[0]} that it sees"
+        assert not missed, (
+            f"query {t} does not read the token [row, position, head] = {missed[0]} that it sees"
+        )
 
 
 def _heads_are_grouped(part: Any, case: PartInputs, _options: Options) -> None:
@@ -93,23 +104,31 @@ def _heads_are_grouped(part: Any, case: PartInputs, _options: Options) -> None:
             return {"read": _read(subject, inputs)["read"][:, :, others]}
 
         with told(f"key/value head {changing} is read by a query head that is not of its group"):
-            assert_same(elsewhere(changed), elsewhere(subject.inputs), lambda: elsewhere(subject.inputs))
+            assert_same(
+                elsewhere(changed), elsewhere(subject.inputs), lambda: elsewhere(subject.inputs)
+            )
 
 
 def _seeing_nothing_is_zero(part: Any, case: PartInputs, _options: Options) -> None:
     """Where nothing is stored the read is 0, not NaN, and so are its gradients."""
     subject = AttentionSubject(part, case)
-    nothing = subject.inputs["position"][..., None].expand(subject.inputs["evict_at"].shape).contiguous()
+    nothing = (
+        subject.inputs["position"][..., None].expand(subject.inputs["evict_at"].shape).contiguous()
+    )
     leaves = {
         name: x.clone().requires_grad_(x.is_floating_point())
         for name, x in (subject.inputs | {"evict_at": nothing}).items()
     }
     read = subject.run(leaves)[0]["read"]
-    assert not bool((read != 0).any()), f"read: {float(read[read != 0][0])} where nothing is stored, expected 0"
+    assert not bool((read != 0).any()), (
+        f"read: {float(read[read != 0][0])} where nothing is stored, expected 0"
+    )
     wanted = [x for x in leaves.values() if x.requires_grad]
     if read.requires_grad:
         for grad in torch.autograd.grad(read.sum(), wanted, allow_unused=True):
-            assert grad is None or not bool((grad != 0).any()), "a gradient is not 0 where nothing is stored"
+            assert grad is None or not bool((grad != 0).any()), (
+                "a gradient is not 0 where nothing is stored"
+            )
 
 
 def _one_lifetime_serves_all_heads(part: Any, case: PartInputs, _options: Options) -> None:
@@ -121,7 +140,9 @@ def _one_lifetime_serves_all_heads(part: Any, case: PartInputs, _options: Option
             one[name] = one[name][..., :1]
     kv_heads = case.dims.num_kv_heads
     every = one | {
-        name: one[name].expand(-1, -1, kv_heads).contiguous() for name in ("evict_at", "logit_bias") if name in one
+        name: one[name].expand(-1, -1, kv_heads).contiguous()
+        for name in ("evict_at", "logit_bias")
+        if name in one
     }
     with told("one lifetime for all heads gives another result than the same one for each"):
         assert_same(_read(subject, one), _read(subject, every), lambda: _read(subject, every))
@@ -137,7 +158,8 @@ def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
 
     plain, cache = alone()
     padded = {
-        name: torch.cat([x, x.new_full((case.batch, 2, *x.shape[2:]), 7)], 1) for name, x in subject.inputs.items()
+        name: torch.cat([x, x.new_full((case.batch, 2, *x.shape[2:]), 7)], 1)
+        for name, x in subject.inputs.items()
     }
     padded["position"][:, case.tokens :] = -1
     with torch.no_grad():
@@ -149,7 +171,9 @@ def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
 
 
 def _looks_at_nothing(part: Any, options: Options) -> str | None:
-    subject = AttentionSubject(part, PartInputs(dims=options.dims or DIMS[0], dtype=options.dtypes[0]))
+    subject = AttentionSubject(
+        part, PartInputs(dims=options.dims or DIMS[0], dtype=options.dtypes[0])
+    )
     read = _read(subject, subject.inputs)["read"]
     return None if bool(read.any()) else "it reads nothing"
 
@@ -157,8 +181,20 @@ def _looks_at_nothing(part: Any, options: Options) -> str | None:
 CASES = cases_of(part_inputs, bias=st.booleans())
 CHECKS = [
     *common(AttentionSubject, bias=True),
-    Check("check_attention_unseen_tokens_do_not_leak", "attention", _unseen_tokens_do_not_leak, CASES, EDGES),
-    Check("check_attention_evicted_tokens_do_not_leak", "attention", _evicted_tokens_do_not_leak, CASES, EDGES),
+    Check(
+        "check_attention_unseen_tokens_do_not_leak",
+        "attention",
+        _unseen_tokens_do_not_leak,
+        CASES,
+        EDGES,
+    ),
+    Check(
+        "check_attention_evicted_tokens_do_not_leak",
+        "attention",
+        _evicted_tokens_do_not_leak,
+        CASES,
+        EDGES,
+    ),
     Check(
         "check_attention_stored_tokens_are_seen",
         "attention",
@@ -175,7 +211,22 @@ CHECKS = [
         CASES,
         edges_of({"dims": DIMS[2]}, {"dims": DIMS[3]}),
     ),
-    Check("check_attention_seeing_nothing_is_zero", "attention", _seeing_nothing_is_zero, CASES, EDGES),
-    Check("check_attention_one_lifetime_serves_all_heads", "attention", _one_lifetime_serves_all_heads, CASES, EDGES),
-    Check("check_attention_padding_is_ignored", "attention", _padding_is_ignored, CASES, EDGES, share=2),
+    Check(
+        "check_attention_seeing_nothing_is_zero", "attention", _seeing_nothing_is_zero, CASES, EDGES
+    ),
+    Check(
+        "check_attention_one_lifetime_serves_all_heads",
+        "attention",
+        _one_lifetime_serves_all_heads,
+        CASES,
+        EDGES,
+    ),
+    Check(
+        "check_attention_padding_is_ignored",
+        "attention",
+        _padding_is_ignored,
+        CASES,
+        EDGES,
+        share=2,
+    ),
 ]

@@ -14,7 +14,14 @@ from hamblocks.testing.budget import assert_bits
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.scores import Scores, scores
-from hamblocks.testing.laws import assert_reads_what_was_written, assert_twice, compiled, reload, told, unchanged
+from hamblocks.testing.laws import (
+    assert_reads_what_was_written,
+    assert_twice,
+    compiled,
+    reload,
+    told,
+    unchanged,
+)
 
 
 def training(part: Any) -> Any:
@@ -25,14 +32,20 @@ def training(part: Any) -> Any:
 
 def _held(controller: Any) -> dict[str, Tensor]:
     """All that a module remembers."""
-    return {name: x.clone() for name, x in controller.state_dict().items()} if isinstance(controller, nn.Module) else {}
+    return (
+        {name: x.clone() for name, x in controller.state_dict().items()}
+        if isinstance(controller, nn.Module)
+        else {}
+    )
 
 
 def steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
     """Tau after every step over drawn scores."""
     taken = {}
     for number in range(count):
-        score = Scores(case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + number).tensors()["score"]
+        score = Scores(
+            case.tokens, case.batch, None, case.heads, case.kind, seed=case.seed + number
+        ).tensors()["score"]
         controller(score)
         controller.step()
         taken[f"tau after step {number + 1}"] = controller(score).detach().clone()
@@ -66,7 +79,9 @@ def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
     before = controller.eval()(score).clone()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         tau = copy.deepcopy(controller).to(dtype)(score)
-        assert tau.dtype == torch.float32, f"tau: {tau.dtype} after to({dtype}), expected torch.float32"
+        assert tau.dtype == torch.float32, (
+            f"tau: {tau.dtype} after to({dtype}), expected torch.float32"
+        )
         with told(f"tau changed with to({dtype})"):
             assert_bits({"tau": tau}, {"tau": before})
 
@@ -105,7 +120,10 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
         if nothing is not None:
             controller(nothing)
         controller.step()
-        with told("tau moved by " + ("nothing" if nothing is None else f"{list(nothing.shape)} scores of padding")):
+        with told(
+            "tau moved by "
+            + ("nothing" if nothing is None else f"{list(nothing.shape)} scores of padding")
+        ):
             assert_bits({"tau": copy.deepcopy(controller).eval()(score)}, {"tau": before})
 
 
@@ -118,7 +136,9 @@ def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
         controller.step()
     score = draw.normal(4, 4096, 2, dtype=torch.float32)
     admitted = float((score >= controller.eval()(score)).float().mean())
-    assert abs(admitted - controller.fraction) < 0.03, f"{admitted:.3f} reach tau, expected {controller.fraction}"
+    assert abs(admitted - controller.fraction) < 0.03, (
+        f"{admitted:.3f} reach tau, expected {controller.fraction}"
+    )
 
 
 def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
@@ -129,7 +149,9 @@ def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
         controller.eval()
     for value in (0.25, -math.inf, math.inf, -3.0):
         controller.set_threshold(value)
-        assert float(controller(score)) == value, f"tau: {float(controller(score))} after set_threshold({value})"
+        assert float(controller(score)) == value, (
+            f"tau: {float(controller(score))} after set_threshold({value})"
+        )
     try:
         controller.set_threshold(math.nan)
     except ValueError:
@@ -191,7 +213,11 @@ def _no_threshold(part: Any, _options: Options) -> str | None:
     return None if hasattr(part, "set_threshold") else "it has no set_threshold"
 
 
-PLAIN = (Scores(9, 2, kind="normal"), Scores(7, 1, kind="ties", seed=1), Scores(5, 2, kind="constant"))
+PLAIN = (
+    Scores(9, 2, kind="normal"),
+    Scores(7, 1, kind="ties", seed=1),
+    Scores(5, 2, kind="constant"),
+)
 
 
 def _check(name: str, body: Any, edges: Any = PLAIN, **more: Any) -> Check:
@@ -202,21 +228,50 @@ def _check(name: str, body: Any, edges: Any = PLAIN, **more: Any) -> Check:
 
     alone = more.pop("alone", False)
     return Check(
-        f"check_controller_{name}", "controller", body, None if alone else cases, lambda _options: edges, **more
+        f"check_controller_{name}",
+        "controller",
+        body,
+        None if alone else cases,
+        lambda _options: edges,
+        **more,
     )
 
 
 CHECKS = [
-    _check("tau_is_a_number", _tau_is_a_number, (*PLAIN, Scores(0), Scores(batch=0), Scores(kind="infinite"))),
+    _check(
+        "tau_is_a_number",
+        _tau_is_a_number,
+        (*PLAIN, Scores(0), Scores(batch=0), Scores(kind="infinite")),
+    ),
     _check("tau_stays_float32", _tau_stays_float32, applies=_no_module, share=2),
     _check("moves_only_in_step", _moves_only_in_step, share=2),
     _check("rests_in_eval", _rests_in_eval, applies=_no_module, share=2),
-    _check("steps_without_scores_move_nothing", _steps_without_scores_move_nothing, share=2, applies=_no_module),
-    _check("reaches_its_fraction", _reaches_its_fraction, PLAIN[:1], applies=_no_fraction, alone=True),
-    _check("set_threshold_sets_tau", _set_threshold_sets_tau, PLAIN[:1], applies=_no_threshold, alone=True),
+    _check(
+        "steps_without_scores_move_nothing",
+        _steps_without_scores_move_nothing,
+        share=2,
+        applies=_no_module,
+    ),
+    _check(
+        "reaches_its_fraction", _reaches_its_fraction, PLAIN[:1], applies=_no_fraction, alone=True
+    ),
+    _check(
+        "set_threshold_sets_tau",
+        _set_threshold_sets_tau,
+        PLAIN[:1],
+        applies=_no_threshold,
+        alone=True,
+    ),
     _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, applies=_no_module, share=2),
     _check("same_call_same_bits", _same_call_same_bits, share=2),
     _check("nothing_given_changes", _nothing_given_changes, share=2),
     _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, share=2),
-    _check("compiled_is_eager", _compiled_is_eager, PLAIN[:1], applies=_no_module, slow=True, alone=True),
+    _check(
+        "compiled_is_eager",
+        _compiled_is_eager,
+        PLAIN[:1],
+        applies=_no_module,
+        slow=True,
+        alone=True,
+    ),
 ]

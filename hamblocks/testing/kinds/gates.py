@@ -16,7 +16,9 @@ from hamblocks_ops.surprise import METRICS
 def _names_a_known_metric(part: Any, _case: PartInputs, _options: Options) -> None:
     """An attribute `metric` is one that the memory can compute, or None."""
     metric = getattr(part, "metric", None)
-    assert metric is None or metric in METRICS, f"metric: {metric!r}, expected one of {', '.join(METRICS)} or None"
+    assert metric is None or metric in METRICS, (
+        f"metric: {metric!r}, expected one of {', '.join(METRICS)} or None"
+    )
 
 
 def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None:
@@ -25,9 +27,13 @@ def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None
     results, _ = subject.run(subject.inputs)
     bias = results["logit_bias"]
     weights = [x for x in subject.part.parameters() if x.requires_grad]
-    assert bias.requires_grad, "logit_bias: carries no gradient, so that the weights of the gate never learn"
+    assert bias.requires_grad, (
+        "logit_bias: carries no gradient, so that the weights of the gate never learn"
+    )
     gradients = torch.autograd.grad(bias.sum(), weights, allow_unused=True)
-    assert any(x is not None and bool(x.any()) for x in gradients), "logit_bias: its gradient reaches no weight"
+    assert any(x is not None and bool(x.any()) for x in gradients), (
+        "logit_bias: its gradient reaches no weight"
+    )
 
 
 def _no_bias_to_learn(part: Any, options: Options) -> str | None:
@@ -43,6 +49,10 @@ CHECKS = [
     *common(GateSubject),
     Check("check_gate_names_a_known_metric", "gate", _names_a_known_metric, edges=edges_of({})),
     Check(
-        "check_gate_bias_can_be_learned", "gate", _bias_can_be_learned, edges=edges_of({}), applies=_no_bias_to_learn
+        "check_gate_bias_can_be_learned",
+        "gate",
+        _bias_can_be_learned,
+        edges=edges_of({}),
+        applies=_no_bias_to_learn,
     ),
 ]

@@ -21,7 +21,17 @@ from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.draw import borders
 from hamblocks.testing.inputs.parts import PartInputs, part_inputs
 from hamblocks.testing.kinds.selectors import at, thresholds
-from hamblocks.testing.laws import EDGES, SPLIT, assert_never_longer, by_token, cases_of, common, edges_of, exact, told
+from hamblocks.testing.laws import (
+    EDGES,
+    SPLIT,
+    assert_never_longer,
+    by_token,
+    cases_of,
+    common,
+    edges_of,
+    exact,
+    told,
+)
 from hamblocks.testing.subjects import LayerSubject, Results, made
 from hamblocks_ops import NEVER
 
@@ -30,7 +40,9 @@ def takes(part: Any, name: str) -> bool:
     """Whether a layer can be called with an argument of that name."""
     call = part.forward if isinstance(part, torch.nn.Module) else part
     parameters = inspect.signature(call).parameters
-    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return name in parameters or any(
+        one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()
+    )
 
 
 def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> None:
@@ -41,7 +53,9 @@ def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> N
         state, ends = subject.start(case.batch), case.borders
         for begin, end in pairwise(ends):
             _, state = subject.run(by_token(subject.inputs, slice(begin, end)), state)
-            known = subject.run(by_token(subject.inputs, slice(0, end)))[0]["evict_at"].expand(-1, -1, kv_heads)
+            known = subject.run(by_token(subject.inputs, slice(0, end)))[0]["evict_at"].expand(
+                -1, -1, kv_heads
+            )
             stored, tokens = state.cache.read(), state.cache.tokens
             for n, head in [(n, h) for n in range(case.batch) for h in range(kv_heads)]:
                 alive = (known[n, :, head] > end).nonzero()[:, 0]
@@ -100,7 +114,11 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
         subject.part.selector = at(Threshold(0.0), tau)
         with torch.no_grad():
             results, _ = subject.run(subject.inputs)
-        right = torch.full_like(results["evict_at"], NEVER) if tau < 0 else position.expand_as(results["evict_at"])
+        right = (
+            torch.full_like(results["evict_at"], NEVER)
+            if tau < 0
+            else position.expand_as(results["evict_at"])
+        )
         with told(f"at tau = {tau}"):
             assert_bits({"evict_at": results["evict_at"]}, {"evict_at": right})
 
@@ -121,7 +139,9 @@ def _low_precision_streams(part: Any, case: PartInputs, _options: Options) -> No
         state = subject.start(case.batch)
         for t in range(case.tokens):
             results, state = subject.run(by_token(subject.inputs, slice(t, t + 1)), state)
-            assert results["y"].dtype == case.dtype, f"y: {results['y'].dtype}, expected {case.dtype}"
+            assert results["y"].dtype == case.dtype, (
+                f"y: {results['y'].dtype}, expected {case.dtype}"
+            )
             assert bool(results["y"].isfinite().all()), f"y: not finite at position {t}"
 
 
@@ -151,7 +171,9 @@ def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
             right = text.startswith(name) and "expected" in text and "got" in text
             assert right, f"the error is {text!r}, expected '{name}: expected ..., got ...'"
         except Exception as error:
-            raise AssertionError(f"a bad {name} gave {type(error).__name__}: {error}, expected a ValueError") from error
+            raise AssertionError(
+                f"a bad {name} gave {type(error).__name__}: {error}, expected a ValueError"
+            ) from error
         else:
             raise AssertionError(f"a bad {name} was accepted")
 
@@ -161,7 +183,10 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
     subject = LayerSubject(part, case)
     rows = list(subject.inputs["x"])
     # every row is cut at places of its own
-    own = [[0, *sorted((cut + 5 * n) % (case.tokens + 1) for cut in case.cuts), case.tokens] for n in range(len(rows))]
+    own = [
+        [0, *sorted((cut + 5 * n) % (case.tokens + 1) for cut in case.cuts), case.tokens]
+        for n in range(len(rows))
+    ]
 
     @torch.no_grad()
     def whole() -> Results:
@@ -179,7 +204,10 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
                 told_rows[n].append(by_token(results, slice(begin, end)))
         exact = whole()
         for n, told_pieces in enumerate(told_rows):
-            got = {name: torch.cat([piece[name] for piece in told_pieces], 1) for name in told_pieces[0]}
+            got = {
+                name: torch.cat([piece[name] for piece in told_pieces], 1)
+                for name in told_pieces[0]
+            }
             if "evict_at" in got:  # lowered later
                 got["evict_at"] = torch.minimum(got["evict_at"], exact["evict_at"][n : n + 1])
             with told(f"row {n}, cut at {own[n]}"):
@@ -252,6 +280,11 @@ CHECKS = [
     _check("forks_go_on_alone", _forks_go_on_alone, applies=_no_fork),
     _check("low_precision_streams", _low_precision_streams, _any_dtype, share=4, applies=STREAMS),
     _check("limits_of_the_threshold", _limits_of_the_threshold, edges=EDGES, applies=_no_ham_layer),
-    _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, edges=EDGES, applies=_no_threshold),
+    _check(
+        "raising_tau_never_keeps_more",
+        _raising_tau_never_keeps_more,
+        edges=EDGES,
+        applies=_no_threshold,
+    ),
     _check("refuses_bad_input", _refuses_bad_input, None, edges_of({})),
 ]

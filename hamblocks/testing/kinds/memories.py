@@ -38,7 +38,9 @@ def _score_is_the_surprise_of_the_residual(part: Any, case: PartInputs, _options
         assert "score" in results, f"trace.score: None with metric {metric!r}, expected a tensor"
         assert not results["score"].requires_grad, "trace.score: carries a gradient, expected none"
         with told(f"with metric {metric!r}"):
-            assert_same({name: results[name].detach() for name in ("read", "score")}, expected(), expected)
+            assert_same(
+                {name: results[name].detach() for name in ("read", "score")}, expected(), expected
+            )
 
 
 def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -> None:
@@ -47,7 +49,9 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
     t = min(case.cuts[0], max(case.tokens - 1, 0))
     changed = dict(subject.inputs)
     changed["v"] = changed["v"].clone()
-    changed["v"][:, t : t + 1] = Draw(case.seed + 1).normal(*changed["v"][:, t : t + 1].shape).to(case.dtype)
+    changed["v"][:, t : t + 1] = (
+        Draw(case.seed + 1).normal(*changed["v"][:, t : t + 1].shape).to(case.dtype)
+    )
 
     @torch.no_grad()
     def prediction(inputs: dict[str, torch.Tensor]) -> Results:
@@ -56,7 +60,9 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
 
     with told(f"the prediction at position {t} changed with the value at {t}"):
         # v - residual leaves a small prediction with the rounding of v, which moves with v
-        assert_same(prediction(changed), prediction(subject.inputs), lambda: prediction(subject.inputs))
+        assert_same(
+            prediction(changed), prediction(subject.inputs), lambda: prediction(subject.inputs)
+        )
 
 
 def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -> None:
@@ -67,7 +73,9 @@ def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -
     with torch.no_grad():
         _, state = subject.run(by_token(subject.inputs, slice(0, t)))
         for number, x in enumerate(leaves(state)):
-            assert x.shape[:1] == (case.batch,), f"tensor {number} of the state: {list(x.shape)}, expected [N, ...]"
+            assert x.shape[:1] == (case.batch,), (
+                f"tensor {number} of the state: {list(x.shape)}, expected [N, ...]"
+            )
         rest = by_token(subject.inputs, slice(t, None))
 
         def run() -> Results:
@@ -90,7 +98,10 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
     second = [slice(half, end) for (_, end), half in zip(spans, halves, strict=True)]
 
     def gathered(parts: list[slice]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        inputs = {name: torch.cat([x[:, :0], *(x[:, own] for own in parts)], 1) for name, x in subject.inputs.items()}
+        inputs = {
+            name: torch.cat([x[:, :0], *(x[:, own] for own in parts)], 1)
+            for name, x in subject.inputs.items()
+        }
         return inputs, borders([part.stop - part.start for part in parts])
 
     with torch.no_grad():
@@ -103,7 +114,10 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
             for before, after in zip(first, second, strict=True):
                 _, past = subject.run(by_token(subject.inputs, before))
                 rows.append(subject.run(by_token(subject.inputs, after), past)[0])
-            return {name: torch.cat([x[:, :0], *(row[name] for row in rows)], 1) for name, x in got.items()}
+            return {
+                name: torch.cat([x[:, :0], *(row[name] for row in rows)], 1)
+                for name, x in got.items()
+            }
 
         with told("packed pieces that go on give another result than one by one"):
             assert_same(got, alone(), alone)
@@ -119,7 +133,13 @@ CHECKS = [
         EDGES,
         share=2,
     ),
-    Check("check_memory_predicts_before_it_writes", "memory", _predicts_before_it_writes, cases_of(part_inputs), EDGES),
+    Check(
+        "check_memory_predicts_before_it_writes",
+        "memory",
+        _predicts_before_it_writes,
+        cases_of(part_inputs),
+        EDGES,
+    ),
     Check(
         "check_memory_state_has_sequences_first",
         "memory",

@@ -45,11 +45,18 @@ def _is_the_reference(part: OpImplementation, case: Any, _options: Options) -> N
     assert_close_to_reference(part.problem(case), "it")
 
 
-def _results(part: OpImplementation, case: Any, tensors: Mapping[str, Tensor], *, backward: bool = False) -> Results:
+def _results(
+    part: OpImplementation, case: Any, tensors: Mapping[str, Tensor], *, backward: bool = False
+) -> Results:
     return part.problem(case, tensors).run("it", backward=backward)
 
 
-def _noise(part: OpImplementation, case: Any, tensors: Mapping[str, Tensor], cut: Callable[[Results], Results]) -> Any:
+def _noise(
+    part: OpImplementation,
+    case: Any,
+    tensors: Mapping[str, Tensor],
+    cut: Callable[[Results], Results],
+) -> Any:
     """What the reference says of these inputs, for a measure of how much rounding moves it."""
     return lambda: cut(part.problem(case, tensors).run("reference", backward=False))
 
@@ -80,14 +87,22 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
     problem = part.problem(case, leaves)
     output = problem.op(**leaves, **problem.options, impl="it")
     fields = output._asdict() if hasattr(output, "_asdict") else {"result": output}
-    roots = [x[:, :t] for name, x in fields.items() if x is not None and x.requires_grad and name != "final_state"]
+    roots = [
+        x[:, :t]
+        for name, x in fields.items()
+        if x is not None and x.requires_grad and name != "final_state"
+    ]
     wanted = {name: x for name, x in leaves.items() if x.requires_grad and name in part.op.by_token}
     if not roots or not wanted:
         return
-    grads = torch.autograd.grad(sum(x.double().sin().sum() for x in roots), list(wanted.values()), allow_unused=True)
+    grads = torch.autograd.grad(
+        sum(x.double().sin().sum() for x in roots), list(wanted.values()), allow_unused=True
+    )
     for name, grad in zip(wanted, grads, strict=True):
         later = torch.zeros(0) if grad is None else grad[:, t:]
-        assert not bool((later != 0).any()), f"grad of {name}: results before position {t} have one from it on"
+        assert not bool((later != 0).any()), (
+            f"grad of {name}: results before position {t} have one from it on"
+        )
 
 
 def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) -> None:
@@ -105,10 +120,16 @@ def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) 
         by_sequence = name in ("final_state", "lengths")
         if by_sequence or part.like is not ops.compact:  # its lists have no dimension of tokens
             dim = 0 if by_sequence else 1
-            expected[name] = torch.cat([x.narrow(dim, 0, 0), *(results[name] for results in alone)], dim)
+            expected[name] = torch.cat(
+                [x.narrow(dim, 0, 0), *(results[name] for results in alone)], dim
+            )
     got = {name: whole[name] for name in expected}
     with told("a sequence alone gives another result than packed"):
-        assert_same(got, expected, _noise(part, case, tensors, lambda results: {name: results[name] for name in got}))
+        assert_same(
+            got,
+            expected,
+            _noise(part, case, tensors, lambda results: {name: results[name] for name in got}),
+        )
 
 
 def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options) -> None:
@@ -123,7 +144,10 @@ def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options)
         piece = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token}
         parts.append(_results(part, case, piece | ({} if state is None else {takes: state})))
         state = parts[-1][gives]
-    got = {name: state if name == gives else torch.cat([one[name] for one in parts], 1) for name in whole}
+    got = {
+        name: state if name == gives else torch.cat([one[name] for one in parts], 1)
+        for name in whole
+    }
     with told(f"pieces of {cut} and {case.tokens - cut} tokens give another result than one pass"):
         assert_same(got, whole, _noise(part, case, tensors, lambda results: results))
 
@@ -159,10 +183,14 @@ def _gradients_are_right(part: OpImplementation, case: Any, _options: Options) -
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         output = problem.op(
-            **(dict(problem.tensors) | dict(zip(names, given, strict=True))), **problem.options, impl="it"
+            **(dict(problem.tensors) | dict(zip(names, given, strict=True))),
+            **problem.options,
+            impl="it",
         )
         return tuple(
-            x for x in (output if isinstance(output, tuple) else (output,)) if x is not None and x.requires_grad
+            x
+            for x in (output if isinstance(output, tuple) else (output,))
+            if x is not None and x.requires_grad
         )
 
     given = [problem.tensors[name].clone().requires_grad_() for name in names]
@@ -231,14 +259,22 @@ def _seeing_nothing_is_zero(part: OpImplementation, case: Any, _options: Options
     lse = results.pop("lse")
     assert bool((lse == -INF).all()), "lse: expected -inf where nothing is seen"
     for name, x in results.items():
-        assert not bool((x != 0).any()), f"{name}: {float(x[x != 0][0])} where nothing is seen, expected 0"
+        assert not bool((x != 0).any()), (
+            f"{name}: {float(x[x != 0][0])} where nothing is seen, expected 0"
+        )
 
 
-def _score_is_the_surprise_of_the_residual(part: OpImplementation, case: Any, _options: Options) -> None:
+def _score_is_the_surprise_of_the_residual(
+    part: OpImplementation, case: Any, _options: Options
+) -> None:
     """The score is that of the residual before it is rounded, detached, with or without the residual written out."""
-    tensors = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()}
+    tensors = {
+        name: x.clone().requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()
+    }
     metric = metric_of(case)["metric"]
-    result, without = (part(**tensors, metric=metric, output_residual=told_too) for told_too in (True, False))
+    result, without = (
+        part(**tensors, metric=metric, output_residual=told_too) for told_too in (True, False)
+    )
     assert not result.score.requires_grad, "score: carries a gradient, expected none"
     assert without.residual is None, "residual: written out, expected None"
     with told("the score differs without the residual"):
@@ -246,7 +282,11 @@ def _score_is_the_surprise_of_the_residual(part: OpImplementation, case: Any, _o
     if case.dtype in (torch.float64, torch.float32):
 
         def expected() -> Results:
-            return {"score": ops.surprise(result.residual.detach(), tensors["v"].detach(), metric=metric)}
+            return {
+                "score": ops.surprise(
+                    result.residual.detach(), tensors["v"].detach(), metric=metric
+                )
+            }
 
         assert_same({"score": result.score}, expected(), expected)
 
@@ -277,7 +317,11 @@ def _not_traced(part: OpImplementation, _options: Options) -> str | None:
         return "its result is as long as the longest list, which is read from the device"
     if part.like is ops.paged_attention and part.run is None:
         return "it plans on the host which pages it reads"
-    return "the reference is written to be read, not to be traced" if part.impl == "reference" else None
+    return (
+        "the reference is written to be read, not to be traced"
+        if part.impl == "reference"
+        else None
+    )
 
 
 def _refused(part: OpImplementation, case: Any) -> str | None:
@@ -286,7 +330,9 @@ def _refused(part: OpImplementation, case: Any) -> str | None:
         asked = functools.partial(ops.explain, part.like)
         if part.op.call is not None:
             asked = functools.partial(part.op.call, asked, impl=part.impl)
-        tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()}
+        tensors = {
+            name: x.requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()
+        }
         answer: str = asked(**part.moved(tensors), **part.op.options(case)).get(part.impl, "yes")
         return None if answer.startswith("yes") else answer
     return None
@@ -349,7 +395,9 @@ class OpCheck(Check):
         def edges(_options: Options) -> list[Any]:
             by_hand = self.by_hand(op)
             if len(runs) < len(op.dtypes):
-                by_hand = [case if case.dtype in runs else replace(case, dtype=runs[0]) for case in by_hand]
+                by_hand = [
+                    case if case.dtype in runs else replace(case, dtype=runs[0]) for case in by_hand
+                ]
             if slowly:
                 by_hand = [case for case in by_hand if _length(case) <= FEW]
             return [case for case in by_hand if _refused(part, case) is None]
@@ -390,7 +438,9 @@ def _in(dtype: torch.dtype) -> OpCheck:
             else f"it does not compute in {name}"
         ),
         fixed=lambda op: {} if "dtype" not in _fields(op) else {"dtype": dtype},
-        by_hand=lambda op: [replace(case, dtype=dtype) if "dtype" in _fields(op) else case for case in op.edges],
+        by_hand=lambda op: [
+            replace(case, dtype=dtype) if "dtype" in _fields(op) else case for case in op.edges
+        ],
     )
 
 
@@ -421,12 +471,20 @@ def _plain(op: Op) -> dict[str, Any]:
 
 
 def _whole(op: Op) -> list[Any]:
-    kept = [case for case in op.edges if getattr(case, "packed", None) is None and getattr(case, "cache", None) is None]
+    kept = [
+        case
+        for case in op.edges
+        if getattr(case, "packed", None) is None and getattr(case, "cache", None) is None
+    ]
     return [replace(case, **_plain(op)) for case in kept]
 
 
 def _packed_cases(op: Op) -> list[Any]:
-    return [replace(case, **_exact(op, cache=None)) for case in op.edges if getattr(case, "packed", None) is not None]
+    return [
+        replace(case, **_exact(op, cache=None))
+        for case in op.edges
+        if getattr(case, "packed", None) is not None
+    ]
 
 
 CHECKS: list[OpCheck] = [
@@ -474,7 +532,9 @@ CHECKS: list[OpCheck] = [
         "op",
         _gradients_are_right,
         applies=lambda part, _options: (
-            _dtypes(part).get(torch.float64) if part.op.differentiable else "it promises no gradient"
+            _dtypes(part).get(torch.float64)
+            if part.op.differentiable
+            else "it promises no gradient"
         ),
         by_hand=_small,
         drawn=False,
@@ -492,23 +552,30 @@ CHECKS: list[OpCheck] = [
         "check_op_unseen_keys_do_not_leak",
         "op",
         _unseen_keys_do_not_leak,
-        applies=_unless(lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"),
+        applies=_unless(
+            lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"
+        ),
     ),
     OpCheck(
         "check_op_seeing_nothing_is_zero",
         "op",
         _seeing_nothing_is_zero,
-        applies=_unless(lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"),
+        applies=_unless(
+            lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"
+        ),
         fixed=lambda op: {"policy": "none", **({"shared": False} if op.attends else {})},
         by_hand=lambda op: [
-            replace(case, policy="none", **({"shared": False} if op.attends else {})) for case in op.edges
+            replace(case, policy="none", **({"shared": False} if op.attends else {}))
+            for case in op.edges
         ],
     ),
     OpCheck(
         "check_op_score_is_the_surprise_of_the_residual",
         "op",
         _score_is_the_surprise_of_the_residual,
-        applies=_unless(lambda op: op.function is ops.gated_delta_rule, "it gives no score beside a residual"),
+        applies=_unless(
+            lambda op: op.function is ops.gated_delta_rule, "it gives no score beside a residual"
+        ),
     ),
     OpCheck(
         "check_op_raising_tau_never_keeps_more",

@@ -64,7 +64,9 @@ def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
         index = begin[:, None] + torch.arange(int((end - begin).max()))
         real = index < end[:, None]
         position = torch.where(real, index, EMPTY).to(torch.int32)
-        piece = score.gather(1, index.clamp(max=max(longest - 1, 0))[..., None].expand(-1, -1, heads))
+        piece = score.gather(
+            1, index.clamp(max=max(longest - 1, 0))[..., None].expand(-1, -1, heads)
+        )
         listed = None if ledger is None else ledger.position.clone()
         selection = selector(piece.masked_fill(~real[..., None], 9.0), ledger, position=position)
         yield Step(begin, end, real, listed, selection)
@@ -75,7 +77,9 @@ def _said(selector: Any, case: ScorePieces, *, padding: bool = True) -> dict[str
     """Lifetimes in one pass and piece by piece, those of padding too or not."""
     steps = ((step.selection.evict_at, step.real) for step in stream(selector, case))
     pieces_of = [evict_at if padding else evict_at[real] for evict_at, real in steps]
-    return {"one pass": selector(case.score).evict_at} | {f"piece {i}": x for i, x in enumerate(pieces_of)}
+    return {"one pass": selector(case.score).evict_at} | {
+        f"piece {i}": x for i, x in enumerate(pieces_of)
+    }
 
 
 def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
@@ -85,7 +89,9 @@ def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
     selection = selector(**call)
     assert isinstance(selection, Selection), f"{type(selection).__name__}, expected a Selection"
     shape, dtype = selection.evict_at.shape, selection.evict_at.dtype
-    assert shape == call["score"].shape, f"evict_at: shape {list(shape)}, expected {list(call['score'].shape)}"
+    assert shape == call["score"].shape, (
+        f"evict_at: shape {list(shape)}, expected {list(call['score'].shape)}"
+    )
     assert dtype == torch.int32, f"evict_at: {dtype}, expected torch.int32"
 
 
@@ -108,7 +114,9 @@ def _any_split_is_one_pass(part: Any, case: ScorePieces, _options: Options) -> N
         lowered = step.selection.lowered
         if lowered is not None:
             for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
-                evict_at[n, int(lowered.position[n, slot, head]), head] = lowered.evict_at[n, slot, head]
+                evict_at[n, int(lowered.position[n, slot, head]), head] = lowered.evict_at[
+                    n, slot, head
+                ]
         for n in range(len(score)):
             end = int(step.end[n])
             evict_at[n, int(step.begin[n]) : end] = step.selection.evict_at[n, step.real[n]]
@@ -135,7 +143,9 @@ def _only_lowers(part: Any, case: ScorePieces, _options: Options) -> None:
                 )
                 evict_at[n, token, head] = new
         for n in range(len(evict_at)):
-            evict_at[n, int(step.begin[n]) : int(step.end[n])] = step.selection.evict_at[n, step.real[n]]
+            evict_at[n, int(step.begin[n]) : int(step.end[n])] = step.selection.evict_at[
+                n, step.real[n]
+            ]
 
 
 def _ledger_does_not_grow(part: Any, case: ScorePieces, _options: Options) -> None:
@@ -144,10 +154,16 @@ def _ledger_does_not_grow(part: Any, case: ScorePieces, _options: Options) -> No
     sizes = [x.shape for x in leaves(start(selector, len(case.lengths), case.heads))]
     for step in stream(selector, case):
         got = [x.shape for x in leaves(step.selection.ledger)]
-        assert got == sizes, f"ledger: shapes {[list(x) for x in got]}, began with {[list(x) for x in sizes]}"
+        assert got == sizes, (
+            f"ledger: shapes {[list(x) for x in got]}, began with {[list(x) for x in sizes]}"
+        )
         position = step.selection.ledger.position
-        assert position.dtype == torch.int32, f"ledger.position: {position.dtype}, expected torch.int32"
-        assert bool((position.diff(dim=1)[position[:, 1:] != EMPTY] > 0).all()), "ledger.position: not ascending"
+        assert position.dtype == torch.int32, (
+            f"ledger.position: {position.dtype}, expected torch.int32"
+        )
+        assert bool((position.diff(dim=1)[position[:, 1:] != EMPTY] > 0).all()), (
+            "ledger.position: not ascending"
+        )
 
 
 def _packed_is_one_by_one(part: Any, case: Scores, _options: Options) -> None:
@@ -183,7 +199,8 @@ def _padding_is_ignored(part: Any, case: Scores, _options: Options) -> None:
         got = selector(row, start(selector, batch, heads), position=where).evict_at
         with told(f"padding {name} the tokens changed their lifetimes"):
             assert_bits(
-                {"evict_at": got[:, slice(0, tokens) if name == "behind" else slice(2, None)]}, {"evict_at": plain}
+                {"evict_at": got[:, slice(0, tokens) if name == "behind" else slice(2, None)]},
+                {"evict_at": plain},
             )
 
 
@@ -233,8 +250,12 @@ def _or_and_and_are_a_lattice(part: Any, case: ScorePieces, _options: Options) -
         assert bool((AllOf(a, b)(score).evict_at <= alone).all()), "a & b keeps more than a"
         if isinstance(a, nn.Module) and hasattr(a, "__or__"):
             with told("the operators | and & are AnyOf and AllOf"):
-                assert_bits({"evict_at": (a | b)(score).evict_at}, {"evict_at": AnyOf(a, b)(score).evict_at})
-                assert_bits({"evict_at": (a & b)(score).evict_at}, {"evict_at": AllOf(a, b)(score).evict_at})
+                assert_bits(
+                    {"evict_at": (a | b)(score).evict_at}, {"evict_at": AnyOf(a, b)(score).evict_at}
+                )
+                assert_bits(
+                    {"evict_at": (a & b)(score).evict_at}, {"evict_at": AllOf(a, b)(score).evict_at}
+                )
 
 
 def thresholds(part: Any) -> list[Any]:
@@ -253,7 +274,9 @@ def at(part: Any, tau: float) -> Any:
 
 def _raising_tau_never_keeps_more(part: Any, case: ScorePieces, _options: Options) -> None:
     """On the same scores, a higher threshold ends no lifetime later."""
-    kept = [at(part, tau)(case.score).evict_at for tau in (-math.inf, -1.0, 0.0, 0.25, 0.5, math.inf)]
+    kept = [
+        at(part, tau)(case.score).evict_at for tau in (-math.inf, -1.0, 0.0, 0.25, 0.5, math.inf)
+    ]
     assert_never_longer(kept)
 
 
@@ -279,7 +302,10 @@ def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options)
         one.set_threshold(1.5 - number / 8)
     reload(selector, other)
     with told("a copy that loaded the state dict decides otherwise"):
-        assert_bits({"evict_at": other(case.score).evict_at}, {"evict_at": selector.eval()(case.score).evict_at})
+        assert_bits(
+            {"evict_at": other(case.score).evict_at},
+            {"evict_at": selector.eval()(case.score).evict_at},
+        )
 
 
 def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
@@ -291,18 +317,29 @@ def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
     with compiled(selector) as fast:
         for args, more in calls:
             with told("compiled and eager differ"):
-                assert_bits({"evict_at": fast(*args, **more).evict_at}, {"evict_at": selector(*args, **more).evict_at})
+                assert_bits(
+                    {"evict_at": fast(*args, **more).evict_at},
+                    {"evict_at": selector(*args, **more).evict_at},
+                )
 
 
-def _refuses_a_packed_batch_beside_a_ledger(part: Any, case: ScorePieces, _options: Options) -> None:
+def _refuses_a_packed_batch_beside_a_ledger(
+    part: Any, case: ScorePieces, _options: Options
+) -> None:
     """A packed batch beside a ledger is a ValueError that names cu_seqlens: pieces come padded."""
     selector = ready(part)
     try:
-        selector(torch.zeros(1, 3, case.heads), start(selector, 1, case.heads), cu_seqlens=torch.tensor([0, 3]))
+        selector(
+            torch.zeros(1, 3, case.heads),
+            start(selector, 1, case.heads),
+            cu_seqlens=torch.tensor([0, 3]),
+        )
     except ValueError as error:
         if str(error).startswith("cu_seqlens"):
             return
-        raise AssertionError(f"the error is {str(error)!r}, expected one about cu_seqlens") from error
+        raise AssertionError(
+            f"the error is {str(error)!r}, expected one about cu_seqlens"
+        ) from error
     raise AssertionError("a packed batch beside a ledger was accepted")
 
 
@@ -326,20 +363,30 @@ def _no_threshold(part: Any, _options: Options) -> str | None:
 
 
 def _no_plain_threshold(part: Any, _options: Options) -> str | None:
-    plain = hasattr(part, "set_threshold") or hasattr(getattr(part, "controller", None), "set_threshold")
+    plain = hasattr(part, "set_threshold") or hasattr(
+        getattr(part, "controller", None), "set_threshold"
+    )
     return None if plain else "it is no plain threshold"
 
 
 LONG = ScorePieces((16, 9), tuple((t, t, 0) for t in range(16)))
 RAGGED = ScorePieces((16, 0, 3), ((5, 0, 0), (5, 0, 3), (11, 0, 3)), 1, "normal", 1)
-EVERY_KIND = tuple(ScorePieces((8, 5), ((4, 2, 0),), 2, kind) for kind in ("mixed", "constant", "near", "infinite"))
+EVERY_KIND = tuple(
+    ScorePieces((8, 5), ((4, 2, 0),), 2, kind) for kind in ("mixed", "constant", "near", "infinite")
+)
 
 
 def _pieces(_options: Options) -> Any:
     return score_pieces()
 
 
-def _check(name: str, body: Any, cases: Any = _pieces, edges: Any = (LONG, RAGGED, *EVERY_KIND), **more: Any) -> Check:
+def _check(
+    name: str,
+    body: Any,
+    cases: Any = _pieces,
+    edges: Any = (LONG, RAGGED, *EVERY_KIND),
+    **more: Any,
+) -> Check:
     found = edges if callable(edges) else lambda _options: edges
     return Check(f"check_selector_{name}", "selector", body, cases, found, **more)
 
@@ -349,7 +396,13 @@ CHECKS = [
         "has_its_shapes",
         _has_its_shapes,
         lambda _options: scores(empty_rows=False),
-        (Scores(tokens=0), Scores(batch=0), Scores(tokens=1, heads=1), Scores(packed=()), Scores(packed=(0, 2, 0))),
+        (
+            Scores(tokens=0),
+            Scores(batch=0),
+            Scores(tokens=1, heads=1),
+            Scores(packed=()),
+            Scores(packed=(0, 2, 0)),
+        ),
     ),
     _check("is_causal", _is_causal, applies=_not_causal),
     _check("any_split_is_one_pass", _any_split_is_one_pass, applies=_not_causal),
@@ -358,7 +411,9 @@ CHECKS = [
     _check(
         "packed_is_one_by_one",
         _packed_is_one_by_one,
-        lambda _options: scores(empty_rows=False, packed=st.lists(st.integers(0, 9), max_size=4).map(tuple)),
+        lambda _options: scores(
+            empty_rows=False, packed=st.lists(st.integers(0, 9), max_size=4).map(tuple)
+        ),
         (Scores(packed=()), Scores(packed=(0,)), Scores(packed=(0, 5, 0, 0, 9, 1, 0), kind="ties")),
     ),
     _check(
@@ -379,9 +434,22 @@ CHECKS = [
     _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, applies=_not_causal, share=2),
     _check("or_and_and_are_a_lattice", _or_and_and_are_a_lattice, share=2),
     _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, applies=_no_threshold),
-    _check("threshold_is_reached_by_equal_scores", _threshold_is_reached_by_equal_scores, applies=_no_plain_threshold),
-    _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, None, (LONG,), applies=no_module),
-    _check("compiled_is_eager", _compiled_is_eager, None, (ScorePieces((6, 6)),), applies=_not_causal, slow=True),
+    _check(
+        "threshold_is_reached_by_equal_scores",
+        _threshold_is_reached_by_equal_scores,
+        applies=_no_plain_threshold,
+    ),
+    _check(
+        "state_dict_is_all_there_is", _state_dict_is_all_there_is, None, (LONG,), applies=no_module
+    ),
+    _check(
+        "compiled_is_eager",
+        _compiled_is_eager,
+        None,
+        (ScorePieces((6, 6)),),
+        applies=_not_causal,
+        slow=True,
+    ),
     _check(
         "refuses_a_packed_batch_beside_a_ledger",
         _refuses_a_packed_batch_beside_a_ledger,
@@ -389,5 +457,12 @@ CHECKS = [
         (LONG,),
         applies=_no_ledger,
     ),
-    _check("works_in_a_layer", _works_in_a_layer, cases_of(part_inputs), SPLIT, applies=_not_causal, share=2),
+    _check(
+        "works_in_a_layer",
+        _works_in_a_layer,
+        cases_of(part_inputs),
+        SPLIT,
+        applies=_not_causal,
+        share=2,
+    ),
 ]

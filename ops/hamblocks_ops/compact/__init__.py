@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_integer, check_tensor, values_are_checked, wrong
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    always,
+    explain_table,
+    interpreted,
+    pick,
+    without_triton,
+)
 from hamblocks_ops.select import check_count, placed
 
 
@@ -88,7 +96,9 @@ def explain(
     return explain_table(TABLE, _checked(evict_at, position, cu_seqlens, capacity))
 
 
-def _checked(evict_at: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, capacity: int | None) -> CompactCall:
+def _checked(
+    evict_at: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, capacity: int | None
+) -> CompactCall:
     check_tensor("evict_at", evict_at, "[B, T, H]", [None] * 3)
     check_integer("evict_at", evict_at)
     where, sequence = placed(evict_at, position, cu_seqlens)
@@ -100,7 +110,9 @@ def _checked(evict_at: Tensor, position: Tensor | None, cu_seqlens: Tensor | Non
         if values_are_checked(evict_at) and evict_at.numel():
             most = int((evict_at > where).sum(1).max())
             if most > capacity:
-                raise wrong("capacity", f"at least the {most} tokens that are stored", str(capacity))
+                raise wrong(
+                    "capacity", f"at least the {most} tokens that are stored", str(capacity)
+                )
     sequences = evict_at.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return CompactCall(evict_at, where, sequence, sequences, capacity)
 
@@ -128,6 +140,8 @@ def _run_scatter(call: CompactCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 TABLE = (
-    Implementation("triton", lambda call: without_triton(call.evict_at), lambda: _run_triton, interpreted),
+    Implementation(
+        "triton", lambda call: without_triton(call.evict_at), lambda: _run_triton, interpreted
+    ),
     Implementation("scatter", always, lambda: _run_scatter),
 )

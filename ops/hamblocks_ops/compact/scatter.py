@@ -15,7 +15,9 @@ def lists(evict_at: Tensor, position: Tensor, capacity: int) -> tuple[Tensor, Te
     slot = torch.where(stored, stored.cumsum(1) - 1, capacity).clamp(max=capacity)
 
     def place(values: Tensor, fill: int) -> Tensor:
-        found = torch.full((batch, capacity + 1, heads), fill, dtype=torch.int32, device=evict_at.device)
+        found = torch.full(
+            (batch, capacity + 1, heads), fill, dtype=torch.int32, device=evict_at.device
+        )
         found.scatter_(1, slot, values.to(torch.int32).expand_as(slot))
         return found[:, :capacity].transpose(1, 2)
 

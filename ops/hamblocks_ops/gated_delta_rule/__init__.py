@@ -14,7 +14,14 @@ from hamblocks_ops.arguments import (
     check_tensor,
     wrong,
 )
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    always,
+    explain_table,
+    interpreted,
+    pick,
+)
 from hamblocks_ops.gated_delta_rule import refused
 from hamblocks_ops.precision import wide
 from hamblocks_ops.surprise import METRICS, surprise
@@ -115,7 +122,9 @@ def explain(
     metric: str | None = None,
 ) -> Explanation:
     """Every implementation of `gated_delta_rule` with "yes", or the reason why it cannot run this call."""
-    return explain_table(TABLE, _checked(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_residual, metric))
+    return explain_table(
+        TABLE, _checked(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_residual, metric)
+    )
 
 
 def _checked(
@@ -154,7 +163,13 @@ def _checked(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         initial_state = q.new_zeros(sequences, value_heads, key_dim, value_dim, dtype=dtype)
-    check_tensor("initial_state", initial_state, "[N, HV, K, V]", [sequences, value_heads, key_dim, value_dim], like=q)
+    check_tensor(
+        "initial_state",
+        initial_state,
+        "[N, HV, K, V]",
+        [sequences, value_heads, key_dim, value_dim],
+        like=q,
+    )
     check_floating("initial_state", initial_state)
     if metric is not None and metric not in METRICS:
         raise wrong("metric", "one of " + ", ".join(METRICS), metric)
@@ -172,7 +187,9 @@ def _checked(
     )
 
 
-def _finish(call: DeltaRuleCall, out: Tensor, residual: Tensor, final_state: Tensor) -> DeltaRuleOutput:
+def _finish(
+    call: DeltaRuleCall, out: Tensor, residual: Tensor, final_state: Tensor
+) -> DeltaRuleOutput:
     """What the torch implementations share: the score from the unrounded residual, then the caller's dtype."""
     score = None
     if call.metric is not None:
@@ -205,7 +222,10 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleOutput:
         return _finish(call, *recurrent(*given))
     out, residual, state, score, _, _ = chunks(*given, call.output_residual, call.metric)
     return DeltaRuleOutput(
-        out, state, residual if call.output_residual else None, None if call.metric is None else score
+        out,
+        state,
+        residual if call.output_residual else None,
+        None if call.metric is None else score,
     )
 
 

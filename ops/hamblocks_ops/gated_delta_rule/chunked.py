@@ -41,7 +41,9 @@ def chunked(
     if tokens == 0:
         return v.to(wide), v.to(wide), initial_state
     if tokens == 1 and cu_seqlens is None:
-        return _step(q.to(wide), k.to(wide), v.to(wide), beta.to(wide), g.to(wide), scale, initial_state)
+        return _step(
+            q.to(wide), k.to(wide), v.to(wide), beta.to(wide), g.to(wide), scale, initial_state
+        )
     size = min(chunk_size, tokens)
     packed = None if cu_seqlens is None else _lay_out(cu_seqlens, tokens, size)
 
@@ -116,7 +118,9 @@ class _Chunks(NamedTuple):
     decay: Tensor  # [B, H, chunks, 1, 1]
 
     @classmethod
-    def prepare(cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float) -> _Chunks:
+    def prepare(
+        cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float
+    ) -> _Chunks:
         size = g.shape[-1]
         ones = torch.ones(size, size, dtype=torch.bool, device=g.device)
         # sum of g over j < l <= i, as a sum of its own for every pair: exact where g is huge, NaN-free where it is -inf
@@ -125,7 +129,10 @@ class _Chunks(NamedTuple):
         from_start = g.cumsum(-1).exp()[..., None]
         interaction = (k @ k.mT) * decay * beta[..., None, :]
         solved = torch.linalg.solve_triangular(
-            interaction.tril(-1), torch.cat([v, from_start * k], -1), upper=False, unitriangular=True
+            interaction.tril(-1),
+            torch.cat([v, from_start * k], -1),
+            upper=False,
+            unitriangular=True,
         )
         solved_v, solved_k = solved.split([v.shape[-1], k.shape[-1]], -1)
         return cls(
@@ -138,7 +145,9 @@ class _Chunks(NamedTuple):
         )
 
 
-def _scan(step: _Chunks, initial_state: Tensor, packed: _Layout | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    step: _Chunks, initial_state: Tensor, packed: _Layout | None
+) -> tuple[Tensor, Tensor, Tensor]:
     state = initial_state if packed is None else torch.zeros_like(initial_state[:1])
     outs, residuals, states = [], [], []
     # unbind: taking one chunk at a time would have the backward pass write all chunks once per chunk

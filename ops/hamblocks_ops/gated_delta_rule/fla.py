@@ -73,10 +73,21 @@ def chunks(
         beta = beta.clamp(min=LEAST_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        sums = chunk_local_cumsum(g.clamp(min=LEAST_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at)
-        w, u, inverse = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **at)
+        sums = chunk_local_cumsum(
+            g.clamp(min=LEAST_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at
+        )
+        w, u, inverse = chunk_gated_delta_rule_fwd_intra(
+            k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **at
+        )
         h, v_new, state = chunk_gated_delta_rule_fwd_h(
-            k=k, w=w, u=u, g=sums, initial_state=initial_state, output_final_state=True, chunk_size=CHUNK, **at
+            k=k,
+            w=w,
+            u=u,
+            g=sums,
+            initial_state=initial_state,
+            output_final_state=True,
+            chunk_size=CHUNK,
+            **at,
         )
         out = chunk_fwd_o(q=q, k=k, v=v_new, h=h, g=sums, scale=scale, chunk_size=CHUNK, **at)
         if writes or metric is not None:
@@ -131,11 +142,16 @@ def chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and initial_state; those of results that nothing depends on are None."""
     if v.numel() == 0:
-        dq, dk, dv, dbeta, dg, dh0 = (torch.zeros_like(x) for x in (q, k, v, beta, sums, initial_state))
+        dq, dk, dv, dbeta, dg, dh0 = (
+            torch.zeros_like(x) for x in (q, k, v, beta, sums, initial_state)
+        )
         if grad_state is not None:
             dh0.copy_(grad_state)
         return dq, dk, dv, dbeta, dg, dh0
-    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_delta_h import (
+        chunk_gated_delta_rule_bwd_dhu,
+        chunk_gated_delta_rule_fwd_h,
+    )
     from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local
     from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
     from fla.ops.utils import chunk_local_cumsum
@@ -158,8 +174,12 @@ def chunks_backward(
         dh, dh0, dv = chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=w, g=sums, h0=initial_state, dht=dht, do=do, dv=dv, scale=scale, **sized
         )
-        dq, dk, dw, dg = chunk_bwd_dqkwg(q=q, k=k, v=v_new, w=w, g=sums, h=h, dv=dv, do=do, dh=dh, scale=scale, **sized)
-        more, dv, dbeta, dg_more = prepare_wy_repr_bwd(k=k, v=v, beta=beta, g=sums, A=inverse, dw=dw, du=dv, **at)
+        dq, dk, dw, dg = chunk_bwd_dqkwg(
+            q=q, k=k, v=v_new, w=w, g=sums, h=h, dv=dv, do=do, dh=dh, scale=scale, **sized
+        )
+        more, dv, dbeta, dg_more = prepare_wy_repr_bwd(
+            k=k, v=v, beta=beta, g=sums, A=inverse, dw=dw, du=dv, **at
+        )
         dg = chunk_local_cumsum(dg.add_(dg_more), reverse=True, **sized)
         if grad_residual is not None:  # the sum in dbeta lacks what the division takes away again
             dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, LEAST_BETA, packed)
@@ -194,7 +214,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(
-    ctx: Any, grad: Tensor | None, grad_residual: Tensor | None, grad_state: Tensor | None, *_rest: Any
+    ctx: Any,
+    grad: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_state: Tensor | None,
+    *_rest: Any,
 ) -> tuple[Tensor | None, ...]:
     *saved, g = ctx.saved_tensors
     *grads, dg, dh0 = chunks_backward(grad, grad_residual, grad_state, *saved, ctx.scale)

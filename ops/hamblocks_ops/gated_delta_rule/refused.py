@@ -37,7 +37,12 @@ def recurs(call: DeltaRuleCall) -> bool:
 def refused(call: DeltaRuleCall) -> str | None:
     """Why fla cannot run this call, or None when it can."""
     reason = not_supported() or _by_dtype(call)
-    return reason or _by_size(call) or without_triton(call.q) or (wrong_on_hopper() if learns(call) else None)
+    return (
+        reason
+        or _by_size(call)
+        or without_triton(call.q)
+        or (wrong_on_hopper() if learns(call) else None)
+    )
 
 
 def _by_dtype(call: DeltaRuleCall) -> str | None:
@@ -48,7 +53,11 @@ def _by_dtype(call: DeltaRuleCall) -> str | None:
             "flash-linear-attention computes products of float32 in TF32 and decays as differences of sums: not "
             "float32's precision"
         )
-    if call.v.dtype == torch.float16 and not recurs(call) and (call.output_residual or call.metric is not None):
+    if (
+        call.v.dtype == torch.float16
+        and not recurs(call)
+        and (call.output_residual or call.metric is not None)
+    ):
         return "it keeps beta * residual in float16, which cannot hold it for a small beta"
     return None
 

@@ -34,7 +34,10 @@ def residual_kernel(
     predicted: the residual is the value itself, and the score that of no prediction.
     """
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    place, inside = row[:, None] * DIM + column[None, :], (row < rows)[:, None] & (column < DIM)[None, :]
+    place, inside = (
+        row[:, None] * DIM + column[None, :],
+        (row < rows)[:, None] & (column < DIM)[None, :],
+    )
     strength = tl.maximum(tl.load(beta + row, mask=row < rows, other=1.0), LEAST)
     value = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
     error = tl.load(v_new + place, mask=inside, other=0.0).to(tl.float32) / strength[:, None]
@@ -74,22 +77,34 @@ def beta_grad_kernel(
     pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
     for part in tl.static_range(0, (K + BK - 1) // BK):
         dim = part * BK + tl.arange(0, BK)
-        keys = tl.load(k + place + dim[None, :], mask=inside[:, None] & (dim < K)[None, :], other=0.0)
+        keys = tl.load(
+            k + place + dim[None, :], mask=inside[:, None] & (dim < K)[None, :], other=0.0
+        )
         pairs = tl.dot(keys, tl.trans(keys), pairs)
     later = (token[:, None] < token[None, :]) & inside[None, :]
-    pairs = tl.where(later, pairs * tl.exp2(tl.where(later, decay[None, :] - decay[:, None], 0.0)), 0.0)
+    pairs = tl.where(
+        later, pairs * tl.exp2(tl.where(later, decay[None, :] - decay[:, None], 0.0)), 0.0
+    )
     total = tl.zeros([CHUNK], tl.float32)
     for block in tl.static_range(0, (V + BV - 1) // BV):
         column = block * BV + tl.arange(0, BV)
         carried = tl.zeros([CHUNK, BV], tl.float32)
         for part in tl.static_range(0, (K + BK - 1) // BK):
             dim = part * BK + tl.arange(0, BK)
-            keys = tl.load(k + place + dim[None, :], mask=inside[:, None] & (dim < K)[None, :], other=0.0)
+            keys = tl.load(
+                k + place + dim[None, :], mask=inside[:, None] & (dim < K)[None, :], other=0.0
+            )
             state = dh + own * K * V + dim[:, None] * V + column[None, :]
-            carried = tl.dot(keys, tl.load(state, mask=(dim < K)[:, None] & (column < V)[None, :], other=0.0), carried)
+            carried = tl.dot(
+                keys,
+                tl.load(state, mask=(dim < K)[:, None] & (column < V)[None, :], other=0.0),
+                carried,
+            )
         here, mask = number[:, None] * V + column[None, :], inside[:, None] & (column < V)[None, :]
         grads = tl.load(dr + here, mask=mask, other=0.0)
-        wanted = tl.load(local + here, mask=mask, other=0.0).to(tl.float32) + carried * to_last[:, None]
+        wanted = (
+            tl.load(local + here, mask=mask, other=0.0).to(tl.float32) + carried * to_last[:, None]
+        )
         wanted -= tl.dot(pairs.to(grads.dtype), grads)
         total += tl.sum(tl.load(v_new + here, mask=mask, other=0.0).to(tl.float32) * wanted, 1)
     strength = tl.maximum(tl.load(beta + number, mask=inside, other=1.0), LEAST)
@@ -97,13 +112,28 @@ def beta_grad_kernel(
 
 
 def read(
-    v_new: Tensor, beta: Tensor, v: Tensor, least: float, residual: Tensor, score: Tensor, metric: str | None
+    v_new: Tensor,
+    beta: Tensor,
+    v: Tensor,
+    least: float,
+    residual: Tensor,
+    score: Tensor,
+    metric: str | None,
 ) -> None:
     """Fills residual `[B, T, HV, V]` unless it is empty, and with a metric score `[B, T, HV]`; all contiguous."""
     constants = launch(v.shape[3], metric, torch.float32)
     half = torch.finfo(v.dtype).eps / 2 * 1.001
     residual_kernel[(triton.cdiv(beta.numel(), constants["BLOCK"]),)](
-        v_new, beta, v, residual, score, beta.numel(), **constants, LEAST=least, HALF=half, WRITES=residual.numel() > 0
+        v_new,
+        beta,
+        v,
+        residual,
+        score,
+        beta.numel(),
+        **constants,
+        LEAST=least,
+        HALF=half,
+        WRITES=residual.numel() > 0,
     )
 
 
@@ -121,7 +151,10 @@ def beta_grad(
     """The gradient of beta: `[B, T, HV]`, float32. dh `[B, chunks, HV, K, V]`: of the state after every chunk."""
     dbeta = torch.empty_like(g)
     key_dim, value_dim = k.shape[3], v_new.shape[3]
-    tiles = {name: min(64, max(16, triton.next_power_of_2(x))) for name, x in (("BK", key_dim), ("BV", value_dim))}
+    tiles = {
+        name: min(64, max(16, triton.next_power_of_2(x)))
+        for name, x in (("BK", key_dim), ("BV", value_dim))
+    }
     beta_grad_kernel[(dh.shape[1], g.shape[0] * g.shape[2])](
         k, dh, g, beta, v_new, local, dr, dbeta, *(packed or (None, None)), k.shape[1], HEADS=k.shape[2],
         VALUE_HEADS=g.shape[2], K=key_dim, V=value_dim, CHUNK=CHUNK, **tiles, LEAST=least, PACKED=packed is not None,

@@ -7,8 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamblocks_ops.arguments import check_floating, check_integer, check_range, check_tensor, values_are_checked, wrong
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
+from hamblocks_ops.arguments import (
+    check_floating,
+    check_integer,
+    check_range,
+    check_tensor,
+    values_are_checked,
+    wrong,
+)
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    always,
+    explain_table,
+    interpreted,
+    pick,
+    without_triton,
+)
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention.layout import (
     PagedCall,
@@ -106,7 +121,11 @@ def _checked(
     check_range("query_position", query_position, -1, NEVER)
     if shared is not None and not isinstance(shared, bool):
         raise wrong("shared", "True, False or None", shared)
-    if shared is False and values_are_checked(block_table) and bool((users(block_table, total(slabs))[:-1] > 1).any()):
+    if (
+        shared is False
+        and values_are_checked(block_table)
+        and bool((users(block_table, total(slabs))[:-1] > 1).any())
+    ):
         raise wrong("shared", "True or None where a page is listed twice", shared)
     _check_no_gradient(q, slabs)
     return PagedCall(
@@ -134,7 +153,11 @@ def _check_no_gradient(q: Tensor, slabs: Sequence[Pages]) -> None:
         named += [] if bias is None else [(f"slabs[{index}].logit_bias", bias)]
     wanting = [name for name, x in named if x.requires_grad]
     if wanting:
-        raise wrong("q", "no gradient, of q or of slabs, in an op for inference", f"grad required by {wanting[0]}")
+        raise wrong(
+            "q",
+            "no gradient, of q or of slabs, in an op for inference",
+            f"grad required by {wanting[0]}",
+        )
 
 
 def _run_reference(call: PagedCall) -> tuple[Tensor, Tensor]:

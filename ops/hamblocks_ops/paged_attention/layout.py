@@ -80,7 +80,9 @@ def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
     check_table(block_table, slabs, slabs[0].k)
     table = block_table.flatten()
     page = max(slab.k.shape[1] for slab in slabs)
-    k, v, _, _, bias = (None if x is None else x.new_zeros(len(table), page, *x.shape[2:]) for x in slabs[0])
+    k, v, _, _, bias = (
+        None if x is None else x.new_zeros(len(table), page, *x.shape[2:]) for x in slabs[0]
+    )
     position = torch.full((len(table), page), NEVER, dtype=torch.int32, device=table.device)
     rows = k, v, position, torch.zeros_like(position), bias
     begin = 0
@@ -132,14 +134,18 @@ def check_slabs(slabs: object, like: Tensor | None = None) -> None:
             check_tensor(f"{name}.{field}", value, "[P, page]", [*slab.k.shape[:2]], like=slab.k)
             check_integer(f"{name}.{field}", value)
         if slab.logit_bias is not None:
-            check_tensor(f"{name}.logit_bias", slab.logit_bias, "[P, page]", [*slab.k.shape[:2]], like=slab.k)
+            check_tensor(
+                f"{name}.logit_bias", slab.logit_bias, "[P, page]", [*slab.k.shape[:2]], like=slab.k
+            )
             check_floating(f"{name}.logit_bias", slab.logit_bias)
         if (slab.logit_bias is None) != (first.logit_bias is None):
             expected = "None" if first.logit_bias is None else "a bias"
             raise wrong(f"{name}.logit_bias", f"{expected}, as in slabs[0]", slab.logit_bias)
 
 
-def check_table(block_table: Tensor, slabs: Sequence[Pages], like: Tensor, sequences: int | None = None) -> None:
+def check_table(
+    block_table: Tensor, slabs: Sequence[Pages], like: Tensor, sequences: int | None = None
+) -> None:
     """Checks `[N, H, M]` integers that name pages of the slabs or none."""
     check_tensor("block_table", block_table, "[N, H, M]", [sequences, None, None], like=like)
     check_integer("block_table", block_table)

@@ -67,14 +67,18 @@ def pages(call: PagedCall) -> tuple[Tensor, Tensor]:
     look = values_are_checked(call.q)
     queries, plan = _queries(call), _plan(call, look=look)
     out, lse = _read(queries, plan, call.scale, clean=not look)
-    if look and not bool(out.isfinite().all()):  # what no query sees may be anything, and 0 times infinity is NaN
+    if look and not bool(
+        out.isfinite().all()
+    ):  # what no query sees may be anything, and 0 times infinity is NaN
         out, lse = _read(queries, plan, call.scale, clean=True)
     return _by_sequence(out, call), _by_sequence(lse[..., None], call)[..., 0]
 
 
 def _queries(call: PagedCall) -> _Queries:
     heads, together = call.block_table.shape[1], call.slabs[0].k.shape[2]
-    q = call.q.to(wide(call.q)).unflatten(2, (heads, together, call.q.shape[2] // (heads * together)))
+    q = call.q.to(wide(call.q)).unflatten(
+        2, (heads, together, call.q.shape[2] // (heads * together))
+    )
     q = q.permute(0, 2, 3, 4, 1, 5).flatten(3, 4).flatten(0, 1)
     return _Queries(q, call.query_position.repeat_interleave(heads, 0))
 
@@ -99,7 +103,9 @@ def _plan(call: PagedCall, *, look: bool) -> _Plan:
     often = users(table, count) > 1 if call.shared is None else None
     lasts = _last_listed(table, ends) if look else ends
     place, copies, parts, units = torch.zeros_like(owner), [], [], 1
-    for slab, end, last in sorted(zip(call.slabs, ends, lasts, strict=True), key=lambda one: one[0].k.shape[1]):
+    for slab, end, last in sorted(
+        zip(call.slabs, ends, lasts, strict=True), key=lambda one: one[0].k.shape[1]
+    ):
         begin = end - len(slab.k)
         size = last - begin
         if size == 0 or slab.k.numel() == 0 or table.numel() == 0 or call.q.numel() == 0:
@@ -107,8 +113,15 @@ def _plan(call: PagedCall, *, look: bool) -> _Plan:
         shared = call.shared if often is None else bool(often[begin:end].any())
         if shared or size > SPARE * table.numel():
             inside = ((table >= begin) & (table < end)).flatten()
-            part, entry = _gathered(slab, (table - begin).flatten(), inside, row, look=call.shared is not False)
-            copies.append((inside, torch.zeros_like(page).flatten().index_copy_(0, entry, units + _count(entry))))
+            part, entry = _gathered(
+                slab, (table - begin).flatten(), inside, row, look=call.shared is not False
+            )
+            copies.append(
+                (
+                    inside,
+                    torch.zeros_like(page).flatten().index_copy_(0, entry, units + _count(entry)),
+                )
+            )
         else:
             part = _lying(slab, owner[begin:last])
             place[begin:last] = units + _count(part.owner)
@@ -131,7 +144,9 @@ def _lying(slab: Pages, owner: Tensor) -> _Part:
     return _Part(Pages(k, v, position, evict_at, bias), owner)  # type: ignore[arg-type]
 
 
-def _gathered(slab: Pages, place: Tensor, inside: Tensor, row: Tensor, *, look: bool) -> tuple[_Part, Tensor]:
+def _gathered(
+    slab: Pages, place: Tensor, inside: Tensor, row: Tensor, *, look: bool
+) -> tuple[_Part, Tensor]:
     """Copies of what the entries inside list, and the entries; without a look, of something for the others too."""
     entry = inside.nonzero()[:, 0] if look else _count(inside)
     which = torch.where(inside, place, 0)[entry]
@@ -154,7 +169,10 @@ def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple
     for _, alike in itertools.groupby(plan.parts, lambda part: part.pages.k.shape[1]):
         results += _attend(queries, list(alike), scale, clean=clean)
     which = plan.which.flatten()
-    out, lse = (torch.cat(x).index_select(0, which).unflatten(0, plan.which.shape) for x in zip(*results, strict=True))
+    out, lse = (
+        torch.cat(x).index_select(0, which).unflatten(0, plan.which.shape)
+        for x in zip(*results, strict=True)
+    )
     peak = lse.amax(1, keepdim=True)
     weight = (lse - peak.masked_fill(peak == float("-inf"), 0)).exp()
     whole = weight.sum(1)
@@ -162,7 +180,9 @@ def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple
     return out, whole.log() + peak[:, 0]
 
 
-def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _attend(
+    queries: _Queries, parts: list[_Part], scale: float, *, clean: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """out [U, W, G * T, D] and lse [U, W, G * T] of every part; 0 and -inf where a row sees nothing of its page.
 
     All but keys and values is small, and put together for all parts, whose pages are of one size.
@@ -177,12 +197,16 @@ def _attend(queries: _Queries, parts: list[_Part], scale: float, *, clean: bool)
     time, dtype = queries.time[owner][:, :, None], queries.q.dtype
     visible = (position[:, None] <= time) & (time < evict_at[:, None])  # [U, T, page]
     if bias is None:
-        mask = torch.where(visible, torch.zeros((), dtype=dtype, device=owner.device), float("-inf"))
+        mask = torch.where(
+            visible, torch.zeros((), dtype=dtype, device=owner.device), float("-inf")
+        )
     else:
         visible &= (bias != float("-inf"))[:, None]
         mask = torch.where(visible, bias[:, None].to(dtype), float("-inf"))
     q, blind = queries.q.index_select(0, owner), ~visible.any(2)
-    if time.shape[1] > 1:  # the queries of a group stand one after the other; what is the same for all, SDPA repeats
+    if (
+        time.shape[1] > 1
+    ):  # the queries of a group stand one after the other; what is the same for all, SDPA repeats
         group = q.shape[2] // time.shape[1]
         mask, blind = mask.repeat(1, group, 1), blind.repeat(1, group)
     begin = 0

@@ -13,7 +13,9 @@ def reference(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` and lse `[N, T, Hq]`, unrounded."""
     rows = unpage(call.slabs, call.block_table)
     together = call.slabs[0].k.shape[2]
-    position, evict_at, logit_bias = (None if x is None else x.repeat_interleave(together, 2) for x in rows[2:])
+    position, evict_at, logit_bias = (
+        None if x is None else x.repeat_interleave(together, 2) for x in rows[2:]
+    )
     assert position is not None
     assert evict_at is not None
     if logit_bias is not None:

@@ -52,10 +52,16 @@ def share_kernel(
     block_m, share, which = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, head = which // TOGETHER, which % TOGETHER
     sequence = row // ROWS
-    member = block_m * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the group, one token after the other
+    member = block_m * BLOCK_M + tl.arange(
+        0, BLOCK_M
+    )  # queries of the group, one token after the other
     token, inside_m = member // GROUP, member < queries * GROUP
     heads = ROWS * TOGETHER * GROUP
-    own = (sequence * queries + token) * heads + ((row % ROWS) * TOGETHER + head) * GROUP + member % GROUP
+    own = (
+        (sequence * queries + token) * heads
+        + ((row % ROWS) * TOGETHER + head) * GROUP
+        + member % GROUP
+    )
     asks = tl.load(asked + sequence * queries + token, mask=inside_m, other=2147483647)
     dim = tl.arange(0, WIDTH)
     mask_m = inside_m[:, None] & (dim < DIM)[None, :]
@@ -66,7 +72,12 @@ def share_kernel(
     end = tl.minimum((share + 1) * per_share, tl.cdiv(columns * PAGE, BLOCK_N))
     for block in range(share * per_share, end):
         slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        page = tl.load(table + row * columns + slot // PAGE, mask=slot < columns * PAGE, other=-1).to(tl.int64) - begin
+        page = (
+            tl.load(table + row * columns + slot // PAGE, mask=slot < columns * PAGE, other=-1).to(
+                tl.int64
+            )
+            - begin
+        )
         listed = (page >= 0) & (page < pages) & (slot < columns * PAGE)
         place = page * PAGE + slot % PAGE
         begins = tl.load(position + place, mask=listed, other=2147483647)
@@ -81,14 +92,32 @@ def share_kernel(
         if tl.max(some.to(tl.int32), 0) > 0:
             mask = some[:, None] & (dim < DIM)[None, :]
             at = slot % PAGE
-            keys = tl.load(k + (page * k_p + at * k_s + head * k_w)[:, None] + dim[None, :], mask=mask, other=0.0)
-            values = tl.load(v + (page * v_p + at * v_s + head * v_w)[:, None] + dim[None, :], mask=mask, other=0.0)
+            keys = tl.load(
+                k + (page * k_p + at * k_s + head * k_w)[:, None] + dim[None, :],
+                mask=mask,
+                other=0.0,
+            )
+            values = tl.load(
+                v + (page * v_p + at * v_s + head * v_w)[:, None] + dim[None, :],
+                mask=mask,
+                other=0.0,
+            )
             logit = tl.where(seen, logits(tile, keys, shift, scale), float("-inf"))
             have, top, total = softmax_step(logit, values, have, top, total)
     empty = total == 0
-    there = (first_share + share) * tl.num_programs(2).to(tl.int64) // (ROWS * TOGETHER) * queries * heads + own
-    tl.store(out + there[:, None] * DIM + dim[None, :], have / tl.where(empty, 1.0, total)[:, None], mask=mask_m)
-    tl.store(lse + there, tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total))), mask=inside_m)
+    there = (first_share + share) * tl.num_programs(2).to(tl.int64) // (
+        ROWS * TOGETHER
+    ) * queries * heads + own
+    tl.store(
+        out + there[:, None] * DIM + dim[None, :],
+        have / tl.where(empty, 1.0, total)[:, None],
+        mask=mask_m,
+    )
+    tl.store(
+        lse + there,
+        tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total))),
+        mask=inside_m,
+    )
 
 
 @triton.jit
@@ -134,7 +163,10 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Out `[N, T, Hq, D]` in the dtype of q and lse `[N, T, Hq]` in float32; the fields of all slabs, bias or none."""
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    )
     sequences, queries, heads, dim = q.shape
     rows, columns = block_table.shape[1:]
     lying = [i for i, x in enumerate(k) if x.numel() and block_table.numel() and q.numel()]
@@ -146,7 +178,9 @@ def attend(
     sizes = config(width, q.dtype)
     block_m = min(sizes.queries, max(16, int(triton.next_power_of_2(queries * group))))
     grid = triton.cdiv(queries * group, block_m), sequences * rows * together
-    shares = [_shares(columns * k[i].shape[1], sizes.slots, grid[0] * grid[1], q.device) for i in lying]
+    shares = [
+        _shares(columns * k[i].shape[1], sizes.slots, grid[0] * grid[1], q.device) for i in lying
+    ]
     count = sum(number for number, _ in shares)
     parts = q.new_empty(count, *q.shape, dtype=torch.float32)
     sums = q.new_empty(count, *q.shape[:3], dtype=torch.float32)
@@ -184,7 +218,11 @@ def _begins(k: Sequence[Tensor]) -> list[int]:
 
 def _shares(slots: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
     """Into how many shares a row is cut, and the tiles of one; by the shapes alone."""
-    wanted = WAVES * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8)
+    wanted = WAVES * (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )
     tiles = triton.cdiv(slots, tile)
     number = max(1, min(triton.cdiv(wanted, programs), tiles // LEAST_TILES))
     per_share = triton.cdiv(tiles, number)
@@ -193,7 +231,9 @@ def _shares(slots: int, tile: int, programs: int, device: torch.device) -> tuple
 
 def triton_attention(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` in the dtype of q, and lse `[N, T, Hq]`."""
-    k, v, position, evict_at, bias = ([getattr(slab, name) for slab in call.slabs] for name in call.slabs[0]._fields)
+    k, v, position, evict_at, bias = (
+        [getattr(slab, name) for slab in call.slabs] for name in call.slabs[0]._fields
+    )
     biases = [x for x in bias if x is not None]
     result: tuple[Tensor, Tensor] = attend(
         call.q, k, v, position, evict_at, biases, call.block_table, call.query_position, call.scale

@@ -20,7 +20,11 @@ __all__ = ["NEVER", "select_first", "select_threshold", "select_topk", "select_w
 
 
 def select_threshold(
-    score: Tensor, tau: float | Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+    score: Tensor,
+    tau: float | Tensor,
+    *,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Stores a token for good iff score >= tau, and nothing when tau = +inf.
 
@@ -50,12 +54,16 @@ def select_threshold(
             raise wrong("tau", f"device {score.device}", tau)
         if values_are_checked(tau) and bool(tau.isnan().any()):
             raise wrong("tau", "values that are not NaN", "NaN")
-    wide = torch.promote_types(score.dtype, torch.float32)  # a number beside a tensor would be rounded to its dtype
+    wide = torch.promote_types(
+        score.dtype, torch.float32
+    )  # a number beside a tensor would be rounded to its dtype
     stored = (score.to(wide) >= tau.to(wide)) & (tau < float("inf"))
     return _result(torch.where(stored & (where >= 0), NEVER, where))
 
 
-def select_topk(score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+def select_topk(
+    score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Keeps the k largest scores seen so far; the worst leaves when a better token comes; ties to the earlier token.
 
     evict_at[j] is the first position at which k seen tokens beat j: a larger score, or an equal one that came earlier.
@@ -100,7 +108,9 @@ def select_window(
     return _result(torch.where(where < 0, where, (where + width).clamp(max=NEVER)))
 
 
-def select_first(score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+def select_first(
+    score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453).
 
     Args:
@@ -120,13 +130,17 @@ def select_first(score: Tensor, n: int, *, position: Tensor | None = None, cu_se
     return _result(torch.where((where >= 0) & (where < n), NEVER, where))
 
 
-def _checked(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _checked(
+    score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     check_tensor("score", score, "[B, T, H]", [None] * 3)
     check_floating("score", score)
     return placed(score, position, cu_seqlens)
 
 
-def placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def placed(
+    tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Positions as int64 [B, T, H], and in a packed batch the sequence of every token."""
     batch, length, heads = tokens.shape
     sequence = None

@@ -28,7 +28,9 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     worst = torch.where(index - start + 1 >= k, worst, tokens)
     strength = tokens - worst  # never descends within a sequence
     lane = torch.zeros_like(index) if sequence is None else sequence * (tokens + 1)
-    lost = torch.searchsorted((lane + strength).contiguous(), (lane + tokens - rank).contiguous(), right=True)
+    lost = torch.searchsorted(
+        (lane + strength).contiguous(), (lane + tokens - rank).contiguous(), right=True
+    )
     lost = torch.maximum(lost, index)
     inside = (lost < tokens) & ((start[lost.clamp(max=tokens - 1)]) == start)
     lost = lost.view(batch, heads, tokens).transpose(1, 2)
@@ -41,7 +43,9 @@ def _rank(score: Tensor, position: Tensor) -> Tensor:
     """Rank of every token in its row, 0 the best; ties to the earlier one, empty rows behind everything."""
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, (position < 0).to(torch.int8).gather(1, order).argsort(dim=1, stable=True))
+    order = order.gather(
+        1, (position < 0).to(torch.int8).gather(1, order).argsort(dim=1, stable=True)
+    )
     ranks = torch.arange(score.shape[1], device=score.device)[None, :, None].expand_as(order)
     return torch.empty_like(order).scatter_(1, order, ranks)
 

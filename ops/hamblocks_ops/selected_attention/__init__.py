@@ -15,7 +15,15 @@ from hamblocks_ops.arguments import (
     check_tensor,
     wrong,
 )
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    always,
+    explain_table,
+    interpreted,
+    pick,
+    without_triton,
+)
 from hamblocks_ops.packing import positions
 
 
@@ -90,7 +98,9 @@ def selected_attention(
         ValueError: a bad argument; the message names it, what was expected and what came.
         UnsupportedError: `impl` cannot run this call.
     """
-    call = _checked(q, k, v, evict_at, scale, logit_bias, cu_seqlens, query_position, key_position, key_lengths)
+    call = _checked(
+        q, k, v, evict_at, scale, logit_bias, cu_seqlens, query_position, key_position, key_lengths
+    )
     run = pick("selected_attention", TABLE, impl, call)
     with torch.autocast(device_type=q.device.type, enabled=False):
         out, lse = run(call)
@@ -111,7 +121,9 @@ def explain(
     key_lengths: Tensor | None = None,
 ) -> Explanation:
     """Every implementation of `selected_attention` with "yes", or the reason why it cannot run this call."""
-    call = _checked(q, k, v, evict_at, scale, logit_bias, cu_seqlens, query_position, key_position, key_lengths)
+    call = _checked(
+        q, k, v, evict_at, scale, logit_bias, cu_seqlens, query_position, key_position, key_lengths
+    )
     return explain_table(TABLE, call)
 
 
@@ -136,24 +148,39 @@ def _checked(
     check_tensor("v", v, "[B, Tk, Hkv, D]", [batch, keys, kv_heads, dim], like=q)
     check_floating("v", v, like=q)
     if kv_heads == 0 or heads % kv_heads != 0:
-        raise wrong("k", f"a number of heads that divides the {heads} heads of q", f"{kv_heads} heads")
+        raise wrong(
+            "k", f"a number of heads that divides the {heads} heads of q", f"{kv_heads} heads"
+        )
     shape = [batch, keys, kv_heads]
     evict_at = _per_head("evict_at", evict_at, shape, q)
     check_integer("evict_at", evict_at)
     if cu_seqlens is not None:
         if queries != keys:
-            raise wrong("cu_seqlens", "as many keys as queries in a packed batch", f"{keys} keys, {queries} queries")
+            raise wrong(
+                "cu_seqlens",
+                "as many keys as queries in a packed batch",
+                f"{keys} keys, {queries} queries",
+            )
         if key_lengths is not None:
-            raise wrong("key_lengths", "None in a packed batch, whose borders are cu_seqlens", key_lengths)
+            raise wrong(
+                "key_lengths", "None in a packed batch, whose borders are cu_seqlens", key_lengths
+            )
         check_cu_seqlens(cu_seqlens, batch, keys, q)
     query_position = _position("query_position", query_position, [batch, queries], q, cu_seqlens)
     key_position = _position("key_position", key_position, [batch, keys], q, cu_seqlens)
     key_position = _per_head(
-        "key_position", key_position[..., None] if key_position.dim() == 2 else key_position, shape, q
+        "key_position",
+        key_position[..., None] if key_position.dim() == 2 else key_position,
+        shape,
+        q,
     )
     if key_lengths is not None:
         if isinstance(key_lengths, Tensor) and key_lengths.dim() == 1:
-            key_lengths = key_lengths[:, None].expand(batch, kv_heads) if key_lengths.shape[0] == batch else key_lengths
+            key_lengths = (
+                key_lengths[:, None].expand(batch, kv_heads)
+                if key_lengths.shape[0] == batch
+                else key_lengths
+            )
         check_tensor("key_lengths", key_lengths, "[B] or [B, Hkv]", [batch, kv_heads], like=q)
         check_integer("key_lengths", key_lengths)
         check_range("key_lengths", key_lengths, 0, keys)
@@ -182,11 +209,19 @@ def _checked(
 def _per_head(name: str, value: Tensor, shape: list[int], like: Tensor) -> Tensor:
     """Checks [B, Tk, Hkv] or [B, Tk, 1] and expands to every key head."""
     shared = isinstance(value, Tensor) and value.dim() == 3 and value.shape[2] == 1
-    check_tensor(name, value, "[B, Tk, Hkv] or [B, Tk, 1]", [*shape[:2], 1 if shared else shape[2]], like=like)
+    check_tensor(
+        name,
+        value,
+        "[B, Tk, Hkv] or [B, Tk, 1]",
+        [*shape[:2], 1 if shared else shape[2]],
+        like=like,
+    )
     return value.expand(*shape)
 
 
-def _position(name: str, value: Tensor | None, shape: list[int], like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _position(
+    name: str, value: Tensor | None, shape: list[int], like: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     if value is None:
         return positions(*shape, device=like.device, cu_seqlens=cu_seqlens)
     if name == "query_position" or not isinstance(value, Tensor) or value.dim() != 3:
@@ -242,7 +277,11 @@ def _refused_by_flex(call: AttentionCall) -> str | None:
         return "FlexAttention has no backward on a CPU" if _learns(call) else None
     if call.q.dtype == torch.float64:
         return "it computes in float32 at the most"
-    return f"FlexAttention takes head sizes from 16 on, not {call.q.shape[3]}" if call.q.shape[3] < 16 else None
+    return (
+        f"FlexAttention takes head sizes from 16 on, not {call.q.shape[3]}"
+        if call.q.shape[3] < 16
+        else None
+    )
 
 
 def _baseline(_call: AttentionCall) -> str:
@@ -271,7 +310,8 @@ def _refused_by_flash(call: AttentionCall) -> str | None:
         time = times(call.query_position, call.key_position, call.evict_at, call.cu_seqlens)
         if call.cu_seqlens is not None or not flash.staircase(time):
             reason = (
-                "it has a gradient only where the queries are the last of the stored tokens, and in no packed batch"
+                "it has a gradient only where the queries are the last of the stored tokens, and in "
+                "no packed batch"
             )
     return reason
 

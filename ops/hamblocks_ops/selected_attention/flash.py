@@ -72,13 +72,23 @@ def varlen(
         from flash_attn import flash_attn_varlen_func
 
         out, lse, _ = flash_attn_varlen_func(
-            q, k, v, q_borders, k_borders, *most, softmax_scale=scale, causal=causal, return_attn_probs=True
+            q,
+            k,
+            v,
+            q_borders,
+            k_borders,
+            *most,
+            softmax_scale=scale,
+            causal=causal,
+            return_attn_probs=True,
         )
         return out, lse
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     takes = inspect.signature(varlen_attn).parameters
-    more: dict[str, object] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in takes else {}
+    more: dict[str, object] = (
+        {"window_size": (-1, 0 if causal else -1)} if "window_size" in takes else {}
+    )
     if not more:
         more = {"is_causal": causal}
     if "scale" in takes:
@@ -89,7 +99,8 @@ def varlen(
         more["enable_gqa"] = True
     else:
         k, v = (x.expand(-1, q.shape[1], -1) for x in (k, v))
-    out, lse = varlen_attn(q, k, v, q_borders, k_borders, *most, return_aux=AuxRequest(lse=True), **more)  # type: ignore[arg-type]
+    more["return_aux"] = AuxRequest(lse=True)
+    out, lse = varlen_attn(q, k, v, q_borders, k_borders, *most, **more)  # type: ignore[arg-type]
     return out, lse
 
 
@@ -98,7 +109,9 @@ def ragged(marked: Tensor) -> Ragged:
     by_head = marked.permute(2, 0, 1)
     lengths = by_head.sum(2).flatten()
     borders = pad(lengths.cumsum(0), [1, 0]).to(torch.int32)
-    return Ragged(by_head.flatten().nonzero()[:, 0], borders, int(lengths.max()) if lengths.numel() else 0)
+    return Ragged(
+        by_head.flatten().nonzero()[:, 0], borders, int(lengths.max()) if lengths.numel() else 0
+    )
 
 
 def gathered(x: Tensor, keys: Ragged) -> Tensor:
@@ -120,9 +133,13 @@ def staircase(time: Times) -> bool:
     where = torch.where(stored, time.position, -1).cummax(1).values
     if bool((stored[:, 1:] & (time.position[:, 1:] < where[:, :-1])).any()):
         return False
-    moments = torch.where(stored, time.position, NEVER).transpose(1, 2).contiguous().sort(2).values.long()
+    moments = (
+        torch.where(stored, time.position, NEVER).transpose(1, 2).contiguous().sort(2).values.long()
+    )
     heads = moments.shape[1]
-    seen = torch.searchsorted(moments, asked[:, None].expand(-1, heads, -1).contiguous(), right=True)
+    seen = torch.searchsorted(
+        moments, asked[:, None].expand(-1, heads, -1).contiguous(), right=True
+    )
     wanted = stored.sum(1)[..., None] - torch.arange(queries - 1, -1, -1, device=asked.device)
     return bool((seen == wanted).all())
 
@@ -143,16 +160,22 @@ def flash(
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=wide(q))
     time = times(query_position, key_position, evict_at, cu_seqlens)
     if cu_seqlens is None and q.shape[1] > 1 and staircase(time):
-        stored = (time.evict_at > time.position) & (time.position <= time.asked.amax(1)[:, None, None])
+        stored = (time.evict_at > time.position) & (
+            time.position <= time.asked.amax(1)[:, None, None]
+        )
         return _through(q, k, v, ragged(stored), True, scale)
-    order = time.asked.argsort(stable=True, dim=1)  # so that a block of queries sees much as a whole
+    order = time.asked.argsort(
+        stable=True, dim=1
+    )  # so that a block of queries sees much as a whole
     results = [_block(q, k, v, time, which, scale) for which in order.split(QUERIES, 1)]
     out, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
     back = order.argsort(1)[:, :, None].expand_as(lse)
     return out.gather(1, back[..., None].expand_as(out)), lse.gather(1, back)
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, time: Times, which: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, time: Times, which: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Out and lse of the queries `which` [B, i]."""
     heads, dim = q.shape[2:]
     asked = time.asked.gather(1, which)
@@ -160,19 +183,30 @@ def _block(q: Tensor, k: Tensor, v: Tensor, time: Times, which: Tensor, scale: f
     low, high = asked.amin(1)[:, None, None], asked.amax(1)[:, None, None]
     whole = (time.position <= low) & (high < time.evict_at)
     out, lse = _through(q, k, v, ragged(whole), False, scale)
-    edge = ~whole & (time.position <= high) & (low < time.evict_at) & (time.evict_at > time.position)
+    edge = (
+        ~whole & (time.position <= high) & (low < time.evict_at) & (time.evict_at > time.position)
+    )
     token = edge.any(2).any(0).nonzero()[:, 0]
     if len(token) == 0:
         return out, lse
-    position, ends, edge = (x.index_select(1, token).permute(0, 2, 1) for x in (time.position, time.evict_at, edge))
-    seen = (position[:, :, None] <= asked[:, None, :, None]) & (asked[:, None, :, None] < ends[:, :, None])
+    position, ends, edge = (
+        x.index_select(1, token).permute(0, 2, 1) for x in (time.position, time.evict_at, edge)
+    )
+    seen = (position[:, :, None] <= asked[:, None, :, None]) & (
+        asked[:, None, :, None] < ends[:, :, None]
+    )
     seen = seen & edge[:, :, None]  # [B, Hkv, i, e]
     unseen = ~seen.any(2).transpose(1, 2)[..., None]
     arithmetic = wide(q)
-    keys, values = (x.index_select(1, token).masked_fill(unseen, 0).to(arithmetic).transpose(1, 2) for x in (k, v))
+    keys, values = (
+        x.index_select(1, token).masked_fill(unseen, 0).to(arithmetic).transpose(1, 2)
+        for x in (k, v)
+    )
     group = heads // k.shape[2]
     keys, values, seen = (x.repeat_interleave(group, 1) for x in (keys, values, seen))
-    mask = torch.zeros(seen.shape, dtype=arithmetic, device=q.device).masked_fill(~seen, float("-inf"))
+    mask = torch.zeros(seen.shape, dtype=arithmetic, device=q.device).masked_fill(
+        ~seen, float("-inf")
+    )
     part, sums = attend(q.to(arithmetic).transpose(1, 2), keys, values, mask, scale)
     blind = ~seen.any(3)
     part = part.masked_fill(blind[..., None], 0).transpose(1, 2)
@@ -182,7 +216,9 @@ def _block(q: Tensor, k: Tensor, v: Tensor, time: Times, which: Tensor, scale: f
     return out * (lse[..., None] - base).exp() + part * (sums[..., None] - base).exp(), both
 
 
-def _through(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _through(
+    q: Tensor, k: Tensor, v: Tensor, keys: Ragged, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """Out and lse of queries `[B, i, H, D]` over the keys of their row and head; 0 and -inf where there are none."""
     batch, queries, _, dim = q.shape
     kv_heads = k.shape[2]
@@ -197,7 +233,9 @@ def _through(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, causal: bool, scale:
         lse = q.new_full(rows.shape[1::-1], float("-inf"), dtype=wide(q))
     else:
         most = each, keys.longest
-        out, lse = varlen(rows, gathered(k, keys), gathered(v, keys), borders, keys.borders, most, causal, scale)
+        out, lse = varlen(
+            rows, gathered(k, keys), gathered(v, keys), borders, keys.borders, most, causal, scale
+        )
     lse = lse.detach().mT if causal else lse.detach()[0]
     shape = kv_heads, batch, queries, group
     out, lse = out.reshape(*shape, dim), lse.reshape(shape).to(wide(q))

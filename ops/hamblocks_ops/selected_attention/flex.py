@@ -68,7 +68,9 @@ def flex(
     )
     lse = more.lse.detach().transpose(1, 2)
     blind = ~_sees_at_all(time, group)
-    return out.transpose(1, 2).masked_fill(blind[..., None], 0), lse.masked_fill(blind, float("-inf")).to(wide(q))
+    return out.transpose(1, 2).masked_fill(blind[..., None], 0), lse.masked_fill(
+        blind, float("-inf")
+    ).to(wide(q))
 
 
 def _attend(q: Tensor) -> Callable[..., Any]:
@@ -106,7 +108,11 @@ def _block_mask(time: Times, group: int, seen: Callable[..., Tensor]) -> Any:
     some, whole = (x.repeat_interleave(group, 1) for x in visited(time))
     lengths = time.asked.shape[1], time.position.shape[1]
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=lengths
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=lengths,
     )
 
 
@@ -122,7 +128,9 @@ def visited(time: Times) -> tuple[Tensor, Tensor]:
         (time.evict_at, -1, False),
     ):
         x = torch.where(stored, x, fill).transpose(1, 2)
-        short = torch.nn.functional.pad(x, [0, -x.shape[2] % BLOCK], value=-1 if largest and fill == NEVER else fill)
+        short = torch.nn.functional.pad(
+            x, [0, -x.shape[2] % BLOCK], value=-1 if largest and fill == NEVER else fill
+        )
         rows = short.unflatten(2, (-1, BLOCK))
         extremes.append((rows.amax(3) if largest else rows.amin(3))[:, :, None])
     first, last_end, last, first_end = extremes
@@ -139,7 +147,9 @@ def _seen_at_all(time: Times) -> Tensor:
     """Whether any query sees a key, bool `[B, Tk, Hkv]`."""
     moments = time.asked.sort(1).values[:, None].contiguous()
     begin, end = (
-        torch.searchsorted(moments.expand(-1, x.shape[2], -1).contiguous(), x.transpose(1, 2).contiguous())
+        torch.searchsorted(
+            moments.expand(-1, x.shape[2], -1).contiguous(), x.transpose(1, 2).contiguous()
+        )
         for x in (time.position, time.evict_at)
     )
     return (end > begin).transpose(1, 2)
@@ -150,7 +160,11 @@ def _sees_at_all(time: Times, group: int) -> Tensor:
     stored = time.evict_at > time.position
     asked = time.asked[:, None].expand(-1, stored.shape[2], -1).contiguous()
     begun, ended = (
-        torch.searchsorted(torch.where(stored, x, NEVER).transpose(1, 2).contiguous().sort(2).values, asked, right=True)
+        torch.searchsorted(
+            torch.where(stored, x, NEVER).transpose(1, 2).contiguous().sort(2).values,
+            asked,
+            right=True,
+        )
         for x in (time.position, time.evict_at)
     )
     return (begun > ended).transpose(1, 2).repeat_interleave(group, 2)

@@ -97,7 +97,10 @@ class _Stored:
         row = torch.arange(batch * kv_heads, device=evict_at.device)[:, None]
         lists = []
         for lasting in (True, False):
-            stored = compact(torch.where((evict_at == NEVER) == lasting, evict_at, key_position), position=key_position)
+            stored = compact(
+                torch.where((evict_at == NEVER) == lasting, evict_at, key_position),
+                position=key_position,
+            )
             index, position, until = (x.flatten(0, 1) for x in stored[:3])
             token = (row // kv_heads * keys + index) * kv_heads + row % kv_heads
             token = token.masked_fill_(index == keys, 0)
@@ -111,7 +114,9 @@ class _Stored:
                     token, until = token.gather(1, by_time), until.gather(1, by_time)
             own = (position, until, token)
             lists.append(own if self.order is None else tuple(x[self.order] for x in own))
-        self.position, self.until, self.token = (torch.cat(pair, 1) for pair in zip(*lists, strict=True))
+        self.position, self.until, self.token = (
+            torch.cat(pair, 1) for pair in zip(*lists, strict=True)
+        )
         self.begins = self.position[:, : self.lasting].contiguous()
 
     def tokens(self, rows: slice, slot: Tensor, filled: Tensor | None) -> _Tokens:
@@ -162,8 +167,12 @@ class _Block:
         for rows, most in _groups(ended.amax(1).tolist()):
             begins, ends = begun[rows].amin(0).tolist(), ended[rows].amax(0).tolist()
             first, last = self.first[rows], self.last[rows]
-            whole = _Span(rows, slice(None), first.amin(1, True), last.amax(1, True), min(begins), most)
-            others = torch.ones_like(self.stored.until[rows, self.stored.lasting :], dtype=torch.bool)
+            whole = _Span(
+                rows, slice(None), first.amin(1, True), last.amax(1, True), min(begins), most
+            )
+            others = torch.ones_like(
+                self.stored.until[rows, self.stored.lasting :], dtype=torch.bool
+            )
             around = yield from self._seen_by_all(whole, _Rest(0, others))
             if most - around.begin <= FEW and others.shape[1] == 0:
                 yield from self._seen_by_some(whole, around)
@@ -183,10 +192,20 @@ class _Block:
         if rest.others.shape[1] == 0:
             return _Rest(begin, rest.others)
         others = span.rows, slice(stored.lasting, None)
-        seen = rest.others & (stored.position[others] <= span.first) & (span.last < stored.until[others])
+        seen = (
+            rest.others
+            & (stored.position[others] <= span.first)
+            & (span.last < stored.until[others])
+        )
         for some, slot, filled in _pack(seen, span.rows.start):
-            mask = None if filled is None else torch.where(filled, 0.0, HIDDEN).to(self.dtype)[:, None, None]
-            yield _Part(some, span.queries, stored.tokens(some, slot + stored.lasting, filled), mask)
+            mask = (
+                None
+                if filled is None
+                else torch.where(filled, 0.0, HIDDEN).to(self.dtype)[:, None, None]
+            )
+            yield _Part(
+                some, span.queries, stored.tokens(some, slot + stored.lasting, filled), mask
+            )
         return _Rest(begin, rest.others & ~seen)
 
     def _seen_by_some(self, span: _Span, rest: _Rest) -> Iterator[_Part]:
@@ -199,7 +218,11 @@ class _Block:
         if rest.others.shape[1] == 0:
             return
         others = rows, slice(stored.lasting, None)
-        seen = rest.others & (stored.position[others] <= span.last) & (span.first < stored.until[others])
+        seen = (
+            rest.others
+            & (stored.position[others] <= span.last)
+            & (span.first < stored.until[others])
+        )
         for some, slot, filled in _pack(seen, rows.start):
             slot += stored.lasting
             begins, ends = (x[some].gather(1, slot) for x in (stored.position, stored.until))
@@ -207,7 +230,9 @@ class _Block:
                 begins = begins.masked_fill(~filled, NEVER)
             mask = asked[some] - self.since(begins, some)[:, None]
             torch.minimum(mask, self.since(ends - 1, some)[:, None] - asked[some], out=mask)
-            yield _Part(some, span.queries, stored.tokens(some, slot, filled), mask.clamp_(max=0)[:, None])
+            yield _Part(
+                some, span.queries, stored.tokens(some, slot, filled), mask.clamp_(max=0)[:, None]
+            )
 
 
 def _groups(counts: list[int]) -> Iterator[tuple[slice, int]]:
@@ -234,7 +259,11 @@ def _pack(alive: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor | N
             yield some, slot.view(-1, size), None
         else:
             filled = torch.arange(size, device=alive.device) < counts[rows, None]
-            yield some, torch.zeros_like(filled, dtype=torch.int64).masked_scatter_(filled, slot), filled
+            yield (
+                some,
+                torch.zeros_like(filled, dtype=torch.int64).masked_scatter_(filled, slot),
+                filled,
+            )
 
 
 def _widened(call: _Call, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -268,7 +297,9 @@ class _Operands:
         self.width = self.q.shape[-1]
         self.flat = [x.reshape(-1, self.width) for x in (k, v)]
         everything = slice(None), slice(self.stored.lasting)
-        self.lasting_tokens = _Tokens(self.stored.token[everything], self.stored.position[everything] < NEVER)
+        self.lasting_tokens = _Tokens(
+            self.stored.token[everything], self.stored.position[everything] < NEVER
+        )
         self.lasting = self._keys(self.lasting_tokens)
 
     def blocks(self) -> Iterator[tuple[slice, Iterator[_Part]]]:
@@ -323,13 +354,18 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
                 continue
             old_lse = have_lse[own]
             total = torch.logaddexp(old_lse, more_lse)
-            have[own].mul_((old_lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
+            have[own].mul_((old_lse - total).exp_()[..., None]).addcmul_(
+                more, (more_lse - total).exp_()[..., None]
+            )
             have_lse[own] = total
         blind = have_lse < HIDDEN / 2
         if bool(blind.any()):
             have.masked_fill_(blind[..., None], 0)
             have_lse.masked_fill_(blind, float("-inf"))
-        out[:, block], lse[:, block] = operands.tokens(have)[..., : operands.dim], operands.tokens(have_lse)
+        out[:, block], lse[:, block] = (
+            operands.tokens(have)[..., : operands.dim],
+            operands.tokens(have_lse),
+        )
     return out, lse
 
 
@@ -337,19 +373,27 @@ def _direct(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     """The same for few queries: one call with a mask over all keys, in place; the queries of a group are one block."""
     q, k, v, scale = _widened(call, scale)
     kv_heads, dim = call.k.shape[2:]
-    time, begins, ends = call.query_position[:, None, :, None], call.key_position.mT, call.evict_at.mT
+    time, begins, ends = (
+        call.query_position[:, None, :, None],
+        call.key_position.mT,
+        call.evict_at.mT,
+    )
     visible = (begins[:, :, None] <= time) & (time < ends[:, :, None])
     asked = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     mask = torch.where(visible, q.new_zeros(()), float("-inf")).repeat(1, 1, asked.shape[2], 1)
     blind = ~visible.any(-1)[:, :, None]
 
     def attend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        have, have_lse = _attend(asked.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), mask, scale)
+        have, have_lse = _attend(
+            asked.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), mask, scale
+        )
         have = have.view(asked.shape).masked_fill(blind[..., None], 0)
         return have, have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
 
     have, have_lse = attend(k, v)
-    if not bool(have.isfinite().all()):  # what is not stored may be anything, and 0 times infinity is NaN
+    if not bool(
+        have.isfinite().all()
+    ):  # what is not stored may be anything, and 0 times infinity is NaN
         unseen = ~visible.any(2).mT[..., None]
         have, have_lse = attend(*(x.masked_fill(unseen, 0) for x in (k, v)))
     out, lse = _empty(call.q)
@@ -369,14 +413,22 @@ def _backward(
     flat, lasting = ([torch.zeros_like(x) for x in xs] for xs in (operands.flat, operands.lasting))
     for block, parts in operands.blocks():
         asked = operands.rows(operands.q[:, block])
-        wanted, read = (pad(operands.rows(x[:, block].to(operands.q.dtype)), bias_column) for x in (grad, out))
+        wanted, read = (
+            pad(operands.rows(x[:, block].to(operands.q.dtype)), bias_column) for x in (grad, out)
+        )
         # a query that sees nothing meets only hidden logits: exp(HIDDEN - 0) = 0
         read_lse = operands.rows(lse[:, block]).clamp(min=HIDDEN / 2)
         change = torch.zeros_like(asked, memory_format=torch.contiguous_format)
         for part in parts:
             own = part.own
             more_q, *more = _attend_backward(
-                wanted[own], asked[own], *operands.gather(part), read[own], read_lse[own], part.mask, operands.scale
+                wanted[own],
+                asked[own],
+                *operands.gather(part),
+                read[own],
+                read_lse[own],
+                part.mask,
+                operands.scale,
             )
             change[own] += more_q
             for whole, kept, share in zip(flat, lasting, more, strict=True):
@@ -389,7 +441,11 @@ def _backward(
     for whole, kept in zip(flat, lasting, strict=True):
         _add_keys(whole, operands.lasting_tokens, kept)
     dk, dv = (x.view(*k.shape[:3], operands.width) for x in flat)
-    dbias = grad.new_empty(0) if logit_bias is None else dk[..., operands.dim].to(logit_bias.dtype, copy=True)
+    dbias = (
+        grad.new_empty(0)
+        if logit_bias is None
+        else dk[..., operands.dim].to(logit_bias.dtype, copy=True)
+    )
     dk, dv = (x[..., : operands.dim].to(k.dtype, copy=True) for x in (dk, dv))
     return dq, dk, dv, dbias
 
@@ -463,7 +519,9 @@ def gather_backward(
         grads = _empty_grads(grad, q, k, v, logit_bias)
         for own in _sequences(cu_seqlens):
             for whole, part in zip(
-                grads, _backward(grad[:, own], call.of(own), out[:, own], lse[:, own], scale), strict=True
+                grads,
+                _backward(grad[:, own], call.of(own), out[:, own], lse[:, own], scale),
+                strict=True,
             ):
                 if whole.numel():
                     whole[:, own] = part
@@ -472,7 +530,13 @@ def gather_backward(
 
 @gather_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None, *_rest: Any
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict_at: Tensor,
+    logit_bias: Tensor | None,
+    *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_grads(grad, q, k, v, logit_bias)
 

@@ -62,18 +62,36 @@ class Blocks(NamedTuple):
     most_evict_at: Tensor
 
 
-def times(query_position: Tensor, key_position: Tensor, evict_at: Tensor, cu_seqlens: Tensor | None) -> Times:
+def times(
+    query_position: Tensor, key_position: Tensor, evict_at: Tensor, cu_seqlens: Tensor | None
+) -> Times:
     """Positions and lifetimes on one clock."""
     if cu_seqlens is None:
-        end = query_position.amax(1)[:, None, None] + 1 if query_position.shape[1] else evict_at.new_zeros(1, 1, 1)
+        end = (
+            query_position.amax(1)[:, None, None] + 1
+            if query_position.shape[1]
+            else evict_at.new_zeros(1, 1, 1)
+        )
         begun = key_position < end
-        return Times(query_position, key_position, evict_at, begun & (evict_at > key_position) & (evict_at >= end))
+        return Times(
+            query_position,
+            key_position,
+            evict_at,
+            begun & (evict_at > key_position) & (evict_at >= end),
+        )
     sequence = sequence_of(cu_seqlens, query_position.shape[1])
     both = torch.cat([query_position[0, :, None], key_position[0]], 1).long()
     count = cu_seqlens.shape[0] - 1
-    low = both.new_zeros(count).scatter_reduce_(0, sequence, both.amin(1), "amin", include_self=False)
-    end = both.new_zeros(count).scatter_reduce_(0, sequence, both.amax(1), "amax", include_self=False) + 1
-    offset = ((end - low).cumsum(0) - end)[sequence]  # so that a sequence begins where the one before it ended
+    low = both.new_zeros(count).scatter_reduce_(
+        0, sequence, both.amin(1), "amin", include_self=False
+    )
+    end = (
+        both.new_zeros(count).scatter_reduce_(0, sequence, both.amax(1), "amax", include_self=False)
+        + 1
+    )
+    offset = ((end - low).cumsum(0) - end)[
+        sequence
+    ]  # so that a sequence begins where the one before it ended
     end = end[sequence][None, :, None]
     lasting = (evict_at > key_position) & (evict_at >= end)
     shift = offset[None, :, None]
@@ -126,15 +144,21 @@ def plan_queries(blocks: Blocks, first: Tensor, low: Tensor, high: Tensor) -> Te
         return x.flip(1).cummin(1).values.flip(1)
 
     begin = count(blocks.most_evict_at.masked_fill(second, NEVER).cummax(1).values, low)
-    end = torch.minimum(count(suffix_min(blocks.least_position.masked_fill(second, NEVER)), high), border)
+    end = torch.minimum(
+        count(suffix_min(blocks.least_position.masked_fill(second, NEVER)), high), border
+    )
     begin = torch.minimum(begin, end)
     full_begin = count(suffix_min(blocks.least_evict_at.masked_fill(second, NEVER)), high)
     full_begin = torch.minimum(torch.maximum(full_begin, begin), end)
     full_end = count(blocks.most_position.masked_fill(second, NEVER).cummax(1).values, low)
     full_end = torch.minimum(torch.maximum(full_end, full_begin), end)
-    other_begin = torch.maximum(count(blocks.most_evict_at.masked_fill(~second, -1).cummax(1).values, low), border)
+    other_begin = torch.maximum(
+        count(blocks.most_evict_at.masked_fill(~second, -1).cummax(1).values, low), border
+    )
     other_end = torch.maximum(count(suffix_min(blocks.least_position), high), other_begin)
-    return torch.stack([begin, full_begin, full_end, end, other_begin, other_end], 2).to(torch.int32)
+    return torch.stack([begin, full_begin, full_end, end, other_begin, other_end], 2).to(
+        torch.int32
+    )
 
 
 def plan_keys(blocks: Blocks, low: Tensor, high: Tensor) -> Tensor:
@@ -144,7 +168,9 @@ def plan_keys(blocks: Blocks, low: Tensor, high: Tensor) -> Tensor:
     running_low = low.flip(1).cummin(1).values.flip(1).repeat_interleave(group, 0).contiguous()
     begin = torch.searchsorted(running_high, blocks.least_position)
     end = torch.maximum(torch.searchsorted(running_low, blocks.most_evict_at), begin)
-    full_begin = torch.minimum(torch.maximum(torch.searchsorted(running_low, blocks.most_position), begin), end)
+    full_begin = torch.minimum(
+        torch.maximum(torch.searchsorted(running_low, blocks.most_position), begin), end
+    )
     full_end = torch.searchsorted(running_high, blocks.least_evict_at)
     full_end = torch.minimum(torch.maximum(full_end, full_begin), end)
     return torch.stack([begin, full_begin, full_end, end], 2).to(torch.int32)

@@ -32,7 +32,9 @@ def reference(
     dtype = wide(q)
     queries, heads = q.shape[1:3]
     kv_heads = k.shape[2]
-    mask = visible(query_position[:, :, None, None], key_position[:, None], evict_at[:, None])  # [B, i, j, Hkv]
+    mask = visible(
+        query_position[:, :, None, None], key_position[:, None], evict_at[:, None]
+    )  # [B, i, j, Hkv]
     if cu_seqlens is not None:
         own, other = sequence_of(cu_seqlens, queries), sequence_of(cu_seqlens, k.shape[1])
         mask = mask & (own[:, None] == other)[None, :, :, None]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """q [R, G, i, D], k and v [R, G, n, D] -> out [R, G, i, D] and lse [R, G, i]."""
     if q.device.type == "cpu":
         q, k, v = (_dense(x) for x in (q, k, v))
@@ -20,13 +22,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients; `out` and `lse` are those of all parts together."""
     if q.device.type == "cpu":
         grad, q, k, v, out = (_dense(x) for x in (grad, q, k, v, out))
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        grads: tuple[Tensor, Tensor, Tensor] = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            )
         )
         return grads
     weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()

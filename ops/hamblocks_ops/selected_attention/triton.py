@@ -60,7 +60,9 @@ EXACT = (Config(32, 32, 4, 1),) * 3
 """Of float32, whose products are no tensor core's."""
 
 
-def configs(width: int, dtype: torch.dtype, major: int, *, loaded: bool = False) -> tuple[Config, Config, Config]:
+def configs(
+    width: int, dtype: torch.dtype, major: int, *, loaded: bool = False
+) -> tuple[Config, Config, Config]:
     """Launches of the three kernels for a padded head size, the dtype of q and a major compute capability.
 
     `loaded`: with a bias or grouped queries.
@@ -76,7 +78,12 @@ def configs(width: int, dtype: torch.dtype, major: int, *, loaded: bool = False)
 
 def _configs(q: Tensor, k: Tensor, logit_bias: Tensor | None) -> tuple[Config, Config, Config]:
     major = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
-    return configs(_width(q.shape[3]), q.dtype, major, loaded=logit_bias is not None or q.shape[2] != k.shape[2])
+    return configs(
+        _width(q.shape[3]),
+        q.dtype,
+        major,
+        loaded=logit_bias is not None or q.shape[2] != k.shape[2],
+    )
 
 
 @triton.jit
@@ -105,7 +112,10 @@ def copy_kernel(
     tl.store(most_evict_at + own, tl.max(ends, 0))
     if tl.max(token, 0) >= 0:
         if HAS_BIAS:
-            tl.store(bias_list + row * slots + slot, tl.load(bias + place, mask=filled, other=0.0).to(tl.float32))
+            tl.store(
+                bias_list + row * slots + slot,
+                tl.load(bias + place, mask=filled, other=0.0).to(tl.float32),
+            )
         dim = tl.arange(0, WIDTH)
         inside = filled[:, None] & (dim < DIM)[None, :]
         here = (row * slots + slot)[:, None] * DIM + dim[None, :]
@@ -123,7 +133,11 @@ def tile_of_keys(
     """A block of a list [BLOCK, WIDTH], zeros beyond the head size."""
     dim = tl.arange(0, WIDTH)
     # one wide address for all, narrow ones within the tile: fewer registers
-    here = x + (row * slots + block * BLOCK) * DIM + (tl.arange(0, BLOCK)[:, None] * DIM + dim[None, :])
+    here = (
+        x
+        + (row * slots + block * BLOCK) * DIM
+        + (tl.arange(0, BLOCK)[:, None] * DIM + dim[None, :])
+    )
     if WIDTH == DIM:
         return tl.load(here)
     return tl.load(here, mask=tl.broadcast_to((dim < DIM)[None, :], (BLOCK, WIDTH)), other=0.0)
@@ -166,7 +180,10 @@ def forward_kernel(
 ):  # fmt: skip
     """Out, log-sum-exp, and out unrounded where the backward pass will want it (KEEP), of a block of queries."""
     blocks = tl.num_programs(0)
-    block_m, batch_head = blocks - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)  # the longest first
+    block_m, batch_head = (
+        blocks - 1 - tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+    )  # the longest first
     batch, head = batch_head // HEADS, batch_head % HEADS
     row = batch * KV_HEADS + head // (HEADS // KV_HEADS)
     query = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -197,7 +214,9 @@ def forward_kernel(
             bias = bias_of_keys(bias_list, row, block, slots, BLOCK_N, HAS_BIAS)
             logit = tl.where(seen, logits(tile, k, bias, scale), float("-inf"))
             v = tile_of_keys(v_list, row, block, slots, DIM, WIDTH, BLOCK_N)
-            v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)  # what nobody sees may be NaN
+            v = tl.where(
+                (tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0
+            )  # what nobody sees may be NaN
             have, top, total = softmax_step(logit, v, have, top, total)
     have = have / tl.where(total == 0, 1.0, total)[:, None]
     dim = tl.arange(0, WIDTH)
@@ -207,7 +226,9 @@ def forward_kernel(
     if KEEP:
         tl.store(exact + place[:, None] * DIM + dim[None, :], have, mask=inside)
     # exp2(top) is finite in every row that saw something
-    sums = tl.where(total == 0, float("-inf"), (top + tl.log2(tl.where(total == 0, 1.0, total))) / LOG2E)
+    sums = tl.where(
+        total == 0, float("-inf"), (top + tl.log2(tl.where(total == 0, 1.0, total))) / LOG2E
+    )
     tl.store(lse + place, sums, mask=query < queries)
 
 
@@ -227,8 +248,12 @@ def queries_grad_kernel(
     asks = tl.load(asked + batch * queries + query, mask=query < queries, other=-1)
     tile = tile_of_queries(q, batch, head, block_m, queries, q_b, q_t, q_h, DIM, WIDTH, BLOCK_M)
     own_b, own_t = queries.to(tl.int64) * HEADS * DIM, HEADS * DIM
-    asking = tile_of_queries(wanted, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M)
-    read = tile_of_queries(exact, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M)
+    asking = tile_of_queries(
+        wanted, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M
+    )
+    read = tile_of_queries(
+        exact, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M
+    )
     place = (batch * queries + query) * HEADS + head
     pull = tl.sum(asking.to(tl.float32) * read, 1)
     tl.store(delta + place, pull, mask=query < queries)
@@ -263,7 +288,11 @@ def queries_grad_kernel(
             grad = tl.dot(tl.where(seen, change, 0.0).to(k.dtype), k, grad, input_precision="ieee")
     dim = tl.arange(0, WIDTH)
     inside = (query < queries)[:, None] & (dim < DIM)[None, :]
-    tl.store(dq + place[:, None] * DIM + dim[None, :], (grad * scale).to(dq.dtype.element_ty), mask=inside)
+    tl.store(
+        dq + place[:, None] * DIM + dim[None, :],
+        (grad * scale).to(dq.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -279,7 +308,12 @@ def keys_grad_kernel(
     batch, kv_head = row // KV_HEADS, row % KV_HEADS
     slot = row * slots + block * BLOCK_N + tl.arange(0, BLOCK_N)
     here = plan + (row * blocks + block) * 4
-    begin, full_begin, full_end, end = tl.load(here), tl.load(here + 1), tl.load(here + 2), tl.load(here + 3)
+    begin, full_begin, full_end, end = (
+        tl.load(here),
+        tl.load(here + 1),
+        tl.load(here + 2),
+        tl.load(here + 3),
+    )
     if end > begin:
         token = tl.load(index + slot).to(tl.int64)
         begins, ends = tl.load(position_list + slot), tl.load(evict_list + slot)
@@ -295,8 +329,12 @@ def keys_grad_kernel(
             for block_m in range(begin, end):
                 query = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
                 place = (batch * queries + query) * HEADS + head
-                tile = tile_of_queries(q, batch, head, block_m, queries, q_b, q_t, q_h, DIM, WIDTH, BLOCK_M)
-                asking = tile_of_queries(wanted, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M)
+                tile = tile_of_queries(
+                    q, batch, head, block_m, queries, q_b, q_t, q_h, DIM, WIDTH, BLOCK_M
+                )
+                asking = tile_of_queries(
+                    wanted, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M
+                )
                 pull = tl.load(delta + place, mask=query < queries, other=0.0)
                 sums = tl.load(lse + place, mask=query < queries, other=float("inf"))
                 sums = tl.where(sums == float("-inf"), float("inf"), sums * LOG2E)
@@ -305,15 +343,23 @@ def keys_grad_kernel(
                     asks = tl.load(asked + batch * queries + query, mask=query < queries, other=-1)
                     seen = visible(asks, begins, ends)
                     weight, change = tl.where(seen, weight, 0.0), tl.where(seen, change, 0.0)
-                v_grad = tl.dot(tl.trans(weight.to(v.dtype)), asking, v_grad, input_precision="ieee")
+                v_grad = tl.dot(
+                    tl.trans(weight.to(v.dtype)), asking, v_grad, input_precision="ieee"
+                )
                 k_grad = tl.dot(tl.trans(change.to(k.dtype)), tile, k_grad, input_precision="ieee")
                 if HAS_BIAS:
                     bias_grad += tl.sum(change, 0)
         dim = tl.arange(0, WIDTH)
         inside = (token >= 0)[:, None] & (dim < DIM)[None, :]
         there = (batch * tokens + token) * KV_HEADS + kv_head
-        tl.store(dk + there[:, None] * DIM + dim[None, :], (k_grad * scale).to(dk.dtype.element_ty), mask=inside)
-        tl.store(dv + there[:, None] * DIM + dim[None, :], v_grad.to(dv.dtype.element_ty), mask=inside)
+        tl.store(
+            dk + there[:, None] * DIM + dim[None, :],
+            (k_grad * scale).to(dk.dtype.element_ty),
+            mask=inside,
+        )
+        tl.store(
+            dv + there[:, None] * DIM + dim[None, :], v_grad.to(dv.dtype.element_ty), mask=inside
+        )
         if HAS_BIAS:
             tl.store(dbias + there, bias_grad.to(dbias.dtype.element_ty), mask=token >= 0)
 
@@ -321,7 +367,9 @@ def keys_grad_kernel(
 class _Keys:
     """The stored keys of a call, side by side."""
 
-    def __init__(self, k: Tensor, v: Tensor, bias: Tensor | None, time: lists.Times, block: int) -> None:
+    def __init__(
+        self, k: Tensor, v: Tensor, bias: Tensor | None, time: lists.Times, block: int
+    ) -> None:
         self.index, self.first = lists.list_keys(time, block)
         rows, self.slots = self.index.shape
         count, (tokens, heads, dim) = self.slots // block, k.shape[1:]
@@ -329,7 +377,9 @@ class _Keys:
         self.extremes = lists.Blocks(*(self.index.new_empty(rows, count) for _ in range(4)))
         self.k, self.v = (x.new_empty(rows, self.slots, dim) for x in (k, v))
         self.has_bias = bias is not None
-        self.bias = self.index if bias is None else k.new_empty(rows, self.slots, dtype=torch.float32)
+        self.bias = (
+            self.index if bias is None else k.new_empty(rows, self.slots, dtype=torch.float32)
+        )
         k, v = (_rows(x) for x in (k, v))
         copy_kernel[(count, rows)](
             k, v, self.bias if bias is None else bias.contiguous(), time.position.contiguous(),
@@ -354,7 +404,12 @@ def _width(dim: int) -> int:
 
 
 def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
-    return {"HEADS": q.shape[2], "KV_HEADS": k.shape[2], "DIM": q.shape[3], "WIDTH": _width(q.shape[3])}
+    return {
+        "HEADS": q.shape[2],
+        "KV_HEADS": k.shape[2],
+        "DIM": q.shape[3],
+        "WIDTH": _width(q.shape[3]),
+    }
 
 
 def _tile(config: Config) -> dict[str, int]:
@@ -451,24 +506,36 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None, *_rest: Any
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict_at: Tensor,
+    logit_bias: Tensor | None,
+    *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_grads(q, k, v, logit_bias)
 
 
-def _empty_grads(q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_grads(
+    q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias = q.new_empty(0) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     *tensors, scale, _keep = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd_backward(ctx: Any, grad: Tensor, _lse: Tensor, _exact: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(
+    ctx: Any, grad: Tensor, _lse: Tensor, _exact: Tensor
+) -> tuple[Tensor | None, ...]:
     dq, dk, dv, dbias = attend_backward(grad, *ctx.saved_tensors, ctx.scale)
     return dq, dk, dv, None, dbias if dbias.numel() else None, None, None, None, None, None
 

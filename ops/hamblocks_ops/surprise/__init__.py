@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_floating, check_tensor, wrong
-from hamblocks_ops.dispatch import Explanation, Implementation, always, explain_table, interpreted, pick, without_triton
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    always,
+    explain_table,
+    interpreted,
+    pick,
+    without_triton,
+)
 from hamblocks_ops.precision import wide
 
 MOST_COLUMNS = 16384

@@ -21,11 +21,18 @@ def surprise_kernel(
 ):  # fmt: skip
     """Scores of a block of rows."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    place, inside = row[:, None] * DIM + column[None, :], (row < rows)[:, None] & (column < DIM)[None, :]
+    place, inside = (
+        row[:, None] * DIM + column[None, :],
+        (row < rows)[:, None] & (column < DIM)[None, :],
+    )
     wide = score.dtype.element_ty
     error = tl.load(residual + place, mask=inside, other=0.0).to(wide)
     value = tl.load(v + place, mask=inside, other=0.0).to(wide)
-    tl.store(score + row, surprise_of(error, value, value - error, METRIC, DIM, TINY, MOST), mask=row < rows)
+    tl.store(
+        score + row,
+        surprise_of(error, value, value - error, METRIC, DIM, TINY, MOST),
+        mask=row < rows,
+    )
 
 
 @triton.jit
@@ -36,7 +43,10 @@ def surprise_grad_kernel(
 ):  # fmt: skip
     """Gradients of a block of rows."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    place, inside = row[:, None] * DIM + column[None, :], (row < rows)[:, None] & (column < DIM)[None, :]
+    place, inside = (
+        row[:, None] * DIM + column[None, :],
+        (row < rows)[:, None] & (column < DIM)[None, :],
+    )
     wide = wanted.dtype.element_ty
     error = tl.load(residual + place, mask=inside, other=0.0).to(wide)
     value = tl.load(v + place, mask=inside, other=0.0).to(wide)
@@ -54,7 +64,9 @@ def score(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     if result.numel():
         constants = launch(v.shape[-1], metric, result.dtype)
         grid = (triton.cdiv(result.numel(), constants["BLOCK"]),)
-        surprise_kernel[grid](residual.contiguous(), v.contiguous(), result, result.numel(), **constants)
+        surprise_kernel[grid](
+            residual.contiguous(), v.contiguous(), result, result.numel(), **constants
+        )
     return result
 
 

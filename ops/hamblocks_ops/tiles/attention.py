@@ -25,7 +25,9 @@ def logits(q, k, bias, scale):
 def softmax_step(logit, v, out, top, total):
     """Adds a tile to running sums: out [M, D] and total [M] relative to 2 ** top; hidden logits are -inf."""
     higher = tl.maximum(top, tl.max(logit, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # rows that saw nothing yet stay at exp2(-inf) = 0
+    base = tl.where(
+        higher == float("-inf"), 0.0, higher
+    )  # rows that saw nothing yet stay at exp2(-inf) = 0
     weight = tl.exp2(logit - base[:, None])
     fade = tl.exp2(top - base)
     out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")

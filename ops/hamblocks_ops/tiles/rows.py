@@ -18,7 +18,14 @@ def launch(dim: int, metric: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Constants of a kernel over rows of `dim` entries, computed in `dtype`."""
     width, finfo = int(triton.next_power_of_2(dim)), torch.finfo(dtype)
     block = max(1, TILE // width)
-    return {"METRIC": metric, "DIM": dim, "WIDTH": width, "BLOCK": block, "TINY": finfo.tiny, "MOST": finfo.max}
+    return {
+        "METRIC": metric,
+        "DIM": dim,
+        "WIDTH": width,
+        "BLOCK": block,
+        "TINY": finfo.tiny,
+        "MOST": finfo.max,
+    }
 
 
 @triton.jit
@@ -34,7 +41,13 @@ def scaled(x, TINY: tl.constexpr):
 
 @triton.jit
 def surprise_of(
-    residual, v, prediction, METRIC: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr
+    residual,
+    v,
+    prediction,
+    METRIC: tl.constexpr,
+    DIM: tl.constexpr,
+    TINY: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """Scores [R] of rows [R, C]; prediction is v - residual."""
     # one chain of branches: Triton compiles what stands behind a branch that returns
@@ -56,7 +69,15 @@ def surprise_of(
 
 
 @triton.jit
-def surprise_grad(residual, v, wanted, METRIC: tl.constexpr, DIM: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr):
+def surprise_grad(
+    residual,
+    v,
+    wanted,
+    METRIC: tl.constexpr,
+    DIM: tl.constexpr,
+    TINY: tl.constexpr,
+    MOST: tl.constexpr,
+):
     """Gradients of residual and v, both [R, C], from that of the score, wanted [R]."""
     if METRIC == "cosine":
         p, p_norm, p_peak, no_p = scaled(v - residual, TINY)

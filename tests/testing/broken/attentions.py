@@ -21,10 +21,16 @@ class Attention(Built):
     def forward(self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None):
         k = k * self.scale.to(k.dtype)
         if cache is None:
-            return self.attend(q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens), None
+            return self.attend(
+                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens
+            ), None
         cache = cache.append(k, v, position, evict_at, logit_bias)
         stored = cache.read()
-        where = {"query_position": position, "key_position": stored.position, "logit_bias": stored.logit_bias}
+        where = {
+            "query_position": position,
+            "key_position": stored.position,
+            "logit_bias": stored.logit_bias,
+        }
         return self.attend(q, stored.k, stored.v, stored.evict_at, **where), cache
 
 
@@ -44,7 +50,9 @@ class SeesTheNext(Attention):
         if query_position is None and cu_seqlens is None:
             query_position = 1 + torch.arange(q.shape[1]).expand(q.shape[:2]).int()
             return super().attend(q, k, v, evict_at, query_position=query_position, **call)
-        return super().attend(q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call)
+        return super().attend(
+            q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call
+        )
 
 
 @rejected_by("attention_gradients_are_causal")
@@ -61,7 +69,9 @@ class ScalesByTheBatch(Attention):
     """The temperature is the largest norm of the batch."""
 
     def attend(self, q, k, v, evict_at, **call):
-        return super().attend(q / (1 + q.abs().amax((0, 2, 3), keepdim=True)), k, v, evict_at, **call)
+        return super().attend(
+            q / (1 + q.abs().amax((0, 2, 3), keepdim=True)), k, v, evict_at, **call
+        )
 
 
 @rejected_by("attention_packed_is_one_by_one")
@@ -71,7 +81,9 @@ class IgnoresBorders(Attention):
     def attend(self, q, k, v, evict_at, *, cu_seqlens=None, **call):
         if cu_seqlens is None:
             return super().attend(q, k, v, evict_at, **call)
-        ends = torch.where(evict_at > hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens), NEVER, 0).int()
+        ends = torch.where(
+            evict_at > hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens), NEVER, 0
+        ).int()
         return super().attend(q, k, v, ends, **call)
 
 
@@ -81,10 +93,16 @@ class ForgetsTheCache(Attention):
 
     def forward(self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None):
         if cache is None:
-            return super().forward(q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens)
-        _, cache = super().forward(q, k, v, evict_at, position=position, logit_bias=logit_bias, cache=cache)
+            return super().forward(
+                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
+            )
+        _, cache = super().forward(
+            q, k, v, evict_at, position=position, logit_bias=logit_bias, cache=cache
+        )
         where = {"query_position": position, "key_position": position[..., None].contiguous()}
-        read = self.attend(q, k * self.scale.to(k.dtype), v, evict_at, logit_bias=logit_bias, **where)
+        read = self.attend(
+            q, k * self.scale.to(k.dtype), v, evict_at, logit_bias=logit_bias, **where
+        )
         return read, cache
 
 
@@ -109,7 +127,9 @@ class DenseQueries(Attention):
     """Takes queries to lie in one piece."""
 
     def attend(self, q, k, v, evict_at, **call):
-        return super().attend(torch.as_strided(q, q.shape, torch.empty(q.shape).stride()), k, v, evict_at, **call)
+        return super().attend(
+            torch.as_strided(q, q.shape, torch.empty(q.shape).stride()), k, v, evict_at, **call
+        )
 
 
 @rejected_by("attention_reads_no_unwritten_memory")
@@ -134,7 +154,9 @@ class BiasWithoutGradient(Attention):
     """The gradient of the logit bias is dropped."""
 
     def attend(self, *args, logit_bias=None, **call):
-        return super().attend(*args, logit_bias=None if logit_bias is None else logit_bias.detach(), **call)
+        return super().attend(
+            *args, logit_bias=None if logit_bias is None else logit_bias.detach(), **call
+        )
 
 
 @rejected_by("attention_state_dict_is_all_there_is")
@@ -154,7 +176,11 @@ class CountsOnTheHost(Attention):
     """Skips attention where nothing is stored."""
 
     def attend(self, q, k, v, evict_at, **call):
-        return super().attend(q, k, v, evict_at, **call) if bool((evict_at > 0).any()) else torch.zeros_like(q)
+        return (
+            super().attend(q, k, v, evict_at, **call)
+            if bool((evict_at > 0).any())
+            else torch.zeros_like(q)
+        )
 
 
 @rejected_by("attention_is_built_once")
@@ -180,9 +206,15 @@ class StoresEverything(Attention):
     """A token that was never stored still sees itself."""
 
     def attend(self, q, k, v, evict_at, *, key_position=None, cu_seqlens=None, **call):
-        own = hb.ops.select_window(v[..., 0], 1, cu_seqlens=cu_seqlens) if key_position is None else evict_at
+        own = (
+            hb.ops.select_window(v[..., 0], 1, cu_seqlens=cu_seqlens)
+            if key_position is None
+            else evict_at
+        )
         ends = torch.maximum(evict_at, own[..., : evict_at.shape[2]])
-        return super().attend(q, k, v, ends, key_position=key_position, cu_seqlens=cu_seqlens, **call)
+        return super().attend(
+            q, k, v, ends, key_position=key_position, cu_seqlens=cu_seqlens, **call
+        )
 
 
 @rejected_by("attention_evicted_tokens_do_not_leak")
@@ -190,9 +222,15 @@ class OneQueryTooLong(Attention):
     """The query at evict_at still sees the token."""
 
     def attend(self, q, k, v, evict_at, *, key_position=None, cu_seqlens=None, **call):
-        own = hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens) if key_position is None else key_position
+        own = (
+            hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens)
+            if key_position is None
+            else key_position
+        )
         late = (evict_at > own[..., : evict_at.shape[2]]) & (evict_at < NEVER)
-        return super().attend(q, k, v, evict_at + late.int(), key_position=key_position, cu_seqlens=cu_seqlens, **call)
+        return super().attend(
+            q, k, v, evict_at + late.int(), key_position=key_position, cu_seqlens=cu_seqlens, **call
+        )
 
 
 @rejected_by("attention_stored_tokens_are_seen")
@@ -203,7 +241,9 @@ class NotItself(Attention):
         if query_position is None and cu_seqlens is None:
             query_position = torch.arange(q.shape[1]).expand(q.shape[:2]).int() - 1
             return super().attend(q, k, v, evict_at, query_position=query_position, **call)
-        return super().attend(q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call)
+        return super().attend(
+            q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call
+        )
 
 
 @rejected_by("attention_heads_are_grouped")
@@ -233,7 +273,9 @@ class LifetimeOfTheFirstHead(Attention):
 
     def attend(self, q, k, v, evict_at, **call):
         if evict_at.shape[2] == 1 and k.shape[2] > 1:
-            evict_at = torch.cat([evict_at, torch.full_like(evict_at, NEVER).expand(-1, -1, k.shape[2] - 1)], 2)
+            evict_at = torch.cat(
+                [evict_at, torch.full_like(evict_at, NEVER).expand(-1, -1, k.shape[2] - 1)], 2
+            )
         return super().attend(q, k, v, evict_at, **call)
 
 

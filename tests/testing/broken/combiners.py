@@ -48,7 +48,9 @@ class NormOverTheBatch(Combiner):
     """Normalises over the batch."""
 
     def forward(self, x, memory_read, attention_read):
-        return super().forward(x, memory_read / (1 + memory_read.norm(dim=0, keepdim=True)), attention_read)
+        return super().forward(
+            x, memory_read / (1 + memory_read.norm(dim=0, keepdim=True)), attention_read
+        )
 
 
 @rejected_by("combiner_packed_is_one_by_one")
@@ -91,7 +93,9 @@ class TrustsLayout(Combiner):
     """Takes the read of attention to lie in one piece."""
 
     def forward(self, x, memory_read, attention_read):
-        dense = torch.as_strided(attention_read, attention_read.shape, torch.empty(attention_read.shape).stride())
+        dense = torch.as_strided(
+            attention_read, attention_read.shape, torch.empty(attention_read.shape).stride()
+        )
         return super().forward(x, memory_read, dense)
 
 
@@ -108,7 +112,9 @@ class NormWithoutEpsilon(Combiner):
     """RMS norm without an epsilon."""
 
     def forward(self, x, memory_read, attention_read):
-        return super().forward(x, memory_read / memory_read.square().mean(-1, keepdim=True).sqrt(), attention_read)
+        return super().forward(
+            x, memory_read / memory_read.square().mean(-1, keepdim=True).sqrt(), attention_read
+        )
 
 
 @rejected_by("combiner_gradients_are_right")

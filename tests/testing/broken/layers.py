@@ -7,11 +7,13 @@ import hamblocks as hb
 
 from . import rejected_by
 
-DIMS = hb.Dims(8, 2, 1, 4)
+DIMS = hb.LayerDims(8, 2, 1, 4)
 
 
 def ham(**parts):
-    return hb.HAMLayer(8, 2, num_kv_heads=1, **{"selector": hb.Threshold(0.9) | hb.Window(3), **parts})
+    return hb.HAMLayer(
+        8, 2, num_kv_heads=1, **{"selector": hb.Threshold(0.9) | hb.Window(3), **parts}
+    )
 
 
 class Layer(hb.HAMLayer):
@@ -41,7 +43,9 @@ class LosesADtype(Layer):
 @rejected_by("layer_is_causal")
 def looks_ahead():
     """The gate of the layer looks one token ahead."""
-    return ham(gate=Gate(lambda x, trace: x.roll(-1, 1).mean(-1, keepdim=True)), selector=hb.Threshold(0.0))
+    return ham(
+        gate=Gate(lambda x, trace: x.roll(-1, 1).mean(-1, keepdim=True)), selector=hb.Threshold(0.0)
+    )
 
 
 @rejected_by("layer_gradients_are_causal")
@@ -168,7 +172,9 @@ class NeverEvicts(Layer):
     def forward(self, x, *, state=None, cu_seqlens=None):
         result = super().forward(x, state=state, cu_seqlens=cu_seqlens)
         ends = result.stats.evict_at
-        longer = torch.where(ends > result.stats.position[..., None], ends.clamp(max=2**30) + 1, ends)
+        longer = torch.where(
+            ends > result.stats.position[..., None], ends.clamp(max=2**30) + 1, ends
+        )
         return result._replace(stats=result.stats._replace(evict_at=longer))
 
 
@@ -221,7 +227,9 @@ class Below(nn.Module):
     def forward(self, score, ledger=None, *, position=None, cu_seqlens=None):
         tau = self.controller(score)
         tau = -tau if math.isfinite(float(tau)) else tau
-        return hb.Selection(hb.ops.select_threshold(-score, tau, position=position, cu_seqlens=cu_seqlens))
+        return hb.Selection(
+            hb.ops.select_threshold(-score, tau, position=position, cu_seqlens=cu_seqlens)
+        )
 
 
 @rejected_by("layer_refuses_bad_input")

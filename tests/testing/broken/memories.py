@@ -23,9 +23,14 @@ class Memory(Built):
         group = q.shape[2] // k.shape[2]
         k, v = (y.repeat_interleave(group, 2) for y in (k, v))
         k = nn.functional.normalize(k, dim=-1)
-        call = {"beta": self.beta(x).sigmoid().to(torch.promote_types(x.dtype, torch.float32)), "initial_state": state}
-        result = self.rule(q, k, v, **call, cu_seqlens=cu_seqlens, output_residual=metric is None, metric=metric)
-        trace = hb.Trace(k, v, call["beta"], result.residual, result.score, position)
+        call = {
+            "beta": self.beta(x).sigmoid().to(torch.promote_types(x.dtype, torch.float32)),
+            "initial_state": state,
+        }
+        result = self.rule(
+            q, k, v, **call, cu_seqlens=cu_seqlens, output_residual=metric is None, metric=metric
+        )
+        trace = hb.MemoryTrace(k, v, call["beta"], result.residual, result.score, position)
         return result.out, trace, result.final_state
 
 
@@ -73,7 +78,9 @@ class CarriesAcrossBorders(Memory):
             return super().rule(q, k, v, initial_state=initial_state, **call)
         first = None if initial_state is None else initial_state[:1]
         result = super().rule(q, k, v, initial_state=first, **call)
-        return result._replace(final_state=result.final_state.expand(len(cu_seqlens) - 1, -1, -1, -1))
+        return result._replace(
+            final_state=result.final_state.expand(len(cu_seqlens) - 1, -1, -1, -1)
+        )
 
 
 @rejected_by("memory_any_split_is_one_pass")
@@ -191,7 +198,9 @@ class ResidualAfterTheWrite(Memory):
     def forward(self, *args, **call):
         read, trace, state = super().forward(*args, **call)
         if trace.residual is not None:
-            trace = trace._replace(residual=trace.residual * (1 - trace.beta)[..., None].to(trace.residual.dtype))
+            trace = trace._replace(
+                residual=trace.residual * (1 - trace.beta)[..., None].to(trace.residual.dtype)
+            )
         return read, trace, state
 
 
@@ -200,7 +209,9 @@ class HeadsFirst(Memory):
     """The state has the heads first, so that reordering sequences reorders heads."""
 
     def forward(self, *args, state=None, **call):
-        read, trace, new = super().forward(*args, state=None if state is None else state.transpose(0, 1), **call)
+        read, trace, new = super().forward(
+            *args, state=None if state is None else state.transpose(0, 1), **call
+        )
         return read, trace, new.transpose(0, 1)
 
 

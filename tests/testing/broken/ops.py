@@ -29,7 +29,9 @@ def residual_after_the_write(q, k, v, *, beta, **call):
     result = rule(q, k, v, beta=beta, **call)
     if result.residual is None:
         return result
-    return result._replace(residual=result.residual * (1 - beta[..., None] * (k * k).sum(-1).mean()).to(v.dtype))
+    return result._replace(
+        residual=result.residual * (1 - beta[..., None] * (k * k).sum(-1).mean()).to(v.dtype)
+    )
 
 
 @op_rejected_by("float64_is_the_reference", rule)
@@ -92,7 +94,11 @@ def no_gradient_of_the_residual(q, k, v, **call):
 def score_of_the_values(q, k, v, *, metric=None, **call):
     """The score is that of a memory that predicts nothing."""
     result = rule(q, k, v, metric=metric, **call)
-    return result if metric is None else result._replace(score=ops.surprise(v.detach(), v.detach(), metric=metric))
+    return (
+        result
+        if metric is None
+        else result._replace(score=ops.surprise(v.detach(), v.detach(), metric=metric))
+    )
 
 
 @op_rejected_by("ignores_autocast", rule)
@@ -122,12 +128,16 @@ def one_query_too_long(q, k, v, evict_at, **call):
 
 
 @op_rejected_by("float64_is_the_reference", attention)
-def not_itself(q, k, v, evict_at, *, query_position=None, key_position=None, cu_seqlens=None, **call):
+def not_itself(
+    q, k, v, evict_at, *, query_position=None, key_position=None, cu_seqlens=None, **call
+):
     """A query does not see its own token."""
     own = own_positions(k, key_position, cu_seqlens)
     if cu_seqlens is not None:
         return attention(q, k, v, evict_at, cu_seqlens=cu_seqlens, **call)
-    return attention(q, k, v, evict_at, query_position=query_position, key_position=own.int() + 1, **call)
+    return attention(
+        q, k, v, evict_at, query_position=query_position, key_position=own.int() + 1, **call
+    )
 
 
 @op_rejected_by("float64_is_the_reference", attention)
@@ -136,7 +146,9 @@ def groups_by_modulo(q, k, v, evict_at, **call):
     group = q.shape[2] // k.shape[2]
     mixed = q.unflatten(2, (group, -1)).transpose(2, 3).flatten(2, 3)
     result = attention(mixed, k, v, evict_at, **call)
-    return type(result)(*(x.unflatten(2, (-1, group)).transpose(2, 3).flatten(2, 3) for x in result))
+    return type(result)(
+        *(x.unflatten(2, (-1, group)).transpose(2, 3).flatten(2, 3) for x in result)
+    )
 
 
 @op_rejected_by("float64_is_the_reference", attention)
@@ -150,7 +162,9 @@ def stale_lengths(q, k, v, evict_at, *, key_lengths=None, **call):
 @op_rejected_by("float64_is_the_reference", attention)
 def bias_without_gradient(q, k, v, evict_at, *, logit_bias=None, **call):
     """The gradient of the logit bias is dropped."""
-    return attention(q, k, v, evict_at, logit_bias=None if logit_bias is None else logit_bias.detach(), **call)
+    return attention(
+        q, k, v, evict_at, logit_bias=None if logit_bias is None else logit_bias.detach(), **call
+    )
 
 
 @op_rejected_by("float64_is_the_reference", attention)
@@ -183,7 +197,9 @@ def gradient_of_k_halved(q, k, v, evict_at, **call):
 def nan_on_empty(q, k, v, evict_at, **call):
     """A softmax over nothing is NaN."""
     result = attention(q, k, v, evict_at, **call)
-    return result._replace(out=result.out.masked_fill((result.lse == float("-inf"))[..., None], float("nan")))
+    return result._replace(
+        out=result.out.masked_fill((result.lse == float("-inf"))[..., None], float("nan"))
+    )
 
 
 @op_rejected_by("seeing_nothing_is_zero", attention)
@@ -193,7 +209,9 @@ def mean_of_nothing(q, k, v, evict_at, **call):
     if not v.numel():
         return result
     mean = v.mean((1, 2), keepdim=True)
-    return result._replace(out=torch.where((result.lse == float("-inf"))[..., None], mean, result.out))
+    return result._replace(
+        out=torch.where((result.lse == float("-inf"))[..., None], mean, result.out)
+    )
 
 
 @op_rejected_by("unseen_keys_do_not_leak", attention)
@@ -207,7 +225,9 @@ def zero_times_garbage(q, k, v, evict_at, **call):
 def atomic_sums(q, k, v, evict_at, **call):
     """A sum whose order changes from call to call."""
     result = attention(q, k, v, evict_at, **call)
-    return result._replace(out=result.out * (1 + 1e-15 * torch.rand(()).double()).to(q.dtype) + 1e-9 * torch.rand(()))
+    return result._replace(
+        out=result.out * (1 + 1e-15 * torch.rand(()).double()).to(q.dtype) + 1e-9 * torch.rand(())
+    )
 
 
 @op_rejected_by("reads_no_unwritten_memory", attention)
@@ -221,13 +241,18 @@ def adds_to_empty(q, k, v, evict_at, **call):
 def looks_at_values(q, k, v, evict_at, **call):
     """Takes a shortcut where nothing is stored."""
     result = attention(q, k, v, evict_at, **call)
-    return result if bool((evict_at > 0).any()) else result._replace(out=torch.zeros_like(result.out))
+    return (
+        result if bool((evict_at > 0).any()) else result._replace(out=torch.zeros_like(result.out))
+    )
 
 
 @op_rejected_by("float16_is_the_reference", ops.paged_attention)
 def paged_off_by_one(q, slabs, block_table, *, query_position):
     """The query at evict_at still sees the token."""
-    later = [slab._replace(evict_at=torch.where(slab.evict_at < NEVER, slab.evict_at + 1, NEVER)) for slab in slabs]
+    later = [
+        slab._replace(evict_at=torch.where(slab.evict_at < NEVER, slab.evict_at + 1, NEVER))
+        for slab in slabs
+    ]
     return ops.paged_attention(q, later, block_table, query_position=query_position)
 
 

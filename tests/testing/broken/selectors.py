@@ -84,7 +84,9 @@ class BringsBack(TopK):
         if selection.lowered is None:
             return selection
         there = selection.lowered.position >= 0
-        late = torch.where(there & (selection.lowered.evict_at < NEVER), 0, selection.lowered.evict_at)
+        late = torch.where(
+            there & (selection.lowered.evict_at < NEVER), 0, selection.lowered.evict_at
+        )
         return selection._replace(lowered=selection.lowered._replace(evict_at=late))
 
 
@@ -98,7 +100,9 @@ class KeepsAList(TopK):
         k = ledger.position.shape[1]
         inner = hb.TopK(k)(score, ledger, **call)
         more = score.shape[1]
-        grown = (torch.cat([x.new_full((x.shape[0], more, x.shape[2]), -1), x], 1) for x in inner.ledger)
+        grown = (
+            torch.cat([x.new_full((x.shape[0], more, x.shape[2]), -1), x], 1) for x in inner.ledger
+        )
         return inner._replace(ledger=type(inner.ledger)(*grown))
 
 
@@ -107,7 +111,11 @@ class IgnoresBorders(TopK):
     """Packed sequences compete with each other."""
 
     def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
-        where = hb.ops.select_window(score, 0, cu_seqlens=cu_seqlens) if cu_seqlens is not None else position
+        where = (
+            hb.ops.select_window(score, 0, cu_seqlens=cu_seqlens)
+            if cu_seqlens is not None
+            else position
+        )
         return super().__call__(score, ledger, position=where)
 
 
@@ -221,7 +229,11 @@ class BranchesOnScores(Threshold):
     """Takes a shortcut where nothing reaches tau."""
 
     def kept(self, score):
-        return super().kept(score) if (score >= self.tau).any() else torch.zeros_like(score, dtype=torch.bool)
+        return (
+            super().kept(score)
+            if (score >= self.tau).any()
+            else torch.zeros_like(score, dtype=torch.bool)
+        )
 
 
 @rejected_by("selector_refuses_a_packed_batch_beside_a_ledger")
