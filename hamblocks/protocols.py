@@ -185,6 +185,46 @@ class Combiner(Protocol):
         ...
 
 
+# What a part may offer besides its call. The layer looks for these by type when it is built.
+
+
+@runtime_checkable
+class HasMetric(Protocol):
+    """A gate whose score is a metric of the memory's residual.
+
+    The layer passes the metric to the memory, which then fills `MemoryTrace.score` and need not
+    write the residual.
+    """
+
+    metric: str | None
+    """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself."""
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """A part with parameters, made once for the sizes of the layer that owns it (see `Built`)."""
+
+    def build(self, dims: LayerDims) -> None:
+        """Makes the parameters; a second call raises a ValueError."""
+        ...
+
+
+@runtime_checkable
+class HasLedger(Protocol):
+    """A selector that revises lifetimes, and so keeps a ledger of the tokens it may still evict."""
+
+    def start(self, batch_size: int, heads: int, device: torch.device | None = None) -> Any:
+        """The empty ledger for `batch_size` sequences and `heads` heads that decide."""
+        ...
+
+
+@runtime_checkable
+class HasCausality(Protocol):
+    """A selector that says whether it decides from the past alone; a layer refuses `False`."""
+
+    causal: bool
+
+
 def check_part(name: str, part: object) -> None:
     """Checks that a part is an object that can be called, not the class it is made from.
 
