@@ -5,13 +5,13 @@ softmax attention runs over those. Importing needs torch alone.
 """
 
 from hamblocks import ops
-from hamblocks.absent import NoAttention, NoMemory
 from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
 from hamblocks.models import Decoder, DecoderOutput
@@ -28,6 +28,7 @@ __all__ = [
     "DecoderOutput",
     "DeltaMemory",
     "DeltaMemoryState",
+    "DenseKeys",
     "FirstTokens",
     "FixedThreshold",
     "GateOutput",
@@ -37,14 +38,13 @@ __all__ = [
     "HAMLayer",
     "HAMState",
     "KVCache",
+    "Keys",
     "LayerDims",
     "LayerOutput",
     "LayerStats",
     "LearnedRouter",
     "Lifetimes",
     "MemoryTrace",
-    "NoAttention",
-    "NoMemory",
     "PeriodicGate",
     "PredictionError",
     "RandomGate",

@@ -7,13 +7,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from hamblocks.cache import KVCache
+from hamblocks.keys import Keys
+from hamblocks.norm import normalised
 from hamblocks.protocols import Built, LayerDims
-from hamblocks_ops import paged_attention, selected_attention
 from hamblocks_ops.precision import wide
-
-FEW = 8
-"""Up to so many new tokens per sequence, the stored ones are read where they lie; for more, as padded copies."""
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -38,7 +35,10 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 @final
 class SelectedAttention(Built):
-    """Softmax attention over what the selector stored, at original positions; the cache stores rotated keys."""
+    """Softmax attention over the stored tokens, at their original positions.
+
+    Keys are normalised and rotated before they are stored.
+    """
 
     def __init__(
         self, *, rope_theta: float | None = 10_000.0, qk_norm: bool = True, impl: str = "auto"
@@ -48,7 +48,7 @@ class SelectedAttention(Built):
         Args:
             rope_theta: base of the rotary wavelengths; None: no positions.
             qk_norm: RMSNorm of queries and keys, per head.
-            impl: implementation of `selected_attention`.
+            impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
         """
         super().__init__()
         self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
@@ -64,66 +64,18 @@ class SelectedAttention(Built):
                 f"head_dim: expected an even number for rotary positions, got {dims.head_dim}"
             )
         if self.qk_norm:
-            self.q_norm, self.k_norm = (
-                nn.RMSNorm(dims.head_dim, eps=1e-6),
-                nn.RMSNorm(dims.head_dim, eps=1e-6),
-            )
+            self.q_norm, self.k_norm = (nn.RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        evict_at: Tensor,
-        *,
-        position: Tensor,
-        logit_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, KVCache | None]:
-        """See `hamblocks.protocols.Attention`. With a cache, `position` -1 marks padding in ragged pieces."""
-        dtype = q.dtype
+    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises and rotates queries and keys (see `hamblocks.protocols.PreparesKeys`)."""
         if self.qk_norm:
-            # under autocast the weights are wider than q and k
-            q, k = (
-                norm(x.to(norm.weight.dtype)).to(dtype)
-                for norm, x in ((self.q_norm, q), (self.k_norm, k))
-            )
+            dtype = q.dtype
+            q = normalised(q, self.q_norm).to(dtype)
+            k = normalised(k, self.k_norm).to(dtype)
         if self.rope_theta is not None:
             q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
-        if cache is None:
-            result = selected_attention(
-                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens, impl=self.impl
-            )
-            return result.out, None
-        cache = cache.append(k, v, position, evict_at, logit_bias)
-        learns = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, logit_bias)
-        )
-        if (
-            q.shape[1] <= FEW
-            and not learns
-            and cache.in_place
-            and self.impl in ("auto", "reference")
-        ):
-            read = paged_attention(
-                q,
-                cache.slabs,
-                cache.block_table,
-                query_position=position,
-                shared=False if cache.private else None,
-                impl=self.impl,
-            )
-            return read.out, cache
-        stored = cache.read()
-        result = selected_attention(
-            q,
-            stored.k,
-            stored.v,
-            stored.evict_at,
-            logit_bias=stored.logit_bias,
-            query_position=position,
-            key_position=stored.position,
-            impl=self.impl,
-        )
-        return result.out, cache
+        return q, k
+
+    def forward(self, q: Tensor, keys: Keys) -> Tensor:
+        """See `hamblocks.protocols.Attention`."""
+        return keys.attend(q, impl=self.impl).out

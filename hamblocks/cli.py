@@ -328,7 +328,8 @@ def _options(dims: str | None, dtypes: str | None) -> dict[str, Any]:
             raise ValueError(
                 f"dims: expected hidden_size,num_heads,num_kv_heads,head_dim, got {dims!r}"
             )
-        found["dims"] = LayerDims(*map(int, sizes))
+        hidden, heads, kv_heads, dim = map(int, sizes)
+        found["dims"] = LayerDims(hidden, heads, kv_heads, dim)
     if dtypes is not None:
         found["dtypes"] = tuple(getattr(torch, name.strip(), None) for name in dtypes.split(","))
         if not all(isinstance(dtype, torch.dtype) for dtype in found["dtypes"]):

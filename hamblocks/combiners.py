@@ -1,4 +1,4 @@
-"""Combiners: how the memory's read and attention's read become one."""
+"""Combiners: they join the read of the memory and the read of attention."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from hamblocks.norm import normalised
 from hamblocks.protocols import Built, LayerDims
 
 
 class _Mix(Built):
-    """Both reads normalised per head and weighted by a gate of x per head, summed, projected out."""
+    """Each read is normalised per head and weighted per head by a gate of x; the sum is projected.
+
+    In a layer with one read there is one norm and one gate.
+    """
 
     def make(self, dims: LayerDims) -> None:
-        self.memory_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
-        self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
-        self.gate_proj = nn.Linear(dims.hidden_size, 2 * dims.num_heads)
+        if dims.has_memory:
+            self.memory_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+        if dims.has_attention:
+            self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+        self.reads = dims.has_memory + dims.has_attention
+        self.gate_proj = nn.Linear(dims.hidden_size, self.reads * dims.num_heads)
         self.o_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
 
     def weights(self, logits: Tensor) -> Tensor:
-        """Gate logits `[B, T, H, 2]` -> weights of memory and attention."""
+        """Gate logits `[B, T, H, reads]` -> the weight of each read, memory first."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
+    ) -> Tensor:
         """See `hamblocks.protocols.Combiner`."""
-        weights = self.weights(self.gate_proj(x).unflatten(-1, (-1, 2))).to(x.dtype)
-        # under autocast the norms' weights are wider than the reads
-        memory_read, attention_read = (
-            norm(read.to(norm.weight.dtype))
-            for norm, read in (
-                (self.memory_norm, memory_read),
-                (self.attention_norm, attention_read),
-            )
-        )
-        mixed = weights[..., :1] * memory_read + weights[..., 1:] * attention_read
+        reads = []
+        if memory_read is not None:
+            reads.append(normalised(memory_read, self.memory_norm))
+        if attention_read is not None:
+            reads.append(normalised(attention_read, self.attention_norm))
+        logits = self.gate_proj(x).unflatten(-1, (-1, self.reads))
+        weights = self.weights(logits).to(x.dtype)
+        # slices and no unbind: inductor of torch 2.13 gets the gradients of unbind wrong here
+        mixed = weights[..., :1] * reads[0]
+        if len(reads) == 2:
+            mixed = mixed + weights[..., 1:] * reads[1]
         y: Tensor = self.o_proj(mixed.to(x.dtype).flatten(2))
         return y
 
 
 @final
 class GatedSum(_Mix):
-    """Two independent sigmoid gates."""
+    """Joins the reads with one sigmoid gate each, independent of the other."""
 
     def weights(self, logits: Tensor) -> Tensor:
         """Each in (0, 1)."""
@@ -50,8 +60,8 @@ class GatedSum(_Mix):
 
 @final
 class SoftmaxMix(_Mix):
-    """Two gates that sum to one."""
+    """Joins the reads with gates that sum to one."""
 
     def weights(self, logits: Tensor) -> Tensor:
-        """A softmax over the two reads."""
+        """A softmax over the reads."""
         return torch.softmax(logits, -1)

@@ -1,52 +1,57 @@
-"""The HAM layer: a sequence mixer made of a memory, a gate, a selector, attention and a combiner, and nothing else."""
+"""The HAM layer: a memory, a gate, a selector, attention and a combiner, and the cache between them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hamblocks.attention import SelectedAttention
-from hamblocks.cache import KVCache
-from hamblocks.combiners import GatedSum
-from hamblocks.gates import PredictionError
-from hamblocks.memory import GatedDeltaMemory
+from hamblocks import contracts
+from hamblocks.assembly import DEFAULT, OrDefault, dims_of, parts_of
+from hamblocks.cache import Extension, KVCache
+from hamblocks.keys import DenseKeys, Keys
+from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
     Attention,
+    Buildable,
     Combiner,
     Gate,
-    LayerDims,
+    HasLedger,
+    HasStateType,
     Memory,
+    MemoryTrace,
+    Selection,
     Selector,
-    check_count,
-    check_part,
 )
-from hamblocks.selectors import EMPTY, not_causal, start
+from hamblocks.selectors import EMPTY
 from hamblocks.state import HAMState, leaves, tree_map
+from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.packing import positions, sequence_of
 
 
 class LayerStats(NamedTuple):
-    """What a layer decided, for every token of the call.
+    """What a layer decided about every token of the call.
 
     Attributes:
-        score: `[B, T, Hkv or 1]`, what the selector was given.
-        evict_at: int32, same shape: lifetimes as decided by the end of the call.
-        position: int32 `[B, T]`, within the sequence.
+        score: `[B, T, Hkv or 1]`, what the selector was given; None in a layer without attention.
+        evict_at: int32, same shape, lifetimes as decided by the end of the call; None in a layer
+            without attention.
+        position: int32 `[B, T]`, position of each token within its sequence.
         cu_seqlens: int32 `[N+1]`, or None.
     """
 
-    score: Tensor
-    evict_at: Tensor
+    score: Tensor | None
+    evict_at: Tensor | None
     position: Tensor
     cu_seqlens: Tensor | None
 
     def keep_fraction(self) -> Tensor:
-        """Fraction of the call's tokens still stored at the end of it, float32 `[]`; 0 where there was no token."""
-        if self.position.numel() == 0:
-            return self.score.new_zeros((), dtype=torch.float32)
+        """Fraction of the call's tokens still stored at its end, float32 `[]`; 0 without a token."""
+        if self.evict_at is None or self.position.numel() == 0:
+            return torch.zeros((), dtype=torch.float32, device=self.position.device)
         if self.cu_seqlens is None:
             last = self.position[:, -1:]
         else:
@@ -59,7 +64,7 @@ class LayerOutput(NamedTuple):
     """Result of a layer.
 
     Attributes:
-        y: `[B, T, hidden]`, dtype of x.
+        y: `[B, T, hidden_size]`, dtype of x.
         state: for the next call; None unless a state was given.
         stats: what was decided.
     """
@@ -69,20 +74,53 @@ class LayerOutput(NamedTuple):
     stats: LayerStats
 
 
+class _Call(NamedTuple):
+    """What attention is about: the tokens of one call, as projected, prepared and scored."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    logit_bias: Tensor | None
+    position: Tensor
+    cu_seqlens: Tensor | None
+
+
+class _Step(NamedTuple):
+    """What a call with a state read, and what it will store.
+
+    Attributes:
+        read: `[B, T, H, D]`.
+        evict_at: int32 `[B, T, Hkv or 1]`.
+        ledger: the selector's, behind the call.
+        extension: the cache with the call's tokens.
+        seen: int32 `[N]`, tokens seen behind the call.
+    """
+
+    read: Tensor
+    evict_at: Tensor
+    ledger: Any
+    extension: Extension
+    seen: Tensor
+
+
 class HAMLayer(nn.Module):
     """Sequence mixer of Hybrid Associative Memories (arXiv 2603.22325).
 
-    Every token is projected to q, k, v and seen by the memory; the gate scores how badly the memory predicted it, the
-    selector turns scores into lifetimes in the cache, softmax attention runs over what is stored, and the combiner
-    joins both reads.
+    Every token is projected to q, k, v and seen by the memory. The gate scores how badly the memory
+    predicted it, the selector turns scores into lifetimes in the cache, softmax attention runs over
+    what is stored, and the combiner joins both reads.
 
-        HAMLayer(512, 8, gate=PredictionError("cosine"), selector=Threshold(TargetFraction(0.5)) | Window(64))
+        HAMLayer(512, 8, selector=Threshold(TargetFraction(0.5)) | Window(64))
+        HAMLayer(512, 8, attention=None)  # the memory alone: no cache, no norms of attention
+        HAMLayer(512, 8, memory=None)  # attention alone, over every token
+        HAMLayer(512, 8, memory=None, selector=FirstTokens(4) | Window(64))  # over some
     """
 
-    memory: Memory
-    gate: Gate
-    selector: Selector
-    attention: Attention
+    memory: Memory | None
+    gate: Gate | None
+    selector: Selector | None
+    attention: Attention | None
     combiner: Combiner
 
     def __init__(
@@ -90,10 +128,10 @@ class HAMLayer(nn.Module):
         hidden_size: int,
         num_heads: int,
         *,
-        selector: Selector,
-        gate: Gate | None = None,
-        memory: Memory | None = None,
-        attention: Attention | None = None,
+        selector: Selector | OrDefault | None = DEFAULT,
+        gate: Gate | OrDefault | None = DEFAULT,
+        memory: Memory | OrDefault | None = DEFAULT,
+        attention: Attention | OrDefault | None = DEFAULT,
         combiner: Combiner | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -103,106 +141,60 @@ class HAMLayer(nn.Module):
         Args:
             hidden_size: width of x.
             num_heads: query heads, and heads of the memory.
-            selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`.
-            gate: what a token's score is; None: `PredictionError("cosine")`.
-            memory: the recurrence; None: `GatedDeltaMemory()`.
-            attention: None: `SelectedAttention()`.
-            combiner: None: `GatedSum()`.
-            num_kv_heads: key/value heads, a divisor of num_heads; each decides for itself what it stores. None:
-                num_heads.
+            selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`. None
+                stores every token. It must be given where the layer has a memory and attention.
+            gate: what a token's score is. Default: `PredictionError("cosine")`. None: every score
+                is 0, for selectors that do not look at scores, and in a layer without a memory.
+            memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has none.
+            attention: Default: `SelectedAttention()`. None: the layer has none, and no cache.
+            combiner: Default: `GatedSum()`.
+            num_kv_heads: key/value heads, a divisor of num_heads; each decides for itself what it
+                stores. None: num_heads.
             head_dim: None: hidden_size // num_heads.
 
         Raises:
-            ValueError: sizes that do not divide, a selector that is not causal, a part that another layer owns, or
-                something that is no part.
+            ValueError: sizes that do not divide, a selector that is not causal, a part that another
+                layer owns, something that is no part, or parts that need an absent one.
         """
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-        ):
-            check_count(name, value, 1)
-        if num_heads % num_kv_heads:
-            raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
-        if head_dim is None:
-            if hidden_size % num_heads:
-                raise wrong(
-                    "hidden_size",
-                    f"a multiple of num_heads = {num_heads}, or head_dim",
-                    str(hidden_size),
-                )
-            head_dim = hidden_size // num_heads
-        check_count("head_dim", head_dim, 1)
-        acausal = not_causal(selector)
-        if acausal is not None:
-            raise ValueError(
-                f"selector: expected one that decides from the past, got {acausal} with causal = False"
-            )
-        self.dims = LayerDims(hidden_size, num_heads, num_kv_heads, head_dim)
+        self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, memory, attention)
+        parts = parts_of(memory, gate, selector, attention, combiner)
+        _, _, kv_heads, head_dim, *_ = self.dims
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        parts: dict[str, Any] = {
-            "memory": GatedDeltaMemory() if memory is None else memory,
-            "gate": PredictionError() if gate is None else gate,
-            "selector": selector,
-            "attention": SelectedAttention() if attention is None else attention,
-            "combiner": GatedSum() if combiner is None else combiner,
-        }
+        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
         for name, part in parts.items():
-            check_part(name, part)
-        for name, part in parts.items():
-            build = getattr(part, "build", None)
-            if build is not None:
-                build(self.dims)
+            if isinstance(part, Buildable):
+                part.build(self.dims)
             setattr(self, name, part)
 
+    # states
+
     def init_state(
-        self, sequences: int, *, page_size: int = 32, max_pages: int | None = None
+        self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
     ) -> HAMState:
         """The state before the first token, to call the layer piece by piece.
 
+        It is empty: dtype, device and shapes come from the first call.
+
         Args:
-            sequences: N.
+            batch_size: sequences, N.
             page_size: tokens in a page of the cache.
-            max_pages: the most pages its pool may grow to; None: no limit.
+            max_pages: the most pages that the cache's pool may grow to; None: no limit.
 
         Raises:
             ValueError: a size is no integer or too small.
         """
-        check_count("sequences", sequences)
-        device = self.k_proj.weight.device
-        _, k, _, _, _, score, bias = self._nothing(sequences)
+        cache = KVCache(batch_size, page_size=page_size, max_pages=max_pages)
         return HAMState(
-            position=torch.zeros(sequences, dtype=torch.int32, device=device),
-            memory=None,
-            ledger=start(self.selector, sequences, score.shape[2], device),
-            cache=KVCache.empty(
-                sequences,
-                self.dims.num_kv_heads,
-                self.dims.head_dim,
-                k,
-                shared=_rows(score, bias) == 1,
-                logit_bias=bias is not None,
-                page_size=page_size,
-                max_pages=max_pages,
-            ),
-        )
-
-    @torch.no_grad()
-    def _nothing(
-        self, sequences: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
-        """What `_scored` gives for pieces without a token: shapes, dtypes, and the memory's state before the first."""
-        x = self.k_proj.weight.new_empty(sequences, 0, self.dims.hidden_size)
-        return self._scored(
-            x, torch.zeros(sequences, 0, dtype=torch.int32, device=x.device), None, None
+            position=torch.zeros(batch_size, dtype=torch.int32, device="cpu"),
+            cache=None if self.attention is None else cache,
         )
 
     def reset(self, state: HAMState, sequences: Tensor) -> HAMState:
-        """The state after some sequences began anew, so that others may take their place; checkpoints are dropped.
+        """The state after some sequences began anew, so that others may take their place.
+
+        Checkpoints are dropped.
 
         Args:
             state: it is spent.
@@ -211,60 +203,93 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: a bad argument.
         """
-        cache = state.cache.reset(sequences)
-        *_, fresh, score, _ = self._nothing(len(sequences))
+        check_tensor("sequences", sequences, "[N]", [len(state.position)])
+        if sequences.dtype != torch.bool:
+            raise wrong("sequences", "dtype bool", sequences)
+        cache = None if state.cache is None else state.cache.reset(sequences)
 
         def renewed(old: Tensor, new: Tensor) -> Tensor:
-            return torch.where(sequences.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+            gone = sequences.to(old.device).view(-1, *[1] * (old.dim() - 1))
+            return torch.where(gone, new.to(old.dtype), old)
 
-        memory = None if state.memory is None else tree_map(renewed, state.memory, fresh)
-        ledger = tree_map(
-            renewed,
-            state.ledger,
-            start(self.selector, len(sequences), score.shape[2], score.device),
-        )
-        return HAMState(state.position.masked_fill(sequences, 0), memory, ledger, cache)
+        memory, ledger = state.memory, state.ledger
+        if memory is not None:
+            memory = tree_map(renewed, memory, tree_map(torch.zeros_like, memory))
+        if ledger is not None:
+            heads, device = ledger.position.shape[2], ledger.position.device
+            ledger = tree_map(renewed, ledger, self._ledger(len(sequences), heads, device))
+        gone = sequences.to(state.position.device)
+        return HAMState(state.position.masked_fill(gone, 0), memory, ledger, cache)
 
-    def load_state(self, saved: dict[str, Any]) -> HAMState:
-        """The state that `HAMState.state_dict()` saved of this layer, on the layer's device.
+    def load_state(
+        self, saved: Mapping[str, Any], device: torch.device | str | None = None
+    ) -> HAMState:
+        """The state that `HAMState.state_dict()` saved of this layer.
+
+        Args:
+            saved: the saved state.
+            device: where the state is to be; None: where the saved tensors are.
 
         Raises:
-            ValueError: it is of another layer.
+            ValueError: the state is of another layer.
         """
-        device, sequences = self.k_proj.weight.device, len(saved["position"])
-        *_, memory, score, _ = self._nothing(sequences)
 
-        def filled(name: str, like: Any) -> Any:
-            values = iter(saved[name])
-            if len(list(leaves(like))) != len(saved[name]):
-                raise wrong(
-                    name,
-                    f"{len(list(leaves(like)))} tensors, as this layer's",
-                    f"{len(saved[name])}",
-                )
-            return tree_map(lambda _: next(values).to(device), like)
+        def moved(x: Tensor) -> Tensor:
+            return x if device is None else x.to(device)
 
+        cache = None if saved["cache"] is None else KVCache.load(saved["cache"], device)
         state = HAMState(
-            saved["position"].to(device),
-            None if saved["memory"] is None else filled("memory", memory),
-            filled("ledger", start(self.selector, sequences, score.shape[2], device)),
-            KVCache.load(saved["cache"], device),
+            moved(saved["position"]),
+            tree_map(moved, _typed_state(self.memory, saved["memory"])),
+            self._saved_ledger([moved(x) for x in saved["ledger"]]),
+            cache,
         )
-        self._check_state(state, len(state.position))
+        contracts.check_state(state, self.dims, len(state.position))
         return state
+
+    def _saved_ledger(self, tensors: list[Tensor]) -> Any:
+        """The ledger whose leaves are `tensors`, in the form that the selector gives it."""
+        empty = self._ledger(0, 1, None) if tensors else None
+        values, count = iter(tensors), len(list(leaves(empty)))
+        if count != len(tensors):
+            raise wrong(
+                "ledger", f"{count} tensors, as of this layer's selector", f"{len(tensors)}"
+            )
+        return tree_map(lambda _: next(values), empty)
+
+    def _ledger(self, batch_size: int, heads: int, device: torch.device | None) -> Any:
+        if not isinstance(self.selector, HasLedger):
+            return None
+        return self.selector.start(batch_size, heads, device)
+
+    # calls
 
     def prefill(
         self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> LayerOutput:
-        """`forward` with a state, a new one where none is given: the next piece of every sequence, of any size."""
+        """`forward` with a state, a new one where none is given: the next piece of every sequence."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
-            state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         return self.forward(x, state=state, cu_seqlens=cu_seqlens)
 
     def decode(self, x: Tensor, state: HAMState) -> LayerOutput:
-        """`forward` for the next token of every sequence: x `[N, hidden]` -> y `[N, hidden]`."""
+        """`forward` for the next token of every sequence.
+
+        Args:
+            x: `[N, hidden_size]`.
+            state: from `init_state`, `prefill` or the last call; it is spent.
+
+        Returns:
+            y `[N, hidden_size]`, the next state, stats.
+
+        Raises:
+            ValueError: a bad argument, a missing state among them.
+        """
         check_tensor("x", x, "[N, hidden]", [None, self.dims.hidden_size])
+        if state is None:
+            expected = "a HAMState, from init_state, prefill or the last call that was given one"
+            raise wrong("state", expected, "None")
         result = self.forward(x[:, None], state=state)
         return result._replace(y=result.y[:, 0])
 
@@ -274,100 +299,173 @@ class HAMLayer(nn.Module):
         """Mixes a batch, or its next piece.
 
         Args:
-            x: `[B, T, hidden]`; packed: `[1, sum(T), hidden]`.
-            state: from `init_state(N)` or the last call, to go on where it ended; it is spent (see `HAMState`). What
-                earlier calls stored passes no gradient, the memory does. None: whole sequences.
-            cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one row.
+            x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`.
+            state: from `init_state(N)` or the last call, to go on where it ended; it is spent (see
+                `HAMState`). What earlier calls stored passes no gradient, the memory does. None:
+                whole sequences.
+            cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row.
 
         Raises:
-            ValueError: a bad argument; the message names it, what was expected and what came.
+            ValueError: a bad argument, or a part that returned something else than its protocol
+                says; the message names it, what was expected and what came.
         """
         self._check(x, state, cu_seqlens)
         batch, tokens = x.shape[:2]
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
-        if state is not None:
-            begin = (
-                state.position[:, None]
-                if cu_seqlens is None
-                else state.position[sequence_of(cu_seqlens, tokens)]
-            )
-            position = position + begin
-        q, k, v, memory_read, memory, score, logit_bias = self._scored(
-            x, position, state, cu_seqlens
-        )
-        if state is None:
-            evict_at = self.selector(score, position=position, cu_seqlens=cu_seqlens).evict_at
-            read, _ = self.attention(
-                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
-            )
-            y = self.combiner(x, memory_read, read)
-            return LayerOutput(y, None, LayerStats(score, evict_at, position, cu_seqlens))
-        self._check_cache(state.cache, k, score, logit_bias)
-        pieces = _Pieces(cu_seqlens, state.position.shape[0], tokens)
-        where = pieces.apart(position, EMPTY)
-        selection = self.selector(pieces.apart(score, 0), state.ledger, position=where)
-        read, cache = self.attention(
-            pieces.apart(q, 0),
-            pieces.apart(k, 0),
-            pieces.apart(v, 0),
-            selection.evict_at,
-            position=where,
-            logit_bias=None if logit_bias is None else pieces.apart(logit_bias, 0),
-            cache=state.cache.lower(selection.lowered),
-        )
-        y = self.combiner(x, memory_read, pieces.together(read))
-        seen = (
-            torch.maximum(state.position, where.amax(1) + 1) if where.shape[1] else state.position
-        )
-        # the one thing that changes in place, when nothing can fail any more
-        state = HAMState(seen, memory, selection.ledger, cache.commit(seen), state.marks)
-        return LayerOutput(
-            y, state, LayerStats(score, pieces.together(selection.evict_at), position, cu_seqlens)
-        )
-
-    def _scored(
-        self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Tensor, Tensor | None]:
-        """q, k, v, what the memory reads, its state, the score and the logit bias, of a batch or packed."""
+        if batch * tokens == 0:
+            return self._of_no_token(x, position, state, cu_seqlens)
+        begin = None if state is None else state.position.to(x.device)
+        if begin is not None:
+            own = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
+            position = position + own
+        where = position, cu_seqlens
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.dims.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        read, trace, memory = self.memory(
-            x,
-            q,
-            k,
-            v,
-            position=position,
-            state=None if state is None else state.memory,
-            cu_seqlens=cu_seqlens,
-            metric=getattr(self.gate, "metric", None),
-        )
-        score, logit_bias = self.gate(x, trace)
-        return q, k, v, read, memory, *self._per_kv_head(x, score, logit_bias)
+        past = None if state is None else state.memory
+        memory_read, trace, memory = self._remembered(x, q, k, v, position, past, cu_seqlens)
+        if self.attention is None:
+            y, stats = self._combined(x, memory_read, None), LayerStats(None, None, *where)
+            if state is None or begin is None:
+                return LayerOutput(y, None, stats)
+            seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
+            return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
+        score, logit_bias = self._scored(x, trace)
+        q, k = self._prepared(q, k, position)
+        call = _Call(q, k, v, score, logit_bias, *where)
+        if state is None or begin is None:
+            read, evict_at = self._read_whole(call)
+            y = self._combined(x, memory_read, read)
+            return LayerOutput(y, None, LayerStats(score, evict_at, *where))
+        step = self._read_stored(call, state, begin)
+        y = self._combined(x, memory_read, step.read)
+        # the one thing that changes in place, when nothing can fail any more
+        cache = step.extension.commit(step.seen)
+        after = HAMState(step.seen, memory, step.ledger, cache, state.checkpoints)
+        return LayerOutput(y, after, LayerStats(score, step.evict_at, *where))
 
-    def _per_kv_head(
-        self, x: Tensor, score: Tensor, logit_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Checks what the gate returned and averages the scores of the query heads of a key/value head."""
-        heads, kv_heads = self.dims.num_heads, self.dims.num_kv_heads
-        check_tensor("score", score, "[B, T, heads]", [*x.shape[:2], None], like=x)
-        if score.shape[2] not in (1, kv_heads, heads):
-            raise wrong(
-                "score", f"1, {kv_heads} or {heads} heads from the gate", f"{score.shape[2]} heads"
-            )
-        if logit_bias is not None:
-            check_tensor("logit_bias", logit_bias, "[B, T, heads]", [*x.shape[:2], None], like=x)
-            if logit_bias.shape[2] not in (1, kv_heads):
-                raise wrong(
-                    "logit_bias",
-                    f"1 or {kv_heads} heads from the gate",
-                    f"{logit_bias.shape[2]} heads",
-                )
-        score = score.detach()
-        if score.shape[2] in (1, kv_heads):
+    def _of_no_token(
+        self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
+    ) -> LayerOutput:
+        """No part is called, the state stays as it is."""
+        if self.attention is None:
+            return LayerOutput(x.clone(), state, LayerStats(None, None, position, cu_seqlens))
+        evict_at = position[..., None].expand(-1, -1, self.dims.num_kv_heads)
+        score = torch.zeros(evict_at.shape, device=x.device)
+        return LayerOutput(x.clone(), state, LayerStats(score, evict_at, position, cu_seqlens))
+
+    # the steps of a call, each checked at the layer's border
+
+    def _remembered(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        past: Any,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, MemoryTrace, Any]:
+        """What the memory reads, its trace and its next state."""
+        if self.memory is None:
+            group = self.dims.num_heads // self.dims.num_kv_heads
+            k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
+            return None, MemoryTrace(k, v, None, None, None, position), None
+        metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
+        result = self.memory(
+            x, q, k, v, position=position, state=past, cu_seqlens=cu_seqlens, metric=metric
+        )
+        contracts.check_memory(result, q, metric)
+        return result
+
+    def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
+        """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a key/value head, and bias."""
+        if self.gate is None:
+            return torch.zeros(*x.shape[:2], 1, device=x.device), None
+        result = self.gate(x, trace)
+        contracts.check_gate(result, x, self.dims)
+        score, logit_bias = result.score.detach(), result.logit_bias
+        if score.shape[2] in (1, self.dims.num_kv_heads):
             return score, logit_bias
-        return score.unflatten(2, (kv_heads, heads // kv_heads)).mean(3), logit_bias
+        return score.unflatten(2, (self.dims.num_kv_heads, -1)).mean(3), logit_bias
+
+    def _selected(
+        self, score: Tensor, ledger: Any, position: Tensor, cu_seqlens: Tensor | None
+    ) -> Selection:
+        """Lifetimes; position -1 is padding."""
+        if self.selector is None:
+            kept = torch.where(position < 0, EMPTY, NEVER).to(torch.int32)
+            return Selection(kept[..., None].expand(score.shape))
+        result = self.selector(score, ledger, position=position, cu_seqlens=cu_seqlens)
+        contracts.check_selection(result, score)
+        return result
+
+    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are attended to and stored."""
+        prepare = getattr(self.attention, "prepare", None)  # PreparesKeys
+        if prepare is None:
+            return q, k
+        prepared: tuple[Tensor, Tensor] = prepare(q, k, position=position)
+        contracts.check_prepared(prepared, q, k)
+        return prepared
+
+    def _read_whole(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """What attention reads of whole sequences, and lifetimes."""
+        where = call.position, call.cu_seqlens
+        evict_at = self._selected(call.score, None, *where).evict_at
+        keys = DenseKeys(
+            call.k,
+            call.v,
+            position=call.position,
+            evict_at=evict_at,
+            query_position=call.position,
+            logit_bias=call.logit_bias,
+            cu_seqlens=call.cu_seqlens,
+        )
+        return self._attended(call.q, keys), evict_at
+
+    def _read_stored(self, call: _Call, state: HAMState, begin: Tensor) -> _Step:
+        """What attention reads of the cache with the tokens of the call; nothing changes yet."""
+        assert state.cache is not None
+        contracts.check_cache(state.cache.sizes, call.k, call.score, call.logit_bias)
+        pieces = Pieces(call.cu_seqlens, len(begin), call.q.shape[1])
+        position, score = pieces.apart(call.position, EMPTY), pieces.apart(call.score, 0)
+        ledger = state.ledger
+        if ledger is None:
+            ledger = self._ledger(len(begin), score.shape[2], score.device)
+        selection = self._selected(score, ledger, position, None)
+        extension = state.cache.extend(
+            pieces.apart(call.k, 0),
+            pieces.apart(call.v, 0),
+            position=position,
+            evict_at=selection.evict_at,
+            logit_bias=None if call.logit_bias is None else pieces.apart(call.logit_bias, 0),
+            lowered=selection.lowered,
+        )
+        read = self._attended(pieces.apart(call.q, 0), extension.keys)
+        return _Step(
+            read=pieces.together(read),
+            evict_at=pieces.together(selection.evict_at),
+            ledger=selection.ledger,
+            extension=extension,
+            seen=torch.maximum(begin, position.amax(1) + 1),
+        )
+
+    def _attended(self, q: Tensor, keys: Keys) -> Tensor:
+        assert self.attention is not None
+        read = self.attention(q, keys)
+        contracts.check_attention(read, q)
+        return read
+
+    def _combined(
+        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
+    ) -> Tensor:
+        y = self.combiner(x, memory_read, attention_read)
+        contracts.check_combiner(y, x)
+        return y
+
+    # checks
 
     def _check(self, x: Tensor, state: HAMState | None, cu_seqlens: Tensor | None) -> None:
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
@@ -380,63 +478,17 @@ class HAMLayer(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
         if state is not None:
-            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-
-    def _check_state(self, state: HAMState, sequences: int) -> None:
-        if not isinstance(state, HAMState):
-            raise wrong("state", "a HAMState", type(state).__name__)
-        state.cache.check()
-        if state.position.shape[0] != sequences:
-            raise wrong(
-                "state", f"one of {sequences} sequences", f"one of {state.position.shape[0]}"
-            )
-        sizes = [self.dims.num_kv_heads, self.dims.head_dim]
-        got = [state.cache.kv_heads, state.cache.head_dim]
-        if got != sizes:
-            raise wrong("state", f"[Hkv, D] = {sizes}, as the layer", f"{got}")
-
-    def _check_cache(
-        self, cache: KVCache, k: Tensor, score: Tensor, logit_bias: Tensor | None
-    ) -> None:
-        """Checks what the parts' results show only now."""
-        if (logit_bias is None) == cache.has_bias:
-            without = "without" if logit_bias is None else "with"
-            raise wrong("state", f"one {without} logit biases, as the gate", "the other")
-        if cache.dtype != k.dtype:
-            raise wrong(
-                "state", f"a cache of {k.dtype}, as keys and values here", f"one of {cache.dtype}"
-            )
-        rows = _rows(score, logit_bias)
-        if cache.row_heads != rows:
-            raise wrong(
-                "state",
-                f"a cache with {rows} rows per sequence, as the gate's heads",
-                f"{cache.row_heads}",
-            )
+            sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+            contracts.check_state(state, self.dims, sequences)
 
 
-def _rows(score: Tensor, logit_bias: Tensor | None) -> int:
-    """Rows of the cache per sequence: 1 where all that is decided and stored is the same for every head."""
-    return max(x.shape[2] for x in (score, logit_bias) if x is not None)
-
-
-class _Pieces:
-    """Packed pieces `[1, sum(T), ...]` and the same as rows `[N, max(T), ...]`; a batch is its own rows."""
-
-    def __init__(self, cu_seqlens: Tensor | None, sequences: int, tokens: int) -> None:
-        self.packed = cu_seqlens is not None
-        self.sequences = sequences
-        if cu_seqlens is not None:
-            borders = cu_seqlens.long()
-            self.sequence = sequence_of(cu_seqlens, tokens)
-            self.offset = torch.arange(tokens, device=borders.device) - borders[self.sequence]
-            self.longest = int(borders.diff().amax()) if sequences else 0
-
-    def apart(self, x: Tensor, fill: float) -> Tensor:
-        if not self.packed:
-            return x
-        rows = x.new_full((self.sequences, self.longest, *x.shape[2:]), fill)
-        return rows.index_put((self.sequence, self.offset), x[0])
-
-    def together(self, x: Tensor) -> Tensor:
-        return x[self.sequence, self.offset][None] if self.packed else x
+def _typed_state(memory: object, saved: Any) -> Any:
+    """A saved state of the memory: its outermost tuple as the memory's own NamedTuple."""
+    if saved is None or not isinstance(memory, HasStateType):
+        return saved
+    fields = getattr(memory.state_type, "_fields", ())
+    if not isinstance(saved, (tuple, list)) or len(saved) != len(fields):
+        count = len(saved) if isinstance(saved, (tuple, list)) else type(saved).__name__
+        expected = f"{len(fields)} entries, as {memory.state_type.__name__} has"
+        raise wrong("memory", expected, f"{count}")
+    return memory.state_type(*saved)

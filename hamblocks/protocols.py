@@ -1,7 +1,10 @@
 """What a part is: the calls that a HAM layer makes, and what travels between the parts.
 
-A part is anything with the right call: no base class, no registration. Letters in shapes: B rows, T tokens, N sequences
-(B, or those packed into one row by cu_seqlens), H query heads, Hkv key/value heads, D head size, L tokens of a ledger.
+A part is anything with the right call: no base class and no registration. Shape letters are
+explained in docs/reference/shapes.md; in this file H is the number of query heads, Hkv of key/value
+heads, N the number of sequences (the batch size B, or the number packed into one batch row).
+
+The layer never calls a part without a token: B and T are at least 1 in every call.
 """
 
 from __future__ import annotations
@@ -10,51 +13,68 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
+from hamblocks.keys import Keys
 from hamblocks_ops.arguments import wrong
+
+State = TypeVar("State", default=Any)
+"""The state of a memory: a tree of tuples, lists, dicts and tensors `[N, ...]`."""
+
+Ledger = TypeVar("Ledger", default=Any, contravariant=True)
+"""The ledger of a selector: a tree of the same kind with a field `position`."""
 
 
 class LayerDims(NamedTuple):
-    """Sizes of a layer, handed to `build(dims)` of every part that has parameters.
-
-    `build` is called once, by the layer that owns the part; a second call must raise.
+    """Sizes of a layer, passed to `build(dims)` of every part that has parameters.
 
     Attributes:
         hidden_size: width of x.
-        num_heads: query heads, and heads of the memory.
-        num_kv_heads: key/value heads, a divisor of num_heads.
-        head_dim: size of a head.
+        num_heads: query heads, and heads of the memory (H).
+        num_kv_heads: key/value heads, a divisor of num_heads (Hkv).
+        head_dim: size of a head (D).
+        has_memory: whether the layer has a memory.
+        has_attention: whether the layer has attention over stored tokens.
     """
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    has_memory: bool = True
+    has_attention: bool = True
 
 
 class MemoryTrace(NamedTuple):
     """What the memory saw and failed to predict.
 
+    In a layer without a memory, k and v are the projections themselves and beta, residual and score
+    are None.
+
     Attributes:
         k: `[B, T, H, D]`, the keys as the memory wrote them (unit length).
         v: `[B, T, H, D]`, the values as the memory wrote them.
         beta: `[B, T, H]`, write strength.
-        residual: `[B, T, H, D]`, value minus prediction, or None where the gate named a metric instead.
-        score: `[B, T, H]` float32, surprise under the gate's metric, or None.
-        position: int32 `[B, T]`, of each token within its sequence.
+        residual: `[B, T, H, D]`, value minus prediction, or None where the gate named a metric.
+        score: `[B, T, H]` float32, surprise under the gate's metric, or None without a metric.
+        position: int32 `[B, T]`, position of each token within its sequence.
     """
 
     k: Tensor
     v: Tensor
-    beta: Tensor
+    beta: Tensor | None
     residual: Tensor | None
     score: Tensor | None
     position: Tensor
 
 
 @runtime_checkable
-class Memory(Protocol):
-    """The recurrent memory that sees every token."""
+class Memory(Protocol[State]):
+    """The recurrent memory that sees every token.
+
+    Its state is a tree (tuples, lists, dicts) of tensors whose first dimension is the sequence. All
+    zeros is the state of a sequence that has seen no token.
+    """
 
     def __call__(
         self,
@@ -64,23 +84,44 @@ class Memory(Protocol):
         v: Tensor,
         *,
         position: Tensor,
-        state: Any = None,
+        state: State | None = None,
         cu_seqlens: Tensor | None = None,
         metric: str | None = None,
-    ) -> tuple[Tensor, MemoryTrace, Any]:
-        """x `[B, T, hidden]`, q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` -> read `[B, T, H, D]`, trace, state.
+    ) -> tuple[Tensor, MemoryTrace, State]:
+        """Reads and writes every token.
 
-        With `metric` the trace has a score; without it, a residual.
+        Args:
+            x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`, like all tensors here.
+            q: `[B, T, H, D]`.
+            k: `[B, T, Hkv, D]`.
+            v: `[B, T, Hkv, D]`.
+            position: int32 `[B, T]`, position of each token within its sequence.
+            state: what the last call returned; None: no sequence has seen a token.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+            metric: a metric of `hamblocks.ops.surprise`: fill `score` of the trace. None: fill
+                `residual`.
+
+        Returns:
+            The read `[B, T, H, D]` in the dtype of v, the trace, and the state for the next call.
         """
         ...
+
+
+@runtime_checkable
+class HasStateType(Protocol):
+    """A memory whose state is a NamedTuple: a saved state is loaded as that type."""
+
+    state_type: type[Any]
 
 
 class GateOutput(NamedTuple):
     """What a gate says of every token.
 
     Attributes:
-        score: `[B, T, H]`, `[B, T, Hkv]` or `[B, T, 1]`: what the selector ranks; it carries no gradient.
-        logit_bias: `[B, T, Hkv]` or `[B, T, 1]`, added to the logits of the key, differentiable; None: nothing.
+        score: `[B, T, H]`, `[B, T, Hkv]` or `[B, T, 1]`, what the selector ranks. Scores of the
+            query heads of a key/value head are averaged. The score carries no gradient.
+        logit_bias: `[B, T, Hkv]` or `[B, T, 1]`, added to the attention logits of the key,
+            differentiable. None adds nothing.
     """
 
     score: Tensor
@@ -89,103 +130,11 @@ class GateOutput(NamedTuple):
 
 @runtime_checkable
 class Gate(Protocol):
-    """The surprise policy. A gate that is a metric of the residual says so by an attribute `metric`."""
+    """The surprise policy: how much a token deserves to be stored."""
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """x `[B, T, hidden]` and what the memory tells -> a score."""
+        """Takes x `[B, T, hidden_size]` and the memory's trace, returns a score."""
         ...
-
-
-class Lifetimes(NamedTuple):
-    """Tokens of the past and until when they live.
-
-    Attributes:
-        position: int32 `[N, L, H]`, ascending; -1 for empty rows, which come first.
-        evict_at: int32 `[N, L, H]`.
-    """
-
-    position: Tensor
-    evict_at: Tensor
-
-
-class Selection(NamedTuple):
-    """What a selector decides.
-
-    Attributes:
-        evict_at: int32 `[B, T, H]`, lifetimes of the new tokens.
-        lowered: lifetimes, as they are now, of the tokens that the given ledger listed; None if it listed none.
-        ledger: what to hand to the next call; None for a selector that never revises a lifetime.
-    """
-
-    evict_at: Tensor
-    lowered: Lifetimes | None = None
-    ledger: Any = None
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """Scores to lifetimes.
-
-    A selector that revises lifetimes streams: its `start(sequences, heads, device)` gives the empty ledger, every
-    ledger has a field `position` (int32 `[N, L, H]`, ascending, -1 for empty rows) that lists the tokens it may still
-    evict, and lifetimes are only lowered, never below now. One that needs the whole sequence sets `causal = False`.
-    """
-
-    def __call__(
-        self,
-        score: Tensor,
-        ledger: Any = None,
-        *,
-        position: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Selection:
-        """score `[B, T, H]`; position int32 `[B, T]`, -1 for padding, None: from 0. No ledger: a sequence in one go."""
-        ...
-
-
-@runtime_checkable
-class Controller(Protocol):
-    """Sets a threshold. `step()`, called once per optimizer step by `step_controllers`, moves it."""
-
-    def __call__(self, score: Tensor) -> Tensor:
-        """Tau, float32 `[]`, for this score `[B, T, H]` (NaN: no token); in training it also counts."""
-        ...
-
-    def step(self) -> None:
-        """Moves tau by what was counted since the last step."""
-        ...
-
-
-@runtime_checkable
-class Attention(Protocol):
-    """Softmax attention over the stored tokens."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        evict_at: Tensor,
-        *,
-        position: Tensor,
-        logit_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cache: Any = None,
-    ) -> tuple[Tensor, Any]:
-        """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]`, evict_at `[B, T, Hkv or 1]` -> read `[B, T, H, D]`, cache."""
-        ...
-
-
-@runtime_checkable
-class Combiner(Protocol):
-    """Joins the two reads."""
-
-    def __call__(self, x: Tensor, memory_read: Tensor, attention_read: Tensor) -> Tensor:
-        """x `[B, T, hidden]`, reads `[B, T, H, D]` -> y `[B, T, hidden]`."""
-        ...
-
-
-# What a part may offer besides its call. The layer looks for these by type when it is built.
 
 
 @runtime_checkable
@@ -200,12 +149,59 @@ class HasMetric(Protocol):
     """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself."""
 
 
-@runtime_checkable
-class Buildable(Protocol):
-    """A part with parameters, made once for the sizes of the layer that owns it (see `Built`)."""
+class Lifetimes(NamedTuple):
+    """Tokens of the past and until when attention may read them.
 
-    def build(self, dims: LayerDims) -> None:
-        """Makes the parameters; a second call raises a ValueError."""
+    Attributes:
+        position: int32 `[N, L, H]`, ascending; -1 marks empty slots, which come first.
+        evict_at: int32 `[N, L, H]`.
+    """
+
+    position: Tensor
+    evict_at: Tensor
+
+
+class Selection(NamedTuple):
+    """What a selector decides.
+
+    Attributes:
+        evict_at: int32 `[B, T, H]`, lifetimes of the new tokens.
+        lowered: lifetimes, as they are now, of the tokens that the given ledger lists; None if it
+            lists none.
+        ledger: for the next call; None for a selector that never revises a lifetime.
+    """
+
+    evict_at: Tensor
+    lowered: Lifetimes | None = None
+    ledger: Any = None
+
+
+@runtime_checkable
+class Selector(Protocol[Ledger]):
+    """Scores to lifetimes.
+
+    A selector that revises lifetimes streams (see `HasLedger`). Every ledger has a field `position`
+    (int32 `[N, L, H]`, ascending, -1 for empty slots) that lists the tokens the selector may still
+    evict. Lifetimes are only lowered, never below now.
+    """
+
+    def __call__(
+        self,
+        score: Tensor,
+        ledger: Ledger | None = None,
+        *,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Selection:
+        """Decides about new tokens, and lowers lifetimes of those in the ledger.
+
+        Args:
+            score: `[B, T, H]`, floating.
+            ledger: what the last call returned; None: the call holds whole sequences.
+            position: int32 `[B, T]`, position of each token within its sequence, -1 for padding.
+                None: counted from 0.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences; only without a ledger.
+        """
         ...
 
 
@@ -223,6 +219,84 @@ class HasCausality(Protocol):
     """A selector that says whether it decides from the past alone; a layer refuses `False`."""
 
     causal: bool
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """Sets a threshold. `step_controllers` calls `step()` once per optimizer step, to move it."""
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Takes score `[B, T, H]` (NaN: no token), returns tau, float32 `[]`. In training it counts."""
+        ...
+
+    def step(self) -> None:
+        """Moves tau by what was counted since the last step."""
+        ...
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """Softmax attention over the stored tokens. It never sees the cache, only keys to read."""
+
+    def __call__(self, q: Tensor, keys: Keys) -> Tensor:
+        """Reads the keys for every query.
+
+        Args:
+            q: `[B, T, H, D]`, as `prepare` returned it.
+            keys: all that may be read. `keys.attend(q)` is softmax attention by the fastest
+                implementation, `keys.dense()` gives plain tensors.
+
+        Returns:
+            The read, `[B, T, H, D]` in the dtype of q; 0 where a query sees no key.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparesKeys(Protocol):
+    """An attention part that changes queries and keys before the keys are stored."""
+
+    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms, rotary positions and the like: each token by itself.
+
+        Args:
+            q: `[B, T, H, D]`.
+            k: `[B, T, Hkv, D]`.
+            position: int32 `[B, T]`, position of each token within its sequence.
+
+        Returns:
+            q and k, in the same shapes and dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class Combiner(Protocol):
+    """Joins the two reads."""
+
+    def __call__(
+        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
+    ) -> Tensor:
+        """Joins the reads and projects them.
+
+        Args:
+            x: `[B, T, hidden_size]`.
+            memory_read: `[B, T, H, D]`; None in a layer without a memory.
+            attention_read: `[B, T, H, D]`; None in a layer without attention.
+
+        Returns:
+            y, `[B, T, hidden_size]`.
+        """
+        ...
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """A part with parameters, made once for the sizes of the layer that owns it (see `Built`)."""
+
+    def build(self, dims: LayerDims) -> None:
+        """Makes the parameters; a second call raises a ValueError."""
+        ...
 
 
 def check_part(name: str, part: object) -> None:
@@ -261,8 +335,8 @@ class Built(torch.nn.Module):
         """
         if self.dims is not None:
             raise ValueError(
-                f"{type(self).__name__}: expected a part of its own for every layer, got one that another layer built "
-                "(layers would share its weights; make one part per layer)"
+                f"{type(self).__name__}: expected a part of its own for every layer, got one that "
+                "another layer built (layers would share its weights; make one part per layer)"
             )
         self.dims = dims
         self.make(dims)

@@ -219,7 +219,7 @@ class Plain(NamedTuple):
 
 def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     """A layer written down once more, token by token and with a dense mask: x [T, hidden], visible [T, T, Hkv]."""
-    heads, kv_heads, dim = layer.dims[1:]
+    heads, kv_heads, dim = layer.dims[1:4]
     tokens = len(x)
     projected = [x @ proj.weight.T for proj in (layer.q_proj, layer.k_proj, layer.v_proj)]
 
@@ -300,7 +300,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def content(state: hb.HAMState) -> list[list[tuple[Tensor, Tensor, int]]]:
     """Positions in order of time, their lifetimes, and how many, of every sequence and key/value head."""
-    stored, tokens = state.cache.read(), state.cache.tokens
+    stored, tokens = state.cache.stored(), state.cache.tokens
 
     def row(n: int, head: int) -> tuple[Tensor, Tensor, int]:
         there = stored.position[n, :, head] != NEVER

@@ -1,6 +1,7 @@
-"""The selected KV store: ragged rows of fixed-size pages, changed in place and in transactions."""
+"""The selected KV cache: ragged streams of fixed-size pages, changed in place and in transactions."""
 
 from hamblocks.cache.changes import cache_transaction
-from hamblocks.cache.store import KVCache, Stored
+from hamblocks.cache.extension import Extension, Stored
+from hamblocks.cache.store import CacheSizes, KVCache
 
-__all__ = ["KVCache", "Stored", "cache_transaction"]
+__all__ = ["CacheSizes", "Extension", "KVCache", "Stored", "cache_transaction"]

@@ -12,11 +12,11 @@ class Change(Protocol):
     """A change that was checked, has all that it needs, and can no longer fail."""
 
     def apply(self) -> None:
-        """Makes it."""
+        """Makes the change."""
         ...
 
     def drop(self) -> None:
-        """Gives back what it was promised."""
+        """Gives back what the change was promised."""
         ...
 
 
@@ -25,10 +25,11 @@ _open: ContextVar[list[Change] | None] = ContextVar("open_transaction", default=
 
 @contextlib.contextmanager
 def cache_transaction() -> Iterator[None]:
-    """Within this context caches do not change; at its end all changes are made, and none if it ends by an exception.
+    """Within this context caches do not change; all changes are made at its end.
 
-    A model wraps the run over its layers in it, so that an error in the third leaves the caches of the first two as
-    they were. Inside one that is open already it does nothing: the outermost decides. A cache changes once in it.
+    If the context ends by an exception, no change is made. A model wraps the run over its layers in
+    it, so that an error in the third layer leaves the caches of the first two as they were. Inside
+    an open transaction it does nothing: the outermost one decides. A cache may change once in it.
     """
     if _open.get() is not None:
         yield
@@ -47,8 +48,8 @@ def cache_transaction() -> Iterator[None]:
         change.apply()
 
 
-def make(change: Change) -> None:
-    """Makes a change, now or when the transaction ends."""
+def apply_or_queue(change: Change) -> None:
+    """Applies a change now, or when the open transaction ends."""
     changes = _open.get()
     if changes is None:
         change.apply()

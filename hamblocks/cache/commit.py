@@ -8,158 +8,213 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hamblocks.cache.pool import Tokens
-from hamblocks.cache.rows import Rows, lasting
+from hamblocks.cache.pool import Reservation, Tokens
+from hamblocks.cache.streams import Streams, Unallocated, lasting
 
 
 @final
 class Commit:
-    """A change, found when it is made and applied later.
+    """A change, planned when it is made and applied later.
 
-    Pages are chosen only when it is applied, for another cache of the pool may have taken some until then. It waits for
-    the device unless pages were reserved; then no token moves and no page is freed, but holes are filled.
+    Pages are chosen only when it is applied: another cache of the pool may have taken some until
+    then. Planning waits for the device unless pages were reserved; then no token moves and no page
+    is freed, but holes are filled.
+
+    Attributes (of the plan; R streams, S slots):
+        count: new tokens per stream, padding included.
+        wait: whether the device is waited for.
+        have, keep, more: int64 `[R]`, pages of a stream now, afterwards, and to be taken.
+        most: the largest of `more`.
+        width: columns of the page table afterwards.
+        moves: tokens that move into holes, so that pages at the end become free; or None.
+        place: int64 `[R, count]`, where in its stream a new token goes, -1 for nowhere.
+        copies: bool `[R, width]`, pages to be copied first because another cache lists them; or None.
     """
 
-    def __init__(self, rows: Rows, seen: Tensor, until: Tensor | None, new: Tokens | None) -> None:
-        """Makes it.
+    def __init__(
+        self,
+        streams: Streams,
+        seen: Tensor,
+        until: Tensor | None,
+        new: Tokens | None,
+        origin: Unallocated | None = None,
+    ) -> None:
+        """Plans the change.
 
         Args:
-            rows: to be changed.
+            streams: to be changed.
             seen: int32 `[N]`, tokens seen by then.
             until: int32 `[R, S]`, lowered lifetimes; None: as they are.
-            new: R * T tokens, row after row; position NEVER is padding.
+            new: R * T tokens, stream after stream; position NEVER is padding.
+            origin: what the streams were made from, if this is their first change.
 
         Raises:
             ValueError: the pool may not grow so far; nothing was changed.
         """
-        self.rows, self.pool, self.seen, self.until, self.new = rows, rows.pool, seen, until, new
-        page_size, table = rows.pool.page_size, rows.table
-        self.count = 0 if new is None or not len(table) else len(new.evict_at) // len(table)
-        self.wait = rows.credit < max(self.count, 1) or not rows.private
-        self.freed = self.wait and rows.pool.collect()
-        stays = rows.alive(rows.lifetimes() if until is None else until, seen)
-        if new is None:
-            enters = stays[:, :0]
-        else:
-            arriving = new.evict_at.view(len(table), self.count)
-            enters = rows.alive(arriving, seen) & (new.position.view_as(arriving) < arriving)
-        self.have = (table >= 0).sum(1)
-        self.keep = -(-(stays.sum(1) + enters.sum(1)) // page_size)
-        if not self.wait:
-            self.keep = self.keep.maximum(self.have)
-        self.more = (self.keep - self.have).clamp(min=0)
-        self.most, self.width = -(-self.count // page_size), rows.width
+        self.streams, self.pool, self.origin = streams, streams.pool, origin
+        self.seen, self.until, self.new = seen, until, new
+        self.count = 0
+        if new is not None and len(streams.table):
+            self.count = len(new.evict_at) // len(streams.table)
+        self.wait = streams.reservation.steps < max(self.count, 1) or not streams.private
+        self.freed = self.wait and self.pool.collect()
+        stays, enters = self._who_stays(), self._who_enters()
+        self._count_pages(stays, enters)
+        self._find_places(stays, enters)
+        self.copies = None if streams.private else self._changed_pages() & streams.common()
+        self.kept = Reservation(self.pool)
         if self.wait:
-            self.most, self.width = (
-                int(x.max()) if len(table) else 0 for x in (self.more, self.keep)
-            )
-        slots = max(self.width, rows.width) * page_size
-        stays = pad(stays, [0, slots - stays.shape[1]])
-        inside = torch.arange(slots, device=table.device) < self.keep[:, None] * page_size
-        # the n-th token that comes takes the n-th hole, first those that move
-        self.holes = (inside & ~stays).cumsum(1)
-        outside = stays & ~inside
-        self.moves = _Moves(outside, self.holes) if self.wait and bool(outside.any()) else None
-        moving = 0 if self.moves is None else self.moves.count[:, None]
-        self.place = torch.where(
-            enters, torch.searchsorted(self.holes, moving + enters.cumsum(1)), -1
-        )
-        self.copies = None if rows.private else self._changed() & rows.common()
-        self.need = 0
-        if self.wait:
-            self.need = int(self.more.sum()) + (
-                0 if self.copies is None else int(self.copies.sum())
-            )
-            if self.need > rows.lease.promised:
-                self.pool.ensure(self.need - rows.lease.promised)
-            self.pool.promised += self.need
-        rows.pending = True
+            need = int(self.more.sum())
+            need += 0 if self.copies is None else int(self.copies.sum())
+            if need > streams.reservation.pages:
+                self.pool.ensure(need - streams.reservation.pages)
+            self.kept.take(need)
+        self._set_pending(True)
 
-    def _changed(self) -> Tensor:
-        """Pages that the rows have, that change and stay, `[R, width]`."""
-        rows, table = self.rows, self.rows.table
-        columns = max(self.width, rows.width)
+    # the plan
+
+    def _who_stays(self) -> Tensor:
+        """Which stored tokens live on, bool `[R, S]`."""
+        until = self.streams.lifetimes() if self.until is None else self.until
+        return self.streams.alive(until, self.seen)
+
+    def _who_enters(self) -> Tensor:
+        """Which new tokens are stored, bool `[R, count]`; padding has position NEVER."""
+        if self.new is None:
+            return self.pool.users.new_zeros(len(self.streams.table), 0, dtype=torch.bool)
+        arriving = self.new.evict_at.view(len(self.streams.table), self.count)
+        stored = self.new.position.view_as(arriving) < arriving
+        return self.streams.alive(arriving, self.seen) & stored
+
+    def _count_pages(self, stays: Tensor, enters: Tensor) -> None:
+        page_size = self.pool.page_size
+        self.have = (self.streams.table >= 0).sum(1)
+        self.keep = -(-(stays.sum(1) + enters.sum(1)) // page_size)
+        if self.wait:
+            self.more = (self.keep - self.have).clamp(min=0)
+            self.most, self.width = (int(x.max()) if len(x) else 0 for x in (self.more, self.keep))
+            return
+        # without a look at the values: no page goes back, and every stream may take the most
+        self.keep = self.keep.maximum(self.have)
+        self.more = (self.keep - self.have).clamp(min=0)
+        self.most, self.width = -(-self.count // page_size), self.streams.width
+
+    def _find_places(self, stays: Tensor, enters: Tensor) -> None:
+        """New tokens fill holes: the n-th token takes the n-th hole, those that move come first."""
+        page_size = self.pool.page_size
+        slots = max(self.width, self.streams.width) * page_size
+        stays = pad(stays, [0, slots - stays.shape[1]])
+        inside = torch.arange(slots, device=stays.device) < self.keep[:, None] * page_size
+        holes = (inside & ~stays).cumsum(1)
+        outside = stays & ~inside
+        self.moves = _Moves(outside, holes) if self.wait and bool(outside.any()) else None
+        moving = 0 if self.moves is None else self.moves.count[:, None]
+        turn = moving + enters.cumsum(1)
+        self.place = torch.where(enters, torch.searchsorted(holes, turn), -1)
+
+    def _changed_pages(self) -> Tensor:
+        """Pages that the streams have, that change and stay, bool `[R, width]`."""
+        streams, table = self.streams, self.streams.table
+        columns = max(self.width, streams.width)
         changed = torch.zeros(len(table), columns + 1, dtype=torch.bool, device=table.device)
         if self.until is not None:
-            differs = (rows.lifetimes() != self.until).view(*table.shape, self.pool.page_size)
-            changed[:, : rows.width] = differs.any(2)
-        for place in (self.place, self.place[:, :0] if self.moves is None else self.moves.place):
-            changed.scatter_(1, torch.where(place < 0, columns, place // self.pool.page_size), True)
-        keeps = torch.arange(rows.width, device=table.device) < self.keep[:, None]
-        return changed[:, : rows.width] & keeps
+            differs = streams.lifetimes() != self.until
+            changed[:, : streams.width] = differs.view(*table.shape, self.pool.page_size).any(2)
+        places = [self.place] if self.moves is None else [self.place, self.moves.place]
+        for place in places:
+            column = torch.where(place < 0, columns, place // self.pool.page_size)
+            changed.scatter_(1, column, True)
+        keeps = torch.arange(streams.width, device=table.device) < self.keep[:, None]
+        return changed[:, : streams.width] & keeps
+
+    # its end
 
     def drop(self) -> None:
         """Gives back what it was promised."""
-        self.pool.promised -= self.need
-        self.rows.pending = False
+        self.kept.release()
+        self._set_pending(False)
 
     @lasting
     def apply(self) -> None:
         """Makes the change."""
-        rows, pool = self.rows, self.pool
+        streams, pool = self.streams, self.pool
         self.drop()
         if self.wait:
-            rows.stop_reserving()
+            streams.reservation.release()
         if self.copies is not None:
-            rows.unshare(self.copies)
+            streams.unshare(self.copies)
         if self.until is not None:
-            # pages that go back may still be another's
-            rows.put_back(self.until, pool.evict_at, self.keep)
-        rows.lease.widen(self.width)
+            # only pages that stay: those that go back may still be another cache's
+            streams.put_back(self.until, pool.evict_at, self.keep)
+        streams.lease.widen(self.width)
         if self.most:
             self._take_pages()
-        rows.width = max(self.width, rows.width)
+        streams.width = max(self.width, streams.width)
         if self.moves is not None:
-            moved = pool.read(rows.slots(self.moves.row, self.moves.source))
-            if self.until is not None:
-                moved = moved._replace(evict_at=self.until[self.moves.row, self.moves.source])
-            pool.write(rows.slots(self.moves.row, self.moves.target), moved, wait=True)
+            self._move(self.moves)
         if self.new is not None:
-            row = torch.arange(len(self.place), device=self.place.device)[:, None].expand_as(
-                self.place
-            )
-            pool.write(rows.slots(row, self.place).flatten(), self.new, wait=self.wait)
+            stream = torch.arange(len(self.place), device=self.place.device)[:, None]
+            slots = streams.slots(stream.expand_as(self.place), self.place)
+            pool.scatter(slots.flatten(), self.new, wait=self.wait)
         if self.wait:
             self._return_pages()
         else:
-            rows.credit -= self.count
-        rows.seen.copy_(self.seen)
-        rows.turn += 1
+            streams.reservation.steps -= self.count
+        streams.seen.copy_(self.seen)
+        streams.turn += 1
+        if self.origin is not None:
+            self.origin.turn += 1
+
+    def _set_pending(self, pending: bool) -> None:
+        self.streams.pending = pending
+        if self.origin is not None:
+            self.origin.pending = pending
 
     def _take_pages(self) -> None:
-        """The next pages of every row, empty."""
-        pool, table = self.pool, self.rows.lease.table
+        """Appends `more` free pages to every stream, and empties them."""
+        pool, table = self.pool, self.streams.lease.table
         step = torch.arange(self.most, device=table.device)
         wanted = step < self.more[:, None]
         turn = (self.more.cumsum(0) - self.more)[:, None] + step
         page = torch.where(wanted, pool.free(turn), -1).to(torch.int32)
         column = torch.where(wanted, self.have[:, None] + step, table.shape[1] - 1)
         table.scatter_(1, column, page)
-        pool.list(page, 1)
-        pool.evict_at.index_fill_(0, torch.where(page < 0, pool.waste, page).flatten().long(), 0)
+        pool.count_users(page, 1)
+        emptied = torch.where(page < 0, pool.scratch, page).flatten().long()
+        pool.evict_at.index_fill_(0, emptied, 0)
+
+    def _move(self, moves: _Moves) -> None:
+        """Moves tokens, with their lowered lifetimes, from pages at the end into holes."""
+        streams = self.streams
+        moved = self.pool.gather(streams.slots(moves.stream, moves.source))
+        if self.until is not None:
+            moved = moved._replace(evict_at=self.until[moves.stream, moves.source])
+        self.pool.scatter(streams.slots(moves.stream, moves.target), moved, wait=True)
 
     def _return_pages(self) -> None:
-        pool, rows = self.pool, self.rows
+        """Gives the pages behind `keep` back, and slabs that became empty."""
+        pool, streams = self.pool, self.streams
         less = bool((self.keep < self.have).any())
         if less:
-            gone = torch.arange(rows.width, device=self.keep.device) >= self.keep[:, None]
-            pool.list(torch.where(gone, rows.table, -1), -1)
-            rows.table.masked_fill_(gone, -1)
+            gone = torch.arange(streams.width, device=self.keep.device) >= self.keep[:, None]
+            pool.count_users(torch.where(gone, streams.table, -1), -1)
+            streams.table.masked_fill_(gone, -1)
         if self.freed or less:
             pool.shrink()
-        rows.width = self.width
-        if not rows.private:
-            rows.private = not bool(rows.common().any())
+        streams.width = self.width
+        if not streams.private:
+            streams.private = not bool(streams.common().any())
 
 
 @final
 class _Moves:
-    """Tokens behind the pages that a row keeps, and the holes that they move into.
+    """Tokens behind the pages that a stream keeps, and the holes that they move into.
 
     Attributes:
-        count: int64 `[R]`.
+        count: int64 `[R]`, how many move.
         place: int64 `[R, n]`, where they go, -1 for none.
-        row, source, target: int64, one entry per token.
+        stream, source, target: int64, one entry per token: its stream, and its place before and
+            after.
     """
 
     def __init__(self, moves: Tensor, holes: Tensor) -> None:
@@ -167,6 +222,6 @@ class _Moves:
         most = int(self.count.max()) if len(self.count) else 0
         turn = torch.arange(1, most + 1, device=holes.device).expand(len(holes), -1)
         self.place = torch.searchsorted(holes, turn.contiguous())
-        self.row, self.source = moves.nonzero().unbind(1)
-        self.target = self.place[self.row, moves.cumsum(1)[self.row, self.source] - 1]
+        self.stream, self.source = moves.nonzero().unbind(1)
+        self.target = self.place[self.stream, moves.cumsum(1)[self.stream, self.source] - 1]
         self.place = torch.where(turn <= self.count[:, None], self.place, -1)

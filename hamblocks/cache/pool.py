@@ -1,4 +1,4 @@
-"""Fixed-size pages that the rows of a cache take from and return to a common pool."""
+"""Fixed-size pages that the streams of a cache take from a common pool and return to it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from hamblocks_ops import Pages
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
 
-LEAST = 16
+SLAB_MIN_PAGES = 16
 """Pages of the smallest slab: fewer are not worth an allocation of their own."""
 
 
 class Tokens(NamedTuple):
-    """Tokens in a list, without holes.
+    """A list of K tokens of any streams, without holes.
 
     Attributes:
-        k, v: `[K, W, D]`, the W heads of a row.
-        position, evict_at: int32 `[K]`.
+        k: `[K, W, D]`, the W heads of a stream.
+        v: `[K, W, D]`.
+        position: int32 `[K]`.
+        evict_at: int32 `[K]`.
         logit_bias: float32 `[K]`, or None.
     """
 
@@ -34,17 +36,20 @@ class Tokens(NamedTuple):
 
 @final
 class Pool:
-    """Pages of one layer, in slabs that never move: as the pool grows, no key and no value is copied.
+    """Pages of one layer, in slabs that never move: growing copies no key and no value.
 
-    A page holds `page_size` tokens of a row: one key/value head of a sequence, or all of them where the layer decides
-    for its heads together. A slot is a place in a page: page * page_size + offset. What a token's lifetime is stands
-    beside it, 8 bytes, in tensors that span all slabs. Two more pages stand there: one that nobody writes, for a row
-    without a page, and one that nobody reads, for what is not to be written, so that shapes need not depend on values.
+    A page holds `page_size` tokens of a stream: one key/value head of a sequence, or all heads where
+    the layer decides for its heads together. A slot is a place in a page: page * page_size + offset.
+    Positions and lifetimes (8 bytes a slot) stand in tensors that span all slabs.
+
+    Two extra pages stand at the end of those tensors, so that shapes never depend on values: an
+    all-zero page that streams without a page point to, and a scratch page that absorbs masked
+    writes. Each slab of keys and values has a scratch page of its own as its last page.
 
     Attributes:
-        users: int32 `[P + 2]`, how many rows list a page.
-        promised: pages that changes still to be applied will take.
-        returned: tables `[R, C + 1]` whose pages, all but those of the last column, go back.
+        users: int32 `[P + 2]`, how many streams list a page.
+        promised: pages that reservations keep (see `Reservation`).
+        returned: page tables `[R, C + 1]` whose pages, all but those of the last column, go back.
     """
 
     def __init__(
@@ -57,7 +62,16 @@ class Pool:
         logit_bias: bool,
         max_pages: int | None,
     ) -> None:
-        """heads: key/value heads in a page. like: dtype and device. max_pages: None for no limit."""
+        """Makes an empty pool.
+
+        Args:
+            page_size: tokens in a page.
+            heads: key/value heads in a page (W).
+            head_dim: D.
+            like: any tensor of the dtype and on the device of the keys.
+            logit_bias: tokens carry a bias.
+            max_pages: the most pages it may grow to; None: no limit.
+        """
         self.page_size, self.heads, self.head_dim, self.max_pages = (
             page_size,
             heads,
@@ -70,9 +84,9 @@ class Pool:
         self.returned: list[Tensor] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
-        self.bias = (
-            torch.zeros(2, page_size, dtype=wide(like), device=like.device) if logit_bias else None
-        )
+        self.bias = None
+        if logit_bias:
+            self.bias = torch.zeros(2, page_size, dtype=wide(like), device=like.device)
         self.users = torch.ones(2, dtype=torch.int32, device=like.device)
 
     @property
@@ -81,29 +95,33 @@ class Pool:
         return self.users.shape[0] - 2
 
     @property
+    def scratch(self) -> int:
+        """Index of the scratch page."""
+        return self.pages + 1
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all slabs and of what stands beside them."""
+        """Bytes of all slabs and of the tensors beside them."""
         tables = (self.position, self.evict_at, self.users, self.bias)
         beside = sum(x.nbytes for x in tables if x is not None)
         return beside + sum(k.nbytes + v.nbytes for k, v in self.keys)
 
-    def listed(self, table: Tensor) -> Tensor:
-        """Pages of a table, int64; for none, the page that nobody writes."""
-        return torch.where(table < 0, self.pages, table).long()
-
-    @property
-    def waste(self) -> int:
-        """The page that nobody reads."""
-        return self.pages + 1
-
     @property
     def token_nbytes(self) -> int:
-        """Bytes of one token of a row: keys, values, position, lifetime and bias."""
+        """Bytes of one token of a stream: keys, values, position, lifetime and bias."""
         bias = 0 if self.bias is None else self.bias.element_size()
         return 2 * self.heads * self.head_dim * self.dtype.itemsize + 8 + bias
 
+    def listed(self, table: Tensor) -> Tensor:
+        """Pages of a page table, int64; the all-zero page where there is none."""
+        return torch.where(table < 0, self.pages, table).long()
+
     def slabs(self, evict_at: Tensor | None = None) -> list[Pages]:
-        """Every slab, one without a page if there is none; lifetimes from elsewhere where given."""
+        """Every slab as `paged_attention` takes it; one without a page if there is none.
+
+        Args:
+            evict_at: lifetimes `[P + 2, page_size]` in place of the pool's own.
+        """
         slabs, begin = [], 0
         evict_at = self.evict_at if evict_at is None else evict_at
         for k, v in self.keys or [self._slab(0)]:
@@ -114,19 +132,19 @@ class Pool:
         return slabs
 
     def collect(self) -> bool:
-        """Takes back what was returned; whether something was."""
+        """Takes back the pages of dead caches; whether there were any."""
         some = bool(self.returned)
         while self.returned:
-            self.list(self.returned.pop()[:, :-1], -1)
+            self.count_users(self.returned.pop()[:, :-1], -1)
         return some
 
     def used(self) -> int:
-        """How many pages some row lists; waits for the device."""
+        """How many pages some stream lists. Waits for the device."""
         self.collect()
         return int((self.users[:-2] > 0).sum())
 
     def ensure(self, pages: int) -> None:
-        """Makes sure that so many pages are free beyond those promised; waits for the device.
+        """Makes sure that this many pages are free beyond those promised. Waits for the device.
 
         Raises:
             ValueError: `max_pages` does not allow it.
@@ -136,12 +154,9 @@ class Pool:
         if missing <= 0:
             return
         if self.max_pages is not None and used + pages > self.max_pages:
-            raise wrong(
-                "max_pages",
-                f"at least {used + pages} pages ({used} in use and {pages} more)",
-                str(self.max_pages),
-            )
-        grown = max(missing, self.pages // 2, LEAST)
+            expected = f"at least {used + pages} pages ({used} in use and {pages} more)"
+            raise wrong("max_pages", expected, str(self.max_pages))
+        grown = max(missing, self.pages // 2, SLAB_MIN_PAGES)
         if self.max_pages is not None:
             grown = min(grown, self.max_pages - self.pages)
         self.keys.append(self._slab(grown))
@@ -154,7 +169,7 @@ class Pool:
 
     def _slab(self, pages: int) -> tuple[Tensor, Tensor]:
         shape = pages + 1, self.page_size, self.heads, self.head_dim
-        # zeros, for a slot that never held a token takes part in sums, with weight 0
+        # zeros: a slot that never held a token takes part in sums, with weight 0
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return k, v
 
@@ -162,7 +177,11 @@ class Pool:
         return torch.cat([x[:-2], x.new_zeros(pages, *x.shape[1:]), x[-2:]])
 
     def shrink(self) -> None:
-        """Gives slabs back to the system while two thirds of what then remains stay free; waits for the device."""
+        """Gives empty slabs at the end back to the system. Waits for the device.
+
+        A slab goes only while two thirds of what then remains stay free, so that a pool whose use
+        goes up and down does not allocate again and again.
+        """
         while self.keys and self.promised == 0:
             rest = self.pages - (self.keys[-1][0].shape[0] - 1)
             if bool((self.users[rest:-2] > 0).any()) or (rest and 3 * self.used() > rest):
@@ -179,10 +198,10 @@ class Pool:
         rank = (self.users[:-2] == 0).cumsum(0)
         return torch.searchsorted(rank, turn + 1)
 
-    def list(self, pages: Tensor, count: int) -> None:
-        """Adds to the users of pages; -1 is none."""
-        some = torch.where(pages < 0, self.waste, pages).flatten()
-        self.users.index_add_(0, some.long(), torch.full_like(some, count, dtype=torch.int32))
+    def count_users(self, pages: Tensor, change: int) -> None:
+        """Adds `change` to the users of pages; -1 is no page (the scratch page absorbs it)."""
+        some = torch.where(pages < 0, self.scratch, pages).flatten()
+        self.users.index_add_(0, some.long(), torch.full_like(some, change, dtype=torch.int32))
 
     def slots(self, pages: Tensor) -> Tensor:
         """All slots of pages `[...]`, int64 `[..., page_size]`."""
@@ -190,8 +209,8 @@ class Pool:
             self.page_size, device=self.device
         )
 
-    def read(self, slot: Tensor) -> Tokens:
-        """The tokens in slots, int64 `[K]`; waits for the device."""
+    def gather(self, slot: Tensor) -> Tokens:
+        """A copy of the tokens in slots, int64 `[K]`. Waits for the device."""
         shape = len(slot), self.heads, self.head_dim
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for own, place, k_slab, v_slab in self._places(slot):
@@ -199,12 +218,19 @@ class Pool:
         bias = None if self.bias is None else self.bias.flatten()[slot]
         return Tokens(k, v, self.position.flatten()[slot], self.evict_at.flatten()[slot], bias)
 
-    def write(self, slot: Tensor, tokens: Tokens, *, wait: bool) -> None:
-        """Puts tokens into slots, int64 `[K]`, no two the same; -1 is nowhere. Waits for the device only if it may."""
+    def scatter(self, slot: Tensor, tokens: Tokens, *, wait: bool) -> None:
+        """Writes tokens into slots, int64 `[K]`, no two the same; -1 is nowhere.
+
+        Args:
+            slot: int64 `[K]`.
+            tokens: K tokens.
+            wait: whether the device may be waited for; if not, every slab is written, and what
+                belongs elsewhere goes to its scratch page.
+        """
         for own, place, k_slab, v_slab in self._places(slot) if wait else self._all_places(slot):
             k_slab.index_copy_(0, place, tokens.k[own])
             v_slab.index_copy_(0, place, tokens.v[own])
-        anywhere = torch.where(slot < 0, self.waste * self.page_size, slot)
+        anywhere = torch.where(slot < 0, self.scratch * self.page_size, slot)
         tables = (
             (self.position, tokens.position),
             (self.evict_at, tokens.evict_at),
@@ -215,7 +241,7 @@ class Pool:
                 table.view(-1).index_copy_(0, anywhere, values)
 
     def _places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """For each slab that has some: which of the slots are its own, where they stand in it, and its k and v."""
+        """For each slab that has some of the slots: which, where in the slab, and its k and v."""
         begin = 0
         for k, v in self.keys:
             end = begin + (k.shape[0] - 1) * self.page_size
@@ -225,10 +251,34 @@ class Pool:
             begin = end
 
     def _all_places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """The same without looking: what is another slab's goes to the page that nobody reads."""
+        """The same without reading values: slots of other slabs go to this slab's scratch page."""
         begin = 0
         for k, v in self.keys:
             end = begin + (k.shape[0] - 1) * self.page_size
             place = torch.where((slot >= begin) & (slot < end), slot - begin, end - begin)
             yield slice(None), place, k.flatten(0, 1), v.flatten(0, 1)
             begin = end
+
+
+@final
+class Reservation:
+    """Pages of a pool kept for one owner: the next tokens of a cache, or a change to be applied.
+
+    Attributes:
+        pages: pages kept now; `Pool.promised` is the sum over all reservations.
+        steps: this many more tokens per sequence fit into them without waiting for the device.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.pages, self.steps = pool, 0, 0
+
+    def take(self, pages: int, steps: int = 0) -> None:
+        """Keeps pages, in place of those kept before; the caller has called `Pool.ensure`."""
+        self.release()
+        self.pages, self.steps = pages, steps
+        self.pool.promised += pages
+
+    def release(self) -> None:
+        """Keeps nothing any more."""
+        self.pool.promised -= self.pages
+        self.pages = self.steps = 0

@@ -58,7 +58,6 @@ class HAMCache(Cache):
         self.config, self.page_size, self.max_pages = config, page_size, max_pages
         self.states: list[HAMState] | None = None
         self.columns = 0
-        self._marks: list[int] = []
 
     # what the model asks
 
@@ -179,7 +178,7 @@ class HAMCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; any batch may follow."""
-        self.states, self.columns, self._marks = None, 0, []
+        self.states, self.columns = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Goes on with sequences beam_idx[0], beam_idx[1], ...; any may come several times or not at all."""
@@ -198,9 +197,7 @@ class HAMCache(Cache):
 
     def checkpoint(self) -> None:
         """Records this point, to `crop` back to."""
-        self._change(lambda state: state.checkpoint())
-        if self.states is not None:
-            self._marks.append(self.columns)
+        self._change(lambda state: state.checkpoint(key=self.columns))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Goes back to a recorded point.
@@ -214,23 +211,20 @@ class HAMCache(Cache):
         columns = self.columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if columns == self.columns:
             return
-        if columns not in self._marks or self.states is None:
-            recorded = ", ".join(str(mark) for mark in self._marks) or "none"
-            raise wrong(
-                "tokens_to_remove",
-                f"one that leads back to a checkpoint ({recorded})",
-                f"a length of {columns}",
-            )
-        last = len(self._marks) - 1 - self._marks[::-1].index(columns)
-        self._change(lambda state: state.crop(state.marks[last].position))
-        self.columns, self._marks = columns, self._marks[: last + 1]
+        recorded = [point.key for point in self.states[0].checkpoints] if self.states else []
+        if columns not in recorded:
+            known = ", ".join(map(str, recorded)) or "none"
+            expected = f"one that leads back to a checkpoint ({known})"
+            raise wrong("tokens_to_remove", expected, f"a length of {columns}")
+        self._change(lambda state: state.crop(key=columns))
+        self.columns = columns
 
     # what is in it
 
     def fork(self) -> HAMCache:
         """A second cache to go on from; what is stored is shared until one of the two changes it."""
         fork = HAMCache(self.config, page_size=self.page_size, max_pages=self.max_pages)
-        fork.columns, fork._marks = self.columns, list(self._marks)
+        fork.columns = self.columns
         fork.states = None if self.states is None else [state.fork() for state in self.states]
         return fork
 
@@ -241,8 +235,14 @@ class HAMCache(Cache):
 
     @property
     def tokens(self) -> list[Tensor]:
-        """Tokens stored, int64 `[N, Hkv]` for every layer."""
-        return [state.cache.tokens for state in self.states or []]
+        """Tokens stored, int64 `[N, Hkv]` for every layer; 0 in a layer without attention."""
+        return [self._tokens(state) for state in self.states or []]
+
+    def _tokens(self, state: HAMState) -> Tensor:
+        if state.cache is not None:
+            return state.cache.tokens
+        heads = 0 if self.config is None else self.config.num_key_value_heads or 0
+        return state.position.new_zeros(len(state.position), heads, dtype=torch.int64)
 
     def _change(self, change: Callable[[HAMState], HAMState]) -> None:
         """Changes the states of all layers, or none."""

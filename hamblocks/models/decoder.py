@@ -58,9 +58,9 @@ class Decoder(nn.Module):
         """The blocks, in order."""
         return self.stack.blocks
 
-    def init_state(self, sequences: int) -> list[HAMState]:
-        """The state before the first token."""
-        return self.stack.init_state(sequences)
+    def init_state(self, batch_size: int) -> list[HAMState]:
+        """The states before the first token, one per layer."""
+        return self.stack.init_state(batch_size)
 
     def forward(
         self,

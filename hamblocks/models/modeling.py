@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from hamblocks.absent import NoAttention, NoMemory
 from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
-from hamblocks.gates import PeriodicGate
 from hamblocks.layer import HAMLayer, LayerStats
 from hamblocks.memory import GatedDeltaMemory, ShortConvolution
 from hamblocks.models.cache import HAMCache
@@ -36,7 +33,6 @@ from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import make
 from hamblocks.models.rows import rows_of
 from hamblocks.models.stack import Stack
-from hamblocks.selectors import Threshold
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 
@@ -86,14 +82,9 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
 
 def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """The layer that a configuration describes."""
-    kind = (config.layer_types or [])[index]
-    parts: dict[str, Any] = {
-        name: make(name, config.policy(name, index)) for name in LAYER_TYPES[kind]
-    }
-    if kind == "linear_attention":
-        parts.update(gate=PeriodicGate(1), selector=Threshold(math.inf), attention=NoAttention())
-    elif kind == "full_attention":
-        parts.update(memory=NoMemory(), gate=PeriodicGate(1), selector=Threshold(-math.inf))
+    parts: dict[str, Any] = dict.fromkeys(("memory", "gate", "selector", "attention"))
+    for name in LAYER_TYPES[(config.layer_types or [])[index]]:
+        parts[name] = make(name, config.policy(name, index))
     return HAMLayer(
         config.hidden_size,
         config.num_attention_heads,

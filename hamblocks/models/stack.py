@@ -61,11 +61,11 @@ class Stack(nn.Module):
         return layers
 
     def init_state(
-        self, sequences: int, *, page_size: int = 32, max_pages: int | None = None
+        self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
     ) -> list[HAMState]:
         """The states before the first token, one per layer; sizes of each layer's cache as in `HAMLayer.init_state`."""
         return [
-            layer.init_state(sequences, page_size=page_size, max_pages=max_pages)
+            layer.init_state(batch_size, page_size=page_size, max_pages=max_pages)
             for layer in self.layers
         ]
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.absent import NoMemory
 from hamblocks.attention import SelectedAttention
 from hamblocks.cache import KVCache
 from hamblocks.combiners import GatedSum
 from hamblocks.gates import PredictionError
+from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace
+from hamblocks.protocols import LayerDims, MemoryTrace, PreparesKeys
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import PartInputs
@@ -87,7 +87,7 @@ class GateSubject(Subject):
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """x, and the fields of a trace."""
-        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims
+        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims[:4]
         wider = wide(torch.empty(0, dtype=case.dtype))
         result = {
             "x": case.numbers(draw, hidden),
@@ -126,7 +126,7 @@ class MemorySubject(Subject):
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """x, q, k, v, position."""
-        draw, (hidden, heads, kv_heads, dim) = Draw(case.seed), case.dims
+        draw, (hidden, heads, kv_heads, dim) = Draw(case.seed), case.dims[:4]
         return {
             "x": case.numbers(draw, hidden),
             "q": case.numbers(draw, heads, dim),
@@ -161,14 +161,17 @@ class MemorySubject(Subject):
         }
 
 
+_ATTENTION = ("q", "k", "v", "evict_at", "position")
+
+
 class AttentionSubject(Subject):
-    """attention(q, k, v, evict_at, position=) -> read, cache."""
+    """attention.prepare(q, k, position=) and attention(q, keys) -> read, as a layer calls them."""
 
     kind = "attention"
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """q, k, v, evict_at, position and perhaps a logit bias."""
-        draw, (_, heads, kv_heads, dim) = Draw(case.seed), case.dims
+        draw, (_, heads, kv_heads, dim) = Draw(case.seed), case.dims[:4]
         result = {
             "q": case.numbers(draw, heads, dim),
             "k": case.numbers(draw, kv_heads, dim),
@@ -182,24 +185,22 @@ class AttentionSubject(Subject):
 
     def start(self, sequences: int) -> KVCache:
         """An empty cache."""
-        _, _, kv_heads, dim = self.case.dims
-        like = self.inputs["k"]
-        return KVCache.empty(sequences, kv_heads, dim, like, logit_bias=self.case.bias, page_size=3)
+        return KVCache(sequences, page_size=3)
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """The read; with a cache, what the layer then does with it."""
-        names = "q", "k", "v", "evict_at"
-        rest = {name: x for name, x in inputs.items() if name not in names}
-        read, cache = self.part(
-            *(inputs[name] for name in names), **rest, cu_seqlens=cu_seqlens, cache=state
-        )
-        if state is not None:
-            position = inputs["position"]
-            seen = position.amax(1) + 1 if position.shape[1] else state.seen
-            cache = cache.commit(torch.maximum(seen.to(torch.int32), state.seen))
-        return {"read": read}, cache
+        """The read; with a cache, also the cache behind the call."""
+        q, k, v, evict_at, position = (inputs[name] for name in _ATTENTION)
+        if isinstance(self.part, PreparesKeys):
+            q, k = self.part.prepare(q, k, position=position)
+        own = {"position": position, "evict_at": evict_at, "logit_bias": inputs.get("logit_bias")}
+        if state is None:
+            keys = DenseKeys(k, v, query_position=position, cu_seqlens=cu_seqlens, **own)  # type: ignore[arg-type]
+            return {"read": self.part(q, keys)}, None
+        extension = state.extend(k, v, **own)
+        read = self.part(q, extension.keys)
+        return {"read": read}, extension.commit(position.amax(1) + 1)
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Those of q."""
@@ -213,7 +214,7 @@ class CombinerSubject(Subject):
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """x and both reads."""
-        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims
+        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims[:4]
         return {
             "x": case.numbers(draw, hidden),
             "memory_read": case.numbers(draw, heads, dim),
@@ -260,7 +261,9 @@ class LayerSubject(Subject):
             return {"y": result}, None
         y, *rest = result
         stats = getattr(result, "stats", None)
-        told = {} if stats is None else {"score": stats.score, "evict_at": stats.evict_at}
+        told = {}
+        if stats is not None and stats.score is not None:
+            told = {"score": stats.score, "evict_at": stats.evict_at}
         return {"y": y} | told, rest[0] if rest else None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
@@ -282,8 +285,8 @@ def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
         "combiner": GatedSum(),
     }
     if kind == "attention":
-        parts["memory"] = NoMemory()
+        parts["memory"] = parts["gate"] = None
         parts["selector"] = Window(4)
     parts[kind] = copy.deepcopy(part)
-    hidden, heads, kv_heads, dim = dims
+    hidden, heads, kv_heads, dim = dims[:4]
     return HAMLayer(hidden, heads, num_kv_heads=kv_heads, head_dim=dim, **parts)

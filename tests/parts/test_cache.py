@@ -21,7 +21,7 @@ from parts_cases import close, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hamblocks as hb
-from hamblocks.ops import NEVER, paged_attention, selected_attention
+from hamblocks.ops import NEVER, UnsupportedError, selected_attention
 
 
 class Token(NamedTuple):
@@ -56,6 +56,19 @@ class Handle:
         self.cache, self.plain = cache, plain
 
 
+def pool_of(cache):
+    """The pages behind a handle; None before the first token."""
+    return getattr(cache._own, "pool", None)
+
+
+def is_spent(cache):
+    try:
+        cache.check()
+    except ValueError as error:
+        return "expected the newest" in str(error)
+    return False
+
+
 class Caches(RuleBasedStateMachine):
     handles = Bundle("handles")
 
@@ -70,17 +83,8 @@ class Caches(RuleBasedStateMachine):
         self.heads, self.wide = heads
         self.bias, self.page_size, self.names = bias, page_size, 0
         self.live = []
-        cache = hb.KVCache.empty(
-            sequences,
-            self.heads * self.wide,
-            2,
-            torch.zeros((), dtype=torch.float64),
-            shared=self.heads == 1,
-            logit_bias=bias,
-            page_size=page_size,
-        )
-        if self.heads == 1:
-            assert (cache.row_heads, cache._pool.heads) == (1, self.wide)
+        cache = hb.KVCache(sequences, page_size=page_size)
+        assert cache.sizes is None
         return self.keep(Handle(cache, Plain(sequences, self.heads)))
 
     def keep(self, handle):
@@ -91,8 +95,9 @@ class Caches(RuleBasedStateMachine):
         """A step of up to 9 tokens, on both: the committing handle, and what it is to hold."""
         cache, plain = handle.cache, copy.deepcopy(handle.plain)
         sequences = len(plain.seen)
+        changes = None
         if lowered and sequences and data.draw(st.booleans(), "lowers"):
-            cache = cache.lower(self.lower(plain, data))
+            changes = self.lower(plain, data)
         tokens = data.draw(st.sampled_from([0, 1, 1, 1, 2, 5, 9]), "tokens")
         k = torch.zeros(sequences, tokens, self.heads * self.wide, 2, dtype=torch.float64)
         v, bias = k.clone(), torch.zeros(sequences, tokens, self.heads * self.wide)
@@ -123,26 +128,35 @@ class Caches(RuleBasedStateMachine):
                     if until > where:
                         plain.rows[n][h][where] = Token(self.names, until)
             plain.seen[n] += own
-        cache = cache.append(k, v, position, evict_at, bias if self.bias else None)
-        self.attend(cache, position)
+        staged = cache.extend(
+            k,
+            v,
+            position=position,
+            evict_at=evict_at,
+            logit_bias=bias[..., : self.heads] if self.bias else None,
+            lowered=changes,
+        )
+        self.attend(staged, position)
         plain.evict()
-        return cache, torch.tensor(plain.seen, dtype=torch.int32), plain
+        return staged, torch.tensor(plain.seen, dtype=torch.int32), plain
 
-    def attend(self, cache, position):
+    def attend(self, staged, position):
         """Attention sees the staged change, in pages as in copies."""
-        if not cache.in_place:
-            with pytest.raises(ValueError, match=r"^cache: expected one whose pages have one user"):
-                _ = cache.slabs
-            return
-        stored = cache.read()
+        stored = staged.stored()
         q = torch.linspace(
             -1, 1, position.numel() * self.heads * self.wide * 2, dtype=torch.float64
         )
         q = q.view(*position.shape, self.heads * self.wide, 2)
-        shared = False if cache.private else None
-        paged = paged_attention(
-            q, cache.slabs, cache.block_table, query_position=position, shared=shared
-        )
+        if staged._until is not None and not staged._streams.private:
+            reasons = staged.keys.explain(q)
+            assert "a page that several caches share" in reasons["paged_attention pages"]
+            assert reasons.chosen == "selected_attention gather"
+            with pytest.raises(UnsupportedError, match="a page that several caches share"):
+                staged.keys.attend(q, impl="pages")
+            paged = staged.keys.attend(q)
+        else:
+            assert staged.keys.explain(q)["paged_attention pages"].startswith("yes")
+            paged = staged.keys.attend(q, impl="pages")
         plain = selected_attention(
             q,
             stored.k,
@@ -183,11 +197,11 @@ class Caches(RuleBasedStateMachine):
         staged, seen, plain = self.change(handle, data)
         spent = handle.cache
         handle.cache, handle.plain = staged.commit(seen), plain
-        for old in (spent, staged):
+        for again in (spent.check, lambda: staged.commit(seen), lambda: staged.keys):
             with pytest.raises(
                 ValueError, match=r"^state: expected the newest, got one .*fork\(\)"
             ):
-                old.commit(seen)
+                again()
 
     @rule(handle=handles, data=st.data())
     def abandoned_step(self, handle, data):
@@ -201,14 +215,14 @@ class Caches(RuleBasedStateMachine):
         def fails():
             with hb.cache_transaction():
                 following.append(staged.commit(seen))
-                for cache in (staged, *following):
+                for again in (lambda: staged.commit(seen), handle.cache.check, following[0].check):
                     with pytest.raises(ValueError, match=r"^state: expected one call"):
-                        cache.commit(seen)
+                        again()
                 raise KeyError
 
         with pytest.raises(KeyError):
             fails()
-        assert following[0].spent
+        assert is_spent(following[0])
 
     @rule(one=handles, other=handles, data=st.data())
     def cache_transaction(self, one, other, data):
@@ -230,7 +244,7 @@ class Caches(RuleBasedStateMachine):
         index = data.draw(st.lists(st.integers(0, sequences - 1), max_size=4)) if sequences else []
         old = handle.cache
         handle.cache = old.reorder(torch.tensor(index, dtype=torch.int64))
-        assert old.spent
+        assert is_spent(old)
         plain = Plain(len(index), self.heads)
         plain.seen = [handle.plain.seen[i] for i in index]
         plain.rows = [copy.deepcopy(handle.plain.rows[i]) for i in index]
@@ -242,7 +256,7 @@ class Caches(RuleBasedStateMachine):
         gone = [data.draw(st.booleans()) for _ in plain.seen]
         old = handle.cache
         handle.cache = old.reset(torch.tensor(gone, dtype=torch.bool))
-        assert old.spent
+        assert is_spent(old)
         for n, which in enumerate(gone):
             if which:
                 plain.seen[n], plain.rows[n] = 0, [{} for _ in range(self.heads)]
@@ -255,13 +269,13 @@ class Caches(RuleBasedStateMachine):
     def copied(self, handle, how):
         old = handle.cache
         if how == "to":
-            handle.cache = old.to("cpu")
+            handle.cache = hb.KVCache.load(old.state_dict(), "cpu")
         elif how == "deepcopy":
             handle.cache = copy.deepcopy(old)
         else:
             handle.cache = hb.KVCache.load(old.state_dict())
-        assert handle.cache._pool is not old._pool
-        assert not old.spent
+        assert pool_of(handle.cache) is None or pool_of(handle.cache) is not pool_of(old)
+        old.check()
 
     @precondition(lambda self: len(self.live) > 1)
     @rule(handle=consumes(handles))
@@ -272,7 +286,9 @@ class Caches(RuleBasedStateMachine):
     @rule(handle=handles)
     def limit(self, handle):
         """No more pages than there are: what asks for more fails and leaves everything as it was."""
-        cache, pool = handle.cache, handle.cache._pool
+        cache, pool = handle.cache, pool_of(handle.cache)
+        if pool is None:  # there is no pool before the first token
+            return
         pool.max_pages = pool.pages
         wanted = (pool.pages + 1) * self.page_size
         if len(handle.plain.seen):
@@ -287,8 +303,12 @@ class Caches(RuleBasedStateMachine):
     @invariant()
     def content(self):
         for handle in getattr(self, "live", []):
-            stored, plain = handle.cache.read(), handle.plain
-            assert handle.cache.seen.tolist() == plain.seen
+            stored, plain = handle.cache.stored(), handle.plain
+            if pool_of(handle.cache) is None:
+                assert not any(plain.seen)
+                assert (handle.cache.tokens.numel(), handle.cache.nbytes) == (0, 0)
+                continue
+            assert handle.cache._own.seen.tolist() == plain.seen
             assert handle.cache.tokens.tolist() == [
                 [len(rows[h // self.wide]) for h in range(self.heads * self.wide)]
                 for rows in plain.rows
@@ -312,18 +332,22 @@ class Caches(RuleBasedStateMachine):
 
     @invariant()
     def pages(self):
-        pools = {id(handle.cache._pool): handle.cache._pool for handle in getattr(self, "live", [])}
+        pools = {
+            id(pool_of(handle.cache)): pool_of(handle.cache) for handle in getattr(self, "live", [])
+        }
         for pool in pools.values():
-            own = [handle for handle in self.live if handle.cache._pool is pool]
+            if pool is None:
+                continue
+            own = [handle for handle in self.live if pool_of(handle.cache) is pool]
             users = torch.zeros(pool.pages, dtype=torch.int32)
             for handle in own:
-                rows = handle.cache._rows
+                rows = handle.cache._own
                 listed = rows.table[rows.table >= 0].long()
                 users.index_add_(0, listed, torch.ones(len(listed), dtype=torch.int32))
                 assert not rows.private or (listed.unique().numel() == listed.numel())
                 have = (rows.table >= 0).sum(1)
                 assert ((rows.table >= 0) == (torch.arange(rows.width) < have[:, None])).all()
-                if not rows.credit:  # else holes may be left, and pages not given back
+                if not rows.reservation.steps:  # else holes may be left, and pages not given back
                     live = torch.tensor([len(row) for one in handle.plain.rows for row in one])
                     assert (have * self.page_size >= live).all()
             pool.collect()
@@ -331,7 +355,7 @@ class Caches(RuleBasedStateMachine):
                 gc.collect()  # a traceback may hold a handle in a cycle
                 pool.collect()
             assert torch.equal(users, pool.users[:-2])
-            assert pool.promised == sum(handle.cache._rows.lease.promised for handle in own)
+            assert pool.promised == sum(handle.cache._own.reservation.pages for handle in own)
             assert not pool.evict_at[-2].any()
 
 
@@ -342,15 +366,16 @@ TestCaches = Caches.TestCase
 
 
 def test_a_handle_may_die_inside_a_trace():
-    cache = hb.KVCache.empty(2, 1, 2, torch.zeros(()), page_size=2)
+    cache = hb.KVCache(2, page_size=2)
     position, evict_at = (
         torch.arange(3).int().expand(2, -1),
         torch.full((2, 3, 1), NEVER, dtype=torch.int32),
     )
-    cache = cache.append(torch.ones(2, 3, 1, 2), torch.ones(2, 3, 1, 2), position, evict_at).commit(
+    ones = torch.ones(2, 3, 1, 2)
+    cache = cache.extend(ones, ones, position=position, evict_at=evict_at).commit(
         torch.tensor([3, 3], dtype=torch.int32)
     )
-    fork, pool = cache.fork(), cache._pool
+    fork, pool = cache.fork(), pool_of(cache)
     with FakeTensorMode():
         del fork
         gc.collect()
@@ -360,27 +385,23 @@ def test_a_handle_may_die_inside_a_trace():
 
 def one_row(cache, evict_at, lowered=()):
     """The next tokens of one sequence with one head, named by their positions; some older ones live shorter."""
-    seen, tokens = int(cache.seen), len(evict_at)
+    own = cache._own
+    seen, tokens = int(own.seen) if pool_of(cache) else 0, len(evict_at)
+    changes = None
     if lowered:
-        cache = cache.lower(
-            hb.Lifetimes(
-                *(
-                    torch.tensor(x, dtype=torch.int32)[None, :, None]
-                    for x in zip(*lowered, strict=True)
-                )
-            )
+        changes = hb.Lifetimes(
+            *(torch.tensor(x, dtype=torch.int32)[None, :, None] for x in zip(*lowered, strict=True))
         )
     position = torch.arange(seen, seen + tokens, dtype=torch.int32)
     k = position.double()[None, :, None, None].expand(-1, -1, 1, 2)
     until = torch.tensor(evict_at, dtype=torch.int32)[None, :, None]
-    return cache.append(k, -k, position[None], until).commit(
-        torch.tensor([seen + tokens], dtype=torch.int32)
-    )
+    staged = cache.extend(k, -k, position=position[None], evict_at=until, lowered=changes)
+    return staged.commit(torch.tensor([seen + tokens], dtype=torch.int32))
 
 
 def row_of(cache):
     """{position: lifetime}; keys are those of the position."""
-    stored = cache.read()
+    stored = cache.stored()
     there = stored.position[0, :, 0] != NEVER
     assert torch.equal(stored.k[0, there, 0, 0], stored.position[0, there, 0].double())
     assert torch.equal(stored.v[0, there, 0, 1], -stored.position[0, there, 0].double())
@@ -395,15 +416,13 @@ def row_of(cache):
 
 def six():
     """Six tokens on three pages."""
-    return one_row(
-        hb.KVCache.empty(1, 1, 2, torch.zeros((), dtype=torch.float64), page_size=2), [NEVER] * 6
-    )
+    return one_row(hb.KVCache(1, page_size=2), [NEVER] * 6)
 
 
 def test_tokens_that_move_take_their_lowered_lifetimes_along():
     cache = one_row(six(), [], lowered=[(0, 6), (1, 6), (5, 9)])
     assert row_of(cache) == {2: NEVER, 3: NEVER, 4: NEVER, 5: 9}
-    assert cache._pool.used() == 2
+    assert pool_of(cache).used() == 2
 
 
 @pytest.mark.parametrize("reserve", [0, 4])
@@ -437,7 +456,7 @@ def test_reserved_steps_fill_holes_and_move_nothing():
     for _ in range(3):
         cache = one_row(cache, [NEVER])
     assert row_of(cache) == dict.fromkeys(range(4, 9), NEVER)
-    assert (cache._rows.table >= 0).sum() == 3  # five tokens, where they fit without a move
+    assert (cache._own.table >= 0).sum() == 3  # five tokens, where they fit without a move
     cache = one_row(cache, [NEVER])
     assert row_of(cache) == dict.fromkeys(range(4, 10), NEVER)
-    assert cache._pool.promised == 0
+    assert pool_of(cache).promised == 0

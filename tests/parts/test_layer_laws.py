@@ -19,7 +19,7 @@ from parts_cases import (
 )
 
 import hamblocks as hb
-import hamblocks.attention
+import hamblocks.keys
 from hamblocks.ops import NEVER
 from hamblocks_ops.selected_attention import AttentionOutput
 
@@ -65,7 +65,7 @@ def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case
     layer, x = build(case, size), inputs(size)
     everything = everyone_sees(size.tokens, size.heads[1])
     read = []
-    layer.attention.register_forward_hook(lambda *call: read.append(call[-1][0]))
+    layer.attention.register_forward_hook(lambda *call: read.append(call[-1]))
     for tau, visible, evict in (
         (-math.inf, everything, NEVER),
         (math.inf, torch.zeros_like(everything), None),
@@ -76,8 +76,9 @@ def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case
         assert (result.stats.evict_at == expected).all()
         for n in range(size.batch):
             close(result.y[n], plain(layer, x[n], visible).y)
-    assert not read[1].any()
-    assert not size.tokens or read[0].any()
+    if size.tokens:  # no part is called without a token
+        assert not read[1].any()
+        assert read[0].any()
 
 
 @pytest.mark.parametrize("case", ["threshold", "delta-relative-topk", "router-and"])
@@ -105,7 +106,7 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
         for piece in x.split([5, 4, 3], 1):
             y, state, _ = layer(piece, state=state)
             assert not any(
-                stored.requires_grad for stored in state.cache.read() if stored is not None
+                stored.requires_grad for stored in state.cache.stored() if stored is not None
             )
             pieces.append(y)
         return torch.cat(pieces, 1)
@@ -131,8 +132,8 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
         return AttentionOutput(torch.cat(reads, 1), None)
 
     pieces = gradients(in_pieces())
-    attend = hamblocks.attention.selected_attention
-    monkeypatch.setattr(hamblocks.attention, "selected_attention", detached)
+    attend = hamblocks.keys.selected_attention
+    monkeypatch.setattr(hamblocks.keys, "selected_attention", detached)
     whole = gradients(layer(x).y)
     for one, other in zip(pieces, whole, strict=True):
         assert (one is None) == (other is None)

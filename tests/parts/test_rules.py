@@ -140,10 +140,8 @@ def test_custom_memory_and_attention():
             )
 
     class Nothing:
-        def __call__(
-            self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None
-        ):
-            return torch.zeros_like(q), cache
+        def __call__(self, q, keys):
+            return torch.zeros_like(q)
 
     layer = hb.HAMLayer(8, 2, memory=Mean(), attention=Nothing(), selector=hb.TopK(2)).double()
     x = torch.randn(2, 10, 8, dtype=torch.float64)

@@ -66,11 +66,14 @@ class PartInputs(Sequences):
 
 
 def part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
-    """Inputs of a part, whole sequences; `fixed` fields or strategies take the place of the drawn ones."""
+    """Inputs of a part, whole sequences of at least one token.
+
+    `fixed` fields or strategies take the place of the drawn ones.
+    """
     fields: dict[str, st.SearchStrategy[Any]] = {
         "dims": st.sampled_from(DIMS),
-        "batch": st.integers(0, 2),
-        "tokens": st.integers(0, 14),
+        "batch": st.integers(1, 2),
+        "tokens": st.integers(1, 14),
         "cuts": cuts(),
         "seed": seeds,
     }
@@ -78,10 +81,9 @@ def part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
 
 
 def packed_part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
-    """Inputs of a part, packed sequences."""
-    return part_inputs(
-        **{"packed": ragged_lengths(9, 4), "batch": 1, "tokens": 0, "cuts": (), **fixed}
-    )
+    """Inputs of a part, packed sequences, not all of them empty."""
+    packed = ragged_lengths(9, 4).filter(any)
+    return part_inputs(**{"packed": packed, "batch": 1, "tokens": 0, "cuts": (), **fixed})
 
 
 def cuts(longest: int = 14) -> st.SearchStrategy[tuple[int, ...]]:

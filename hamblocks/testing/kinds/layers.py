@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hamblocks.absent import NoAttention
 from hamblocks.layer import HAMLayer
 from hamblocks.selectors import Threshold
 from hamblocks.testing.budget import assert_bits, assert_same
@@ -56,7 +56,7 @@ def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> N
             known = subject.run(by_token(subject.inputs, slice(0, end)))[0]["evict_at"].expand(
                 -1, -1, kv_heads
             )
-            stored, tokens = state.cache.read(), state.cache.tokens
+            stored, tokens = state.cache.stored(), state.cache.tokens
             for n, head in [(n, h) for n in range(case.batch) for h in range(kv_heads)]:
                 alive = (known[n, :, head] > end).nonzero()[:, 0]
                 row = head if stored.position.shape[2] > 1 else 0
@@ -127,7 +127,7 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
         return subject.run(subject.inputs)[0]
 
     del subject.part.attention
-    subject.part.attention = NoAttention()
+    subject.part.attention = _reads_nothing
     with told("at tau = +inf the layer is not its memory alone"):
         assert_same(results, alone(), alone)
 
@@ -222,9 +222,14 @@ def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:
     return lambda part, _options: None if takes(part, name) else f"it {what}"
 
 
+def _reads_nothing(q: Tensor, keys: object) -> Tensor:
+    """An attention part that reads 0."""
+    return torch.zeros_like(q)
+
+
 def _stores_nothing(part: Any, options: Options) -> str | None:
-    if isinstance(getattr(part, "attention", None), NoAttention):
-        return "its attention looks at nothing and stores nothing"
+    if isinstance(part, HAMLayer) and part.attention is None:
+        return "it has no attention and stores nothing"
     return _no_ham_layer(part, options)
 
 
@@ -279,7 +284,9 @@ CHECKS = [
     _check("stores_what_it_decided", _stores_what_it_decided, applies=_stores_nothing),
     _check("forks_go_on_alone", _forks_go_on_alone, applies=_no_fork),
     _check("low_precision_streams", _low_precision_streams, _any_dtype, share=4, applies=STREAMS),
-    _check("limits_of_the_threshold", _limits_of_the_threshold, edges=EDGES, applies=_no_ham_layer),
+    _check(
+        "limits_of_the_threshold", _limits_of_the_threshold, edges=EDGES, applies=_stores_nothing
+    ),
     _check(
         "raising_tau_never_keeps_more",
         _raising_tau_never_keeps_more,

@@ -1,0 +1,107 @@
+"""How a layer's sizes and parts are checked and completed before it is built."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final, Literal
+
+from hamblocks.attention import SelectedAttention
+from hamblocks.combiners import GatedSum
+from hamblocks.gates import PredictionError
+from hamblocks.memory import GatedDeltaMemory
+from hamblocks.protocols import (
+    Attention,
+    Combiner,
+    Gate,
+    HasMetric,
+    LayerDims,
+    Memory,
+    Selector,
+    check_count,
+    check_part,
+)
+from hamblocks.selectors import not_causal
+from hamblocks_ops.arguments import wrong
+
+
+class Default(enum.Enum):
+    """Stands for a part that is not given, where None stands for one that is absent."""
+
+    DEFAULT = "default"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT: Final = Default.DEFAULT
+OrDefault = Literal[Default.DEFAULT]
+
+
+def dims_of(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    memory: object,
+    attention: object,
+) -> LayerDims:
+    """Checks and completes the sizes of a layer."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    for name, value in sizes.items():
+        check_count(name, value, 1)
+    if num_heads % num_kv_heads:
+        raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
+    if head_dim is None:
+        if hidden_size % num_heads:
+            expected = f"a multiple of num_heads = {num_heads}, or head_dim"
+            raise wrong("hidden_size", expected, str(hidden_size))
+        head_dim = hidden_size // num_heads
+    check_count("head_dim", head_dim, 1)
+    if memory is None and attention is None:
+        raise wrong("attention", "a memory, attention or both", "None for both")
+    has = memory is not None, attention is not None
+    return LayerDims(hidden_size, num_heads, num_kv_heads, head_dim, *has)
+
+
+def parts_of(
+    memory: Memory | OrDefault | None,
+    gate: Gate | OrDefault | None,
+    selector: Selector | OrDefault | None,
+    attention: Attention | OrDefault | None,
+    combiner: Combiner | None,
+) -> dict[str, Any]:
+    """The parts of a layer by name, defaults made, absent ones None.
+
+    Raises:
+        ValueError: something is no part, or a part needs an absent one.
+    """
+    if attention is None:
+        for name, part in (("gate", gate), ("selector", selector)):
+            if part is not None and part is not DEFAULT:
+                raise wrong(name, "None in a layer without attention, which stores nothing", part)
+        gate = selector = None
+    if memory is None:
+        if isinstance(gate, HasMetric) and gate.metric is not None:
+            expected = "one that needs no memory (this one scores what a memory fails to predict)"
+            raise wrong("gate", f"{expected} where memory=None", gate)
+        gate = None if gate is DEFAULT else gate
+        selector = None if selector is DEFAULT else selector
+    if selector is DEFAULT:
+        expected = "a selector, e.g. Threshold(TargetFraction(0.25)) | Window(64)"
+        raise wrong("selector", f"{expected}, or None to store every token", "none")
+    parts: dict[str, Any] = {
+        "memory": GatedDeltaMemory() if memory is DEFAULT else memory,
+        "gate": PredictionError() if gate is DEFAULT else gate,
+        "selector": selector,
+        "attention": SelectedAttention() if attention is DEFAULT else attention,
+        "combiner": GatedSum() if combiner is None else combiner,
+    }
+    for kind, given in parts.items():
+        if given is not None:
+            check_part(kind, given)
+    acausal = None if selector is None else not_causal(selector)
+    if acausal is not None:
+        expected = "one that decides from the past"
+        raise wrong("selector", expected, f"{acausal} with causal = False")
+    return parts

@@ -1,0 +1,180 @@
+"""A cache with the tokens of one call, before they are stored: what attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from hamblocks.cache.changes import apply_or_queue
+from hamblocks.cache.commit import Commit
+from hamblocks.cache.pool import Tokens
+from hamblocks.cache.streams import Streams, Unallocated, lasting
+from hamblocks.keys import DenseKeys, PagedKeys
+from hamblocks_ops import NEVER, Pages, unpage
+from hamblocks_ops.arguments import check_tensor
+
+if TYPE_CHECKING:
+    from hamblocks.cache.store import KVCache
+
+
+class Stored(NamedTuple):
+    """What a cache holds, padded to the fullest head.
+
+    Attributes:
+        k: `[N, L, Hkv, D]`, keys as attention reads them (normalised, rotated).
+        v: `[N, L, Hkv, D]`.
+        position: int32 `[N, L, Hkv]`, in no order; NEVER where there is no token, so that no query
+            sees it.
+        evict_at: int32 `[N, L, Hkv]`, 0 where there is no token.
+        logit_bias: float32 `[N, L, Hkv]`, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+
+
+@final
+class Extension:
+    """A cache together with the new tokens and the lowered lifetimes of one call.
+
+    Nothing has changed yet: `commit` stores it, and an extension that is dropped leaves the cache
+    as it was. Made by `KVCache.extend`.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        new: Stored,
+        until: Tensor | None,
+        query_position: Tensor,
+        origin: Unallocated | None,
+        check: Callable[[], None],
+        following: Callable[[Streams], KVCache],
+    ) -> None:
+        """Used by the cache.
+
+        Args:
+            streams: what is stored.
+            new: the new tokens, position NEVER where there is padding.
+            until: int32 `[R, S]`, lifetimes of what is stored; None: as they are.
+            query_position: int32 `[N, T]`, -1 for padding.
+            origin: what the streams were made from, if nothing was stored yet.
+            check: raises where the cache's handle is spent.
+            following: makes the handle behind the commit.
+        """
+        self._check, self._following = check, following
+        self._streams, self._new, self._until, self._origin = streams, new, until, origin
+        self._query_position = query_position
+
+    @property
+    def keys(self) -> PagedKeys:
+        """What attention reads: the stored tokens and the new ones."""
+        self._check()
+        new = self._new
+        return PagedKeys(
+            self._query_position,
+            pages=self._pages,
+            shared=False if self._streams.private else None,
+            learns=any(x is not None and x.requires_grad for x in (new.k, new.v, new.logit_bias)),
+            not_in_place=self._not_in_place(),
+            copy=self._dense,
+        )
+
+    def stored(self) -> Stored:
+        """All that is stored with its lowered lifetimes, and the new tokens: a padded copy."""
+        self._check()
+        old, new = stored(self._streams, self._until), self._new
+        k, v, position, until = (
+            torch.cat([x, own], 1) for x, own in zip(old[:4], new[:4], strict=True)
+        )
+        bias = None
+        if old.logit_bias is not None and new.logit_bias is not None:
+            bias = torch.cat([old.logit_bias, new.logit_bias], 1)
+        return Stored(k, v, position, until, bias)
+
+    @lasting
+    def commit(self, seen: Tensor) -> KVCache:
+        """Stores the new tokens and lifetimes, without what no query from `seen` on sees.
+
+        Args:
+            seen: int32 `[N]`, tokens seen of every sequence.
+
+        Returns:
+            The next handle; the handle that was extended is spent.
+
+        Raises:
+            ValueError: `max_pages` does not allow it; the cache is as it was.
+        """
+        self._check()
+        check_tensor("seen", seen, "[N]", [self._streams.sequences])
+        k, v, position, evict_at, bias = self._by_stream()
+        k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
+        bias = None if bias is None else bias.detach().flatten()
+        tokens = Tokens(k, v, position, evict_at, bias)
+        following = self._following(self._streams)
+        apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
+        return following
+
+    def _not_in_place(self) -> str | None:
+        if self._until is None or self._streams.private:
+            return None
+        return (
+            "a page that several caches share cannot show lifetimes that were lowered for one of "
+            "them (fork or reorder, then a selector that evicts)"
+        )
+
+    def _pages(self) -> tuple[list[Pages], Tensor]:
+        """The pool's slabs and, as the last slab, the new tokens: one page for each stream."""
+        streams, pool = self._streams, self._streams.pool
+        evict_at = None
+        if self._until is not None:
+            evict_at = streams.put_back(self._until, pool.evict_at.clone())
+        slabs = [*pool.slabs(evict_at), self._by_stream()]
+        table = streams.table
+        own = torch.arange(
+            pool.pages, pool.pages + len(table), dtype=torch.int32, device=table.device
+        )
+        table = torch.cat([table, own[:, None]], 1)
+        return slabs, table.view(streams.sequences, streams.heads, table.shape[1])
+
+    def _by_stream(self) -> Pages:
+        """The new tokens, one page for each stream."""
+        streams, new = self._streams, self._new
+        k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
+        bias = None if new.logit_bias is None else streams.by_stream(new.logit_bias)[..., 0]
+        return Pages(k, v, position[..., 0], evict_at[..., 0], bias)
+
+    def _dense(self) -> DenseKeys:
+        k, v, position, evict_at, bias = self.stored()
+        return DenseKeys(
+            k,
+            v,
+            position=position,
+            evict_at=evict_at,
+            logit_bias=bias,
+            query_position=self._query_position,
+        )
+
+
+def stored(streams: Streams, until: Tensor | None = None) -> Stored:
+    """What streams hold: a padded copy.
+
+    Args:
+        streams: the streams.
+        until: int32 `[R, S]`, lifetimes in place of those stored.
+    """
+    table = streams.table.view(streams.sequences, streams.heads, streams.width)
+    k, v, _, _, bias = unpage(streams.pool.slabs(), table)
+    until = streams.lifetimes() if until is None else until
+    alive = streams.alive(until)
+    position, until = (
+        streams.for_heads(streams.by_sequence(x))
+        for x in (streams.position().where(alive, NEVER), until.where(alive, 0))
+    )
+    return Stored(k, v, position, until, None if bias is None else streams.for_heads(bias))

@@ -1,0 +1,235 @@
+"""The streams of a cache: which pages each has, and what stands in them.
+
+A stream is one sequence with the heads that decide together: a (sequence, key/value head) pair, or
+a whole sequence where the layer decides for all heads at once. R = N * H streams, S slots each.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hamblocks.cache.pool import Pool, Reservation
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def lasting(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs a function without gradient and out of inference mode.
+
+    A tensor made in inference mode could not be changed in place outside of it later.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+@final
+class Lease:
+    """The pages that the streams of one cache hold, given back when the last handle is gone.
+
+    Attributes:
+        table: int32 `[R, C + 1]`, the page table: first the pages a stream has, then -1. The last
+            column absorbs masked writes.
+        reservation: pages of the pool kept for the next tokens.
+    """
+
+    def __init__(self, pool: Pool, table: Tensor) -> None:
+        self.pool, self.table = pool, pad(table, [0, 1], value=-1)
+        self.reservation = Reservation(pool)
+
+    def widen(self, columns: int) -> None:
+        """Makes room for this many columns in the table."""
+        missing = columns - (self.table.shape[1] - 1)
+        if missing > 0:
+            room = max(missing, self.table.shape[1] // 2) + 1
+            self.table = pad(self.table[:, :-1], [0, room], value=-1)
+
+    def end(self) -> None:
+        """Gives everything back when the pool next looks.
+
+        No tensor is touched: the garbage collector calls this at any time, also while a CUDA graph
+        is captured or another function is traced.
+        """
+        self.reservation.release()
+        self.pool.returned.append(self.table)
+
+
+@final
+class Streams:
+    """What all handles of a cache share.
+
+    Attributes:
+        seen: int32 `[N]`, tokens seen. A token that lives no longer than that leaves a hole, which
+            is filled again.
+        heads: H, streams per sequence.
+        width: columns of the page table that may hold a page; S = width * page_size.
+        private: whether it is known that no page has another user.
+        pending: whether a transaction has still to change them.
+        turn: counts the changes; a handle of another turn is spent.
+        end: gives all pages back; called once, at the latest with the last handle.
+    """
+
+    def __init__(
+        self, pool: Pool, table: Tensor, seen: Tensor, heads: int, *, private: bool = True
+    ) -> None:
+        """Makes the streams of a page table.
+
+        Args:
+            pool: the pages.
+            table: int32 `[R, M]`, of pages whose users already count these streams.
+            seen: int32 `[N]`.
+            heads: H.
+            private: see the attributes.
+        """
+        self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
+        self.lease, self.width = Lease(pool, table), table.shape[1]
+        self.end = weakref.finalize(self, self.lease.end)
+        self.end.atexit = False
+        self.turn = 0
+        self.pending = False
+
+    @staticmethod
+    def empty(pool: Pool, sequences: int, heads: int) -> Streams:
+        """Streams without a page."""
+        table = torch.empty(sequences * heads, 0, dtype=torch.int32, device=pool.device)
+        seen = torch.zeros(sequences, dtype=torch.int32, device=pool.device)
+        return Streams(pool, table, seen, heads)
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.seen.shape[0]
+
+    @property
+    def table(self) -> Tensor:
+        """int32 `[R, width]`."""
+        return self.lease.table[:, : self.width]
+
+    @property
+    def reservation(self) -> Reservation:
+        """Pages kept for the next tokens."""
+        return self.lease.reservation
+
+    def position(self) -> Tensor:
+        """Of every slot, `[R, S]`; a hole still names the token that it held."""
+        return self.pool.position[self.pool.listed(self.table)].flatten(1)
+
+    def lifetimes(self) -> Tensor:
+        """Of every slot, `[R, S]`; 0 where there is no page."""
+        return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
+
+    def put_back(self, until: Tensor, evict_at: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Writes lifetimes of streams into those of the pool.
+
+        Args:
+            until: `[R, S]`.
+            evict_at: `[P + 2, page_size]`, written in place.
+            keep: int64 `[R]`, write the first `keep` pages of a stream only; None: all.
+        """
+        there = self.table >= 0
+        if keep is not None:
+            there &= torch.arange(self.width, device=keep.device) < keep[:, None]
+        page = torch.where(there, self.table, self.pool.scratch).flatten().long()
+        return evict_at.index_copy_(0, page, until.reshape(-1, self.pool.page_size))
+
+    def alive(self, until: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Which lifetimes `[R, ...]` reach the query after those seen."""
+        seen = self.seen if seen is None else seen
+        return until > seen.repeat_interleave(self.heads)[:, None]
+
+    def common(self) -> Tensor:
+        """Which pages have another user, bool `[R, width]`."""
+        if self.private:
+            return torch.zeros_like(self.table, dtype=torch.bool)
+        return (self.pool.users[self.pool.listed(self.table)] > 1) & (self.table >= 0)
+
+    def slots(self, stream: Tensor, place: Tensor) -> Tensor:
+        """Slots of the pool at places of streams, any shape, int64; -1 stays -1."""
+        if self.width == 0:
+            return torch.full_like(place, -1)
+        size = self.pool.page_size
+        page = self.table[stream, place.clamp(min=0) // size].long()
+        return torch.where(place < 0, -1, page * size + place % size)
+
+    def unshare(self, copies: Tensor) -> None:
+        """Replaces some pages, bool `[R, width]`, by copies of their own. Waits for the device."""
+        if not bool(copies.any()):
+            return
+        pool, old = self.pool, self.table[copies]
+        new = pool.free(torch.arange(len(old), device=old.device))
+        pool.scatter(pool.slots(new).flatten(), pool.gather(pool.slots(old).flatten()), wait=True)
+        self.table[copies] = new.to(torch.int32)
+        pool.count_users(new, 1)
+        pool.count_users(old, -1)
+
+    def reserve(self, steps: int) -> None:
+        """Takes the pages that `steps` more tokens per sequence need at the worst.
+
+        Raises:
+            ValueError: `max_pages` does not allow it; nothing changed.
+        """
+        each = -(-steps // self.pool.page_size)
+        wanted, common = each * len(self.table), self.common()
+        self.pool.ensure(wanted + int(common.sum()) - self.reservation.pages)
+        self.reservation.release()
+        self.unshare(common)
+        self.private = True
+        most = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
+        self.lease.widen(most + each)
+        self.width = most + each
+        self.reservation.take(wanted, steps)
+
+    # by stream [R, S, ...], by sequence [N, S, H, ...]
+
+    def by_stream(self, x: Tensor) -> Tensor:
+        """`[N, T, Hkv, ...]` -> `[R, T, W, ...]`."""
+        y: Tensor = x.unflatten(2, (self.heads, self.pool.heads)).transpose(1, 2).flatten(0, 1)
+        return y
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """`[R, S]` -> `[N, S, H]`."""
+        y: Tensor = x.view(self.sequences, self.heads, x.shape[1]).mT
+        return y
+
+    def for_heads(self, x: Tensor) -> Tensor:
+        """`[N, S, H]` -> `[N, S, Hkv]`."""
+        return x if self.pool.heads == 1 else x.repeat_interleave(self.pool.heads, 2)
+
+
+@final
+class Unallocated:
+    """What handles of a cache share before the first token: sizes that need no activations.
+
+    Attributes:
+        sequences: N.
+        page_size: tokens in a page.
+        max_pages: the most pages that the pool may grow to; None: no limit.
+        steps: tokens per sequence to reserve pages for when the pool is made.
+        pending: as in `Streams`.
+        turn: as in `Streams`.
+    """
+
+    def __init__(self, sequences: int, page_size: int, max_pages: int | None) -> None:
+        self.sequences, self.page_size, self.max_pages = sequences, page_size, max_pages
+        self.steps = self.turn = 0
+        self.pending = False
+
+    def copy(self, sequences: int | None = None) -> Unallocated:
+        """Another one with the same sizes."""
+        sequences = self.sequences if sequences is None else sequences
+        other = Unallocated(sequences, self.page_size, self.max_pages)
+        other.steps = self.steps
+        return other
+
+
+def ranked(counts: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Stream and entry of the first counts[stream] entries of every stream of `order`, as lists."""
+    stream, rank = (
+        (torch.arange(order.shape[1], device=order.device) < counts[:, None]).nonzero().unbind(1)
+    )
+    return stream, order[stream, rank]

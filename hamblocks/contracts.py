@@ -1,0 +1,177 @@
+"""Checks at the layer's border: what each part returned, and whether a state fits the layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hamblocks.cache import CacheSizes
+from hamblocks.protocols import GateOutput, LayerDims, MemoryTrace, Selection
+from hamblocks.state import HAMState
+from hamblocks_ops.arguments import check_tensor, wrong
+
+
+def check_memory(result: object, q: Tensor, metric: str | None) -> None:
+    """Checks what the memory returned for queries `[B, T, H, D]`.
+
+    Raises:
+        ValueError: it is not (read, MemoryTrace, state), a shape is wrong, or it ignored `metric`.
+    """
+    if not isinstance(result, tuple) or len(result) != 3 or not isinstance(result[1], MemoryTrace):
+        raise wrong("memory", "(read, MemoryTrace, state) from its call", _kind(result))
+    read, trace, _ = result
+    _check_read("memory", read, q)
+    batch, tokens, heads, _ = q.shape
+    for name in ("k", "v"):
+        _check_shape(f"memory: trace.{name}", getattr(trace, name), [batch, tokens, heads, None])
+    if metric is not None and trace.score is None:
+        expected = f"trace.score from a memory called with metric={metric!r}, as the gate asks"
+        raise wrong("memory", expected, "None (the memory ignores `metric`)")
+    if trace.score is not None:
+        _check_shape("memory: trace.score", trace.score, [batch, tokens, heads])
+
+
+def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
+    """Checks what the gate returned for x `[B, T, hidden_size]`.
+
+    Raises:
+        ValueError: it is no GateOutput, or has a wrong number of tokens or heads.
+    """
+    if not isinstance(result, GateOutput):
+        raise wrong("gate", "GateOutput(score, logit_bias) from its call", _kind(result))
+    score, logit_bias = result
+    rows = list(x.shape[:2])
+    check_tensor("score", score, "[B, T, heads] from the gate", [*rows, None], like=x)
+    allowed = {1, dims.num_kv_heads, dims.num_heads}
+    if score.shape[2] not in allowed:
+        counts = ", ".join(map(str, sorted(allowed)))
+        raise wrong("score", f"one of {counts} heads from the gate", f"{score.shape[2]} heads")
+    if logit_bias is None:
+        return
+    check_tensor("logit_bias", logit_bias, "[B, T, heads] from the gate", [*rows, None], like=x)
+    if logit_bias.shape[2] not in (1, dims.num_kv_heads):
+        expected = f"1 or {dims.num_kv_heads} heads from the gate"
+        raise wrong("logit_bias", expected, f"{logit_bias.shape[2]} heads")
+
+
+def check_selection(result: object, score: Tensor) -> None:
+    """Checks what the selector returned for scores `[B, T, heads]`.
+
+    Raises:
+        ValueError: it is no Selection, or its lifetimes are no int32 tensor of the score's shape.
+    """
+    if not isinstance(result, Selection):
+        raise wrong("selector", "Selection(evict_at, ...) from its call", _kind(result))
+    evict_at = result.evict_at
+    is_right = (
+        isinstance(evict_at, Tensor)
+        and evict_at.shape == score.shape
+        and evict_at.dtype.is_signed
+        and not evict_at.is_floating_point()
+    )
+    if not is_right:
+        expected = f"evict_at int32 {list(score.shape)}, positions and no mask"
+        raise wrong("selector", expected, _kind(evict_at))
+
+
+def check_prepared(result: object, q: Tensor, k: Tensor) -> None:
+    """Checks what `prepare` of the attention part returned.
+
+    Raises:
+        ValueError: it is not (q, k) in their shapes and dtypes.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise wrong("attention", "(q, k) from prepare", _kind(result))
+    for name, got, given in zip(("q", "k"), result, (q, k), strict=True):
+        if not isinstance(got, Tensor) or got.shape != given.shape or got.dtype != given.dtype:
+            expected = f"{name} from prepare as it was given, {_kind(given)}"
+            raise wrong("attention", expected, _kind(got))
+
+
+def check_attention(read: object, q: Tensor) -> None:
+    """Checks what the attention part returned for queries `[B, T, H, D]`.
+
+    Raises:
+        ValueError: it is no tensor of the shape of q.
+    """
+    _check_read("attention", read, q)
+
+
+def check_combiner(y: object, x: Tensor) -> None:
+    """Checks what the combiner returned for x `[B, T, hidden_size]`.
+
+    Raises:
+        ValueError: it is no tensor of the shape of x.
+    """
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        expected = f"y [B, T, hidden_size] = {list(x.shape)} from its call"
+        raise wrong("combiner", f"{expected} (does it project the reads?)", _kind(y))
+
+
+def check_state(state: object, dims: LayerDims, sequences: int) -> None:
+    """Checks that a layer of these sizes can go on from a state with `sequences` sequences.
+
+    Raises:
+        ValueError: it is no HAMState, is spent, or is of another layer or batch size.
+    """
+    if not isinstance(state, HAMState):
+        raise wrong("state", "a HAMState", type(state).__name__)
+    if len(state.position) != sequences:
+        raise wrong("state", f"one of {sequences} sequences", f"one of {len(state.position)}")
+    if (state.cache is not None) != dims.has_attention:
+        expected = "one with a cache" if dims.has_attention else "one without a cache"
+        raise wrong("state", f"{expected}, as of this layer", "the other")
+    if state.cache is None:
+        return
+    state.cache.check()
+    sizes = state.cache.sizes
+    if sizes is not None:
+        wanted, got = [dims.num_kv_heads, dims.head_dim], [sizes.num_kv_heads, sizes.head_dim]
+        if got != wanted:
+            raise wrong("state", f"[Hkv, D] = {wanted}, as the layer", f"{got}")
+
+
+def check_cache(
+    sizes: CacheSizes | None, k: Tensor, score: Tensor, logit_bias: Tensor | None
+) -> None:
+    """Checks that a cache of these sizes can take keys, decided and biased like these.
+
+    Raises:
+        ValueError: another dtype, another number of deciding heads, or a bias on one side only.
+    """
+    if sizes is None:
+        return
+    if (logit_bias is None) == sizes.logit_bias:
+        without = "without" if logit_bias is None else "with"
+        raise wrong("state", f"one {without} logit biases, as the gate", "the other")
+    if sizes.dtype != k.dtype:
+        expected = f"a cache of {k.dtype}, as keys and values here"
+        raise wrong("state", expected, f"one of {sizes.dtype}")
+    heads = max(x.shape[2] for x in (score, logit_bias) if x is not None)
+    if sizes.streams != heads:
+        expected = f"a cache with {heads} streams per sequence, as the gate has heads"
+        raise wrong("state", expected, f"{sizes.streams}")
+
+
+def _check_read(name: str, read: object, q: Tensor) -> None:
+    if not isinstance(read, Tensor) or read.shape != q.shape:
+        raise wrong(name, f"a read [B, T, H, D] = {list(q.shape)} from its call", _kind(read))
+
+
+def _check_shape(name: str, value: object, sizes: list[int | None]) -> None:
+    fits = (
+        isinstance(value, Tensor)
+        and value.dim() == len(sizes)
+        and all(want in (None, got) for want, got in zip(sizes, value.shape, strict=True))
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise wrong(name, f"a tensor [{wanted}]", _kind(value))
+
+
+def _kind(value: object) -> str:
+    """What came, short: a tensor by dtype and shape, a tuple by its entries, else the type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return "(" + ", ".join(_kind(entry) for entry in value) + ")"
+    return "None" if value is None else type(value).__name__
