@@ -86,6 +86,8 @@ class ShortConvolution(nn.Module):
 class _DeltaRuleMemory(Built):
     """What both delta rules share: short convolution, unit keys and queries, the write strength, the recurrence."""
 
+    state_type = DeltaMemoryState
+
     def __init__(self, conv_size: int, allow_neg_eigval: bool, impl: str) -> None:
         super().__init__()
         check_count("conv_size", conv_size, 1)

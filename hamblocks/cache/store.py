@@ -184,12 +184,14 @@ class KVCache:
             ValueError: a bad argument, or one that does not fit what is stored.
         """
         own = self._newest()
+        if isinstance(own, Streams):
+            _check_keys(own, k, v)
         _check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
         if isinstance(own, Unallocated):
             streams, origin = _allocated(own, k, evict_at, logit_bias), own
         else:
             streams, origin = own, None
-            _check_fit(streams, k, v, evict_at, logit_bias)
+            _check_decisions(own, evict_at, logit_bias)
         if values_are_checked(position):
             _check_order(position, streams.seen)
         until = None if lowered is None else _lowered(streams, lowered)
@@ -373,6 +375,7 @@ def _following(streams: Streams) -> KVCache:
     return KVCache._of(streams, streams.turn + 1)
 
 
+@lasting
 def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor | None) -> Streams:
     """Streams without a page, for tokens like these."""
     kv_heads, head_dim = k.shape[2:]
@@ -414,23 +417,26 @@ def _check_tokens(
     check_integer("evict_at", evict_at)
 
 
-def _check_fit(
-    streams: Streams, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None
-) -> None:
-    """Checks that the tokens of a call fit what is stored."""
+def _check_keys(streams: Streams, k: Tensor, v: Tensor) -> None:
+    """Checks that keys and values fit what is stored."""
     pool = streams.pool
-    kv_heads = streams.heads * pool.heads
-    check_tensor("k", k, "[N, T, Hkv, D]", [streams.sequences, None, kv_heads, pool.head_dim])
+    sizes = [streams.sequences, None, streams.heads * pool.heads, pool.head_dim]
+    check_tensor("k", k, "[N, T, Hkv, D]", sizes)
     for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, "[N, T, Hkv, D]", [*k.shape])
         if value.dtype != pool.dtype or value.device != pool.device:
             dtype = str(pool.dtype).removeprefix("torch.")
             raise wrong(name, f"{dtype} on {pool.device}, as the cache", value)
-    if evict_at.shape[2] not in (1, streams.heads):
-        raise wrong("evict_at", "1 head, as the cache", f"{evict_at.shape[2]} heads")
-    if logit_bias is not None and logit_bias.shape[2] not in (1, streams.heads):
-        raise wrong("logit_bias", "1 head, as the cache", f"{logit_bias.shape[2]} heads")
-    if (logit_bias is None) != (pool.bias is None):
-        expected = "None, as the cache" if pool.bias is None else "a bias, as the cache has"
+
+
+def _check_decisions(streams: Streams, evict_at: Tensor, logit_bias: Tensor | None) -> None:
+    """Checks that lifetimes and biases are of as many heads as what is stored."""
+    has_bias = streams.pool.bias is not None
+    for name, value in (("evict_at", evict_at), ("logit_bias", logit_bias)):
+        if value is not None and value.shape[2] not in (1, streams.heads):
+            raise wrong(name, "1 head, as the cache", f"{value.shape[2]} heads")
+    if (logit_bias is not None) != has_bias:
+        expected = "a bias, as the cache has" if has_bias else "None, as the cache"
         raise wrong("logit_bias", expected, logit_bias)
 
 

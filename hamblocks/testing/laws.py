@@ -195,8 +195,10 @@ def any_split_is_one_pass(kind: type[Subject], part: Any, case: PartInputs) -> N
             if begin == end and subject.kind != "layer":
                 continue  # no part is called without a token
             results, state = subject.run(by_token(subject.inputs, slice(begin, end)), state)
+            if begin == end and case.tokens:
+                continue  # of no token nothing is decided, so the number of heads is open
             told_pieces.append(
-                {name: x.clamp(max=end) if name == "evict_at" else x for name, x in results.items()}
+                {n: x.clamp(max=end) if n == "evict_at" else x for n, x in results.items()}
             )
     got = {name: torch.cat([piece[name] for piece in told_pieces], 1) for name in told_pieces[0]}
     with told(f"pieces that end at {ends[1:]} give another result than one pass"):

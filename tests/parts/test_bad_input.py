@@ -95,23 +95,27 @@ def spent(layer, state):
 
 
 def float_cache(layer, state):
-    return state._replace(
-        cache=build("delta-relative-topk", SIZE, torch.float32).init_state(2).cache
-    )
+    other = build("delta-relative-topk", SIZE, torch.float32)
+    return state._replace(cache=other.prefill(X.float()).state.cache)
 
 
-def shared(layer):
-    return (
-        build("delta-relative-topk", Size(0, 2, 6, (4, 2)))
-        .init_state(2)
-        ._replace(cache=hb.KVCache.empty(2, 2, 4, X, shared=True))
-    )
+def stored_together():
+    """A cache whose heads decide together."""
+    k = torch.zeros(2, 1, 2, 4).double()
+    until = borders([[1]], [[1]])
+    extension = hb.KVCache(2).extend(k, k, position=borders([0], [0]), evict_at=until)
+    return extension.commit(borders(1, 1))
 
 
-def append(state, **changed):
+def other_head_dim():
+    layer = hb.HAMLayer(32, 4, num_kv_heads=2, selector=hb.Window(1)).double()
+    return layer.prefill(torch.zeros(2, 3, 32).double()).state
+
+
+def extend(state, **changed):
     new = {"k": torch.zeros(2, 1, 2, 4).double(), "v": torch.zeros(2, 1, 2, 4).double()}
     new |= {"position": borders([6], [6]), "evict_at": borders([[7, 7]], [[7, 7]]), **changed}
-    return state.cache.append(**new)
+    return state.cache.extend(**new)
 
 
 CALLS = {
@@ -143,9 +147,7 @@ CALLS = {
     ),
     "state head_dim": (
         "state",
-        lambda layer, s: layer(
-            X, state=hb.HAMLayer(32, 4, num_kv_heads=2, selector=hb.Window(1)).init_state(2)
-        ),
+        lambda layer, s: layer(X, state=other_head_dim()),
     ),
     "state key heads": (
         "state",
@@ -175,8 +177,9 @@ CALLS = {
     "state in another dtype": ("state", lambda layer, s: layer(X, state=float_cache(layer, s))),
     "state of one row per sequence": (
         "state",
-        lambda layer, s: layer(X, state=s._replace(cache=shared(layer).cache)),
+        lambda layer, s: layer(X, state=s._replace(cache=stored_together())),
     ),
+    "decode from nothing": ("state", lambda layer, s: layer.decode(X[:, 0], None)),
     "decode a piece": ("x", lambda layer, s: layer.decode(X, s)),
     "decode another batch": ("state", lambda layer, s: layer.decode(X[:1, 0], s)),
     "prefill without a batch": ("x", lambda layer, s: layer.prefill(X[0])),
@@ -201,28 +204,28 @@ CALLS = {
     ),
     "appended before what was seen": (
         "position",
-        lambda layer, s: append(s, position=borders([6], [5])),
+        lambda layer, s: extend(s, position=borders([6], [5])),
     ),
-    "appended in another dtype": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 2, 4))),
-    "appended other heads": ("k", lambda layer, s: append(s, k=torch.zeros(2, 1, 3, 4))),
-    "appended other values": ("v", lambda layer, s: append(s, v=torch.zeros(2, 2, 2, 4).double())),
+    "appended in another dtype": ("k", lambda layer, s: extend(s, k=torch.zeros(2, 1, 2, 4))),
+    "appended other heads": ("k", lambda layer, s: extend(s, k=torch.zeros(2, 1, 3, 4))),
+    "appended other values": ("v", lambda layer, s: extend(s, v=torch.zeros(2, 2, 2, 4).double())),
     "appended with a bias": (
         "logit_bias",
-        lambda layer, s: append(s, logit_bias=torch.zeros(2, 1, 2)),
+        lambda layer, s: extend(s, logit_bias=torch.zeros(2, 1, 2)),
     ),
     "appended float lifetimes": (
         "evict_at",
-        lambda layer, s: append(s, evict_at=torch.zeros(2, 1, 2)),
+        lambda layer, s: extend(s, evict_at=torch.zeros(2, 1, 2)),
     ),
     "appended lifetimes of query heads": (
         "evict_at",
-        lambda layer, s: append(s, evict_at=borders([[7] * 4], [[7] * 4])),
+        lambda layer, s: extend(s, evict_at=borders([[7] * 4], [[7] * 4])),
     ),
-    "appended positions of one": ("position", lambda layer, s: append(s, position=borders([6]))),
+    "appended positions of one": ("position", lambda layer, s: extend(s, position=borders([6]))),
     "pages without a token": ("page_size", lambda layer, s: layer.init_state(2, page_size=0)),
     "fewer pages than none": ("max_pages", lambda layer, s: layer.init_state(2, max_pages=-1)),
-    "sequences": ("sequences", lambda layer, s: layer.init_state(-1)),
-    "sequences float": ("sequences", lambda layer, s: layer.init_state(2.0)),
+    "batch size": ("batch_size", lambda layer, s: layer.init_state(-1)),
+    "batch size float": ("batch_size", lambda layer, s: layer.init_state(2.0)),
 }
 
 

@@ -70,13 +70,11 @@ def test_selectors(check: Any) -> None:
         hb.GatedDeltaMemory(allow_neg_eigval=True, impl="reference"),
         hb.DeltaMemory(),
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
-        hb.NoMemory(),
     ],
     attentions=[
         hb.SelectedAttention(),
         hb.SelectedAttention(rope_theta=None, qk_norm=False),
         hb.SelectedAttention(impl="reference"),
-        hb.NoAttention(),
     ],
 )
 def test_memory_and_attention(check: Any) -> None:
@@ -91,8 +89,8 @@ def test_a_combiner_of_one_width(check: Any) -> None:
 @parametrize_with_checks(
     layers={case: parts_cases.build(case, Size(0, 2, 6, (2, 1))) for case in CASES}
     | {
-        "no-memory": hb.HAMLayer(8, 2, memory=hb.NoMemory(), selector=hb.Threshold(0.5)),
-        "no-attention": hb.HAMLayer(8, 2, attention=hb.NoAttention(), selector=hb.TopK(2)),
+        "no-memory": hb.HAMLayer(8, 2, memory=None),
+        "no-attention": hb.HAMLayer(8, 2, attention=None),
     }
 )
 def test_layers(check: Any) -> None:

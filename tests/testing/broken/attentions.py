@@ -1,7 +1,6 @@
 import torch
 from torch import nn
 
-import hamblocks as hb
 from hamblocks import ops
 from hamblocks.ops import NEVER
 from hamblocks.protocols import Built
@@ -10,28 +9,32 @@ from . import rejected_by
 
 
 class Attention(Built):
-    """Attention that is right: keys scaled by a weight, then the op, with or without a cache."""
+    """Attention that is right: keys scaled by a weight, then the op over dense keys."""
 
     def make(self, dims):
         self.scale = nn.Parameter(torch.ones(dims.head_dim))
 
+    def prepare(self, q, k, *, position):
+        return q, k * self.scale.to(k.dtype)
+
     def attend(self, q, k, v, evict_at, **call):
         return ops.selected_attention(q, k, v, evict_at, impl="reference", **call).out
 
-    def forward(self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None):
-        k = k * self.scale.to(k.dtype)
-        if cache is None:
-            return self.attend(
-                q, k, v, evict_at, logit_bias=logit_bias, cu_seqlens=cu_seqlens
-            ), None
-        cache = cache.append(k, v, position, evict_at, logit_bias)
-        stored = cache.read()
-        where = {
-            "query_position": position,
-            "key_position": stored.position,
-            "logit_bias": stored.logit_bias,
-        }
-        return self.attend(q, stored.k, stored.v, stored.evict_at, **where), cache
+    def forward(self, q, keys):
+        dense = keys.dense()
+        position = dense.position
+        return self.attend(
+            q,
+            dense.k,
+            dense.v,
+            dense.evict_at,
+            query_position=dense.query_position,
+            key_position=position
+            if position.dim() == 3
+            else position[..., None].expand(dense.k.shape[:3]),
+            logit_bias=dense.logit_bias,
+            cu_seqlens=dense.cu_seqlens,
+        )
 
 
 @rejected_by("attention_has_its_shapes")
@@ -46,13 +49,8 @@ class FlatHeads(Attention):
 class SeesTheNext(Attention):
     """Query t sees token t + 1."""
 
-    def attend(self, q, k, v, evict_at, *, query_position=None, cu_seqlens=None, **call):
-        if query_position is None and cu_seqlens is None:
-            query_position = 1 + torch.arange(q.shape[1]).expand(q.shape[:2]).int()
-            return super().attend(q, k, v, evict_at, query_position=query_position, **call)
-        return super().attend(
-            q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call
-        )
+    def attend(self, *args, query_position, **call):
+        return super().attend(*args, query_position=query_position + 1, **call)
 
 
 @rejected_by("attention_gradients_are_causal")
@@ -78,32 +76,20 @@ class ScalesByTheBatch(Attention):
 class IgnoresBorders(Attention):
     """A packed row is one sequence."""
 
-    def attend(self, q, k, v, evict_at, *, cu_seqlens=None, **call):
-        if cu_seqlens is None:
-            return super().attend(q, k, v, evict_at, **call)
-        ends = torch.where(
-            evict_at > hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens), NEVER, 0
-        ).int()
-        return super().attend(q, k, v, ends, **call)
+    def attend(self, *args, cu_seqlens, **call):
+        return super().attend(*args, **call)
 
 
 @rejected_by("attention_any_split_is_one_pass")
 class ForgetsTheCache(Attention):
-    """Stores, and reads the new tokens alone."""
+    """Reads the new tokens alone."""
 
-    def forward(self, q, k, v, evict_at, *, position, logit_bias=None, cu_seqlens=None, cache=None):
-        if cache is None:
-            return super().forward(
-                q, k, v, evict_at, position=position, logit_bias=logit_bias, cu_seqlens=cu_seqlens
-            )
-        _, cache = super().forward(
-            q, k, v, evict_at, position=position, logit_bias=logit_bias, cache=cache
+    def attend(self, q, k, v, evict_at, *, query_position, key_position, **call):
+        begin = query_position.amin(1)[:, None, None]
+        evict_at = torch.where(key_position >= begin, evict_at, key_position)
+        return super().attend(
+            q, k, v, evict_at, query_position=query_position, key_position=key_position, **call
         )
-        where = {"query_position": position, "key_position": position[..., None].contiguous()}
-        read = self.attend(
-            q, k * self.scale.to(k.dtype), v, evict_at, logit_bias=logit_bias, **where
-        )
-        return read, cache
 
 
 @rejected_by("attention_same_call_same_bits")
@@ -192,58 +178,39 @@ class BuiltAgain(Attention):
 
 
 @rejected_by("attention_works_in_a_layer")
-class PositionsOfThePiece(Attention):
-    """Positions are counted from the start of the piece once a layer commits what it stored."""
+class AnotherSignWhenDecoding(Attention):
+    """Queries that come alone, behind others, are negated."""
 
-    def forward(self, q, k, v, evict_at, *, position, cache=None, **call):
-        if cache is not None and bool((cache.seen > 0).any()) and q.shape[1] == 1:
-            k = -k
-        return super().forward(q, k, v, evict_at, position=position, cache=cache, **call)
+    def forward(self, q, keys):
+        alone = q.shape[1] == 1 and bool((keys.query_position > 0).any())
+        return super().forward(-q if alone else q, keys)
 
 
 @rejected_by("attention_unseen_tokens_do_not_leak")
-class StoresEverything(Attention):
+class SeesItselfAnyway(Attention):
     """A token that was never stored still sees itself."""
 
-    def attend(self, q, k, v, evict_at, *, key_position=None, cu_seqlens=None, **call):
-        own = (
-            hb.ops.select_window(v[..., 0], 1, cu_seqlens=cu_seqlens)
-            if key_position is None
-            else evict_at
-        )
-        ends = torch.maximum(evict_at, own[..., : evict_at.shape[2]])
-        return super().attend(
-            q, k, v, ends, key_position=key_position, cu_seqlens=cu_seqlens, **call
-        )
+    def attend(self, q, k, v, evict_at, *, key_position, **call):
+        own = key_position.clamp(max=NEVER - 1) + 1
+        ends = torch.maximum(evict_at.expand(own.shape), own.int())
+        return super().attend(q, k, v, ends, key_position=key_position, **call)
 
 
 @rejected_by("attention_evicted_tokens_do_not_leak")
 class OneQueryTooLong(Attention):
     """The query at evict_at still sees the token."""
 
-    def attend(self, q, k, v, evict_at, *, key_position=None, cu_seqlens=None, **call):
-        own = (
-            hb.ops.select_window(v[..., 0], 0, cu_seqlens=cu_seqlens)
-            if key_position is None
-            else key_position
-        )
-        late = (evict_at > own[..., : evict_at.shape[2]]) & (evict_at < NEVER)
-        return super().attend(
-            q, k, v, evict_at + late.int(), key_position=key_position, cu_seqlens=cu_seqlens, **call
-        )
+    def attend(self, q, k, v, evict_at, *, key_position, **call):
+        late = (evict_at > key_position) & (evict_at < NEVER)
+        return super().attend(q, k, v, evict_at + late.int(), key_position=key_position, **call)
 
 
 @rejected_by("attention_stored_tokens_are_seen")
 class NotItself(Attention):
     """A query does not see its own token."""
 
-    def attend(self, q, k, v, evict_at, *, query_position=None, cu_seqlens=None, **call):
-        if query_position is None and cu_seqlens is None:
-            query_position = torch.arange(q.shape[1]).expand(q.shape[:2]).int() - 1
-            return super().attend(q, k, v, evict_at, query_position=query_position, **call)
-        return super().attend(
-            q, k, v, evict_at, query_position=query_position, cu_seqlens=cu_seqlens, **call
-        )
+    def attend(self, *args, query_position, **call):
+        return super().attend(*args, query_position=query_position - 1, **call)
 
 
 @rejected_by("attention_heads_are_grouped")
@@ -280,8 +247,8 @@ class LifetimeOfTheFirstHead(Attention):
 
 
 @rejected_by("attention_padding_is_ignored")
-class StoresPadding(Attention):
-    """Padding is stored at position 0."""
+class ReadsPadding(Attention):
+    """Looks at the ends of lifetimes alone, which padding has too."""
 
-    def forward(self, q, k, v, evict_at, *, position, **call):
-        return super().forward(q, k, v, evict_at, position=position.clamp(min=0), **call)
+    def attend(self, *args, key_position, **call):
+        return super().attend(*args, key_position=0 * key_position, **call)

@@ -1,0 +1,169 @@
+"""What a part returns is checked at the layer's border: its name, what was expected, what came."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import hamblocks as hb
+from hamblocks.ops import NEVER
+
+
+class Memory(nn.Module):
+    """A delta-rule memory whose result is changed by a function."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change = hb.DeltaMemory(), change
+
+    def build(self, dims):
+        self.inner.build(dims)
+
+    def forward(self, *args, **call):
+        return self.change(*self.inner(*args, **call))
+
+
+class Attention(nn.Module):
+    def __init__(self, read=lambda q, keys: keys.attend(q).out, prepare=lambda q, k: (q, k)):
+        super().__init__()
+        self.read, self.change = read, prepare
+
+    def prepare(self, q, k, *, position):
+        return self.change(q, k)
+
+    def forward(self, q, keys):
+        return self.read(q, keys)
+
+
+def selected(evict_at):
+    return lambda score, ledger=None, *, position=None, cu_seqlens=None: evict_at(score)
+
+
+WRONG = {
+    "memory without a trace": ("memory", {"memory": Memory(lambda read, trace, state: read)}),
+    "memory without a state": (
+        "memory",
+        {"memory": Memory(lambda read, trace, state: (read, trace))},
+    ),
+    "memory that ignores the metric": (
+        "memory",
+        {"memory": Memory(lambda read, trace, state: (read, trace._replace(score=None), state))},
+    ),
+    "memory that flattens its read": (
+        "memory",
+        {"memory": Memory(lambda read, trace, state: (read.flatten(2), trace, state))},
+    ),
+    "memory that scores once per token": (
+        "memory",
+        {
+            "memory": Memory(
+                lambda read, trace, state: (
+                    read,
+                    trace._replace(score=trace.score[..., 0]),
+                    state,
+                )
+            )
+        },
+    ),
+    "gate that returns a tensor": ("gate", {"gate": lambda x, trace: x[..., :1]}),
+    "gate that returns a tuple": ("gate", {"gate": lambda x, trace: (x[..., :1], None)}),
+    "gate of too few tokens": ("score", {"gate": lambda x, trace: hb.GateOutput(x[:, 1:, :1])}),
+    "selector that returns a mask": ("selector", {"selector": selected(lambda s: s > 0)}),
+    "selector of a mask": ("selector", {"selector": selected(lambda s: hb.Selection(s > 0))}),
+    "selector of floats": ("selector", {"selector": selected(lambda s: hb.Selection(s))}),
+    "selector of too few heads": (
+        "selector",
+        {"selector": selected(lambda s: hb.Selection(torch.full_like(s[..., :1], NEVER).int()))},
+    ),
+    "attention that returns its log-sum-exp too": (
+        "attention",
+        {"attention": Attention(lambda q, keys: keys.attend(q))},
+    ),
+    "attention that flattens": (
+        "attention",
+        {"attention": Attention(lambda q, keys: keys.attend(q).out.flatten(2))},
+    ),
+    "attention that prepares queries alone": (
+        "attention",
+        {"attention": Attention(prepare=lambda q, k: q)},
+    ),
+    "attention that prepares another dtype": (
+        "attention",
+        {"attention": Attention(prepare=lambda q, k: (q.double(), k))},
+    ),
+    "combiner that forgets to project": ("combiner", {"combiner": lambda x, m, a: m + a}),
+    "combiner that returns both": ("combiner", {"combiner": lambda x, m, a: (m, a)}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_part_that_returns_something_else_is_named(what, streaming):
+    name, parts = WRONG[what]
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(32, 4, **({"selector": hb.Window(8)} | copy.deepcopy(parts)))
+    x = torch.randn(2, 9, 32)
+    state = layer.init_state(2) if streaming else None
+    with pytest.raises(ValueError, match=rf"(?s)^{name}\b.*: expected .*, got ") as caught:
+        layer(x, state=state)
+    assert len(str(caught.value)) < 250
+
+
+def test_the_message_shows_what_came():
+    layer = hb.HAMLayer(32, 4, selector=hb.Window(8), combiner=lambda x, m, a: m + a)
+    with pytest.raises(ValueError, match="combiner") as caught:
+        layer(torch.randn(1, 9, 32))
+    assert str(caught.value) == (
+        "combiner: expected y [B, T, hidden_size] = [1, 9, 32] from its call (does it project the "
+        "reads?), got float32 [1, 9, 4, 8]"
+    )
+
+
+@torch.no_grad()
+def test_no_part_is_called_without_a_token():
+    called = []
+
+    def spied(name, part):
+        def call(*args, **kwargs):
+            called.append((name, args[0].shape[:2].numel()))
+            return part(*args, **kwargs)
+
+        return call
+
+    class Selector:
+        def __init__(self):
+            self.inner = hb.TopK(2)
+
+        def start(self, batch_size, heads, device=None):
+            return self.inner.start(batch_size, heads, device)
+
+        def __call__(self, score, *args, **call):
+            called.append(("selector", score.shape[:2].numel()))
+            return self.inner(score, *args, **call)
+
+    memory = hb.GatedDeltaMemory()
+    memory.build(hb.LayerDims(8, 2, 2, 4))
+    combiner = hb.GatedSum()
+    combiner.build(hb.LayerDims(8, 2, 2, 4))
+    layer = hb.HAMLayer(
+        8,
+        2,
+        memory=spied("memory", memory),
+        gate=spied("gate", lambda x, trace: hb.GateOutput(trace.residual.norm(dim=-1))),
+        selector=Selector(),
+        attention=spied("attention", lambda q, keys: keys.attend(q).out),
+        combiner=spied("combiner", combiner),
+    )
+    state = layer.init_state(2)
+    assert not called
+    for tokens in (0, 3, 0, 1):
+        y, state, stats = layer(torch.randn(2, tokens, 8), state=state)
+        assert y.shape == (2, tokens, 8)
+        assert stats.evict_at.shape[:2] == (2, tokens)
+    layer(torch.zeros(0, 4, 8))
+    packed = torch.tensor([0, 0, 0], dtype=torch.int32)
+    layer.prefill(torch.zeros(1, 0, 8), cu_seqlens=packed)
+    layer.reset(state, torch.tensor([True, False]))
+    assert len(called) == 10
+    assert all(count > 0 for _, count in called)

@@ -1,0 +1,260 @@
+"""Keys: dense or paged, what attention reads is the same, and the choice of an implementation shows."""
+
+import pytest
+import torch
+from hypothesis import given
+from parts_cases import Size, build, close, inputs
+from torch import nn
+
+import hamblocks as hb
+from hamblocks.keys import PAGED_MAX_QUERIES
+from hamblocks.ops import NEVER, UnsupportedError, selected_attention
+from hamblocks.testing import AttentionInputs, attention_inputs, parametrize_with_checks
+
+
+def dense_of(case):
+    tensors = dict(case.tensors())
+    q = tensors["q"]
+    batch, keys = tensors["k"].shape[:2]
+    own = torch.arange(max(q.shape[1], keys)).int()
+    query = tensors.get("query_position", own[: q.shape[1]].expand(batch, -1))
+    key = tensors.get("key_position", own[:keys].expand(batch, -1))
+    return q, hb.DenseKeys(
+        tensors["k"],
+        tensors["v"],
+        position=key,
+        evict_at=tensors["evict_at"],
+        logit_bias=tensors.get("logit_bias"),
+        query_position=query,
+    )
+
+
+CASES = attention_inputs(dtype=torch.float64, packed=None).filter(
+    lambda case: "key_lengths" not in case.tensors() and case.tensors()["k"].shape[1]
+)
+
+
+@given(case=CASES)
+def test_the_steps_of_dense_keys_are_the_op(case):
+    q, keys = dense_of(case)
+    weights = keys.softmax(keys.logits(q))
+    assert weights.shape == (q.shape[0], q.shape[2], q.shape[1], keys.k.shape[1])
+    assert weights.isfinite().all()
+    close(keys.read(weights), keys.attend(q, impl="reference").out)
+    seen = keys.visible().any(-1).repeat_interleave(q.shape[2] // keys.visible().shape[1], 1)
+    close(weights.sum(-1), seen.double())
+    assert not weights.masked_fill(keys.logits(q) > -float("inf"), 0).any()
+
+
+@pytest.mark.parametrize("lengths", [(5, 0, 1, 7), (3,)])
+def test_dense_keys_of_a_packed_batch(lengths):
+    case = AttentionInputs(packed=lengths, dtype=torch.float64, policy="some")
+    tensors = dict(case.tensors())
+    position = torch.cat([torch.arange(n) for n in lengths]).int()[None]
+    keys = hb.DenseKeys(
+        tensors["k"],
+        tensors["v"],
+        position=position,
+        evict_at=tensors["evict_at"],
+        logit_bias=tensors.get("logit_bias"),
+        query_position=position,
+        cu_seqlens=tensors["cu_seqlens"],
+    )
+    q = tensors["q"]
+    close(keys.read(keys.softmax(keys.logits(q))), keys.attend(q).out)
+
+
+def test_distance_counts_tokens_back_and_is_0_where_unseen():
+    k = torch.zeros(1, 4, 1, 2)
+    position = torch.arange(4).int()[None]
+    evict_at = torch.tensor([[[NEVER], [1], [4], [NEVER]]]).int()
+    keys = hb.DenseKeys(k, k, position=position, evict_at=evict_at, query_position=position)
+    assert keys.distance()[0, 0].tolist() == [
+        [0, 0, 0, 0],
+        [1, 0, 0, 0],
+        [2, 0, 0, 0],
+        [3, 0, 1, 0],
+    ]
+
+
+def test_what_nobody_sees_may_hold_anything():
+    k = torch.full((1, 2, 1, 2), float("nan"))
+    k[:, 1] = 1
+    position = torch.arange(2).int()[None]
+    evict_at = torch.tensor([[[0], [NEVER]]]).int()
+    keys = hb.DenseKeys(k, k, position=position, evict_at=evict_at, query_position=position)
+    q = torch.ones(1, 2, 1, 2)
+    assert keys.read(keys.softmax(keys.logits(q))).tolist() == [[[[0, 0]], [[1, 1]]]]
+
+
+# parts of one's own: no cache, ten lines
+
+
+class Alibi:
+    """A linear penalty on distance (arXiv 2108.12409)."""
+
+    def __call__(self, q, keys):
+        dense, heads = keys.dense(), q.shape[2]
+        slope = 2.0 ** -torch.arange(1, heads + 1, dtype=torch.float64)[:, None, None]
+        distance = dense.distance().repeat_interleave(heads // dense.distance().shape[1], 1)
+        return dense.read(dense.softmax(dense.logits(q) - slope * distance)).to(q.dtype)
+
+
+class SoftCapped:
+    """Logits within +-cap, as in Gemma 2."""
+
+    def __init__(self, cap):
+        self.cap = cap
+
+    def __call__(self, q, keys):
+        dense = keys.dense()
+        logits = dense.logits(q)
+        capped = self.cap * torch.tanh(logits / self.cap)
+        return dense.read(dense.softmax(capped.masked_fill(logits == -float("inf"), -float("inf"))))
+
+
+class NullSink(hb.protocols.Built):
+    """A learned logit per head for reading nothing (arXiv 2607.02303)."""
+
+    def make(self, dims):
+        self.null = nn.Parameter(torch.zeros(dims.num_heads))
+
+    def forward(self, q, keys):
+        dense = keys.dense()
+        logits = dense.logits(q)
+        null = self.null.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+        return dense.read(torch.cat([logits, null], -1).softmax(-1)[..., :-1])
+
+
+@parametrize_with_checks(attentions=[Alibi(), SoftCapped(5.0), NullSink()])
+def test_attention_parts_of_ones_own(check):
+    check()
+
+
+# which implementation reads
+
+
+def streamed(impl="auto", tokens=1, selector=None, **parts):
+    size = Size(0, 2, 20 + tokens, (4, 2))
+    layer = hb.HAMLayer(
+        16,
+        4,
+        num_kv_heads=2,
+        selector=selector or hb.Threshold(0.8),
+        attention=hb.SelectedAttention(impl=impl),
+        **parts,
+    ).double()
+    x = inputs(size)
+    with torch.no_grad():
+        state = layer.prefill(x[:, :20]).state
+    return layer.eval(), x[:, 20:], state
+
+
+@pytest.mark.parametrize("impl", ["auto", "pages", "reference"])
+@torch.no_grad()
+def test_decoding_reads_pages_also_by_a_named_implementation(impl, monkeypatch):
+    layer, x, state = streamed(impl)
+    assert reads(layer, x, state, monkeypatch) == [("paged_attention", impl)]
+
+
+@torch.no_grad()
+def test_an_implementation_of_selected_attention_reads_a_copy(monkeypatch):
+    layer, x, state = streamed("gather")
+    assert reads(layer, x, state, monkeypatch) == [("selected_attention", "gather")]
+
+
+def test_a_gradient_reads_a_copy_and_the_reason_is_told(monkeypatch):
+    layer, x, state = streamed()
+    reasons = explained(layer, x, state.fork())
+    assert "no gradient" in reasons["paged_attention pages"]
+    assert reasons.chosen == "selected_attention gather"
+    assert reads(layer, x, state, monkeypatch) == [("selected_attention", "auto")]
+    layer, x, state = streamed("pages")
+    with pytest.raises(UnsupportedError, match=r"impl='pages'.*no gradient"):
+        layer.prefill(x, state)
+
+
+@torch.no_grad()
+def test_many_queries_read_a_copy_unless_pages_are_named(monkeypatch):
+    tokens = PAGED_MAX_QUERIES + 1
+    layer, x, state = streamed(tokens=tokens)
+    reasons = explained(layer, x, state.fork())
+    assert reasons["paged_attention pages"].startswith("yes, when named: a padded copy is faster")
+    assert reasons.chosen == "selected_attention gather"
+    assert reads(layer, x, state, monkeypatch) == [("selected_attention", "auto")]
+    layer, x, state = streamed("pages", tokens)
+    assert reads(layer, x, state, monkeypatch) == [("paged_attention", "pages")]
+
+
+def newest(x, trace):
+    """A gate that ranks later tokens higher, so that every token evicts one."""
+    return hb.GateOutput(trace.position.double()[..., None])
+
+
+@torch.no_grad()
+def test_forks_that_evict_read_a_copy(monkeypatch):
+    layer, x, state = streamed(selector=hb.TopK(3), gate=newest)
+    assert reads(layer, x, state.fork().fork(), monkeypatch) == [("selected_attention", "auto")]
+    reasons = explained(layer, x, state.fork())
+    assert "several caches share" in reasons["paged_attention pages"]
+    assert reasons.chosen == "selected_attention gather"
+    own = layer.load_state(state.state_dict())
+    assert reads(layer, x, own, monkeypatch) == [("paged_attention", "auto")]
+
+
+def explained(layer, x, state):
+    """What the layer's attention part could have been answered."""
+    answers = []
+    attention = layer.attention
+
+    def spy(q, keys):
+        answers.append(keys.explain(q))
+        return attention(q, keys)
+
+    spy.prepare = attention.prepare
+    del layer.attention
+    layer.attention = spy
+    layer.prefill(x, state)
+    del layer.attention
+    layer.attention = attention
+    return answers[0]
+
+
+def reads(layer, x, state, monkeypatch):
+    """Which ops the layer's attention calls, by name and implementation."""
+    made = []
+    with monkeypatch.context() as patch:
+        for name in ("selected_attention", "paged_attention"):
+            op = getattr(hb.keys, name)
+            patch.setattr(hb.keys, name, spied(op, name, made))
+        layer.prefill(x, state)
+    return made
+
+
+def spied(op, name, made):
+    def run(*args, impl="auto", **call):
+        made.append((name, impl))
+        return op(*args, impl=impl, **call)
+
+    run.__module__ = op.__module__  # `implementations` and `explain` find the op's table by it
+    return run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("impl", ["pages", "gather", "reference"])
+def test_pages_and_a_copy_are_read_alike(impl):
+    size = Size(0, 2, 14, (4, 2))
+    layer, x = build("delta-relative-topk", size), inputs(size)
+    whole, state = layer(x).y, layer.prefill(x[:, :9]).state
+    layer.attention.impl = impl
+    close(layer.prefill(x[:, 9:], state).y, whole[:, 9:])
+
+
+def test_selected_attention_is_what_dense_keys_run():
+    q = torch.randn(1, 3, 2, 4)
+    position = torch.arange(3).int()[None]
+    evict_at = torch.full((1, 3, 2), NEVER, dtype=torch.int32)
+    keys = hb.DenseKeys(q, q, position=position, evict_at=evict_at, query_position=position)
+    close(keys.attend(q).out, selected_attention(q, q, q, evict_at).out, 1e-6)
+    assert keys.dense() is keys
+    assert keys.explain(q).chosen == "gather"
