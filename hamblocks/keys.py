@@ -81,7 +81,7 @@ class DenseKeys(Keys):
     the one it is about:
 
         dense = keys.dense()
-        weights = dense.softmax(dense.logits(q) - slope * dense.distance())
+        weights = dense.softmax(dense.logits(q) - slope * dense.distance(q.shape[2]))
         return dense.read(weights)
 
     Attributes:
@@ -147,30 +147,38 @@ class DenseKeys(Keys):
 
     # the steps of attention
 
-    def visible(self) -> Tensor:
-        """Which query sees which key, bool `[B, Hkv or 1, T, L]`."""
+    def visible(self, num_heads: int | None = None) -> Tensor:
+        """Which query sees which key, bool.
+
+        Args:
+            num_heads: H, to repeat what several key/value heads decided for their query heads.
+
+        Returns:
+            `[B, H, T, L]`; without `num_heads` `[B, Hkv, T, L]`. `[B, 1, T, L]` where all heads see
+            the same.
+        """
         asked = self.query_position[:, None, :, None]
         begins, ends = (_by_head(x)[:, :, None] for x in (self.position, self.evict_at))
         seen = (begins <= asked) & (asked < ends) & (asked >= 0)
-        if self.cu_seqlens is None:
-            return seen
-        sequence = sequence_of(self.cu_seqlens, self.k.shape[1])
-        return seen & (sequence[:, None] == sequence)
+        if self.cu_seqlens is not None:
+            sequence = sequence_of(self.cu_seqlens, self.k.shape[1])
+            seen = seen & (sequence[:, None] == sequence)
+        return _for_queries(seen, num_heads)
 
-    def distance(self) -> Tensor:
-        """How many tokens a key lies behind a query, int32 `[B, Hkv or 1, T, L]`; 0 where unseen."""
+    def distance(self, num_heads: int | None = None) -> Tensor:
+        """How many tokens a key lies behind a query, int32, shape as of `visible`; 0 where unseen."""
         back = self.query_position[:, None, :, None] - _by_head(self.position)[:, :, None]
-        return torch.where(self.visible(), back, 0)
+        return _for_queries(torch.where(self.visible(), back, 0), num_heads)
 
     def logits(self, q: Tensor, *, scale: float | None = None) -> Tensor:
-        """scale * q k^T + logit_bias, `[B, H, T, L]`, -inf where a query does not see the key.
+        """scale * q k^T + logit_bias, for every key, seen or not: `softmax` hides what is unseen.
 
         Args:
             q: `[B, T, H, D]`; query head h reads key/value head h // (H // Hkv).
             scale: factor of the products; None: D ** -0.5.
 
         Returns:
-            float32, float64 for float64 q.
+            `[B, H, T, L]`, float32, float64 for float64 q.
         """
         dtype, group = wide(q), q.shape[2] // self.k.shape[2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -178,15 +186,28 @@ class DenseKeys(Keys):
         logits = scale * torch.einsum("bthgd,blhd->bhgtl", grouped, self._seen(self.k).to(dtype))
         if self.logit_bias is not None:
             logits = logits + _by_head(self.logit_bias.to(dtype))[:, :, None, None]
-        unseen = ~self.visible()[:, :, None]
-        return logits.masked_fill(unseen, float("-inf")).flatten(1, 2)
+        return logits.flatten(1, 2)
 
-    def softmax(self, logits: Tensor) -> Tensor:
-        """Softmax over the keys, `[B, H, T, L]`: 0, and not NaN, where a query sees no key."""
+    def softmax(self, logits: Tensor, *, null: Tensor | None = None) -> Tensor:
+        """Weights of the keys that a query sees: 0, and not NaN, where it sees none.
+
+        Args:
+            logits: `[B, H, T, L]`.
+            null: `[H]`, logits of one more key, whose value is 0: with it a query may read nothing.
+
+        Returns:
+            `[B, H, T, L]`.
+        """
+        seen = self.visible(logits.shape[1])
+        logits = logits.masked_fill(~seen, float("-inf"))
+        if null is not None:
+            null = null.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, null], -1)
         peak = logits.detach().amax(-1, keepdim=True)
         weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
         total = weight.sum(-1, keepdim=True)
-        return weight / total.masked_fill(total == 0, 1)
+        weight = weight / total.masked_fill(total == 0, 1)
+        return weight if null is None else weight[..., :-1]
 
     def read(self, weights: Tensor) -> Tensor:
         """The weighted sum of values: weights `[B, H, T, L]` -> `[B, T, H, D]` in the dtype of v."""
@@ -305,3 +326,10 @@ class PagedKeys(Keys):
 def _by_head(x: Tensor) -> Tensor:
     """`[B, L]` or `[B, L, heads]` -> `[B, heads, L]`."""
     return x[:, None] if x.dim() == 2 else x.transpose(1, 2)
+
+
+def _for_queries(x: Tensor, num_heads: int | None) -> Tensor:
+    """`[B, Hkv, T, L]` -> `[B, H, T, L]`; one head for all stays one."""
+    if num_heads is None or x.shape[1] in (1, num_heads):
+        return x
+    return x.repeat_interleave(num_heads // x.shape[1], 1)
