@@ -322,7 +322,8 @@ def compiled_is_eager(kind: type[Subject], part: Any, case: PartInputs) -> None:
     def eager() -> Results:
         return gradients_named(*differentiated(subject, subject.inputs, weights=True))
 
-    with compiled(fast.part) as fast.part:
+    with compiled(getattr(fast, kind.compiles)) as traced:
+        setattr(fast, kind.compiles, traced)
         results, gradients = differentiated(fast, fast.inputs, weights=True)
     # a compiled module calls its weights by other names
     gradients = {name.removeprefix("_orig_mod."): x for name, x in gradients.items()}

@@ -17,7 +17,7 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace, PreparesKeys
+from hamblocks.protocols import LayerDims, MemoryTrace
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import PartInputs
@@ -53,6 +53,8 @@ class Subject:
     """
 
     kind: ClassVar[str]
+    compiles: ClassVar[str] = "part"
+    """The attribute that `torch.compile` is tried on."""
     part: Any
     inputs: dict[str, Tensor]
 
@@ -168,6 +170,11 @@ class AttentionSubject(Subject):
     """attention.prepare(q, k, position=) and attention(q, keys) -> read, as a layer calls them."""
 
     kind = "attention"
+    compiles = "whole"
+
+    def __init__(self, part: Any, case: PartInputs) -> None:
+        super().__init__(part, case)
+        self.whole = self._whole
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """q, k, v, evict_at, position and perhaps a logit bias."""
@@ -192,15 +199,41 @@ class AttentionSubject(Subject):
     ) -> tuple[Results, Any]:
         """The read; with a cache, also the cache behind the call."""
         q, k, v, evict_at, position = (inputs[name] for name in _ATTENTION)
-        if isinstance(self.part, PreparesKeys):
-            q, k = self.part.prepare(q, k, position=position)
-        own = {"position": position, "evict_at": evict_at, "logit_bias": inputs.get("logit_bias")}
+        bias = inputs.get("logit_bias")
         if state is None:
-            keys = DenseKeys(k, v, query_position=position, cu_seqlens=cu_seqlens, **own)  # type: ignore[arg-type]
-            return {"read": self.part(q, keys)}, None
-        extension = state.extend(k, v, **own)
+            return {"read": self.whole(q, k, v, evict_at, position, bias, cu_seqlens)}, None
+        q, k = self._prepared(q, k, position)
+        extension = state.extend(k, v, position=position, evict_at=evict_at, logit_bias=bias)
         read = self.part(q, extension.keys)
         return {"read": read}, extension.commit(position.amax(1) + 1)
+
+    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        prepare = getattr(self.part, "prepare", None)
+        return (q, k) if prepare is None else prepare(q, k, position=position)
+
+    def _whole(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        evict_at: Tensor,
+        position: Tensor,
+        logit_bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """The read of whole sequences."""
+        q, k = self._prepared(q, k, position)
+        keys = DenseKeys(
+            k,
+            v,
+            position=position,
+            evict_at=evict_at,
+            query_position=position,
+            logit_bias=logit_bias,
+            cu_seqlens=cu_seqlens,
+        )
+        read: Tensor = self.part(q, keys)
+        return read
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Those of q."""
