@@ -28,10 +28,10 @@ from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
 from hamblocks.layer import HAMLayer, LayerStats
 from hamblocks.memory import GatedDeltaMemory, ShortConvolution
+from hamblocks.models.batches import batch_layout
 from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import make
-from hamblocks.models.rows import rows_of
 from hamblocks.models.stack import Stack
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
@@ -227,7 +227,7 @@ class HAMModel(HAMPreTrainedModel):
             )
         x = self._embedded(input_ids, inputs_embeds)
         cache = _checked_cache(past_key_values, self.config, x.shape[0])
-        rows = rows_of(
+        layout = batch_layout(
             x,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -237,7 +237,7 @@ class HAMModel(HAMPreTrainedModel):
         )
         if use_cache is None:
             use_cache = (
-                bool(self.config.use_cache) and not self.training and rows.sequences == x.shape[0]
+                bool(self.config.use_cache) and not self.training and layout.sequences == x.shape[0]
             )
         if use_cache and self.training and self.is_checkpointing:
             logger.warning_once(
@@ -248,7 +248,7 @@ class HAMModel(HAMPreTrainedModel):
             raise wrong("past_key_values", "None under gradient checkpointing", "a cache")
         if cache is None and use_cache:
             cache = HAMCache(self.config)
-        if cache is not None and rows.sequences != x.shape[0]:
+        if cache is not None and layout.sequences != x.shape[0]:
             raise wrong("use_cache", "False for a packed batch", "True")
         keep = (
             self.config.output_hidden_states
@@ -258,15 +258,15 @@ class HAMModel(HAMPreTrainedModel):
         with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
             states = None if cache is None else cache.states or self._first(cache, x.shape[0])
             result = self.stack(
-                rows.pack(x), state=states, cu_seqlens=rows.cu_seqlens, keep_inputs=bool(keep)
+                layout.pack(x), state=states, cu_seqlens=layout.cu_seqlens, keep_inputs=bool(keep)
             )
             if cache is not None:
                 cache.advance(self.config, result.state, x.shape[1])
-        y = rows.unpack(result.y)
+        y = layout.unpack(result.y)
         return HAMModelOutput(
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*(rows.unpack(x) for x in result.inputs), y) if keep else None,
+            hidden_states=(*(layout.unpack(x) for x in result.inputs), y) if keep else None,
             stats=tuple(result.stats),
         )
 
@@ -383,7 +383,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 check_tensor("labels", labels, "[B, T]", list(hidden.shape[:2]), like=hidden)
                 if not isinstance(kept, int):
                     raise wrong("logits_to_keep", "0 beside labels", f"{logits_to_keep}")
-                rows = rows_of(
+                layout = batch_layout(
                     hidden,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -395,7 +395,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                     logits=logits,
                     labels=labels,
                     vocab_size=self.config.vocab_size,
-                    shift_labels=rows.targets(labels).contiguous(),
+                    shift_labels=layout.targets(labels).contiguous(),
                     num_items_in_batch=kwargs.get("num_items_in_batch"),
                 )
         return HAMCausalLMOutput(

@@ -21,7 +21,7 @@ IGNORE = -100
 """The label that no loss counts."""
 
 
-class Rows(NamedTuple):
+class BatchLayout(NamedTuple):
     """Where the real tokens of a batch `[B, T]` are.
 
     Attributes:
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
         return labels.masked_fill(~goes_on, IGNORE)
 
 
-def rows_of(
+def batch_layout(
     x: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -76,7 +76,7 @@ def rows_of(
     cu_seqlens: Tensor | None = None,
     past: int = 0,
     seen: Tensor | None = None,
-) -> Rows:
+) -> BatchLayout:
     """Reads the arguments with which transformers describes a batch.
 
     Args:
@@ -104,17 +104,17 @@ def rows_of(
     if attention_mask is None and seen is None and position_ids is not None:
         return _restarting(position_ids)
     if attention_mask is None:
-        rows, real = Rows(batch, tokens, None, None), None
+        layout, real = BatchLayout(batch, tokens, None, None), None
     else:
         real = _real(x, attention_mask, past, seen)
         if bool(real.all()):
-            rows = Rows(batch, tokens, None, None)
+            layout = BatchLayout(batch, tokens, None, None)
         else:
             borders = F.pad(real.sum(1).cumsum(0), [1, 0]).to(torch.int32)
-            rows = Rows(batch, tokens, real.flatten().nonzero()[:, 0], borders)
+            layout = BatchLayout(batch, tokens, real.flatten().nonzero()[:, 0], borders)
     if position_ids is not None:
         _check_positions(position_ids, real, seen)
-    return rows
+    return layout
 
 
 def _bordered(
@@ -123,7 +123,7 @@ def _bordered(
     mask: Tensor | None,
     position_ids: Tensor | None,
     seen: Tensor | None,
-) -> Rows:
+) -> BatchLayout:
     """One row, borders given."""
     for name, value in (("attention_mask", mask), ("past_key_values", seen)):
         if value is not None:
@@ -138,15 +138,15 @@ def _bordered(
                 "positions that restart at 0 where cu_seq_lens_q has a border",
                 "others",
             )
-    return Rows(1, x.shape[1], None, cu_seqlens)
+    return BatchLayout(1, x.shape[1], None, cu_seqlens)
 
 
-def _restarting(position_ids: Tensor) -> Rows:
-    """Rows of one or several sequences; each begins where the position is 0."""
+def _restarting(position_ids: Tensor) -> BatchLayout:
+    """BatchLayout of one or several sequences; each begins where the position is 0."""
     batch, tokens = position_ids.shape
     begins = position_ids == 0
     if bool((position_ids == torch.arange(tokens, device=position_ids.device)).all()):
-        return Rows(batch, tokens, None, None)
+        return BatchLayout(batch, tokens, None, None)
     if values_are_checked(position_ids):
         follows = F.pad(position_ids, [1, 0])[:, :-1] + 1
         bad = ~begins & (position_ids != follows)
@@ -157,7 +157,9 @@ def _restarting(position_ids: Tensor) -> Rows:
             got = f"{int(position_ids[row, column])} in row {row}, column {column}"
             raise wrong("position_ids", f"{expected} (padding goes by attention_mask)", got)
     first = begins.flatten().nonzero()[:, 0]
-    return Rows(batch, tokens, None, F.pad(first, [0, 1], value=batch * tokens).to(torch.int32))
+    return BatchLayout(
+        batch, tokens, None, F.pad(first, [0, 1], value=batch * tokens).to(torch.int32)
+    )
 
 
 def _real(x: Tensor, mask: Tensor, past: int, seen: Tensor | None) -> Tensor:
