@@ -186,6 +186,9 @@ def test_a_controller_sees_nan_where_there_is_no_token():
             self.seen = score
             return 0.5
 
+        def step(self):
+            raise AssertionError("a call does not step")
+
     score, controller = torch.rand(1, 3, 2), Watching()
     selector = hb.Threshold(controller)
     selector(score)
