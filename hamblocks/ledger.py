@@ -57,16 +57,16 @@ class Slots(NamedTuple):
     """Which of a ledger's candidates fill its slots.
 
     Attributes:
-        index: int64 `[N, L, H]`, the candidate of each slot.
+        candidate: int64 `[N, L, H]`, the candidate that each slot lists.
         filled: bool `[N, L, H]`, False for slots that stay empty.
     """
 
-    index: Tensor
+    candidate: Tensor
     filled: Tensor
 
     def take(self, values: Tensor, empty: int) -> Tensor:
         """Values `[N, M, H]` of the candidates -> values of the slots, `empty` for empty slots."""
-        return torch.where(self.filled, values.gather(1, self.index), empty)
+        return torch.where(self.filled, values.gather(1, self.candidate), empty)
 
 
 def last_slots(listed: Tensor, size: int) -> Slots:
@@ -78,8 +78,8 @@ def last_slots(listed: Tensor, size: int) -> Slots:
     """
     # a stable sort puts the listed candidates last and keeps their order in time
     order = listed.to(torch.int8).argsort(dim=1, stable=True)
-    index = order[:, order.shape[1] - size :]
-    return Slots(index, listed.gather(1, index))
+    candidate = order[:, order.shape[1] - size :]
+    return Slots(candidate, listed.gather(1, candidate))
 
 
 def new_positions(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -211,7 +211,7 @@ def _is_atom(value: object) -> bool:
     kind = type(value)
     if kind is types.FunctionType:
         return (value.__module__ or "").partition(".")[0] in LIBRARIES
-    return _is_atomic(kind)
+    return _is_atomic(kind)  # type: ignore[arg-type]  # mypy takes a type for no hashable
 
 
 def _children(value: object) -> Iterator[Edge]:

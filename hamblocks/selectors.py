@@ -7,7 +7,7 @@ tokens, N sequences, L ledger slots, H heads that decide.
 from __future__ import annotations
 
 import numbers
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Threshold(Composable):
         """
         super().__init__()
         if isinstance(controller, numbers.Real):
-            controller = FixedThreshold(controller)
+            controller = FixedThreshold(cast("float", controller))
         if not is_controller(controller):
             expected = "a number or a Controller (called with a score, and with a method step())"
             raise wrong("controller", expected, controller)

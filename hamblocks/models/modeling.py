@@ -33,7 +33,7 @@ from hamblocks.layer import HAMLayer, LayerStats
 from hamblocks.memory import GatedDeltaMemory, ShortConvolution
 from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
-from hamblocks.models.policies import make
+from hamblocks.models.policies import part_of
 from hamblocks.models.rows import rows_of
 from hamblocks.models.stack import Stack
 from hamblocks.selectors import Threshold
@@ -88,7 +88,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """The layer that a configuration describes."""
     kind = (config.layer_types or [])[index]
     parts: dict[str, Any] = {
-        name: make(name, config.policy(name, index)) for name in LAYER_TYPES[kind]
+        name: part_of(name, config.policy(name, index)) for name in LAYER_TYPES[kind]
     }
     if kind == "linear_attention":
         parts.update(gate=PeriodicGate(1), selector=Threshold(math.inf), attention=NoAttention())

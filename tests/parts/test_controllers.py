@@ -6,6 +6,7 @@ import inspect
 import math
 import pickle
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,11 @@ FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # few different values, so that ties are common
 SCORES = st.one_of(
     st.lists(FLOAT32, min_size=2, max_size=12),
-    st.lists(st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0**127, -(2.0**127), 2.0**-149]), min_size=2, max_size=12),
+    st.lists(
+        st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0**127, -(2.0**127), 2.0**-149]),
+        min_size=2,
+        max_size=12,
+    ),
 )
 FRACTIONS = st.floats(0, 1, width=32)
 
@@ -53,11 +58,7 @@ def next_up(x):
 def cuts(values):
     """By definition: how many scores each threshold between two of them admits."""
     ordered = sorted(values)
-    return [
-        len(values) - i
-        for i, (a, b) in enumerate(zip(ordered, ordered[1:], strict=False), 1)
-        if next_up(a) < b
-    ]
+    return [len(values) - i for i, (a, b) in enumerate(pairwise(ordered), 1) if next_up(a) < b]
 
 
 @given(values=SCORES, fraction=FRACTIONS)
@@ -276,7 +277,10 @@ def train_without_a_step(controller, forwards):
         controller(torch.zeros(1, 3, 1))
 
 
-REMINDER = r"100 forwards in training mode and no step.*hamblocks\.step_controllers\(model\).*hamblocks\.hook_controllers"
+REMINDER = (
+    r"100 forwards in training mode and no step.*hamblocks\.step_controllers\(model\)"
+    r".*hamblocks\.hook_controllers"
+)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,9 @@ def layer_of(selector, **parts):
 
 
 def stepped(model, *controllers):
-    return [sum(one is controller for one in model_controllers(model)) for controller in controllers]
+    return [
+        sum(one is controller for one in model_controllers(model)) for controller in controllers
+    ]
 
 
 def test_step_controllers_finds_what_the_parts_of_layers_hold():
