@@ -330,7 +330,7 @@ def _spread(ordered: Tensor) -> Tensor:
 
 
 def _quantile(ordered: Tensor, count: Tensor, share: float) -> Tensor:
-    """Quantile of the first `count` ascending values, between two of them by linear interpolation."""
+    """Quantile of the first `count` ascending values, by linear interpolation."""
     place = (count - 1).clamp(min=0).double() * share
     below = place.floor().long()
     above = place.ceil().long()
@@ -338,7 +338,7 @@ def _quantile(ordered: Tensor, count: Tensor, share: float) -> Tensor:
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Scores in ascending order, float64, infinities made finite (see `threshold_between`), NaN last."""
+    """Sorted scores, float64: infinities made finite as in `threshold_between`, NaN last."""
     scores = scores.double()
     finite = scores.isfinite()
     # if no score is finite, both are 0
@@ -366,7 +366,7 @@ def _float32(value: float) -> Tensor:
 
 
 def shortest(value: Tensor) -> float:
-    """The number with the fewest digits that rounds to a float32 `[]`: 0.1 and not 0.10000000149."""
+    """The number with the fewest digits that rounds to a float32 `[]`: 0.1, not 0.100000001."""
     exact = float(value)
     for digits in range(6, 9):
         short = float(f"{exact:.{digits}g}")

@@ -92,7 +92,7 @@ class Composable(nn.Module):
 class Threshold(Composable):
     """Stores a token for good if its score reaches tau (arXiv 2603.22325).
 
-    `evict_at` is NEVER where `score >= tau` and `tau < inf`, and the token's own position elsewhere.
+    `evict_at` is NEVER where `score >= tau` and `tau < inf`, elsewhere the token's own position.
     """
 
     controller: Controller
@@ -162,7 +162,7 @@ class Window(Composable):
 
 @final
 class FirstTokens(Composable):
-    """Stores the first `n` tokens of every sequence for good (attention sinks, arXiv 2309.17453)."""
+    """Stores the first `n` tokens of each sequence for good (attention sinks, arXiv 2309.17453)."""
 
     def __init__(self, n: int) -> None:
         """Makes the selector.

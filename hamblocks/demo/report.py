@@ -13,7 +13,8 @@ from hamblocks.demo.experiment import Results, Run
 def table(results: Results) -> Table:
     """A table of the models, and of the trained HAM at every keep fraction."""
     view = Table(
-        title=f"Held-out {results.source}: {results.parameters:,} parameters each, {results.settings.steps} steps"
+        title=f"Held-out {results.source}: {results.parameters:,} parameters each, "
+        f"{results.settings.steps} steps"
     )
     view.add_column("model")
     for column in ("bits per\nbyte", "keep\nfraction", "cache bytes\nper token", "training"):
@@ -99,7 +100,8 @@ def chart(results: Results, path: Path) -> None:
     right.grid(alpha=0.25)
     right.legend(frameon=False, fontsize=8.5)
     figure.suptitle(
-        f"{results.parameters:,} parameters, {results.settings.steps} steps, {results.source}; {results.device}",
+        f"{results.parameters:,} parameters, {results.settings.steps} steps, {results.source}; "
+        f"{results.device}",
         x=0.01,
         ha="left",
         fontsize=9,

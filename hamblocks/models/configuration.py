@@ -94,7 +94,8 @@ class HAMConfig(PreTrainedConfig):
     """
 
     model_type = "ham"
-    keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012 - transformers' own form
+    # a list, as transformers has it
+    keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512

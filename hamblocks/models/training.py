@@ -14,7 +14,7 @@ from hamblocks.controllers import step_controllers
 class ControllerCallback(TrainerCallback):
     """Moves the thresholds of a model after every optimizer step.
 
-    Trainer(..., callbacks=[ControllerCallback()])
+    Pass it to the Trainer: `Trainer(..., callbacks=[ControllerCallback()])`.
     """
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Controllers: when tau moves, where to, and that it brings about the fraction asked for."""
+"""Controllers: when tau moves, where to, and that the target fraction is reached."""
 
 import argparse
 import copy
@@ -146,7 +146,7 @@ def test_tau_starts_and_is_set_strictly_between_two_scores(seed, size, fraction,
 def test_first_step_places_tau_at_the_quantile(seed, fraction, forwards):
     controller = hb.TargetFraction(fraction)
     for _ in range(forwards):
-        # until then everything is kept
+        # Until the first step everything is stored.
         assert controller(scores(seed, 2, 200, 2)) == -math.inf
     controller.step()
     assert admitted(controller, scores(seed, 2, 200, 2)) == pytest.approx(fraction, abs=0.005)
@@ -162,7 +162,7 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     controller = started(0.4, rate=0.3)
     controller.fraction = fraction
     before, spread = controller.tau.clone(), controller.spread.clone()
-    # gradient accumulation: micro-batches of different sizes weigh by their tokens
+    # With gradient accumulation, micro-batches weigh by their number of tokens.
     micro = [scores(seed + n, 1, length, 2) for n, length in enumerate(pieces)]
     for score in micro:
         assert torch.equal(controller(score), before)
@@ -173,7 +173,7 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     new = 0.9 * spread + 0.1 * (high - low) / 1.349
     torch.testing.assert_close(controller.spread, new)
     torch.testing.assert_close(controller.tau, before + 0.3 * new * (share - fraction))
-    # counting starts anew, and nothing counted moves nothing
+    # A step resets the counts, and without counts it does not move tau.
     moved = controller.tau.clone()
     controller.step()
     assert torch.equal(controller.tau, moved)
@@ -421,7 +421,7 @@ def train(use_checkpoint, steps=4):
 
 
 def test_gradient_checkpointing_gives_the_same_tau():
-    # the second forward of a checkpoint counts once more, which leaves every share as it was
+    # The second forward of a checkpoint counts the same scores again, which changes no share.
     taus = train(False)
     assert len({tuple(tau) for tau in taus}) == len(taus)
     assert train(True) == taus
@@ -455,7 +455,8 @@ def test_two_ranks_agree_and_follow_one_process(tmp_path):
         alone(score)
         alone.step()
         taus.append(alone.tau.item())
-    # counts are summed exactly; the start and the spread come from as many samples of every rank, whatever its share
+    # Counts are summed exactly. The start and the spread come from equally many scores of each rank,
+    # whatever its share of the tokens.
     assert first == pytest.approx(taus, abs=0.08)
     assert first[-1] > first[0] + 0.1
 
@@ -471,7 +472,8 @@ def test_follows_scores_that_drift(fraction, scale):
         shares.append(admitted(controller, score))
         controller(score)
         controller.step()
-    # a mean over steps flatters: what tau lags behind one way it makes up the other way, so the worst window counts
+    # The mean over all steps hides a lag: a drift down makes up for a drift up. So the worst window
+    # counts.
     windows = torch.tensor(shares[50:]).unfold(0, 25, 25).mean(1)
     assert (windows - fraction).abs().max() < 0.08
     assert torch.tensor(shares[50:]).mean().item() == pytest.approx(fraction, abs=0.02)
@@ -503,8 +505,8 @@ def test_training_a_decoder_ends_at_the_target(fractions):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    # tau as it was left: the mean over the last steps is near the target by construction of the rule, even for a tau
-    # that swings. Fresh windows of the training text; another text has another distribution, which no rule can know
+    # Measured with the last tau: a mean over the last steps is near the target even if tau swings.
+    # Held-out text has another distribution of scores, which no rule can know.
     model.eval()
     for text, tolerance in ((train_text, 0.02), (held_out, 0.05)):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Controllers and modules are found wherever they sit: in modules, plain objects, containers and closures."""
+"""Controllers and modules are found in modules, plain objects, containers and closures."""
 
 import functools
 import os

@@ -58,7 +58,7 @@ def taus(part: Any, case: Scores) -> dict[str, Tensor]:
 
 
 def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
-    """tau is float32 `[]`, never NaN and without gradient, for any scores: none, equal, infinite, NaN."""
+    """tau is float32 `[]`, not NaN, without gradient, for any scores: none, equal, infinite, NaN."""
     controller = training(part)
     score = case.tensors()["score"]
     for _ in range(3):
@@ -128,7 +128,7 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
 
 
 def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
-    """On scores of one distribution, the fraction that reaches tau comes within 0.03 of the target."""
+    """On scores of one distribution, the fraction that reaches tau is within 0.03 of the target."""
     controller = training(part)
     draw = Draw(case.seed)
     for _ in range(200):
@@ -173,7 +173,7 @@ def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> N
 
 
 def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
-    """The same steps give the same thresholds bit for bit, for any state of the random generator."""
+    """The same steps give the same thresholds, bit for bit, whatever the random state."""
     assert_twice(lambda: taus(part, case))
 
 
