@@ -70,8 +70,10 @@ def find_controllers(root: object) -> list[Controller]:
     The walk follows the children and plain attributes of modules, `__dict__` and `__slots__` of
     plain objects, tuples, lists, sets, values of dicts, bound methods, `functools.partial`, and the
     closures, defaults and attributes of functions. It does not look into tensors, Python modules,
-    classes, or objects of torch, numpy and the standard library. What a controller holds belongs to
-    it and is not listed: its `step()` steps what it wraps.
+    classes, or objects of torch, numpy and the standard library.
+
+    A controller that another one holds belongs to it and is not listed: the `step()` of the outer
+    one steps what it wraps.
     """
     found: list[Controller] = []
 
@@ -82,7 +84,7 @@ def find_controllers(root: object) -> list[Controller]:
         return True
 
     _walk([("", root)], enter)
-    return found
+    return _outermost(found)
 
 
 def model_controllers(model: nn.Module) -> list[Controller]:
@@ -116,7 +118,25 @@ def model_controllers(model: nn.Module) -> list[Controller]:
     _walk([("", model)], enter_module, _children)
     roots = [("", part) for part in ([model] if is_plain else parts)]
     _walk(roots, enter_part, seen={id(controller): controller for controller in found})
-    return found
+    return _outermost(found)
+
+
+def _outermost(found: list[Controller]) -> list[Controller]:
+    """Leaves out the controllers that others hold; of two that hold each other the first stays."""
+    contents: list[dict[int, object]] = []
+    for controller in found:
+        held: dict[int, object] = {}
+        _walk(_edges(controller), lambda path, value: not _holds_layer(value), seen=held)
+        contents.append(held)
+    return [
+        controller
+        for i, controller in enumerate(found)
+        if not any(
+            id(controller) in held and (j < i or id(found[j]) not in contents[i])
+            for j, held in enumerate(contents)
+            if j != i and held
+        )
+    ]
 
 
 def hidden_modules(part: object) -> dict[str, nn.Module]:
@@ -163,8 +183,8 @@ def _parts(value: object) -> list[object]:
     names = ["controller"]
     if _is_layer(value):
         names += ["memory", "gate", "selector", "attention", "combiner"]
-    held = {**vars(value), **value._modules}
-    return [held[name] for name in names if held.get(name) is not None]
+    held = (value._modules.get(name, vars(value).get(name)) for name in names)
+    return [part for part in held if part is not None]
 
 
 def _walk(

@@ -257,6 +257,30 @@ def test_what_is_a_controller():
     assert find_controllers([annealed]) == model_controllers(nn.Sequential(annealed)) == [annealed]
 
 
+def test_a_controller_inside_another_is_stepped_by_it_alone():
+    class PlainAnnealed(Plain):
+        """No module, around a module."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = hb.TargetFraction(0.5)
+
+        def step(self):
+            self.inner.step()
+
+    for outer in (Annealed(), PlainAnnealed()):
+        layer = layer_of(hb.Threshold(outer))
+        # the layer may register what the plain object hides, and another layer may use it too
+        layer.hidden = outer.inner
+        model = nn.ModuleList([layer_of(Mine(outer.inner)), layer])
+        assert model_controllers(model) == [outer]
+        assert find_controllers([outer.inner, outer]) == [outer]
+    first, second = Plain(), Plain()
+    first.other, second.other = second, first
+    assert find_controllers([first, second]) == [first]
+    assert find_controllers([second, first]) == [second]
+
+
 def layer_of(selector, **parts):
     return hb.HAMLayer(8, 2, selector=selector, **parts)
 
