@@ -12,20 +12,21 @@ from hamblocks import contracts
 from hamblocks.assembly import DEFAULT, OrDefault, dims_of, parts_of
 from hamblocks.cache import Extension, KVCache
 from hamblocks.keys import DenseKeys, Keys
+from hamblocks.ledger import EMPTY
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
     Attention,
     Buildable,
     Combiner,
     Gate,
-    HasLedger,
     HasStateType,
     Memory,
     MemoryTrace,
     Selection,
     Selector,
 )
-from hamblocks.selectors import EMPTY
+from hamblocks.reachable import hidden_modules
+from hamblocks.selectors import start
 from hamblocks.state import HAMState, leaves, tree_map
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
@@ -167,6 +168,14 @@ class HAMLayer(nn.Module):
             if isinstance(part, Buildable):
                 part.build(self.dims)
             setattr(self, name, part)
+        # modules that plain parts hold: train(), to(), parameters() and state_dict() reach them here
+        hidden = {
+            f"{name}.{path}".replace(".", "_"): module
+            for name, part in parts.items()
+            for path, module in hidden_modules(part).items()
+        }
+        if hidden:
+            self.part_modules = nn.ModuleDict(hidden)
 
     # states
 
@@ -258,9 +267,7 @@ class HAMLayer(nn.Module):
         return tree_map(lambda _: next(values), empty)
 
     def _ledger(self, batch_size: int, heads: int, device: torch.device | None) -> Any:
-        if not isinstance(self.selector, HasLedger):
-            return None
-        return self.selector.start(batch_size, heads, device)
+        return None if self.selector is None else start(self.selector, batch_size, heads, device)
 
     # calls
 

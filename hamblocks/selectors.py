@@ -1,44 +1,78 @@
-"""Selectors: scores to lifetimes, in one pass or piece by piece; `|` keeps what either side keeps, `&` what both do."""
+"""Selectors: from scores to lifetimes, for whole sequences or piece by piece.
+
+`a | b` keeps what either selector keeps, `a & b` what both keep. Shapes: B batch rows, T new
+tokens, N sequences, L ledger slots, H heads that decide.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, final
+import numbers
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 
 from hamblocks.controllers import FixedThreshold
-from hamblocks.protocols import Controller, Lifetimes, Selection, Selector, check_count, check_part
+from hamblocks.ledger import (
+    EMPTY,
+    CombinedLedger,
+    Ledger,
+    TopKLedger,
+    find,
+    last_slots,
+    new_positions,
+)
+from hamblocks.ledger import lower as lower
+from hamblocks.protocols import (
+    Controller,
+    HasCausality,
+    HasLedger,
+    Lifetimes,
+    Selection,
+    Selector,
+    check_count,
+    check_part,
+)
+from hamblocks.reachable import is_controller
 from hamblocks_ops import NEVER, select_first, select_threshold, select_topk, select_window
 from hamblocks_ops.arguments import wrong
 
-EMPTY = -1
-"""Position of an empty row of a ledger, and of padding."""
-
 
 def start(
-    selector: Selector, sequences: int, heads: int, device: torch.device | None = None
-) -> Any:
-    """The empty ledger of a selector; None for one that never revises a lifetime."""
-    begin = getattr(selector, "start", None)
-    return None if begin is None else begin(sequences, heads, device)
+    selector: Selector, batch_size: int, heads: int, device: torch.device | None = None
+) -> Ledger | None:
+    """The empty ledger of a selector.
+
+    Args:
+        selector: any selector.
+        batch_size: N, the number of sequences.
+        heads: H, the number of heads that decide.
+        device: where the ledger is made; None: PyTorch's default device.
+
+    Returns:
+        None for a selector that never revises a lifetime.
+    """
+    if not isinstance(selector, HasLedger):
+        return None
+    ledger: Ledger | None = selector.start(batch_size, heads, device)
+    return ledger
 
 
 def is_causal(selector: Selector) -> bool:
-    """Whether a selector decides from the past alone; it says `causal = False` if it does not."""
-    return bool(getattr(selector, "causal", True))
+    """Whether a selector decides from the past alone; one that does not has `causal = False`."""
+    return not isinstance(selector, HasCausality) or bool(selector.causal)
 
 
 def not_causal(selector: Selector) -> Selector | None:
-    """The selector that is not causal, looked for on both sides of `|` and `&`; None if all are."""
-    if isinstance(selector, _Combined):
+    """The first selector, on either side of `|` and `&`, that is not causal; None if all are."""
+    if isinstance(selector, Combined):
         found = not_causal(selector.left)
         return not_causal(selector.right) if found is None else found
     return None if is_causal(selector) else selector
 
 
 class Composable(nn.Module):
-    """Gives a selector `|` and `&`. Any callable of the right kind may stand on the other side."""
+    """Gives a selector the operators `|` and `&`. The other side may be any selector."""
 
     def __or__(self, other: Selector) -> AnyOf:
         return AnyOf(self, other)
@@ -53,7 +87,7 @@ class Composable(nn.Module):
         return AllOf(other, self)
 
     def extra_repr(self) -> str:
-        """The numbers the selector was made with."""
+        """The integers that the selector was made with."""
         return ", ".join(
             f"{name}={value}"
             for name, value in vars(self).items()
@@ -63,15 +97,30 @@ class Composable(nn.Module):
 
 @final
 class Threshold(Composable):
-    """Stores a token for good iff its score reaches tau (arXiv 2603.22325)."""
+    """Stores a token for good if its score reaches tau (arXiv 2603.22325).
+
+    `evict_at` is NEVER where `score >= tau` and `tau < inf`, elsewhere the token's own position.
+    """
+
+    controller: Controller
 
     def __init__(self, controller: Controller | float) -> None:
-        """Controller: what sets tau, or a number for a fixed one."""
+        """Makes the selector.
+
+        Args:
+            controller: sets tau: a `hamblocks.protocols.Controller`, or a number for a fixed tau.
+
+        Raises:
+            ValueError: `controller` is NaN, or neither a number nor a controller: nothing could
+                step it.
+        """
         super().__init__()
-        self.controller = (
-            FixedThreshold(controller) if isinstance(controller, (int, float)) else controller
-        )
-        check_part("controller", self.controller)
+        if isinstance(controller, numbers.Real):
+            controller = FixedThreshold(cast("float", controller))
+        if not is_controller(controller):
+            expected = "a number or a Controller (called with a score, and with a method step())"
+            raise wrong("controller", expected, controller)
+        self.controller = controller
 
     def forward(
         self,
@@ -81,22 +130,27 @@ class Threshold(Composable):
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Selection:
-        """See `hamblocks.protocols.Selector`."""
-        real = (
-            score
-            if position is None
-            else score.masked_fill(position[..., None] == EMPTY, float("nan"))
-        )
+        """See `hamblocks.protocols.Selector`. The controller gets NaN as the score of padding."""
+        real = score
+        if position is not None:
+            real = score.masked_fill(position[..., None] == EMPTY, float("nan"))
         tau = self.controller(real)
         return Selection(select_threshold(score, tau, position=position, cu_seqlens=cu_seqlens))
 
 
 @final
 class Window(Composable):
-    """Sliding window: a token is seen by itself and the next width - 1 queries."""
+    """Sliding window: a token is seen by itself and by the next `width - 1` queries."""
 
     def __init__(self, width: int) -> None:
-        """Width in tokens, >= 0."""
+        """Makes the selector.
+
+        Args:
+            width: in tokens, >= 0; 0 stores nothing.
+
+        Raises:
+            ValueError: `width` is no integer >= 0.
+        """
         super().__init__()
         check_count("width", width)
         self.width = width
@@ -115,10 +169,17 @@ class Window(Composable):
 
 @final
 class FirstTokens(Composable):
-    """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453)."""
+    """Stores the first `n` tokens of each sequence for good (attention sinks, arXiv 2309.17453)."""
 
     def __init__(self, n: int) -> None:
-        """N in tokens, >= 0."""
+        """Makes the selector.
+
+        Args:
+            n: in tokens, >= 0.
+
+        Raises:
+            ValueError: `n` is no integer >= 0.
+        """
         super().__init__()
         check_count("n", n)
         self.n = n
@@ -135,31 +196,29 @@ class FirstTokens(Composable):
         return Selection(select_first(score, self.n, position=position, cu_seqlens=cu_seqlens))
 
 
-class TopKLedger(NamedTuple):
-    """The tokens that a `TopK` stores now, in order of time.
-
-    Attributes:
-        position: int32 `[N, k, H]`, -1 for empty rows.
-        score: `[N, k, H]`.
-    """
-
-    position: Tensor
-    score: Tensor
-
-
 @final
 class TopK(Composable):
-    """Stores the k largest scores seen so far; the worst leaves when a better one comes; ties to the earlier token."""
+    """Stores the `k` largest scores seen so far.
+
+    The smallest leaves when a larger one comes. Of equal scores the earlier token stays.
+    """
 
     def __init__(self, k: int) -> None:
-        """K: tokens stored per sequence and head, >= 0."""
+        """Makes the selector.
+
+        Args:
+            k: tokens stored per sequence and head, >= 0.
+
+        Raises:
+            ValueError: `k` is no integer >= 0.
+        """
         super().__init__()
         check_count("k", k)
         self.k = k
 
-    def start(self, sequences: int, heads: int, device: torch.device | None = None) -> TopKLedger:
-        """An empty ledger."""
-        position = torch.full((sequences, self.k, heads), EMPTY, dtype=torch.int32, device=device)
+    def start(self, batch_size: int, heads: int, device: torch.device | None = None) -> TopKLedger:
+        """The empty ledger: `k` empty slots per sequence and head."""
+        position = torch.full((batch_size, self.k, heads), EMPTY, dtype=torch.int32, device=device)
         return TopKLedger(position, torch.zeros(position.shape, device=device))
 
     def forward(
@@ -173,42 +232,36 @@ class TopK(Composable):
         """See `hamblocks.protocols.Selector`."""
         if ledger is None:
             return Selection(select_topk(score, self.k, position=position, cu_seqlens=cu_seqlens))
-        rows = _rows(score, position, cu_seqlens)
-        if ledger.position.shape[1] != self.k:
-            raise wrong(
-                "ledger", f"one of k = {self.k} tokens", f"one of {ledger.position.shape[1]}"
-            )
-        where = torch.cat([ledger.position, rows], 1)
-        # ledgers start as float32; a wider score widens them, which changes no comparison
-        wide = torch.promote_types(score.dtype, ledger.score.dtype)
-        scores = torch.cat([ledger.score.to(wide), score.to(wide)], 1)
+        new = new_positions(score, position, cu_seqlens)
+        slots = ledger.position.shape[1]
+        if slots != self.k:
+            raise wrong("ledger", f"one of k = {self.k} tokens", f"one of {slots}")
+        # The stored tokens compete with the new ones as if all of them came in one sequence.
+        where = torch.cat([ledger.position, new], 1)
+        # A ledger starts in float32. Scores of a wider dtype widen it, which changes no comparison.
+        dtype = torch.promote_types(score.dtype, ledger.score.dtype)
+        scores = torch.cat([ledger.score.to(dtype), score.to(dtype)], 1)
         evict_at = select_topk(scores, self.k, position=where)
-        kept = _last(evict_at == NEVER, self.k)
+        kept = last_slots(evict_at == NEVER, self.k)
         return Selection(
             evict_at=evict_at[:, self.k :],
             lowered=Lifetimes(ledger.position, evict_at[:, : self.k]),
-            ledger=TopKLedger(kept(where, EMPTY), kept(scores, 0)),
+            ledger=TopKLedger(kept.take(where, EMPTY), kept.take(scores, 0)),
         )
 
 
-class CombinedLedger(NamedTuple):
-    """The tokens that either side may still evict.
+class Combined(Composable):
+    """Two selectors over the same scores. A subclass says how two lifetimes of a token combine."""
 
-    Attributes:
-        position: int32 `[N, L, H]`, -1 for empty rows.
-        lifetimes: int32 `[N, L, H]` each: under the left and the right side.
-        ledgers: of the left and the right side.
-    """
-
-    position: Tensor
-    lifetimes: tuple[Tensor, Tensor]
-    ledgers: tuple[Any, Any]
-
-
-class _Combined(Composable):
-    """Two selectors over the same scores; a subclass says how the two lifetimes of a token combine."""
+    left: Selector
+    right: Selector
 
     def __init__(self, left: Selector, right: Selector) -> None:
+        """Makes the selector of its two sides.
+
+        Raises:
+            ValueError: a side is no selector.
+        """
         super().__init__()
         for name, side in (("left", left), ("right", right)):
             check_part(name, side)
@@ -216,21 +269,24 @@ class _Combined(Composable):
 
     @property
     def causal(self) -> bool:
+        """Whether both sides are causal."""
         return is_causal(self.left) and is_causal(self.right)
 
     def combine(self, left: Tensor, right: Tensor) -> Tensor:
+        """Combines the lifetimes of the two sides, int32 of any one shape."""
         raise NotImplementedError
 
     def start(
-        self, sequences: int, heads: int, device: torch.device | None = None
+        self, batch_size: int, heads: int, device: torch.device | None = None
     ) -> CombinedLedger | None:
-        """An empty ledger; None where neither side revises a lifetime."""
-        ledgers = tuple(start(side, sequences, heads, device) for side in (self.left, self.right))
-        listed = [ledger.position for ledger in ledgers if ledger is not None]
+        """The empty ledger, with the slots of both sides; None if neither side has a ledger."""
+        left = start(self.left, batch_size, heads, device)
+        right = start(self.right, batch_size, heads, device)
+        listed = [ledger.position for ledger in (left, right) if ledger is not None]
         if not listed:
             return None
-        position = torch.cat(listed, 1)  # all empty: only the size counts
-        return CombinedLedger(position, (position, position), (ledgers[0], ledgers[1]))
+        position = torch.cat(listed, 1)  # all slots are empty: only their number counts
+        return CombinedLedger(position, (position, position), (left, right))
 
     def forward(
         self,
@@ -242,40 +298,40 @@ class _Combined(Composable):
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
         ledgers = (None, None) if ledger is None else ledger.ledgers
-        sides = [
+        left, right = (
             side(score, own, position=position, cu_seqlens=cu_seqlens)
             for side, own in zip((self.left, self.right), ledgers, strict=True)
-        ]
-        evict_at = self.combine(sides[0].evict_at, sides[1].evict_at)
+        )
+        evict_at = self.combine(left.evict_at, right.evict_at)
         if ledger is None:
             return Selection(evict_at)
-        known = [
-            lifetime if side.lowered is None else _update(ledger.position, lifetime, side.lowered)
-            for side, lifetime in zip(sides, ledger.lifetimes, strict=True)
-        ]
-        where = torch.cat([ledger.position, _rows(score, position, cu_seqlens)], 1)
-        listed = torch.zeros_like(where, dtype=torch.bool)
-        for side in sides:
-            if side.ledger is not None:
-                listed |= _find(side.ledger.position, where)[1]
-        kept = _last(listed, ledger.position.shape[1])
-        left, right = (
-            torch.cat([old, side.evict_at], 1) for old, side in zip(known, sides, strict=True)
+        # Both lifetimes of a listed token are kept, not only the combined one: when one side lowers
+        # its lifetime, the combination needs the other's.
+        known = (
+            lower(ledger.position, ledger.lifetimes[0], left.lowered),
+            lower(ledger.position, ledger.lifetimes[1], right.lowered),
         )
+        where = torch.cat([ledger.position, new_positions(score, position, cu_seqlens)], 1)
+        listed = torch.zeros_like(where, dtype=torch.bool)
+        for side in (left, right):
+            if side.ledger is not None:
+                listed |= find(side.ledger.position, where)[1]
+        kept = last_slots(listed, ledger.position.shape[1])
+        lifetimes = (
+            kept.take(torch.cat([known[0], left.evict_at], 1), EMPTY),
+            kept.take(torch.cat([known[1], right.evict_at], 1), EMPTY),
+        )
+        ledgers = (left.ledger, right.ledger)
         return Selection(
             evict_at=evict_at,
             lowered=Lifetimes(ledger.position, self.combine(*known)),
-            ledger=CombinedLedger(
-                kept(where, EMPTY),
-                (kept(left, EMPTY), kept(right, EMPTY)),
-                (sides[0].ledger, sides[1].ledger),
-            ),
+            ledger=CombinedLedger(kept.take(where, EMPTY), lifetimes, ledgers),
         )
 
 
 @final
-class AnyOf(_Combined):
-    """Kept while either selector keeps it: `left | right`."""
+class AnyOf(Combined):
+    """Keeps a token while either selector keeps it: `left | right`."""
 
     def combine(self, left: Tensor, right: Tensor) -> Tensor:
         """The later of two lifetimes."""
@@ -283,66 +339,9 @@ class AnyOf(_Combined):
 
 
 @final
-class AllOf(_Combined):
-    """Kept while both selectors keep it: `left & right`."""
+class AllOf(Combined):
+    """Keeps a token while both selectors keep it: `left & right`."""
 
     def combine(self, left: Tensor, right: Tensor) -> Tensor:
         """The earlier of two lifetimes."""
         return torch.minimum(left, right)
-
-
-def _rows(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions of new tokens as rows of a ledger, int32 [N, T, H]."""
-    if cu_seqlens is not None:
-        raise ValueError(
-            "cu_seqlens: expected None beside a ledger (pad pieces to [N, T, H] with position -1), got a packed batch"
-        )
-    if position is None:
-        raise ValueError("position: expected int32 [B, T] beside a ledger, got None")
-    return position.to(torch.int32)[..., None].expand(score.shape)
-
-
-def _find(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where positions [N, M, H] stand in ascending rows [N, L, H]: index, and whether they do; empty rows never do."""
-    if rows.shape[1] == 0:
-        return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(
-            wanted, dtype=torch.bool
-        )
-    index = torch.searchsorted(rows.mT.contiguous(), wanted.mT.contiguous()).mT.clamp(
-        max=rows.shape[1] - 1
-    )
-    return index, (rows.gather(1, index) == wanted) & (wanted != EMPTY)
-
-
-def _update(position: Tensor, evict_at: Tensor, changes: Lifetimes) -> Tensor:
-    """Lifetimes of the tokens at `position`, replaced where `changes` lists the token."""
-    index, found = _find(changes.position, position)
-    if changes.position.shape[1] == 0:
-        return evict_at
-    return torch.where(found, changes.evict_at.gather(1, index), evict_at)
-
-
-class _last:  # noqa: N801 - reads as the function it is
-    """Picks the listed tokens, at most `size` of them per row, in order, behind empty rows."""
-
-    def __init__(self, listed: Tensor, size: int) -> None:
-        order = listed.to(torch.int8).argsort(dim=1, stable=True)
-        self.order = order[:, order.shape[1] - size :]
-        self.listed = listed.gather(1, self.order)
-
-    def __call__(self, values: Tensor, empty: int) -> Tensor:
-        return torch.where(self.listed, values.gather(1, self.order), empty)
-
-
-def lower(position: Tensor, evict_at: Tensor, changes: Lifetimes | None) -> Tensor:
-    """Lifetimes of stored tokens after a selector lowered some.
-
-    Args:
-        position: int32 `[N, L, H]` or `[N, L, 1]`, of the stored tokens.
-        evict_at: int32, same shape.
-        changes: what the selector returned as `lowered`; None changes nothing.
-
-    Returns:
-        int32, same shape.
-    """
-    return evict_at if changes is None else _update(position, evict_at, changes)

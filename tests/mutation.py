@@ -19,6 +19,7 @@ MATTER = {
     "hamblocks_ops.select.reference": r"selected_attention",
     "hamblocks_ops.selected_attention": r"selected_attention",
     "hamblocks_ops.surprise": r"surprise",
+    "hamblocks.ledger": r"test_selectors\.py|test_selectors.*(split|packed|padding|rows)",
     "hamblocks.selectors": r"test_selectors\.py|test_bad_input|test_selectors.*(shape|split|packed|padding|rows|equal)",
 }
 SLOW = r"compile|test_layers|test_memory|small_|registered_well|chunked.*(float32|finite|gradients)|unwritten_memory"

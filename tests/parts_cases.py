@@ -47,8 +47,8 @@ class Smallest:
     def __init__(self, k):
         self.inner = hb.TopK(k)
 
-    def start(self, sequences, heads, device=None):
-        return self.inner.start(sequences, heads, device)
+    def start(self, batch_size, heads, device=None):
+        return self.inner.start(batch_size, heads, device)
 
     def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
         return self.inner(-score, ledger, position=position, cu_seqlens=cu_seqlens)

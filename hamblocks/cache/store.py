@@ -10,8 +10,8 @@ from torch import Tensor
 from hamblocks.cache.extension import Extension, Stored, stored
 from hamblocks.cache.pool import Pool, Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting, ranked
+from hamblocks.ledger import EMPTY, lower
 from hamblocks.protocols import Lifetimes, check_count
-from hamblocks.selectors import EMPTY, lower
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import (
     check_integer,

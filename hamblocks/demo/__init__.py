@@ -1,4 +1,4 @@
-"""The main job: what a HAM layer buys on real text, measured on the machine it runs on."""
+"""The demo: trains small models on real text and measures what they store and predict."""
 
 from hamblocks.demo.corpus import Corpus
 from hamblocks.demo.experiment import Growth, Results, Run, Settings, run

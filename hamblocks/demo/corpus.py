@@ -1,4 +1,4 @@
-"""Real text, split into training and held-out parts that share no file."""
+"""Real text in two parts, one for training and one held out."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 HELD_OUT_EVERY = 10
-"""One file in ten is held out; of a single file, its last tenth."""
+"""One file in ten is held out; if the text is a single file, its last tenth is."""
 
 LARGEST = 20_000_000
-"""Bytes read at the most."""
+"""The largest number of bytes that are read."""
 
 
 class Corpus(NamedTuple):
-    """Bytes of text.
+    """Text as bytes.
 
     Attributes:
-        train: uint8 `[bytes]`.
-        held_out: uint8 `[bytes]`.
-        source: where they come from, in words.
+        train: uint8 `[bytes]`, the training part.
+        held_out: uint8 `[bytes]`, the held-out part.
+        source: what the text is, in words.
     """
 
     train: Tensor
@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
 
     @classmethod
     def standard_library(cls) -> Corpus:
-        """The Python sources of the standard library on this machine, split by file."""
+        """The Python sources of the standard library on this machine; no file is in both parts."""
         root = Path(sysconfig.get_paths()["stdlib"])
         skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
         files = sorted(
@@ -40,7 +40,7 @@ class Corpus(NamedTuple):
             for path in root.rglob("*.py")
             if not skipped.intersection(path.relative_to(root).parts)
         )
-        # the hash spreads the modules of a package over both parts, the same way on every machine
+        # Sorting by hash spreads the modules of a package over both parts, alike on every machine.
         files.sort(key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
         parts: tuple[list[bytes], list[bytes]] = ([], [])
         total = 0
@@ -59,10 +59,10 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_file(cls, path: Path) -> Corpus:
-        """One file: its last tenth is held out.
+        """One file, whose last tenth is held out.
 
         Raises:
-            ValueError: the file has too little text to train on.
+            ValueError: the file has fewer than 100,000 bytes.
         """
         text = path.read_bytes()[:LARGEST]
         if len(text) < 100_000:
@@ -72,16 +72,16 @@ class Corpus(NamedTuple):
         border = len(text) - len(text) // HELD_OUT_EVERY
         return cls(_bytes(text[:border]), _bytes(text[border:]), path.name)
 
-    def batches(self, length: int, batch: int, generator: torch.Generator) -> Tensor:
-        """Random training rows, int64 `[batch, length + 1]`."""
-        begin = torch.randint(len(self.train) - length, (batch,), generator=generator)
+    def batch(self, length: int, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Training sequences from random places, int64 `[batch_size, length + 1]`."""
+        begin = torch.randint(len(self.train) - length, (batch_size,), generator=generator)
         return torch.stack(
             [self.train[start : start + length + 1] for start in begin.tolist()]
         ).long()
 
-    def rows(self, length: int, rows: int) -> Tensor:
-        """Held-out rows spread evenly over the part, int64 `[rows, length + 1]`."""
-        begin = torch.linspace(0, len(self.held_out) - length - 1, rows).long()
+    def sequences(self, length: int, count: int) -> Tensor:
+        """Held-out sequences from evenly spread places, int64 `[count, length + 1]`."""
+        begin = torch.linspace(0, len(self.held_out) - length - 1, count).long()
         return torch.stack(
             [self.held_out[start : start + length + 1] for start in begin.tolist()]
         ).long()

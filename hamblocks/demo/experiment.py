@@ -1,4 +1,4 @@
-"""Trains models of equal size that differ in one part, and measures what each keeps and what it predicts."""
+"""Trains models of equal size that differ in one part, and measures what they store and predict."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hamblocks.protocols import Gate, Selector
 from hamblocks.selectors import Threshold, Window
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-"""Keep fractions that the trained model's threshold is moved through."""
+"""The keep fractions at which the trained model is measured."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the experiment. The defaults take under five minutes on two cores."""
+    """Sizes of the experiment. With the defaults it takes less than five minutes on two cores."""
 
     steps: int = 550
     seed: int = 0
@@ -39,7 +39,7 @@ class Settings:
     window: int = 16
     batch: int = 2
     learning_rate: float = 4e-3
-    held_out_rows: int = 64
+    held_out_sequences: int = 64
     growth_length: int = 2048
 
     def __post_init__(self) -> None:
@@ -51,11 +51,12 @@ class Run(NamedTuple):
     """One model, measured on held-out text.
 
     Attributes:
-        name: what it is.
+        name: what the model is.
         bits_per_byte: held-out loss.
-        keep_fraction: tokens stored at the end, of all tokens, heads and layers.
-        cache_bytes_per_token: of keys and values stored at the end, over the tokens seen, all layers.
-        seconds: training time; 0 for a model that was not trained anew.
+        keep_fraction: fraction of the tokens still stored at the end, over all heads and layers.
+        cache_bytes_per_token: bytes of the keys and values stored at the end, of all layers, per
+            token seen.
+        seconds: training time; 0 for a model that was only moved to another keep fraction.
     """
 
     name: str
@@ -66,7 +67,13 @@ class Run(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """How the cache of one sequence grows: stored tokens, a mean over layers and heads, at every `tokens`."""
+    """How the cache of a sequence grows.
+
+    Attributes:
+        name: what the text is.
+        tokens: numbers of tokens seen.
+        stored: tokens stored after each of them, mean over sequences, layers and heads.
+    """
 
     name: str
     tokens: list[int]
@@ -75,7 +82,7 @@ class Growth(NamedTuple):
 
 @dataclass
 class Results:
-    """All that was measured, and under which settings."""
+    """Everything that was measured, and the settings."""
 
     settings: Settings
     source: str
@@ -90,7 +97,7 @@ class Results:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
+        """Lists and dicts of numbers and strings."""
         plain = dict(vars(self), settings=vars(self.settings))
         for name in ("models", "trade_off", "growth"):
             plain[name] = [row._asdict() for row in plain[name]]
@@ -98,58 +105,65 @@ class Results:
 
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with what is done, steps done, steps in all, and a remark."""
+"""Called with the name of the work, the steps done, the number of steps, and a remark."""
 
 
 def run(settings: Settings, corpus: Corpus, progress: Progress) -> Results:
-    """Runs the whole experiment, on a GPU where there is one."""
+    """Runs the whole experiment, on a GPU if there is one."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = None
-    ham = None
+    models = {}
+    runs = []
     for name, gate, selector in _variants(settings):
         torch.manual_seed(settings.seed)
-        model = _model(settings, gate, selector).to(device)
-        if results is None:
-            processor = (
-                torch.cuda.get_device_name()
-                if device.type == "cuda"
-                else f"{torch.get_num_threads()} CPU threads"
-            )
-            results = Results(
-                settings=settings,
-                source=corpus.source,
-                train_bytes=len(corpus.train),
-                held_out_bytes=len(corpus.held_out),
-                parameters=sum(p.numel() for p in model.parameters()),
-                device=processor,
-                torch=torch.__version__,
-            )
+        models[name] = _model(settings, gate, selector).to(device)
 
         def step(done: int, remark: str, name: str = name) -> None:
             progress(name, done, settings.steps, remark)
 
-        seconds = _train(model, settings, corpus, step)
-        results.models.append(_measure(name, model, settings, corpus, seconds))
-        if name.startswith("HAM"):
-            ham = model
-    assert results is not None
-    assert ham is not None
-    controllers = [module for module in ham.modules() if isinstance(module, TargetFraction)]
-    trained = [float(controller.tau) for controller in controllers]
-    for done, fraction in enumerate(FRACTIONS):
-        progress("moving the threshold", done, len(FRACTIONS), "")
-        for controller in controllers:
-            controller.set_fraction(fraction)
-        results.trade_off.append(
-            _measure(f"that HAM, moved to {fraction:.0%}", ham, settings, corpus, 0.0)
-        )
-    for controller, tau in zip(controllers, trained, strict=True):
-        controller.set_threshold(tau)
-    results.growth = list(_grow(ham, settings, corpus))
-    progress("moving the threshold", len(FRACTIONS), len(FRACTIONS), "")
+        seconds = _train(models[name], settings, corpus, step)
+        runs.append(_measure(name, models[name], settings, corpus, seconds))
+    (ham,) = (model for name, model in models.items() if name.startswith("HAM"))
+    results = Results(
+        settings=settings,
+        source=corpus.source,
+        train_bytes=len(corpus.train),
+        held_out_bytes=len(corpus.held_out),
+        parameters=sum(weight.numel() for weight in ham.parameters()),
+        device=_device_name(device),
+        torch=torch.__version__,
+        models=runs,
+        trade_off=_move_threshold(ham, settings, corpus, progress),
+        growth=list(_grow(ham, settings, corpus)),
+    )
     results.seconds = time.perf_counter() - began
     return results
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _move_threshold(
+    ham: Decoder, settings: Settings, corpus: Corpus, progress: Progress
+) -> list[Run]:
+    """Measures a trained model at every keep fraction; its thresholds are then set back."""
+    what = "moving the threshold"
+    controllers = [module for module in ham.modules() if isinstance(module, TargetFraction)]
+    trained = [float(controller.tau) for controller in controllers]
+    runs = []
+    for done, fraction in enumerate(FRACTIONS):
+        progress(what, done, len(FRACTIONS), "")
+        for controller in controllers:
+            controller.set_fraction(fraction)
+        name = f"that HAM, moved to {fraction:.0%}"
+        runs.append(_measure(name, ham, settings, corpus, 0.0))
+    for controller, tau in zip(controllers, trained, strict=True):
+        controller.set_threshold(tau)
+    progress(what, len(FRACTIONS), len(FRACTIONS), "")
+    return runs
 
 
 def _variants(
@@ -185,7 +199,7 @@ def _model(
 def _train(
     model: Decoder, settings: Settings, corpus: Corpus, progress: Callable[[int, str], None]
 ) -> float:
-    """Trains in place; returns seconds."""
+    """Trains the model in place; returns the seconds that took."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
@@ -202,8 +216,8 @@ def _train(
     began = time.perf_counter()
     model.train()
     for step in range(settings.steps):
-        rows = corpus.batches(settings.length, settings.batch, generator).to(device)
-        loss = _loss(model, rows)
+        tokens = corpus.batch(settings.length, settings.batch, generator).to(device)
+        loss = _loss(model, tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -213,42 +227,42 @@ def _train(
     return time.perf_counter() - began
 
 
-def _loss(model: Decoder, rows: Tensor) -> Tensor:
+def _loss(model: Decoder, tokens: Tensor) -> Tensor:
     """Mean negative log-likelihood of the next byte, in nats."""
-    return cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    return cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
 def _measure(name: str, model: Decoder, settings: Settings, corpus: Corpus, seconds: float) -> Run:
-    """Held-out loss, and what the layers stored while reading it."""
+    """Measures the held-out loss, and what the layers store while they read the text."""
     device = next(model.parameters()).device
     model.eval()
-    losses, kept, stored_bytes, tokens = [], [], 0.0, 0
-    for rows in corpus.rows(settings.length, settings.held_out_rows).split(16):
-        rows = rows.to(device)
-        result = model(rows[:, :-1], state=model.init_state(len(rows)))
-        losses.append(float(cross_entropy(result.logits.flatten(0, 1), rows[:, 1:].flatten())))
+    losses, kept, stored_bytes, seen = [], [], 0.0, 0
+    for tokens in corpus.sequences(settings.length, settings.held_out_sequences).split(16):
+        tokens = tokens.to(device)
+        result = model(tokens[:, :-1], state=model.init_state(len(tokens)))
+        losses.append(float(cross_entropy(result.logits.flatten(0, 1), tokens[:, 1:].flatten())))
         kept.append(fmean(float(stats.keep_fraction()) for stats in result.stats))
-        tokens += rows.shape[0] * settings.length
+        seen += len(tokens) * settings.length
         for state in result.state or []:
             per_token = 2 * state.cache.head_dim * state.cache.dtype.itemsize
             stored_bytes += float(state.cache.tokens.sum()) * per_token
-    return Run(name, fmean(losses) / math.log(2), fmean(kept), stored_bytes / tokens, seconds)
+    return Run(name, fmean(losses) / math.log(2), fmean(kept), stored_bytes / seen, seconds)
 
 
 @torch.no_grad()
 def _grow(model: Decoder, settings: Settings, corpus: Corpus) -> Iterator[Growth]:
-    """The cache over one long sequence: held-out text as it comes, and one short passage of it over and over."""
+    """The cache over long sequences: of held-out text, and of one short passage repeated."""
     device = next(model.parameters()).device
     length = min(settings.growth_length, len(corpus.held_out) // 2)
-    fresh = corpus.rows(length, 8)[:, :length]
+    fresh = corpus.sequences(length, 8)[:, :length]
     passage = 32
     repetitive = fresh[:, :passage].repeat(1, length // passage + 1)[:, :length]
-    for name, rows in (
+    for name, tokens in (
         ("fresh text", fresh),
         (f"one passage of {passage} bytes, repeated", repetitive),
     ):
-        result = model(rows.to(device))
+        result = model(tokens.to(device))
         at = list(range(0, length, max(length // 128, 1)))
         stored = [
             fmean(

@@ -1,4 +1,4 @@
-"""What a person sees of the results: a table and one chart."""
+"""Shows the results: a table and a chart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hamblocks.demo.experiment import Results, Run
 
 
 def table(results: Results) -> Table:
-    """Models, then the trained HAM moved along the trade-off."""
+    """A table of the models, and of the trained HAM at every keep fraction."""
     view = Table(
-        title=f"Held-out {results.source}: {results.parameters:,} parameters each, {results.settings.steps} steps"
+        title=f"Held-out {results.source}: {results.parameters:,} parameters each, "
+        f"{results.settings.steps} steps"
     )
     view.add_column("model")
     for column in ("bits per\nbyte", "keep\nfraction", "cache bytes\nper token", "training"):
@@ -27,7 +28,7 @@ def table(results: Results) -> Table:
 
 
 def markdown(results: Results) -> str:
-    """The same table, as markdown."""
+    """The same table in Markdown."""
     lines = [
         "| model | bits per byte | keep fraction | cache bytes per token | training |",
         "|---|--:|--:|--:|--:|",
@@ -49,7 +50,7 @@ def _cells(row: Run) -> list[str]:
 
 
 def chart(results: Results, path: Path) -> None:
-    """Left: loss against what is stored. Right: how the cache grows. Writes a PNG."""
+    """Writes a PNG with two plots: loss against keep fraction, and growth of the cache."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -99,7 +100,8 @@ def chart(results: Results, path: Path) -> None:
     right.grid(alpha=0.25)
     right.legend(frameon=False, fontsize=8.5)
     figure.suptitle(
-        f"{results.parameters:,} parameters, {results.settings.steps} steps, {results.source}; {results.device}",
+        f"{results.parameters:,} parameters, {results.settings.steps} steps, {results.source}; "
+        f"{results.device}",
         x=0.01,
         ha="left",
         fontsize=9,

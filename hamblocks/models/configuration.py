@@ -1,4 +1,4 @@
-"""The configuration of a model in transformers: sizes, the kind of every layer, and policies as plain JSON."""
+"""The configuration of a model in transformers: sizes, the kinds of layers, policies as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hamblocks.models.policies import Policy, complete, describe, make
+from hamblocks.models.policies import Policy, complete, part_of, policy_of
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
 
@@ -16,7 +16,7 @@ LAYER_TYPES = {
     "linear_attention": ("memory", "combiner"),
     "full_attention": ("attention", "combiner"),
 }
-"""Kinds of layers, under the names that transformers has for them, and the policies that each reads."""
+"""Kinds of layers, by the names that transformers has for them, and the policies each reads."""
 
 DEFAULTS: dict[str, Policy] = {
     "memory": {"type": "gated_delta_memory"},
@@ -31,6 +31,23 @@ DEFAULTS: dict[str, Policy] = {
     "attention": {"type": "selected_attention"},
     "combiner": {"type": "gated_sum"},
 }
+"""The policies that a configuration does not state."""
+
+OTHER_NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "num_layers": "num_hidden_layers",
+    "rope_parameters": "rope_theta",
+    "rope_scaling": "rope_theta",
+}
+"""Arguments that would be a second statement of another one, which transformers would ignore."""
+
+
+class _Unstated(float):
+    """A default that can be told from the same number given by the user."""
+
+
+DEFAULT_ROPE_THETA = _Unstated(10_000.0)
 
 
 class HAMConfig(PreTrainedConfig):
@@ -43,34 +60,42 @@ class HAMConfig(PreTrainedConfig):
             selector=Threshold(TargetFraction(0.1)) | Window(32),
         )
 
-    A policy (`memory`, `gate`, `selector`, `attention`, `combiner`) is JSON as `hamblocks.models.policies` has it, or
-    one of hamblocks' own parts, of which the JSON is kept; one for all layers, or a list with one for every layer.
+    A policy (`memory`, `gate`, `selector`, `attention`, `combiner`) is JSON as in
+    `hamblocks.models.policies`, or one of hamblocks' own parts, of which the JSON is kept. Give one
+    policy for all layers, or a list with one for every layer.
+
+    Every number has one value. `rope_theta` stands in the policy of attention too: given in one
+    place, it holds in both; given differently in both, it is an error.
 
     Attributes:
-        vocab_size: how many tokens there are.
+        vocab_size: number of tokens in the vocabulary.
         hidden_size: width of the model.
-        intermediate_size: inner width of the MLPs; None: 8/3 of the hidden size.
-        num_hidden_layers: how many blocks.
+        intermediate_size: inner width of the MLPs; None: 8/3 of `hidden_size`.
+        num_hidden_layers: number of blocks.
         num_attention_heads: query heads, and heads of the memory.
-        num_key_value_heads: a divisor of num_attention_heads; None: as many.
-        head_dim: None: hidden_size // num_attention_heads.
-        layer_types: for every layer "hybrid" (memory and attention over what the selector stores), "linear_attention"
-            (the memory alone) or "full_attention" (attention over everything); None: all hybrid.
+        num_key_value_heads: a divisor of `num_attention_heads`; None: as many.
+        head_dim: size of a head; None: `hidden_size // num_attention_heads`.
+        layer_types: one name per layer: "hybrid" (a memory, and attention over what the selector
+            stores), "linear_attention" (the memory alone) or "full_attention" (attention over
+            everything); None: all hybrid.
         memory: policy of the memory; None: the gated delta rule.
         gate: policy of the gate; None: the cosine prediction error.
         selector: policy of the selector; None: a quarter of the tokens for good, and the last 64.
         attention: policy of attention; None: with rotary positions and query/key norm.
         combiner: policy of the combiner; None: the gated sum.
-        rope_theta: base of the rotary wavelengths, where the policy of attention names none; None: no positions.
+        rope_theta: base of the rotary wavelengths, 10,000 if no policy of attention states one;
+            None: no rotary positions. A list where layers differ.
         rms_norm_eps: epsilon of the blocks' norms.
         initializer_range: standard deviation of new weights.
         use_cache: return the cache, outside of training.
         tie_word_embeddings: the head's weights are the embedding's.
-        own_layers: set by a model whose layers came from `layer=`: it cannot be loaded without it.
+        own_layers: set by a model whose layers came from `layer=`, without which it cannot be
+            loaded.
     """
 
     model_type = "ham"
-    keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012 - transformers' own form
+    # a list, as transformers has it
+    keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -85,7 +110,7 @@ class HAMConfig(PreTrainedConfig):
     selector: Any = None
     attention: Any = None
     combiner: Any = None
-    rope_theta: float | None = 10_000.0
+    rope_theta: float | list[float | None] | None = DEFAULT_ROPE_THETA
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -101,65 +126,137 @@ class HAMConfig(PreTrainedConfig):
         Raises:
             ValueError: a bad argument; the message names it, what was expected and what came.
         """
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            check_count(name, getattr(self, name), 1)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                expected = (
-                    f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim"
-                )
-                raise wrong("hidden_size", expected, f"{self.hidden_size}")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = self.hidden_size * 8 // 3
-        if self.layer_types is None:
-            self.layer_types = ["hybrid"] * self.num_hidden_layers
-        unknown = sorted({str(kind) for kind in self.layer_types if kind not in LAYER_TYPES})
-        if unknown:
-            raise wrong("layer_types", f"only {', '.join(LAYER_TYPES)}", ", ".join(unknown))
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise wrong(
-                "layer_types",
-                f"num_hidden_layers = {self.num_hidden_layers} of them",
-                f"{len(self.layer_types)}",
-            )
+        for name, own in OTHER_NAMES.items():
+            if kwargs.get(name) is not None:
+                raise wrong(name, f"no such argument (its name here is {own})", kwargs[name])
+        self._complete_sizes()
+        self._complete_layer_types()
         for kind in DEFAULTS:
-            setattr(self, kind, self._completed(kind, getattr(self, kind)))
+            if kind != "attention":
+                setattr(self, kind, self._completed(kind, getattr(self, kind)))
+        self._complete_attention()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers has it; what `from_pretrained(..., selector=...)` changes is checked and completed alike."""
-        changed = {
-            name: kwargs.pop(name) for name in list(kwargs) if name in HAMConfig.__annotations__
-        }
-        return super().from_dict({**config_dict, **changed}, **kwargs)
+        """As in transformers; what `from_pretrained(..., selector=...)` changes is checked too.
+
+        A changed `rope_theta` holds in the policies of attention too, and the other way round.
+        """
+        names = HAMConfig.__annotations__
+        changed = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        saved = copy.deepcopy(config_dict)
+        if "attention" in changed:
+            saved.pop("rope_theta", None)
+        elif "rope_theta" in changed:
+            policies = saved.get("attention")
+            for policy in policies if isinstance(policies, list) else [policies]:
+                if isinstance(policy, dict):
+                    policy.pop("rope_theta", None)
+        return super().from_dict({**saved, **changed}, **kwargs)
 
     def policy(self, kind: str, layer: int) -> Policy:
-        """The policy of one layer: kind is memory, gate, selector, attention or combiner."""
-        policy = getattr(self, kind)
-        chosen: Policy = policy[layer] if isinstance(policy, list) else policy
+        """The policy of one layer.
+
+        Args:
+            kind: memory, gate, selector, attention or combiner.
+            layer: its index.
+
+        Raises:
+            ValueError: `rope_theta` was changed and the policy of attention was not.
+        """
+        chosen: Policy = _of_layer(getattr(self, kind), layer)
+        if kind == "attention":
+            _agree(_of_layer(self.rope_theta, layer), chosen)
         return chosen
 
+    def _complete_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            check_count(name, getattr(self, name), 1)
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                expected = f"a multiple of num_attention_heads = {heads}, or head_dim"
+                raise wrong("hidden_size", expected, f"{self.hidden_size}")
+            self.head_dim = self.hidden_size // heads
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size * 8 // 3
+
+    def _complete_layer_types(self) -> None:
+        layers = self.num_hidden_layers
+        if self.layer_types is None:
+            self.layer_types = ["hybrid"] * layers
+        unknown = sorted({str(kind) for kind in self.layer_types if kind not in LAYER_TYPES})
+        if unknown:
+            raise wrong("layer_types", f"only {', '.join(LAYER_TYPES)}", ", ".join(unknown))
+        if len(self.layer_types) != layers:
+            expected = f"num_hidden_layers = {layers} of them"
+            raise wrong("layer_types", expected, f"{len(self.layer_types)}")
+
+    def _complete_attention(self) -> None:
+        """Completes the policies of attention and `rope_theta` so that they agree."""
+        given = self.rope_theta
+        is_stated = not isinstance(given, _Unstated)
+        if isinstance(given, (list, tuple)):
+            self._check_length("rope_theta", given, "number")
+            given = list(given)
+        policies = self.attention
+        if isinstance(given, list) and not isinstance(policies, (list, tuple)):
+            policies = [policies] * self.num_hidden_layers
+        if isinstance(policies, (list, tuple)):
+            self._check_length("attention", policies, "policy")
+            completed = [
+                self._attention_policy(policy, _of_layer(given, layer), is_stated)
+                for layer, policy in enumerate(policies)
+            ]
+            thetas = [policy["rope_theta"] for policy in completed]
+            self.attention = completed
+            self.rope_theta = thetas if any(x != thetas[0] for x in thetas) else thetas[0]
+        else:
+            self.attention = self._attention_policy(policies, given, is_stated)
+            self.rope_theta = self.attention["rope_theta"]
+
+    def _attention_policy(self, policy: object, rope_theta: Any, is_stated: bool) -> Policy:
+        """One policy of attention, complete; `rope_theta` is the one that the configuration has."""
+        policy = copy.deepcopy(DEFAULTS["attention"]) if policy is None else policy
+        if isinstance(policy, dict):
+            theta = float(rope_theta) if isinstance(rope_theta, _Unstated) else rope_theta
+            policy = {"rope_theta": theta, **policy}
+        policy = self._one("attention", policy)
+        if is_stated:
+            _agree(rope_theta, policy)
+        return policy
+
     def _completed(self, kind: str, policy: object) -> Policy | list[Policy]:
-        """The policy as JSON with every argument, once made so that a bad value is found here."""
+        """The policy as JSON with every argument, or a list of them with one per layer."""
         if isinstance(policy, (list, tuple)):
-            if len(policy) != self.num_hidden_layers:
-                raise wrong(
-                    kind,
-                    f"one policy, or num_hidden_layers = {self.num_hidden_layers}",
-                    f"{len(policy)}",
-                )
-            completed = [self._completed(kind, one) for one in policy]
-            return [one for one in completed if isinstance(one, dict)]
+            self._check_length(kind, policy, "policy")
+            return [self._one(kind, one) for one in policy]
+        return self._one(kind, policy)
+
+    def _one(self, kind: str, policy: object) -> Policy:
+        """One policy, complete. A part is made of it once, so that a bad value is found here."""
         if policy is None:
             policy = copy.deepcopy(DEFAULTS[kind])
-        if not isinstance(policy, dict):
-            policy = describe(kind, policy)
-        elif kind == "attention":
-            policy = {"rope_theta": self.rope_theta, **policy}
-        policy = complete(kind, policy)
-        make(kind, policy)
-        return policy
+        completed = complete(kind, policy if isinstance(policy, dict) else policy_of(kind, policy))
+        part_of(kind, completed)
+        return completed
+
+    def _check_length(self, name: str, values: list[Any] | tuple[Any, ...], what: str) -> None:
+        layers = self.num_hidden_layers
+        if len(values) != layers:
+            raise wrong(name, f"one {what}, or num_hidden_layers = {layers}", f"{len(values)}")
+
+
+def _of_layer(value: Any, layer: int) -> Any:
+    """The value of one layer, of one for all layers or a list with one for each."""
+    return value[layer] if isinstance(value, list) else value
+
+
+def _agree(rope_theta: float | None, policy: Policy) -> None:
+    """Checks that a policy of attention has the configuration's `rope_theta`."""
+    if policy["rope_theta"] != rope_theta:
+        expected = f"{policy['rope_theta']}, as the policy of attention has it (or state it once)"
+        raise wrong("rope_theta", expected, f"{rope_theta}")

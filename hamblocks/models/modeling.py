@@ -31,7 +31,7 @@ from hamblocks.memory import GatedDeltaMemory, ShortConvolution
 from hamblocks.models.batches import batch_layout
 from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
-from hamblocks.models.policies import make
+from hamblocks.models.policies import part_of
 from hamblocks.models.stack import Stack
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
@@ -84,7 +84,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """The layer that a configuration describes."""
     parts: dict[str, Any] = dict.fromkeys(("memory", "gate", "selector", "attention"))
     for name in LAYER_TYPES[(config.layer_types or [])[index]]:
-        parts[name] = make(name, config.policy(name, index))
+        parts[name] = part_of(name, config.policy(name, index))
     return HAMLayer(
         config.hidden_size,
         config.num_attention_heads,

@@ -1,12 +1,13 @@
 """Policies as plain JSON: a closed table of hamblocks' own parts, read in both directions.
 
-A policy is an object with the name of a part as "type"; everything else is an argument of that part's constructor:
+A policy is an object with the name of a part as "type"; everything else is an argument of that
+part's constructor:
 
     {"type": "any_of", "of": [
         {"type": "threshold", "controller": {"type": "target_fraction", "fraction": 0.25}},
         {"type": "window", "width": 64}]}
 
-Nothing is imported by name: parts of a user's own go to the model as objects (`layer=`).
+Nothing is imported by name. Parts of a user's own go to the model as objects (`layer=`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -23,137 +24,167 @@ from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
-from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
+from hamblocks.protocols import Attention, Combiner, Controller, Gate, Memory, Selector
+from hamblocks.selectors import AllOf, AnyOf, Combined, FirstTokens, Threshold, TopK, Window
 from hamblocks_ops.arguments import wrong
 
 Policy = dict[str, Any]
 
-
-class _Entry(NamedTuple):
-    """A part in the table, and which of its arguments are parts themselves."""
-
-    part: type[Any]
-    parts: dict[str, str]
-
-
-def _named(*parts: type[Any], **inner: str) -> dict[str, _Entry]:
-    """A part's name in JSON is its class name in snake case; `inner` as in `_Entry.parts`."""
-    return {
-        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part.__name__).lower(): _Entry(part, inner)
-        for part in parts
-    }
-
-
-TABLE: dict[str, dict[str, _Entry]] = {
-    "memory": _named(DeltaMemory, GatedDeltaMemory),
-    "gate": _named(LearnedRouter, PeriodicGate, PredictionError, RandomGate)
-    | _named(SharedGate, gate="gate"),
-    "selector": _named(AllOf, AnyOf, FirstTokens, TopK, Window)
-    | _named(Threshold, controller="controller"),
-    "controller": _named(FixedThreshold, TargetFraction),
-    "attention": _named(SelectedAttention),
-    "combiner": _named(GatedSum, SoftmaxMix),
+PARTS: dict[str, tuple[type[Any], ...]] = {
+    "memory": (DeltaMemory, GatedDeltaMemory),
+    "gate": (LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate),
+    "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
+    "controller": (FixedThreshold, TargetFraction),
+    "attention": (SelectedAttention,),
+    "combiner": (GatedSum, SoftmaxMix),
 }
-"""Kinds of parts -> names -> parts."""
+"""Kinds of parts, and the classes that a policy can name. To add a part, add its class here.
 
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+A part's name is its class name in snake case. Its arguments are those of its constructor, each an
+attribute of the same name; one that is annotated with a protocol is a policy itself.
+"""
 
-COMBINED = (AllOf, AnyOf)
-"""Parts of two sides, which a policy lists under "of"."""
+PROTOCOLS: dict[object, str] = {
+    Memory: "memory",
+    Gate: "gate",
+    Selector: "selector",
+    Controller: "controller",
+    Attention: "attention",
+    Combiner: "combiner",
+}
+"""The kind of part that an argument annotated with a protocol takes."""
+
+
+def name_of(part: type[Any]) -> str:
+    """The name of a part's class in a policy: snake case."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part.__name__).lower()
+
+
+TABLE: dict[str, dict[str, type[Any]]] = {
+    kind: {name_of(part): part for part in parts} for kind, parts in PARTS.items()
+}
+"""Kinds of parts -> names -> classes."""
 
 
 def complete(kind: str, policy: object) -> Policy:
-    """A policy with every argument, those left out at their defaults.
+    """A policy with every argument; those left out get their defaults.
 
     Args:
         kind: memory, gate, selector, controller, attention or combiner.
-        policy: as JSON; a number for a controller is a fixed threshold.
+        policy: as JSON. A number as the policy of a controller is a fixed threshold.
 
     Raises:
         ValueError: an unknown name or argument, or a missing one; the message lists what exists.
     """
     if kind == "controller" and isinstance(policy, (int, float)) and not isinstance(policy, bool):
-        policy = {"type": "fixed_threshold", "tau": float(policy)}
+        policy = {"type": name_of(FixedThreshold), "tau": float(policy)}
     names = TABLE[kind]
     if not isinstance(policy, dict) or not isinstance(policy.get("type"), str):
         raise wrong(kind, f'an object with one of {", ".join(names)} as "type"', repr(policy))
-    name, given = (
-        policy["type"],
-        {argument: value for argument, value in policy.items() if argument != "type"},
-    )
+    name = policy["type"]
     if name not in names:
         raise wrong(kind, f'one of {", ".join(names)} as "type"', repr(name))
-    entry, where = names[name], f"{kind} {name}"
-    if entry.part in COMBINED:
-        sides = given.pop("of", None)
-        if given or not isinstance(sides, (list, tuple)) or len(sides) < 2:
-            raise wrong(where, 'a list of two or more as "of", and nothing else', repr(policy))
-        return {"type": name, "of": [complete(kind, side) for side in sides]}
-    arguments = _arguments(entry.part)
-    missing = [
-        argument for argument, default in arguments.items() if default is inspect.Parameter.empty
-    ]
-    if not (set(missing) <= set(given) <= set(arguments)):
-        listed = ", ".join(
-            argument + ("" if argument in missing else " (optional)") for argument in arguments
-        )
-        raise wrong(where, f"the arguments {listed or '(none)'}", ", ".join(given) or "none")
-    full = {argument: given.get(argument, default) for argument, default in arguments.items()}
-    for argument, inner in entry.parts.items():
+    given = {argument: value for argument, value in policy.items() if argument != "type"}
+    where = f"{kind} {name}"
+    if issubclass(names[name], Combined):
+        return {"type": name, "of": _complete_sides(kind, where, given)}
+    defaults = _defaults(names[name])
+    _check_arguments(where, given, defaults)
+    full = {**defaults, **given}
+    for argument, inner in _inner_kinds(names[name]).items():
         full[argument] = complete(inner, full[argument])
     return {"type": name, **full}
 
 
-def make(kind: str, policy: object) -> Any:
-    """A new part from its policy.
+def part_of(kind: str, policy: object) -> Any:
+    """Makes a new part from its policy.
+
+    Args:
+        kind: as in `complete`.
+        policy: as in `complete`.
 
     Raises:
         ValueError: an unknown name or argument, or a value that the part refuses.
     """
     full = complete(kind, policy)
-    entry = TABLE[kind][full.pop("type")]
-    if entry.part in COMBINED:
-        return reduce(entry.part, [make(kind, side) for side in full["of"]])
-    for argument, inner in entry.parts.items():
-        full[argument] = make(inner, full[argument])
-    return entry.part(**full)
+    part = TABLE[kind][full.pop("type")]
+    if issubclass(part, Combined):
+        return reduce(part, [part_of(kind, side) for side in full["of"]])
+    for argument, inner in _inner_kinds(part).items():
+        full[argument] = part_of(inner, full[argument])
+    return part(**full)
 
 
-def describe(kind: str, part: object) -> Policy:
-    """The policy of a part.
+def policy_of(kind: str, part: object) -> Policy:
+    """The policy of a part, complete.
+
+    Args:
+        kind: as in `complete`.
+        part: one of hamblocks' own parts.
 
     Raises:
         ValueError: it is none of hamblocks' own.
     """
-    found = [(name, entry) for name, entry in TABLE[kind].items() if type(part) is entry.part]
-    if not found:
-        raise wrong(
-            kind,
-            f"one of hamblocks' own parts ({', '.join(TABLE[kind])}); others go in by layer=",
-            part,
-        )
-    name, entry = found[0]
-    if entry.part in COMBINED:
-        return {"type": name, "of": [describe(kind, side) for side in _sides(part)]}
-    values = {argument: getattr(part, argument) for argument in _arguments(entry.part)}
-    for argument, inner in entry.parts.items():
-        values[argument] = describe(inner, values[argument])
-    return {
-        "type": name,
-        **{key: shortest(x) if isinstance(x, Tensor) else x for key, x in values.items()},
-    }
+    own = type(part)
+    if own not in PARTS[kind]:
+        names = ", ".join(TABLE[kind])
+        raise wrong(kind, f"one of hamblocks' own parts ({names}); others go in by layer=", part)
+    if issubclass(own, Combined):
+        return {"type": name_of(own), "of": [policy_of(kind, side) for side in _sides(part)]}
+    inner = _inner_kinds(own)
+    values = {}
+    for argument in _defaults(own):
+        value = getattr(part, argument)
+        if argument in inner:
+            value = policy_of(inner[argument], value)
+        values[argument] = shortest(value) if isinstance(value, Tensor) else value
+    return {"type": name_of(own), **values}
+
+
+def _complete_sides(kind: str, where: str, given: dict[str, Any]) -> list[Policy]:
+    """The sides of `|` or `&`, which a policy lists under "of"."""
+    sides = given.get("of")
+    if set(given) != {"of"} or not isinstance(sides, (list, tuple)) or len(sides) < 2:
+        raise wrong(where, 'a list of two or more as "of", and nothing else', repr(given))
+    return [complete(kind, side) for side in sides]
+
+
+def _check_arguments(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Checks that no argument is missing or unknown."""
+    required = [name for name, value in defaults.items() if value is inspect.Parameter.empty]
+    if set(required) <= set(given) <= set(defaults):
+        return
+    listed = [name if name in required else f"{name} (optional)" for name in defaults]
+    expected = f"the arguments {', '.join(listed) or '(none)'}"
+    raise wrong(where, expected, ", ".join(given) or "none")
 
 
 def _sides(part: Any) -> list[Any]:
-    """(a | b) | c as a, b, c; but a | (b | c) as a, b | c: as it would be built from the list."""
-    return [*(_sides(part.left) if type(part.left) is type(part) else [part.left]), part.right]
+    """The sides of `(a | b) | c` are a, b, c; those of `a | (b | c)` are a and b | c.
+
+    A list is combined from the left, so each is made from its policy as it was.
+    """
+    first = _sides(part.left) if type(part.left) is type(part) else [part.left]
+    return [*first, part.right]
 
 
-def _arguments(part: type[Any]) -> dict[str, Any]:
-    """Arguments of a constructor and their defaults; a part without a constructor has none."""
-    parameters = inspect.signature(part).parameters.values()
+def _defaults(part: type[Any]) -> dict[str, Any]:
+    """Arguments of a constructor and their defaults (`inspect.Parameter.empty` for none)."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.kind not in VARIADIC
+        for parameter in inspect.signature(part).parameters.values()
+        # a class without a constructor of its own shows nn.Module's *args and **kwargs
+        if parameter.kind not in variadic
+    }
+
+
+def _inner_kinds(part: type[Any]) -> dict[str, str]:
+    """Arguments of a constructor that are parts themselves, and of which kind."""
+    hints = get_type_hints(part.__init__)
+    return {
+        argument: PROTOCOLS[hint]
+        for argument in _defaults(part)
+        for hint in get_args(hints.get(argument)) or [hints.get(argument)]
+        if hint in PROTOCOLS
     }

@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: safetensors, bit for bit, thresholds included, and parts of a user's own."""
+"""save_pretrained and from_pretrained are exact, for thresholds and a user's own parts too."""
 
 import json
 

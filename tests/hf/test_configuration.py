@@ -1,4 +1,4 @@
-"""The configuration: plain JSON in both directions, what is refused, and what loading hamblocks imports."""
+"""The configuration: JSON in both directions, bad arguments, and what importing hamblocks loads."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hamblocks as hb
 from hamblocks.models import HAMConfig, HAMForCausalLM, HAMModel
-from hamblocks.models.policies import TABLE, complete, describe, make
+from hamblocks.models.policies import TABLE, complete, part_of, policy_of
 
 POLICIES = [
     (
@@ -66,9 +66,9 @@ POLICIES = [
 
 @pytest.mark.parametrize(("kind", "policy"), POLICIES)
 def test_policies_are_read_in_both_directions(kind, policy):
-    part = make(kind, json.loads(json.dumps(policy)))
-    assert type(part) is TABLE[kind][policy["type"]].part
-    assert describe(kind, part) == complete(kind, policy) == policy
+    part = part_of(kind, json.loads(json.dumps(policy)))
+    assert type(part) is TABLE[kind][policy["type"]]
+    assert policy_of(kind, part) == complete(kind, policy) == policy
 
 
 def test_every_part_in_the_table_was_tried():
@@ -90,12 +90,12 @@ def test_what_is_left_out_is_completed():
     }
     assert complete("controller", 0.25) == {"type": "fixed_threshold", "tau": 0.25}
     a, b, c = hb.Window(1), hb.FirstTokens(2), hb.TopK(3)
-    assert [side["type"] for side in describe("selector", (a | b) | c)["of"]] == [
+    assert [side["type"] for side in policy_of("selector", (a | b) | c)["of"]] == [
         "window",
         "first_tokens",
         "top_k",
     ]
-    assert describe("selector", a | (b & c))["of"][1]["type"] == "all_of"
+    assert policy_of("selector", a | (b & c))["of"][1]["type"] == "all_of"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,100 @@ def test_bad_configurations(changes, message):
         config(**changes)
 
 
+ATTENTION = {"type": "selected_attention"}
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        hb.SelectedAttention(),
+        hb.SelectedAttention(rope_theta=None),
+        {**ATTENTION, "rope_theta": 10_000.0},
+        [ATTENTION, hb.SelectedAttention(), ATTENTION],
+        [hb.SelectedAttention(rope_theta=2.0), None, None],
+    ],
+)
+@pytest.mark.parametrize("rope_theta", [5e5, [5e5, 5e5, 7.0]])
+def test_two_values_of_rope_theta_are_refused(attention, rope_theta):
+    with pytest.raises(ValueError, match=r"^rope_theta: expected .*policy of attention.*, got "):
+        config(attention=attention, rope_theta=rope_theta)
+
+
+PART = hb.SelectedAttention(rope_theta=5e5)
+ONE_THETA = [
+    ({}, 1e4),
+    ({"rope_theta": 5e5}, 5e5),
+    ({"rope_theta": None}, None),
+    ({"rope_theta": 5e5, "attention": {**ATTENTION, "qk_norm": False}}, 5e5),
+    ({"rope_theta": 5e5, "attention": PART}, 5e5),
+    ({"rope_theta": None, "attention": hb.SelectedAttention(rope_theta=None)}, None),
+    ({"attention": PART}, 5e5),
+    ({"attention": hb.SelectedAttention(rope_theta=None)}, None),
+    ({"attention": [PART] * 3}, 5e5),
+    ({"attention": [None, PART, ATTENTION]}, [1e4, 5e5, 1e4]),
+    ({"rope_theta": [2.0, None, 3.0]}, [2.0, None, 3.0]),
+    ({"rope_theta": (2.0, 2.0, 2.0)}, 2.0),
+    ({"rope_theta": [2.0, 5e5, 3.0], "attention": [ATTENTION, PART, None]}, [2.0, 5e5, 3.0]),
+]
+
+
+@pytest.mark.parametrize(("changes", "rope_theta"), ONE_THETA)
+def test_rope_theta_stated_once_holds_in_both_places(changes, rope_theta, tmp_path):
+    made = config(**changes)
+    made.save_pretrained(tmp_path)
+    for one in (made, HAMConfig.from_pretrained(tmp_path)):
+        assert one.rope_theta == rope_theta
+        assert type(one.rope_theta) in (float, list, type(None))
+        of_layers = [one.policy("attention", layer)["rope_theta"] for layer in range(3)]
+        assert of_layers == (rope_theta if isinstance(rope_theta, list) else [rope_theta] * 3)
+    layers = HAMForCausalLM(made).model.stack.layers
+    assert [layer.attention.rope_theta for layer in layers[1:]] == of_layers[1:]
+
+
+@pytest.mark.parametrize(
+    "saved", [{}, {"attention": PART}, {"attention": [None, PART, None]}, {"rope_theta": 2.0}]
+)
+@pytest.mark.parametrize(
+    ("changes", "rope_theta"),
+    [
+        ({"rope_theta": 7.0}, 7.0),
+        ({"attention": hb.SelectedAttention(rope_theta=8.0)}, 8.0),
+        ({"rope_theta": 9.0, "attention": ATTENTION}, 9.0),
+    ],
+)
+def test_rope_theta_changed_while_loading_holds_in_both_places(
+    saved, changes, rope_theta, tmp_path
+):
+    config(**saved).save_pretrained(tmp_path)
+    for auto in (HAMConfig, AutoConfig):
+        loaded = auto.from_pretrained(tmp_path, **changes)
+        assert loaded.rope_theta == rope_theta
+        assert all(loaded.policy("attention", n)["rope_theta"] == rope_theta for n in range(3))
+
+
+def test_rope_theta_changed_in_one_place_later_is_refused_by_the_model():
+    made = config()
+    made.rope_theta = 5e5
+    with pytest.raises(ValueError, match=r"^rope_theta: expected 10000.0, .* got 500000.0"):
+        HAMForCausalLM(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 4}, r"^num_heads: expected no such .* num_attention_heads\), got int 4"),
+        ({"num_kv_heads": 2}, r"^num_kv_heads: expected no such .* num_key_value_heads\)"),
+        ({"num_layers": 3}, r"^num_layers: expected no such .* num_hidden_layers\)"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, r"^rope_parameters: expected .* rope_theta\)"),
+        ({"rope_scaling": {"factor": 2.0}}, r"^rope_scaling: expected .* rope_theta\)"),
+        ({"rope_theta": [1.0, 2.0]}, r"^rope_theta: expected one number, or num_hidden_layers = 3"),
+    ],
+)
+def test_a_number_has_one_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 def test_json_and_back(name, tmp_path):
     selectors = [SELECTORS[name](), hb.Window(3), hb.TopK(1)]
@@ -187,10 +281,10 @@ def test_layers_are_what_layer_types_says():
     assert [type(layer.memory) for layer in layers] == [
         hb.GatedDeltaMemory,
         hb.GatedDeltaMemory,
-        hb.NoMemory,
+        type(None),
     ]
     assert [type(layer.attention) for layer in layers] == [
-        hb.NoAttention,
+        type(None),
         hb.SelectedAttention,
         hb.SelectedAttention,
     ]

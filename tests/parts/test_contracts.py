@@ -167,3 +167,53 @@ def test_no_part_is_called_without_a_token():
     layer.reset(state, torch.tensor([True, False]))
     assert len(called) == 10
     assert all(count > 0 for _, count in called)
+
+
+class Plain:
+    """A selector of a plain class that holds a controller under a name of its own."""
+
+    def __init__(self):
+        self.tau_source = hb.TargetFraction(0.25)
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        tau = self.tau_source(score)
+        return hb.Selection(
+            hb.ops.select_threshold(score, tau, position=position, cu_seqlens=cu_seqlens)
+        )
+
+
+def test_modules_in_plain_parts_belong_to_the_layer():
+    """They are trained, moved, saved, put in eval mode and stepped like those of modules."""
+    torch.manual_seed(0)
+    layer, x = hb.HAMLayer(32, 4, selector=Plain()), torch.randn(2, 64, 32)
+    source = layer.selector.tau_source
+    assert source in set(layer.modules())
+    assert "part_modules.selector_tau_source.tau" in layer.state_dict()
+    layer.eval()
+    assert not source.training
+    layer.train()
+    layer(x)
+    hb.step_controllers(layer)
+    other = hb.HAMLayer(32, 4, selector=Plain())
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.selector.tau_source.tau, source.tau)
+    twin = copy.deepcopy(layer)
+    assert twin.selector.tau_source in set(twin.modules())
+    assert twin.selector.tau_source is not source
+    for _ in range(5):
+        layer(x)
+        hb.step_controllers(layer)
+    assert abs(float(layer.eval()(x).stats.keep_fraction()) - 0.25) < 0.05
+
+
+def test_weights_of_a_plain_gate_are_trained():
+    class Gate:
+        def __init__(self):
+            self.score = nn.Linear(32, 1)
+
+        def __call__(self, x, trace):
+            score = self.score(x)
+            return hb.GateOutput(score, score)
+
+    layer = hb.HAMLayer(32, 4, gate=Gate(), selector=hb.TopK(4))
+    assert layer.gate.score.weight in set(layer.parameters())

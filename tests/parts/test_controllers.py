@@ -1,9 +1,12 @@
-"""Controllers: when tau moves, where to, and that it brings about the fraction asked for."""
+"""Controllers: when tau moves, where to, and that the target fraction is reached."""
 
 import argparse
 import copy
 import inspect
 import math
+import pickle
+import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from parts_cases import SEEDS
 from torch.utils.checkpoint import checkpoint
 
 import hamblocks as hb
+from hamblocks.controllers import REMIND_AFTER, SAMPLE_SIZE, threshold_between
 
 
 def scores(seed, *shape, mean=0.0, spread=1.0):
@@ -30,13 +34,119 @@ def started(fraction=0.5, **kwargs):
     return controller
 
 
+FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+# few different values, so that ties are common
+SCORES = st.one_of(
+    st.lists(FLOAT32, min_size=2, max_size=12),
+    st.lists(
+        st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0**127, -(2.0**127), 2.0**-149]),
+        min_size=2,
+        max_size=12,
+    ),
+)
+FRACTIONS = st.floats(0, 1, width=32)
+
+
+def tau_of(values, fraction):
+    return threshold_between(torch.tensor(values), torch.tensor(fraction)).item()
+
+
+def next_up(x):
+    return torch.nextafter(torch.tensor(x), torch.tensor(math.inf)).item()
+
+
+def cuts(values):
+    """By definition: how many scores each threshold between two of them admits."""
+    ordered = sorted(values)
+    return [len(values) - i for i, (a, b) in enumerate(pairwise(ordered), 1) if next_up(a) < b]
+
+
+@given(values=SCORES, fraction=FRACTIONS)
+@example(values=[0.0, 1.0], fraction=0.5)
+@example(values=[2.0**127, 1.5 * 2.0**127, -1.75 * 2.0**127], fraction=0.5)
+def test_a_threshold_equals_no_score_and_admits_the_share_nearest_to_the_fraction(values, fraction):
+    tau = tau_of(values, fraction)
+    assert tau not in values
+    kept = sum(x >= tau for x in values)
+    if fraction in (0, 1):
+        assert tau == (math.inf if fraction == 0 else -math.inf)
+        return
+    # everything and nothing are thresholds too, for scores between which none stands
+    allowed = cuts(values) or [0, len(values)]
+    assert kept in allowed
+    misses = [abs(n - fraction * len(values)) for n in allowed]
+    assert abs(kept - fraction * len(values)) == min(misses)
+    if cuts(values):
+        ordered = sorted(values)
+        below, above = ordered[-kept - 1], ordered[-kept]
+        assert below < tau < above
+        assert tau == torch.tensor((below + above) / 2, dtype=torch.float32).item()
+
+
+@given(values=SCORES, fractions=st.lists(FRACTIONS, min_size=2, max_size=5))
+def test_a_larger_fraction_never_raises_the_threshold(values, fractions):
+    taus = [tau_of(values, fraction) for fraction in sorted(fractions)]
+    assert taus == sorted(taus, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "fraction", "tau"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 0.5, 2.5),
+        ([1.0, 2.0, 3.0, 4.0], 0.6, 2.5),  # 2 of 4 is nearer than 3
+        ([1.0, 2.0, 3.0, 4.0], 0.625, 1.5),  # both are as near: more is admitted
+        ([1.0, 2.0, 3.0, 4.0], 1e-6, 3.5),  # not +inf, from which no step leads back
+        ([1.0, 2.0, 3.0, 4.0], 1 - 1e-6, 1.5),
+        ([1.0, 1.0, 1.0, 4.0], 0.5, 2.5),  # the smallest score is most of them
+        ([1.0, 4.0, 4.0, 4.0], 0.5, 2.5),  # the largest score is most of them
+        ([2.0, 2.0, 2.0], 0.5, -math.inf),  # all are equal
+        ([2.0, 2.0, 2.0], 0.4, math.inf),
+        ([2.0, math.nan], 0.5, -math.inf),  # one score
+        ([2.0, math.nan], 0.4, math.inf),
+        ([math.nan, math.nan], 0.4, -math.inf),  # none
+        ([1.0, next_up(1.0)], 0.9, -math.inf),  # nothing lies between
+        ([1.0, next_up(1.0)], 0.1, math.inf),
+        ([0.0, 1.0, next_up(1.0), 1.0, 1.0], 0.2, 0.5),  # the only threshold that stands
+        ([math.nan, 1.0, 3.0, math.nan], 0.5, 2.0),  # NaN does not count
+        ([-math.inf, 1.0, 3.0, math.inf], 0.25, 4.0),  # infinities stand one range outside
+        ([-math.inf, 1.0, 3.0, math.inf], 0.75, 0.0),
+        ([5.0, math.inf], 0.5, 7.5),  # a range of 0: the score itself
+        ([-math.inf, 0.5], 0.5, 0.0),  # or 1, if that is larger
+        ([-math.inf, math.inf], 0.5, 0.0),
+        ([math.inf, math.inf], 0.7, -math.inf),
+        ([1.0, 2.0], 0.0, math.inf),
+        ([1.0, 2.0], 1.0, -math.inf),
+        ([math.nan, math.nan], 0.0, math.inf),
+    ],
+)
+def test_a_threshold_by_its_definition(values, fraction, tau):
+    assert tau_of(values, fraction) == tau
+
+
+@given(seed=SEEDS, size=st.integers(2, 300), fraction=st.floats(0.01, 0.99), chosen=st.booleans())
+@example(seed=0, size=6, fraction=0.5, chosen=False)
+def test_tau_starts_and_is_set_strictly_between_two_scores(seed, size, fraction, chosen):
+    score = scores(seed, 1, size, 1)
+    controller = hb.TargetFraction(0.5 if chosen else fraction)
+    controller(score)
+    controller.step()
+    if chosen:
+        controller.set_fraction(fraction)
+    assert not (score == controller.tau).any()
+    kept = int((score >= controller.tau).sum())
+    assert 0 < kept < size
+    # the sample repeats a short batch unevenly, by one place per score at most
+    nearest = min(abs(n - fraction * size) for n in range(1, size))
+    assert abs(kept - fraction * size) <= nearest + 2 * size * size / SAMPLE_SIZE
+
+
 @given(seed=SEEDS, fraction=st.floats(0.02, 0.98), forwards=st.integers(1, 3))
 @example(seed=0, fraction=0.0, forwards=1)
 @example(seed=0, fraction=1.0, forwards=2)
 def test_first_step_places_tau_at_the_quantile(seed, fraction, forwards):
     controller = hb.TargetFraction(fraction)
     for _ in range(forwards):
-        # until then everything is kept
+        # Until the first step everything is stored.
         assert controller(scores(seed, 2, 200, 2)) == -math.inf
     controller.step()
     assert admitted(controller, scores(seed, 2, 200, 2)) == pytest.approx(fraction, abs=0.005)
@@ -52,7 +162,7 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     controller = started(0.4, rate=0.3)
     controller.fraction = fraction
     before, spread = controller.tau.clone(), controller.spread.clone()
-    # gradient accumulation: micro-batches of different sizes weigh by their tokens
+    # With gradient accumulation, micro-batches weigh by their number of tokens.
     micro = [scores(seed + n, 1, length, 2) for n, length in enumerate(pieces)]
     for score in micro:
         assert torch.equal(controller(score), before)
@@ -63,7 +173,7 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     new = 0.9 * spread + 0.1 * (high - low) / 1.349
     torch.testing.assert_close(controller.spread, new)
     torch.testing.assert_close(controller.tau, before + 0.3 * new * (share - fraction))
-    # counting starts anew, and nothing counted moves nothing
+    # A step resets the counts, and without counts it does not move tau.
     moved = controller.tau.clone()
     controller.step()
     assert torch.equal(controller.tau, moved)
@@ -113,8 +223,118 @@ def test_moving_along_the_trade_off_by_hand():
     assert controller.tau == -math.inf
     controller.set_threshold(0.25)
     assert controller.tau == 0.25
+    unseen = hb.TargetFraction(0.5)
     with pytest.raises(ValueError, match=r"^fraction: expected a controller that saw scores"):
-        hb.TargetFraction(0.5).set_fraction(0.1)
+        unseen.set_fraction(0.1)
+    assert (unseen.fraction, unseen.tau) == (0.5, -math.inf)
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_a_target_of_everything_or_nothing_can_be_changed_in_training(first):
+    controller = hb.TargetFraction(first)
+    for seed in range(2):
+        controller(scores(seed, 2, 64, 2))
+        controller.step()
+        assert controller.tau == (math.inf if first == 0 else -math.inf)
+    controller.fraction = 0.25
+    for seed in range(2, 4):
+        controller(scores(seed, 2, 64, 2))
+        controller.step()
+        assert admitted(controller, scores(seed, 2, 64, 2)) == pytest.approx(0.25, abs=0.15)
+
+
+def test_an_infinite_threshold_set_by_hand_is_placed_by_training():
+    controller, score = hb.TargetFraction(0.5), scores(0, 1, 100, 1)
+    controller.set_threshold(-math.inf)
+    assert controller(score) == -math.inf
+    controller.step()
+    assert admitted(controller, score) == 0.5
+
+
+def test_scores_that_are_all_equal_do_not_hold_tau_for_ever():
+    controller = hb.TargetFraction(0.25)
+    controller(torch.ones(1, 20, 1))
+    controller.step()
+    assert controller.tau == math.inf
+    score = scores(0, 2, 64, 2)
+    controller(score)
+    controller.step()
+    assert controller.tau.isfinite()
+
+
+@pytest.mark.parametrize("big", [1e30, math.inf])
+def test_huge_and_infinite_scores_leave_tau_and_spread_finite(big):
+    controller = hb.TargetFraction(0.5, rate=1e300)
+    for seed in range(3):
+        controller(torch.cat([scores(seed, 1, 50, 1), torch.full((1, 50, 1), big)], 1))
+        controller.step()
+        assert not controller.tau.isnan()
+        assert controller.spread.isfinite()
+
+
+def train_without_a_step(controller, forwards):
+    for _ in range(forwards):
+        controller(torch.zeros(1, 3, 1))
+
+
+REMINDER = (
+    r"100 forwards in training mode and no step.*hamblocks\.step_controllers\(model\)"
+    r".*hamblocks\.hook_controllers"
+)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["itself", "deepcopy", "pickle"],
+)
+def test_a_controller_that_is_never_stepped_warns_once(copied):
+    controller = hb.TargetFraction(0.5)
+    train_without_a_step(controller, 60)
+    controller = copied(controller)
+    train_without_a_step(controller, REMIND_AFTER - 61)
+    with pytest.warns(UserWarning, match=REMINDER):
+        train_without_a_step(controller, 1)
+    train_without_a_step(copied(controller), 3 * REMIND_AFTER)
+    assert {*controller.state_dict()} == {*hb.TargetFraction(0.5).state_dict()}
+
+
+def test_no_reminder_where_something_steps_or_nothing_trains():
+    stepped, resting = hb.TargetFraction(0.5), hb.TargetFraction(0.5).eval()
+    train_without_a_step(stepped, REMIND_AFTER - 1)
+    stepped.step()
+    resting.step()
+    for controller in (stepped, resting, hb.FixedThreshold(0.0)):
+        train_without_a_step(controller, 2 * REMIND_AFTER)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = layer_of(hb.TargetFraction(0.5))
+        hb.step_controllers(layer)
+        for _ in range(REMIND_AFTER + 1):
+            layer.selector(torch.zeros(1, 3, 1))
+    assert not caught
+
+
+def test_counting_forwards_compiles_nothing_anew():
+    controller = hb.TargetFraction(0.5)
+    train_without_a_step(controller, 2)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(controller, backend=backend, fullgraph=True)
+    score = scores(0, 1, 8, 1)
+    compiled(score)
+    train_without_a_step(controller, 3)
+    for _ in range(REMIND_AFTER + 5):
+        compiled(score)
+    controller.step()
+    compiled(score)
+    assert len(graphs) == 1
+    assert controller._unstepped is None
 
 
 def test_threshold_set_by_hand_is_where_training_goes_on():
@@ -201,7 +421,7 @@ def train(use_checkpoint, steps=4):
 
 
 def test_gradient_checkpointing_gives_the_same_tau():
-    # the second forward of a checkpoint counts once more, which leaves every share as it was
+    # The second forward of a checkpoint counts the same scores again, which changes no share.
     taus = train(False)
     assert len({tuple(tau) for tau in taus}) == len(taus)
     assert train(True) == taus
@@ -235,7 +455,8 @@ def test_two_ranks_agree_and_follow_one_process(tmp_path):
         alone(score)
         alone.step()
         taus.append(alone.tau.item())
-    # counts are summed exactly; the start and the spread come from as many samples of every rank, whatever its share
+    # Counts are summed exactly. The start and the spread come from equally many scores of each rank,
+    # whatever its share of the tokens.
     assert first == pytest.approx(taus, abs=0.08)
     assert first[-1] > first[0] + 0.1
 
@@ -251,7 +472,8 @@ def test_follows_scores_that_drift(fraction, scale):
         shares.append(admitted(controller, score))
         controller(score)
         controller.step()
-    # a mean over steps flatters: what tau lags behind one way it makes up the other way, so the worst window counts
+    # The mean over all steps hides a lag: a drift down makes up for a drift up. So the worst window
+    # counts.
     windows = torch.tensor(shares[50:]).unfold(0, 25, 25).mean(1)
     assert (windows - fraction).abs().max() < 0.08
     assert torch.tensor(shares[50:]).mean().item() == pytest.approx(fraction, abs=0.02)
@@ -283,8 +505,8 @@ def test_training_a_decoder_ends_at_the_target(fractions):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    # tau as it was left: the mean over the last steps is near the target by construction of the rule, even for a tau
-    # that swings. Fresh windows of the training text; another text has another distribution, which no rule can know
+    # Measured with the last tau: a mean over the last steps is near the target even if tau swings.
+    # Held-out text has another distribution of scores, which no rule can know.
     model.eval()
     for text, tolerance in ((train_text, 0.02), (held_out, 0.05)):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Selectors: every expression of `|` and `&` obeys the laws that a single selector does, and the two are a lattice."""
+"""Selectors: expressions of `|` and `&` obey the laws of one selector; `|` and `&` are a lattice."""
 
 import math
 
@@ -34,7 +34,7 @@ TREES = st.recursive(
 
 
 def grow(tree):
-    """An expression as nested tuples -> a selector; the user's plain classes stand on either side of an operator."""
+    """Makes a selector of nested tuples; a user's plain class may stand on either side."""
     if tree[0] in LEAF:
         return LEAF[tree[0]](tree[1])
     sign, left, right = tree[0], grow(tree[1]), grow(tree[2])
@@ -91,7 +91,8 @@ def test_leaves_by_their_definition():
     assert evict_at(hb.Threshold(0.5)) == [never, never, never, 3, never, never]
     assert evict_at(hb.Window(2)) == [2, 3, 4, 5, 6, 7]
     assert evict_at(hb.FirstTokens(2)) == [never, never, 2, 3, 4, 5]
-    # ties go to the earlier token: 0.5 at 2 never enters, 0.9 at 4 pushes out 0.5, 1.0 the later 0.9
+    # Of equal scores the earlier stays: 0.5 at 2 never enters, 0.9 at 4 pushes out 0.5, and 1.0
+    # pushes out the later 0.9.
     assert evict_at(hb.TopK(2)) == [4, never, 2, 3, 5, never]
     assert evict_at(hb.TopK(2) & hb.Window(3)) == [3, 4, 2, 3, 5, 8]
     assert evict_at(hb.TopK(2) | hb.Window(3)) == [4, never, 5, 6, 7, never]
@@ -156,7 +157,7 @@ def test_positions_in_a_ledger_are_int32_whatever_they_come_as(selector):
 
 
 @pytest.mark.parametrize("selector", LEDGERS)
-def test_what_a_ledger_cannot_take_is_told(selector):
+def test_an_error_names_what_a_ledger_cannot_take(selector):
     score, ledger = torch.zeros(1, 5, 2), start(selector, 1, 2)
     with pytest.raises(
         ValueError, match=r"^position: expected int32 \[B, T\] beside a ledger, got None$"
@@ -165,8 +166,9 @@ def test_what_a_ledger_cannot_take_is_told(selector):
     with pytest.raises(ValueError, match=r"^ledger: expected one of k = 3 tokens, got one of 4$"):
         hb.TopK(3)(score, start(hb.TopK(4), 1, 2), position=torch.arange(5)[None])
     borders = torch.tensor([0, 5], dtype=torch.int32)
-    told = r"^cu_seqlens: expected None beside a ledger \(pad pieces to \[N, T, H\] with position -1\), got a packed "
-    with pytest.raises(ValueError, match=told + "batch$"):
+    pad = r"\(pad pieces to \[N, T, H\] with position -1\)"
+    message = rf"^cu_seqlens: expected None beside a ledger {pad}, got a packed batch$"
+    with pytest.raises(ValueError, match=message):
         selector(score, ledger, cu_seqlens=borders)
 
 
@@ -186,6 +188,9 @@ def test_a_controller_sees_nan_where_there_is_no_token():
             self.seen = score
             return 0.5
 
+        def step(self):
+            raise AssertionError("a call does not step")
+
     score, controller = torch.rand(1, 3, 2), Watching()
     selector = hb.Threshold(controller)
     selector(score)
@@ -193,6 +198,50 @@ def test_a_controller_sees_nan_where_there_is_no_token():
     selector(score, position=torch.tensor([[-1, 0, 1]], dtype=torch.int32))
     assert controller.seen.isnan()[0, :, 0].tolist() == [True, False, False]
     assert torch.equal(controller.seen[:, 1:], score[:, 1:])
+
+
+def no_step(score):
+    return torch.tensor(0.5)
+
+
+class StepsWithAState:
+    def __call__(self, score):
+        return torch.tensor(0.5)
+
+    def step(self, x, state):
+        return x
+
+
+class CannotBeCalled:
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        no_step,
+        StepsWithAState(),
+        CannotBeCalled(),
+        torch.tensor(0.5),
+        hb.TargetFraction,
+        "0.5",
+        None,
+    ],
+    ids=lambda x: getattr(x, "__name__", type(x).__name__),
+)
+def test_a_threshold_refuses_what_nothing_can_step(controller):
+    with pytest.raises(ValueError, match=r"^controller: expected a number or a Controller .*step"):
+        hb.Threshold(controller)
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "float32", "float64", "int64"])
+def test_a_number_is_a_fixed_threshold(kind):
+    numbers = {"int": 1, "float": 0.5}
+    number = numbers[kind] if kind in numbers else getattr(pytest.importorskip("numpy"), kind)(1.5)
+    controller = hb.Threshold(number).controller
+    assert type(controller) is hb.FixedThreshold
+    assert controller.tau == float(number)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def training(part: Any) -> Any:
 
 
 def _held(controller: Any) -> dict[str, Tensor]:
-    """All that a module remembers."""
+    """Copies of all tensors in the state dict of a module."""
     return (
         {name: x.clone() for name, x in controller.state_dict().items()}
         if isinstance(controller, nn.Module)
@@ -40,7 +40,7 @@ def _held(controller: Any) -> dict[str, Tensor]:
 
 
 def steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
-    """Tau after every step over drawn scores."""
+    """Tau after each of `count` steps over drawn scores."""
     taken = {}
     for number in range(count):
         score = Scores(
@@ -53,12 +53,12 @@ def steps(controller: Any, case: Scores, count: int = 4) -> dict[str, Tensor]:
 
 
 def taus(part: Any, case: Scores) -> dict[str, Tensor]:
-    """Tau of a copy of a controller in training, after every step over drawn scores."""
+    """Tau of a copy of a controller in training mode, after each step over drawn scores."""
     return steps(training(part), case)
 
 
 def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
-    """Tau is a float32 number [], never NaN, without gradient, whatever the scores are: none, ties, infinities, NaN."""
+    """tau is float32 `[]`, not NaN, without gradient, for any scores: none, equal, infinite, NaN."""
     controller = training(part)
     score = case.tensors()["score"]
     for _ in range(3):
@@ -67,12 +67,12 @@ def _tau_is_a_number(part: Any, case: Scores, _options: Options) -> None:
         assert tau.dtype == torch.float32, f"tau: {tau.dtype}, expected torch.float32"
         assert tau.shape == (), f"tau: shape {list(tau.shape)}, expected []"
         assert not tau.requires_grad, "tau: carries a gradient, expected none"
-        assert not bool(tau.isnan()), f"tau: NaN, of {case.kind} scores"
+        assert not bool(tau.isnan()), f"tau: NaN, from {case.kind} scores"
         controller.step()
 
 
 def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
-    """Casting the model casts no threshold."""
+    """Casting the model to another dtype does not change tau."""
     controller = training(part)
     steps(controller, case)
     score = case.tensors()["score"]
@@ -82,12 +82,12 @@ def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
         assert tau.dtype == torch.float32, (
             f"tau: {tau.dtype} after to({dtype}), expected torch.float32"
         )
-        with told(f"tau changed with to({dtype})"):
+        with told(f"to({dtype}) changed tau"):
             assert_bits({"tau": tau}, {"tau": before})
 
 
 def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
-    """Calls count; only step() moves tau."""
+    """A call only counts scores; only `step()` moves tau."""
     controller = training(part)
     steps(controller, case)
     score = case.tensors()["score"]
@@ -99,7 +99,7 @@ def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
-    """In eval mode nothing counts and nothing moves."""
+    """In eval mode nothing is counted and nothing moves."""
     controller = training(part)
     steps(controller, case)
     controller.eval()
@@ -110,11 +110,11 @@ def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Options) -> None:
-    """A step for which no score was counted, or only padding (NaN), moves nothing."""
+    """A step without any score, or with padding (NaN) alone, does not move tau."""
     controller = training(part)
     steps(controller, case)
     score = case.tensors()["score"]
-    controller.step()  # what the last call counted
+    controller.step()  # uses up what the last call counted
     before = copy.deepcopy(controller).eval()(score).clone()
     for nothing in (None, score[:, :0], torch.full_like(score, math.nan)):
         if nothing is not None:
@@ -128,7 +128,7 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
 
 
 def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
-    """On scores that stay as they are, the fraction that reaches tau becomes the target within 0.03."""
+    """On scores of one distribution, the fraction that reaches tau is within 0.03 of the target."""
     controller = training(part)
     draw = Draw(case.seed)
     for _ in range(200):
@@ -142,7 +142,7 @@ def _reaches_its_fraction(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
-    """set_threshold(x) makes tau x at once; NaN is a ValueError that changes nothing."""
+    """`set_threshold(x)` sets tau to x at once; NaN raises a ValueError and changes nothing."""
     score = case.tensors()["score"]
     controller: Any = copy.deepcopy(part)
     if isinstance(controller, nn.Module):
@@ -155,28 +155,30 @@ def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
     try:
         controller.set_threshold(math.nan)
     except ValueError:
-        assert float(controller(score)) == -3.0, "a refused NaN changed tau"
+        assert float(controller(score)) == -3.0, (
+            "set_threshold(NaN) raised an error but changed tau"
+        )
         return
     raise AssertionError("set_threshold(NaN) was accepted")
 
 
 def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> None:
-    """A copy that loads the state dict goes on to the same thresholds."""
+    """The state dict holds everything: a copy that loads it continues with the same thresholds."""
     controller, other = training(part), training(part)
     steps(controller, case)
     reload(controller, other)
     again = replace(case, seed=case.seed + 9)
-    with told("a copy that loaded the state dict goes on otherwise"):
+    with told("a copy that loaded the state dict continues with other thresholds"):
         assert_bits(steps(other, again), steps(controller, again))
 
 
 def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
-    """The same steps twice give the same thresholds, whatever the random state."""
+    """The same steps give the same thresholds, bit for bit, whatever the random state."""
     assert_twice(lambda: taus(part, case))
 
 
 def _nothing_given_changes(part: Any, case: Scores, _options: Options) -> None:
-    """The scores are as before after a call and a step."""
+    """A call and a step do not change the scores they get."""
     controller, score = training(part), case.tensors()["score"]
     with unchanged({"score": score}):
         controller(score)
@@ -184,12 +186,12 @@ def _nothing_given_changes(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _reads_no_unwritten_memory(part: Any, case: Scores, _options: Options) -> None:
-    """Thresholds do not depend on what `torch.empty` happens to hold."""
+    """Thresholds do not depend on uninitialised memory (`torch.empty`)."""
     assert_reads_what_was_written(lambda: taus(part, case))
 
 
 def _compiled_is_eager(part: Any, case: Scores, _options: Options) -> None:
-    """torch.compile(fullgraph=True) counts and answers as eager does."""
+    """`torch.compile(fullgraph=True)` counts the same and returns the same tau as eager."""
     eager, traced = training(part), training(part)
     with compiled(traced) as fast:
         for _ in range(2):
