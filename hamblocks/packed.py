@@ -45,7 +45,7 @@ def per_sequence(
         state: what the last call returned, a tree of tensors `[N, ...]`; None for fresh sequences.
 
     Returns:
-        The outputs with the same `[B, T]` as `tensors`, and the state, a tree of tensors `[N, ...]`.
+        The outputs with the `[B, T]` of `tensors`, and the state, a tree of tensors `[N, ...]`.
 
     Raises:
         ValueError: `tensors` differ in `[B, T]`, `cu_seqlens` do not fit them, `state` has another

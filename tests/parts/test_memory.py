@@ -1,4 +1,4 @@
-"""Delta memories: zeros are a fresh state, wrong states are refused, and the convolution by hand."""
+"""Delta memories: zeros are a fresh state, wrong states are refused, the convolution by hand."""
 
 import pytest
 import torch
