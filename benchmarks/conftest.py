@@ -1,4 +1,4 @@
-"""Ratios of times, measured side by side: a machine's mood then changes both alike."""
+"""Ratios of times that are measured side by side, so that load on the machine affects both."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 @pytest.fixture
 def ratio(benchmark: BenchmarkFixture) -> Callable[..., float]:
-    """`ratio(name, candidate, baseline)`: fastest call against fastest call, of interleaved rounds of one call each.
+    """`ratio(name, candidate, baseline)` times both in turns and compares the fastest calls.
 
-    Whatever else runs on the machine only ever adds time, and adds it to a call of many small steps first; the
-    median of the ratios, printed beside, tells how much of that there was.
+    Other load on the machine only adds time, and calls of many small steps suffer first. The median
+    of the ratios over all rounds is printed beside the result and shows how much load there was.
     """
 
     def measure(
         name: str, candidate: Callable[[], object], baseline: Callable[[], object], rounds: int = 21
     ) -> float:
-        slow = []
+        baseline_times = []
 
         def time_baseline() -> None:
             began = time.perf_counter()
             baseline()
-            slow.append(time.perf_counter() - began)
+            baseline_times.append(time.perf_counter() - began)
 
         benchmark.pedantic(candidate, setup=time_baseline, rounds=rounds, warmup_rounds=1)
-        pairs = list(zip(benchmark.stats.stats.data, slow[-rounds:], strict=True))
+        # the setup of the warm-up round timed the baseline too
+        pairs = list(zip(benchmark.stats.stats.data, baseline_times[-rounds:], strict=True))
         best = min(x for x, _ in pairs) / min(x for _, x in pairs)
         median = statistics.median(x / y for x, y in pairs)
         benchmark.extra_info.update(ratio=best, median=median)

@@ -1,15 +1,17 @@
-"""Measures the ops and the layer on a GPU and writes one JSON: times, their floors, and which targets are met.
+"""Measures the ops and the layer on a GPU and writes a JSON file with times, floors and targets.
 
-    python benchmarks/gpu.py [--out benchmarks/results] [--only delta attention layer decode] [--rounds 15]
+    python benchmarks/gpu.py [--out benchmarks/results] [--only delta attention layer decode]
+                             [--contexts 8192 ...] [--rounds 15] [--device cuda]
 
-delta      the gated delta rule with its score, and with its residual, against fla's public function
-attention  selected attention at keep fractions 0.5, 0.25, 0.1, against causal attention over everything, and flex
-layer      a whole layer that stores half of its tokens, against the same layer that stores all
-decode     tokens per second and bytes of one layer behind a context, at several keep fractions
+delta      the gated delta rule with its score, and with its residual, against fla's function
+attention  selected attention at several keep fractions, against causal attention over everything
+layer      a layer that stores half of its tokens, against the same layer that stores all
+decode     tokens per second and cache bytes of one layer after a context, by keep fraction
 
-What is compared takes turns in one run. A shape is timed only after its results were found right there; what fails, for
-want of memory or of an implementation, is written down with its reason and stops nothing else. Beside a time stands its
-floor (see measuring/floors.py). `--device cpu` runs the same at a small size, to try the script; it writes nothing.
+Calls that are compared take turns in one run. A call is timed only after its results were checked
+at the same shape. A failure (out of memory, a missing implementation) is recorded with its reason,
+and the other measurements continue. Every time stands beside its floor (see measuring/floors.py).
+`--device cpu` runs everything at a small size, to try the script, and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from measuring.sizes import SMALL, Sizes
 from measuring.targets import judge
 
 PARTS = {"delta": delta, "attention": attend, "layer": layer, "decode": decode}
+MIN_ROUNDS = 2
+"""Quartiles need two times."""
 
 
 def measure(
@@ -37,10 +41,21 @@ def measure(
     rounds: int,
     save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """All of it; `save` gets what there is after every shape, for a run that is ended early."""
+    """Measures the named parts at all shapes.
+
+    Args:
+        sizes: the sizes.
+        parts: keys of `PARTS`.
+        rounds: how often each call is timed.
+        save: called after every shape with the result so far, so that a run that is stopped early
+            leaves one.
+
+    Returns:
+        The result, as it is written to the JSON file.
+    """
     clock = Clock(sizes.device, rounds)
     ceilings = clock.ceilings(sizes.matmul, sizes.copied_bytes, sizes.dtype)
-    rows: list[dict[str, Any]] = []
+    measurements: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "machine": report.machine(sizes.gpu),
         "when": time.strftime("%Y-%m-%d"),
@@ -50,7 +65,7 @@ def measure(
         },
         "rounds": rounds,
         "ceilings": ceilings._asdict(),
-        "rows": rows,
+        "measurements": measurements,
         "targets": [],
     }
     for name in parts:
@@ -58,51 +73,67 @@ def measure(
         for shape in part.shapes(sizes):
             torch.manual_seed(0)
             try:
-                rows.extend(part.rows(shape, sizes, clock, ceilings))
+                measurements.extend(part.measure(shape, sizes, clock, ceilings))
             except Exception as error:
-                rows.append({"part": name, "tokens": shape, "case": "all", "reason": reason(error)})
+                failed = {"part": name, "tokens": shape, "case": "all", "reason": reason(error)}
+                measurements.append(failed)
                 clock.say(f"{name}, {shape:,} tokens: {reason(error)}")
             clock.release()
-            result |= {"targets": judge(rows), "seconds": time.perf_counter() - clock.began}
+            seconds = time.perf_counter() - clock.began
+            result |= {"targets": judge(measurements), "seconds": seconds}
             save(result)
     return result
 
 
-def main() -> None:
-    """Measures and, on a GPU, writes the JSON."""
+def options() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON file"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help="parts to measure; all of them by default",
+    )
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="tokens before those that are decoded"
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="how often each call is timed")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    options = parser.parse_args()
-    if options.rounds < 2:
-        sys.exit("benchmarks/gpu.py: expected --rounds of 2 or more, got fewer")
-    sizes = SMALL if options.device == "cpu" else Sizes()
-    if options.contexts:
-        sizes = sizes._replace(contexts=tuple(options.contexts))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures and, on a GPU, writes the JSON file."""
+    given = options()
+    if given.rounds < MIN_ROUNDS:
+        sys.exit(f"benchmarks/gpu.py: expected --rounds of {MIN_ROUNDS} or more, got fewer")
+    sizes = SMALL if given.device == "cpu" else Sizes()
+    if given.contexts:
+        sizes = sizes._replace(contexts=tuple(given.contexts))
     if not sizes.gpu:
-        torch.set_num_threads(1)  # tensors this small are not worth a second one
-        result = measure(sizes, options.only, options.rounds)
-        report.show(result["rows"], result["targets"])
+        torch.set_num_threads(1)  # a second thread slows down tensors of this size
+        result = measure(sizes, given.only, given.rounds)
+        report.show(result["measurements"], result["targets"])
         return
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: expected a CUDA device, got none")
-    options.out.mkdir(parents=True, exist_ok=True)
-    parts = "gpu" if set(options.only) == set(PARTS) else "-".join(options.only)
-    path = options.out / f"{parts}-{torch.cuda.get_device_name().replace(' ', '-').lower()}.json"
+    given.out.mkdir(parents=True, exist_ok=True)
+    parts = "gpu" if set(given.only) == set(PARTS) else "-".join(given.only)
+    path = given.out / f"{parts}-{torch.cuda.get_device_name().replace(' ', '-').lower()}.json"
     result = measure(
         sizes,
-        options.only,
-        options.rounds,
+        given.only,
+        given.rounds,
         lambda result: path.write_text(json.dumps(result, indent=1) + "\n"),
     )
-    report.show(result["rows"], result["targets"])
+    report.show(result["measurements"], result["targets"])
     print(path)
 
 

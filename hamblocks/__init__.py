@@ -15,6 +15,7 @@ from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
 from hamblocks.models import Decoder, DecoderOutput
+from hamblocks.packed import per_sequence
 from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
 from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
@@ -61,5 +62,6 @@ __all__ = [
     "cache_transaction",
     "hook_controllers",
     "ops",
+    "per_sequence",
     "step_controllers",
 ]

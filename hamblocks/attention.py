@@ -14,7 +14,7 @@ from hamblocks_ops.precision import wide
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated against each other as in transformers.
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated as in transformers.
 
     Args:
         x: `[B, T, H, D]`, D even.
@@ -24,13 +24,21 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     Returns:
         The shape and dtype of x; angles are computed in float32 (float64 for float64).
     """
-    dtype = wide(x)
-    half = x.shape[-1] // 2
+    return _turned(x, *_angles(x, position, theta))
+
+
+def _angles(x: Tensor, position: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's angles, `[B, T, 1, D // 2]`."""
+    dtype, half = wide(x), x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = (position.to(dtype)[..., None] * frequency)[:, :, None]
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(dtype).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return angle.cos(), angle.sin()
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.to(x.dtype)
 
 
 @final
@@ -73,7 +81,8 @@ class SelectedAttention(Built):
             q = normalised(q, self.q_norm).to(dtype)
             k = normalised(k, self.k_norm).to(dtype)
         if self.rope_theta is not None:
-            q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
+            turn = _angles(q, position, self.rope_theta)
+            q, k = _turned(q, *turn), _turned(k, *turn)
         return q, k
 
     def forward(self, q: Tensor, keys: Keys) -> Tensor:

@@ -1,45 +1,65 @@
-"""Gates: how much a token deserves to be stored."""
+"""Gates: they score how much a token deserves to be stored."""
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hamblocks.protocols import (
+    Buildable,
     Built,
     Gate,
     GateOutput,
+    HasMetric,
     LayerDims,
     MemoryTrace,
     check_count,
     check_part,
 )
+from hamblocks_ops.arguments import wrong
 from hamblocks_ops.surprise import METRICS
 
 
 @final
 class PredictionError:
-    """Surprise of the memory: a distance between its prediction and the value (arXiv 2603.22325).
+    """Scores a token by the distance between its value and the memory's prediction of it.
 
-    The layer reads `metric` and has the memory compute the score without writing the residual.
+    This is the gate of the HAM paper (arXiv 2603.22325). The layer passes `metric` to the memory,
+    which computes the score and need not write the residual.
     """
 
     def __init__(self, metric: str = "cosine") -> None:
-        """Metric: "cosine", "relative_l2" or "l2" (see `hamblocks.ops.surprise`)."""
+        """Makes the gate.
+
+        Args:
+            metric: "cosine", "relative_l2" or "l2" (see `hamblocks.ops.surprise`).
+
+        Raises:
+            ValueError: there is no such metric.
+        """
         if metric not in METRICS:
-            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+            raise wrong("metric", f"one of {', '.join(METRICS)}", repr(metric))
         self.metric = metric
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """The score that the memory computed, `[B, T, H]`."""
-        if trace.score is None:
-            raise ValueError(
-                "trace: expected a score, got None (was the memory called with metric=gate.metric?)"
+        """Returns the score that the memory computed, `[B, T, H]`, float32 (or float64).
+
+        Raises:
+            ValueError: the layer has no memory, or the memory did not compute the score.
+        """
+        if trace.score is not None:
+            return GateOutput(trace.score)
+        if trace.beta is None:  # the trace of a layer without a memory
+            raise wrong(
+                "gate",
+                "a gate that reads no prediction, for a layer without a memory "
+                "(such as RandomGate, PeriodicGate or LearnedRouter)",
+                f"{self!r}, which needs a memory",
             )
-        return GateOutput(trace.score)
+        raise wrong("trace", "a score", "None (was the memory called with metric=gate.metric?)")
 
     def __repr__(self) -> str:
         return f"PredictionError({self.metric!r})"
@@ -47,13 +67,22 @@ class PredictionError:
 
 @final
 class LearnedRouter(Built):
-    """A learned gate that never looks at the memory: score = sigmoid(MLP(x)), one per key/value head.
+    """A learned gate that does not look at the memory: score = sigmoid(MLP(x)).
 
-    Its log is added to the attention logits of the key, which is how it learns: selection itself has no gradient.
+    Selection has no gradient. The log of the score is therefore added to the attention logits of
+    the key, and the MLP learns through this logit bias.
     """
 
     def __init__(self, width: int | None = None) -> None:
-        """Width of the hidden layer; None: a quarter of the hidden size."""
+        """Makes the gate; the layer that owns it makes the MLP.
+
+        Args:
+            width: width of the MLP's hidden layer, at least 1; None: a quarter of the layer's
+                hidden size.
+
+        Raises:
+            ValueError: `width` is not an integer of at least 1.
+        """
         super().__init__()
         if width is not None:
             check_count("width", width, 1)
@@ -67,7 +96,7 @@ class LearnedRouter(Built):
         )
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Score and logit bias, `[B, T, Hkv]`."""
+        """Returns score and logit bias, `[B, T, Hkv]`, float32 (or float64)."""
         logit: Tensor = self.mlp(x)
         logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
         return GateOutput(logit.detach().sigmoid(), F.logsigmoid(logit))
@@ -75,22 +104,29 @@ class LearnedRouter(Built):
 
 @final
 class RandomGate:
-    """The control experiment: a uniform score in [0, 1) that is a hash of seed, position and head.
+    """The control experiment: a score that is uniform in [0, 1) and independent of the token.
 
-    Position is all it knows of a token, so that prefill and decode agree and every sequence draws alike.
+    The score is a hash of seed, position and head. One pass and any division into pieces therefore
+    draw the same scores, and so do all sequences of a batch.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        """Layers that should draw differently need different seeds."""
+        """Makes the gate.
+
+        Args:
+            seed: its lowest 32 bits count. Layers with the same seed draw the same scores.
+        """
         self.seed = seed
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Score `[B, T, H]`, float32."""
+        """Returns the score `[B, T, H]`, float32."""
+        # the keys tell the number of heads; a layer without a memory has them too
         heads = torch.arange(trace.k.shape[2], device=x.device)
         word = _mix(
             _mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads)
             ^ trace.position.long()[..., None]
         )
+        # float32 holds 24 bits exactly
         return GateOutput((word >> 8).to(torch.float32) * 2.0**-24)
 
     def __repr__(self) -> str:
@@ -98,7 +134,7 @@ class RandomGate:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words whose output bits look independent (MurmurHash3's finalizer), in int64."""
+    """Mixes the bits of 32-bit words, held in int64: the finalizer of MurmurHash3, a bijection."""
     word = word ^ (word >> 16)
     word = (word * 0x85EBCA6B) & 0xFFFFFFFF
     word = word ^ (word >> 13)
@@ -108,15 +144,23 @@ def _mix(word: Tensor) -> Tensor:
 
 @final
 class PeriodicGate:
-    """Scores every n-th token 1 and the others 0: with `Threshold(0.5)`, a stride of n."""
+    """Scores every n-th token 1 and the others 0; `Threshold(0.5)` then stores a stride of n."""
 
     def __init__(self, n: int, offset: int = 0) -> None:
-        """The tokens at positions offset, offset + n, ... score 1."""
+        """Makes the gate.
+
+        Args:
+            n: tokens from one that scores 1 to the next, at least 1.
+            offset: any position that scores 1; so do those that are a multiple of `n` away.
+
+        Raises:
+            ValueError: `n` is not an integer of at least 1.
+        """
         check_count("n", n, 1)
         self.n, self.offset = n, offset
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Score `[B, T, 1]`, float32: the same for all heads."""
+        """Returns the score `[B, T, 1]`, float32, the same for all heads."""
         return GateOutput(((trace.position - self.offset) % self.n == 0).float()[..., None])
 
     def __repr__(self) -> str:
@@ -125,24 +169,33 @@ class PeriodicGate:
 
 @final
 class SharedGate(nn.Module):
-    """One decision for the whole layer: another gate's score, and logit bias, averaged over heads."""
+    """Averages the score and the logit bias of another gate over heads.
+
+    The layer then takes one decision for all of its heads.
+    """
 
     def __init__(self, gate: Gate) -> None:
-        """Gate: any gate; its parameters become this one's."""
+        """Makes the gate.
+
+        Args:
+            gate: any gate. Its parameters and its `metric` become those of this gate.
+
+        Raises:
+            ValueError: `gate` is not a gate.
+        """
         super().__init__()
         check_part("gate", gate)
         self.gate = gate
-        if hasattr(gate, "metric"):
+        if isinstance(gate, HasMetric):
             self.metric = gate.metric
 
     def build(self, dims: LayerDims) -> None:
-        """Builds the inner gate."""
-        build: Any = getattr(self.gate, "build", None)
-        if build is not None:
-            build(dims)
+        """Builds the inner gate, if it has parameters."""
+        if isinstance(self.gate, Buildable):
+            self.gate.build(dims)
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Score `[B, T, 1]`."""
+        """Returns score and logit bias, `[B, T, 1]`."""
         score, bias = self.gate(x, trace)
         return GateOutput(
             score.mean(-1, keepdim=True), None if bias is None else bias.mean(-1, keepdim=True)

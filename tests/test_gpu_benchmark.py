@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py says of a GPU: the shape of its result, its floors and its verdicts, by hand."""
+"""benchmarks/gpu.py: the form of its result, and floors and verdicts computed by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    """As when the script is run."""
+    """The folder of the script, as when it runs."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
@@ -39,9 +39,9 @@ def result():
 
 def measured(result, part):
     return {
-        (row.get("pass"), row["case"])
-        for row in result["rows"]
-        if row["part"] == part and "seconds" in row
+        (one.get("pass"), one["case"])
+        for one in result["measurements"]
+        if one["part"] == part and "seconds" in one
     }
 
 
@@ -60,20 +60,22 @@ def test_it_runs_at_a_small_size(result):
         (None, "a dense cache, attention alone"),
         (None, "one layer"),
     }
-    modes = [row["mode"] for row in result["rows"] if row["part"] == "layer" and "seconds" in row]
+    modes = [
+        one["mode"] for one in result["measurements"] if one["part"] == "layer" and "seconds" in one
+    ]
     assert sorted(modes) == ["compiled", "compiled", "eager", "eager"]
-    for row in result["rows"]:
-        if "seconds" in row:
-            assert 0 < row["lower"] <= row["seconds"] <= row["upper"]
-            assert row["floor"] > 0
-            assert "checked" in row or row["case"] == "a dense cache, attention alone"
+    for one in result["measurements"]:
+        if "seconds" in one:
+            assert 0 < one["lower"] <= one["seconds"] <= one["upper"]
+            assert one["floor"] > 0
+            assert "checked" in one or one["case"] == "a dense cache, attention alone"
     assert {"torch", "triton", "GPU"} <= set(result["machine"])
     assert all(rate > 0 for rate in result["ceilings"].values())
 
 
 @pytest.mark.slow
 def test_what_a_cpu_has_not_is_left_out_with_its_reason(result):
-    reasons = {row["case"]: row["reason"] for row in result["rows"] if "reason" in row}
+    reasons = {one["case"]: one["reason"] for one in result["measurements"] if "reason" in one}
     assert all(text.startswith("NotHereError: ") for text in reasons.values())
     names = (
         "fla",
@@ -93,16 +95,16 @@ def test_what_a_cpu_has_not_is_left_out_with_its_reason(result):
 @pytest.mark.slow
 def test_half_is_kept_and_counted(result):
     (kept,) = {
-        row["kept"]
-        for row in result["rows"]
-        if row["part"] == "layer" and row["case"] == "selected"
+        one["kept"]
+        for one in result["measurements"]
+        if one["part"] == "layer" and one["case"] == "selected"
     }
     assert kept == pytest.approx(0.5, abs=0.01)
     shares = {
-        row["fraction"]: row["kept"]
-        for row in result["rows"]
-        if row["part"] == "attention"
-        if "fraction" in row
+        one["fraction"]: one["kept"]
+        for one in result["measurements"]
+        if one["part"] == "attention"
+        if "fraction" in one
     }
     assert shares == pytest.approx({0.5: 0.5, 0.25: 0.25, 0.1: 0.1}, abs=0.08)
 
@@ -111,7 +113,7 @@ def test_half_is_kept_and_counted(result):
 def test_the_tables_can_be_printed(result, capsys):
     from measuring import report
 
-    report.show(result["rows"], result["targets"])
+    report.show(result["measurements"], result["targets"])
     printed = capsys.readouterr().out
     assert "Times" in printed
     assert printed.count("not measured") == len(result["targets"])
@@ -174,12 +176,12 @@ def test_what_attention_sees_is_counted():
     assert seen(evict_at) == (6, 2)
 
 
-def rows_of(seconds):
-    """Rows as the parts write them; times made up."""
+def measurements_of(seconds):
+    """Measurements as the parts return them, with made-up times."""
     delta = {"part": "delta", "tokens": 16384, "pass": FORWARD}
     attention = {"part": "attention", "tokens": 16384, "pass": TRAINING}
     layer = {"part": "layer", "tokens": 8192, "pass": TRAINING, "mode": "eager"}
-    rows = {
+    found = {
         "fla": delta,
         "score": delta,
         "residual": delta,
@@ -189,7 +191,7 @@ def rows_of(seconds):
         "everything": layer,
         "selected": layer,
     }
-    return [{**row, "case": case, "seconds": seconds[case]} for case, row in rows.items()]
+    return [{**one, "case": case, "seconds": seconds[case]} for case, one in found.items()]
 
 
 MET = {
@@ -207,7 +209,7 @@ MET = {
 def test_targets_that_are_met():
     from measuring.targets import judge
 
-    judged = judge(rows_of(MET))
+    judged = judge(measurements_of(MET))
     assert [x["ratio"] for x in judged] == pytest.approx([1.05, 1.12, 0.62, 1 / 0.62, 0.9])
     assert [x["bound"] for x in judged] == [1.05, 1.12, 0.62, 1.6, 1]
     assert [x["met"] for x in judged] == [True] * 5
@@ -226,17 +228,17 @@ def test_targets_that_are_met():
 def test_targets_that_are_not(case, seconds, missed):
     from measuring.targets import judge
 
-    judged = judge(rows_of({**MET, case: seconds}))
+    judged = judge(measurements_of({**MET, case: seconds}))
     assert [i for i, x in enumerate(judged) if not x["met"]] == missed
 
 
 def test_bounds_follow_the_fraction_and_the_pass():
     from measuring.targets import targets
 
-    row = {"part": "attention", "tokens": 16384, "case": "triton"}
+    one = {"part": "attention", "tokens": 16384, "case": "triton"}
     bounds = {
         (which, fraction): [
-            target.bound for target in targets({**row, "pass": which, "fraction": fraction})
+            target.bound for target in targets({**one, "pass": which, "fraction": fraction})
         ]
         for which in (FORWARD, TRAINING)
         for fraction in (0.5, 0.25, 0.1)
@@ -254,14 +256,20 @@ def test_bounds_follow_the_fraction_and_the_pass():
 def test_layers_are_judged_from_8192_tokens_on_and_in_their_own_mode():
     from measuring.targets import judge
 
-    def rows(tokens, mode, selected):
-        row = {"part": "layer", "tokens": tokens, "pass": TRAINING, "mode": mode}
+    def both_layers(tokens, mode, selected):
+        one = {"part": "layer", "tokens": tokens, "pass": TRAINING, "mode": mode}
         return [
-            {**row, "case": "selected", "seconds": selected},
-            {**row, "case": "everything", "seconds": 1},
+            {**one, "case": "selected", "seconds": selected},
+            {**one, "case": "everything", "seconds": 1},
         ]
 
-    judged = judge([*rows(4096, "eager", 2), *rows(8192, "eager", 0.5), *rows(8192, "compiled", 2)])
+    judged = judge(
+        [
+            *both_layers(4096, "eager", 2),
+            *both_layers(8192, "eager", 0.5),
+            *both_layers(8192, "compiled", 2),
+        ]
+    )
     assert [(x["tokens"], x["mode"], x["met"]) for x in judged] == [
         (8192, "eager", True),
         (8192, "compiled", False),
@@ -271,11 +279,11 @@ def test_layers_are_judged_from_8192_tokens_on_and_in_their_own_mode():
 def test_a_time_that_is_missing_meets_nothing():
     from measuring.targets import judge
 
-    row = {"part": "delta", "tokens": 16384, "pass": FORWARD}
+    one = {"part": "delta", "tokens": 16384, "pass": FORWARD}
     judged = judge(
         [
-            {**row, "case": "score", "seconds": 1},
-            {**row, "case": "fla", "reason": "OutOfMemoryError"},
+            {**one, "case": "score", "seconds": 1},
+            {**one, "case": "fla", "reason": "OutOfMemoryError"},
         ]
     )
     assert [(x["ratio"], x["met"], x["reason"]) for x in judged] == [
@@ -303,9 +311,9 @@ def test_a_wrong_result_is_not_timed():
     assert right["floor"] == 1
     assert right["checked"]["errors"] == {"out": 0.1}
     assert "seconds" in right
-    for row in (wrong, nan):
-        assert "seconds" not in row
-        assert row["reason"].startswith("WrongResultError: out: error ")
+    for one in (wrong, nan):
+        assert "seconds" not in one
+        assert one["reason"].startswith("WrongResultError: out: error ")
 
 
 def test_calls_take_turns_and_one_that_fails_stops_no_other():
@@ -362,9 +370,11 @@ def test_it_measures_on_a_cpu_and_writes_nothing(tmp_path):
         str(tmp_path),
     ]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
-    rows = re.findall(r"context +128  keep ([\d.]+) +([\d,]+) tokens/s +([\d,]+) bytes", run.stdout)
-    assert [float(keep) for keep, _, _ in rows] == pytest.approx([1, 0.5, 0.25, 0.1], abs=0.1)
-    sizes = [int(nbytes.replace(",", "")) for _, _, nbytes in rows]
+    lines = re.findall(
+        r"context +128  keep ([\d.]+) +([\d,]+) tokens/s +([\d,]+) bytes", run.stdout
+    )
+    assert [float(keep) for keep, _, _ in lines] == pytest.approx([1, 0.5, 0.25, 0.1], abs=0.1)
+    sizes = [int(nbytes.replace(",", "")) for _, _, nbytes in lines]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
     assert not list(tmp_path.iterdir())

@@ -1,1 +1,1 @@
-"""What benchmarks/gpu.py is made of: a clock, floors, checks, targets, tables, and a file for each thing measured."""
+"""Modules of benchmarks/gpu.py: clock, floors, checks, targets, tables, and the measured parts."""

@@ -1,9 +1,9 @@
-"""Selected attention at several keep fractions, against causal attention over everything and against flex."""
+"""Selected attention at several keep fractions, causal attention over everything, and flex."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,32 @@ from measuring.clock import Clock, Contender, NotHereError, race
 from measuring.sizes import Sizes
 from measuring.targets import FORWARD, TRAINING
 
-FRACTIONS = (0.5, 0.25, 0.1)
-KERNELS = ("triton", "flex")
+KEEP_FRACTIONS = (0.5, 0.25, 0.1)
+GPU_IMPLS = ("triton", "flex")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Candidate(NamedTuple):
+    """One way to attend, and the lifetimes that it attends with.
+
+    Attributes:
+        names: its case, and its keep fraction where it selects.
+        evict_at: int32 `[1, T, H]`.
+        attend: q, k, v `[1, T, H, D]` -> out `[1, T, H, D]`.
+    """
+
+    names: dict[str, Any]
+    evict_at: Tensor
+    attend: Attend
+
+
 def shapes(sizes: Sizes) -> tuple[int, ...]:
+    """Sequence lengths that are measured."""
     return sizes.op_tokens
 
 
 def sdpa(backend: SDPBackend) -> Attend:
-    """Causal attention over everything by one of torch's kernels, `[B, T, H, D]`."""
+    """Causal attention over everything by one of torch's kernels."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
@@ -41,7 +56,7 @@ def sdpa(backend: SDPBackend) -> Attend:
 
 
 def flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-3, where it is installed."""
+    """Causal attention over everything by FlashAttention-3, if it is installed."""
     if not q.is_cuda:
         raise NotHereError("FlashAttention-3 needs a GPU")
     from flash_attn_interface import flash_attn_func
@@ -51,10 +66,10 @@ def flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def selected(evict_at: Tensor, impl: str) -> Attend:
-    """By one implementation of ours."""
+    """Selected attention by one implementation of ours."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if impl in KERNELS and not q.is_cuda:
+        if impl in GPU_IMPLS and not q.is_cuda:
             raise NotHereError(f"{impl} is for a GPU")
         return selected_attention(q, k, v, evict_at, impl=impl).out
 
@@ -62,66 +77,71 @@ def selected(evict_at: Tensor, impl: str) -> Attend:
 
 
 def scattered(fraction: float, tokens: int, heads: int, device: str) -> Tensor:
-    """Lifetimes of tokens that each head stores for good, or never, at random."""
+    """Random lifetimes: each head stores a token for good, with this probability, or never."""
     position = torch.arange(tokens, device=device, dtype=torch.int32)[None, :, None]
     keep = torch.rand(1, tokens, heads, device=device) < fraction
     return torch.where(keep, torch.full_like(position, NEVER), position)
 
 
 def seen(evict_at: Tensor) -> tuple[int, int]:
-    """(query, key, head) that see each other, and (key, head) that are stored, in self-attention."""
+    """Numbers of (query, key, head) that see each other and of (key, head) that are stored."""
     tokens = evict_at.shape[1]
     position = torch.arange(tokens, device=evict_at.device)[None, :, None]
     lifetimes = (evict_at.long().clamp(max=tokens) - position).clamp(min=0)
     return int(lifetimes.sum()), int((lifetimes > 0).sum())
 
 
-def rows(
+def candidates(tokens: int, sizes: Sizes, q: Tensor) -> list[Candidate]:
+    """Attention over everything by other kernels, and selected attention at every fraction."""
+    lifetimes = {f: scattered(f, tokens, sizes.heads, sizes.device) for f in KEEP_FRACTIONS}
+    everything = torch.full_like(lifetimes[KEEP_FRACTIONS[0]], NEVER)
+    impls = GPU_IMPLS
+    if not sizes.gpu:  # the GPU's report why they cannot run
+        impls = (*GPU_IMPLS, explain(selected_attention, q, q, q, everything).chosen)
+    found = [
+        Candidate({"case": "flash"}, everything, sdpa(SDPBackend.FLASH_ATTENTION)),
+        Candidate({"case": "cudnn"}, everything, sdpa(SDPBackend.CUDNN_ATTENTION)),
+        Candidate({"case": "flash-3"}, everything, flash_3),
+    ]
+    for fraction, evict_at in lifetimes.items():
+        for impl in impls:
+            names = {"case": impl, "fraction": fraction}
+            found.append(Candidate(names, evict_at, selected(evict_at, impl)))
+    return found
+
+
+def measure(
     tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
 ) -> Iterator[dict[str, Any]]:
+    """Measurements of every candidate, forward alone and forward with backward."""
     shape = 1, tokens, sizes.heads, sizes.head_dim
     q, k, v, cotangent = (
         torch.randn(shape, device=sizes.device, dtype=sizes.dtype) for _ in range(4)
     )
-    lifetimes = {f: scattered(f, tokens, sizes.heads, sizes.device) for f in FRACTIONS}
-    everything = torch.full_like(lifetimes[FRACTIONS[0]], NEVER)
-    impls = (
-        KERNELS
-        if sizes.gpu
-        else (*KERNELS, explain(selected_attention, q, k, v, everything).chosen)
-    )
-    compared: list[tuple[dict[str, Any], Tensor, Attend]] = [
-        ({"case": "flash"}, everything, sdpa(SDPBackend.FLASH_ATTENTION)),
-        ({"case": "cudnn"}, everything, sdpa(SDPBackend.CUDNN_ATTENTION)),
-        ({"case": "flash-3"}, everything, flash_3),
-    ]
-    for fraction, evict_at in lifetimes.items():
-        compared += [
-            ({"case": i, "fraction": fraction}, evict_at, selected(evict_at, i)) for i in impls
-        ]
+    compared = candidates(tokens, sizes, q)
+    # the same lifetimes serve several candidates: what is exact is computed once for each
     exact = {
-        id(x): SampledAttention(q, k, v, x, cotangent) for x in (everything, *lifetimes.values())
+        id(one.evict_at): SampledAttention(q, k, v, one.evict_at, cotangent)
+        for one in {id(one.evict_at): one for one in compared}.values()
     }
-    for which in (FORWARD, TRAINING):
-        learns = which == TRAINING
 
-        def contender(
-            row: dict[str, Any], evict_at: Tensor, attend: Attend, learns: bool = learns
-        ) -> Contender:
-            def call() -> object:
-                given = [x.detach().requires_grad_(learns) for x in (q, k, v)]
-                with torch.set_grad_enabled(learns):
-                    out = attend(*given)
-                return torch.autograd.grad(out, given, cotangent) if learns else out
+    def contender(one: Candidate, learns: bool) -> Contender:
+        def call() -> object:
+            given = [x.detach().requires_grad_(learns) for x in (q, k, v)]
+            with torch.set_grad_enabled(learns):
+                out = one.attend(*given)
+            return torch.autograd.grad(out, given, cotangent) if learns else out
 
-            pairs, kept = seen(evict_at)
-            work = floors.attention(
-                *shape[1:], pairs=pairs, kept=kept, item=q.element_size(), learns=learns
-            )
-            row = {**row, "kept": kept / (tokens * sizes.heads)}
-            return Contender(row, call, lambda: exact[id(evict_at)].check(attend, learns), work)
-
-        contenders = [contender(*given) for given in compared]
-        yield from race(
-            contenders, clock, ceilings, {"part": "attention", "tokens": tokens, "pass": which}
+        pairs, kept = seen(one.evict_at)
+        work = floors.attention(
+            *shape[1:], pairs=pairs, kept=kept, item=q.element_size(), learns=learns
         )
+        names = {**one.names, "kept": kept / (tokens * sizes.heads)}
+        return Contender(
+            names, call, lambda: exact[id(one.evict_at)].check(one.attend, learns), work
+        )
+
+    for which in (FORWARD, TRAINING):
+        contenders = [contender(one, which == TRAINING) for one in compared]
+        common = {"part": "attention", "tokens": tokens, "pass": which}
+        yield from race(contenders, clock, ceilings, common)

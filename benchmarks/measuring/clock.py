@@ -1,4 +1,4 @@
-"""Times calls that take turns on one device, each only after its check."""
+"""Times calls that take turns on one device. A call is timed only after its check."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ import torch
 from measuring.floors import Ceilings, Work
 from measuring.targets import key
 
-FLUSHED = 2**28
-"""Bytes zeroed before each call: several times any L2, so that no call finds its inputs there."""
+FLUSHED_BYTES = 2**28
+"""Bytes that are zeroed before each call: several times any L2, so that no inputs stay there."""
+WARM_UP_ROUNDS = 3
+MAX_REASON_CHARACTERS = 400
 
 
 class NotHereError(Exception):
-    """Something to compare with that this machine lacks."""
+    """This machine lacks what a baseline needs."""
 
 
 class Contender(NamedTuple):
     """One of the calls that are compared.
 
     Attributes:
-        row: what it is called in the result: its case, and what tells it from others.
+        names: its case, and whatever else distinguishes its measurement from others.
         call: what is timed.
-        check: returns what was compared and raises where it is wrong.
-        work: what the call has to do at least.
+        check: returns a record of what was compared; raises if a result is wrong.
+        work: the least that the call has to do.
     """
 
-    row: dict[str, Any]
+    names: dict[str, Any]
     call: Callable[[], object]
     check: Callable[[], dict[str, Any]]
     work: Work
 
 
 class Timing(NamedTuple):
-    """Median of the rounds and their quartiles, in seconds."""
+    """Median over rounds and the quartiles, in seconds."""
 
     seconds: float
     lower: float
@@ -46,40 +48,42 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, times: list[float]) -> Timing:
-        """From the times of two rounds or more."""
+        """Takes the times of two rounds or more."""
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
         return cls(median, lower, upper)
 
 
 class Clock:
-    """The clock of a device, and the progress told on the way."""
+    """Times calls on a device and prints progress."""
 
     def __init__(self, device: str, rounds: int) -> None:
         self.gpu, self.rounds, self.began = device == "cuda", rounds, time.perf_counter()
-        self.flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device) if self.gpu else None
+        self.flushed = (
+            torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
+        )
 
     def say(self, text: str) -> None:
-        """A line of progress, with the seconds since the start."""
+        """Prints a line of progress, with the seconds since the start."""
         print(f"{time.perf_counter() - self.began:6.0f} s  {text}", flush=True)
 
     def wait(self) -> None:
-        """Until the device has done all it was given; an error of a kernel comes up here."""
+        """Waits until the device is idle. An error of a kernel is raised here."""
         if self.gpu:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Gives memory back, after what held it is gone."""
+        """Frees cached memory of the device."""
         if self.gpu:
             gc.collect()
             torch.cuda.empty_cache()
 
     def turns(
-        self, calls: Mapping[str, Callable[[], object]], warm_up: int = 3
+        self, calls: Mapping[str, Callable[[], object]], warm_up: int = WARM_UP_ROUNDS
     ) -> tuple[dict[str, Timing], dict[str, str]]:
-        """Times of calls that take turns, A B C A B C ..., and the reasons of those that failed.
+        """Runs calls in turns, A B C A B C ..., and returns their times, or why they failed.
 
-        The host does not wait between them: it runs ahead of the device, as it does in training, and what is timed is
-        the device's work unless a call makes the device wait for the host.
+        The host does not wait between calls. It runs ahead of the device, as in training, so that
+        the times are those of the device unless a call makes the device wait for the host.
         """
         reasons: dict[str, str] = {}
         times: dict[str, list[Any]] = {name: [] for name in calls}
@@ -121,9 +125,9 @@ class Clock:
         return took if isinstance(took, float) else took[0].elapsed_time(took[1]) / 1e3
 
     def ceilings(self, matmul: int, copied_bytes: int, dtype: torch.dtype) -> Ceilings:
-        """What a large product and a plain copy reach on this device now."""
+        """Measures the rates of a large product and of a plain copy on this device."""
         device = "cuda" if self.gpu else "cpu"
-        # random: products of zeros run faster than those of data
+        # random, because products of zeros run faster
         a, b = (torch.randn(matmul, matmul, device=device, dtype=dtype) for _ in range(2))
         x = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=device)
         y = torch.empty_like(x)
@@ -136,35 +140,36 @@ class Clock:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    """Describes an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON_CHARACTERS]}"
 
 
 def race(
     contenders: list[Contender], clock: Clock, ceilings: Ceilings, common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row for each contender: its times and its floor, or the reason why there are none."""
-    rows, calls = {}, {}
+    """Returns a measurement per contender: its times and its floor, or why there are none."""
+    measured = {}
+    calls = {}
     for contender in contenders:
-        row = {**common, **contender.row}
-        name = " ".join(str(value) for value in key(row) if value is not None)
-        rows[name] = row
-        clock.say(f"{name}: is it right?")
+        one = {**common, **contender.names}
+        name = " ".join(str(value) for value in key(one) if value is not None)
+        measured[name] = one
+        clock.say(f"{name}: checking")
         try:
-            row["checked"] = contender.check()
+            one["checked"] = contender.check()
             calls[name] = contender.call
         except Exception as error:
-            row["reason"] = reason(error)
-            clock.say(row["reason"])
+            one["reason"] = reason(error)
+            clock.say(one["reason"])
         clock.release()
     timings, reasons = clock.turns(calls)
-    for (name, row), contender in zip(rows.items(), contenders, strict=True):
+    for (name, one), contender in zip(measured.items(), contenders, strict=True):
         if name in timings:
-            row |= timings[name]._asdict()
-            row |= {**contender.work._asdict(), "floor": contender.work.floor(ceilings)}
-            clock.say(f"{name}: {1e3 * row['seconds']:.3f} ms, floor {1e3 * row['floor']:.3f} ms")
+            one |= timings[name]._asdict()
+            one |= {**contender.work._asdict(), "floor": contender.work.floor(ceilings)}
+            clock.say(f"{name}: {1e3 * one['seconds']:.3f} ms, floor {1e3 * one['floor']:.3f} ms")
         elif name in reasons:
-            row["reason"] = reasons[name]
+            one["reason"] = reasons[name]
             clock.say(f"{name}: {reasons[name]}")
     clock.release()
-    return list(rows.values())
+    return list(measured.values())

@@ -1,4 +1,4 @@
-"""Decoding behind a context at several keep fractions, against attention over everything: tokens per second, bytes."""
+"""Decoding after a context at several keep fractions: tokens per second and bytes of the cache."""
 
 from __future__ import annotations
 
@@ -12,55 +12,51 @@ import hamblocks as hb
 from hamblocks.ops import explain, paged_attention
 from measuring import floors
 from measuring.checks import WrongResultError
-from measuring.clock import Clock, Timing, reason
+from measuring.clock import WARM_UP_ROUNDS, Clock, Timing, reason
 from measuring.sizes import Sizes
 
-FRACTIONS = (1.0, 0.5, 0.25, 0.1)
-"""1 stores everything."""
+KEEP_FRACTIONS = (1.0, 0.5, 0.25, 0.1)
+"""1 stores everything, whatever the scores are."""
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
+    """Context lengths that are measured."""
     return sizes.contexts
 
 
-def rows(
+def measure(
     context: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
 ) -> Iterator[dict[str, Any]]:
+    """Measurements of attention over a dense cache, and of a layer at every keep fraction."""
     common = {"part": "decode", "tokens": context}
-    nbytes = 2 * sizes.decode_batch * sizes.heads * context * sizes.head_dim * sizes.dtype.itemsize
-    row = {**common, "case": "a dense cache, attention alone"}
-    try:
-        row |= everything(context, sizes, clock)._asdict() | {
-            "floor": floors.decode(nbytes).floor(ceilings)
-        }
-        print(
-            f"context {context:>7,}  a dense cache, attention alone: {1e6 * row['seconds']:,.0f} us",
-            flush=True,
-        )
-    except Exception as error:
-        row["reason"] = reason(error)
-    yield row
-    for fraction in FRACTIONS:
+    yield common | dense_cache(context, sizes, clock, ceilings)
+    for fraction in KEEP_FRACTIONS:
         clock.release()
-        row = {**common, "case": "one layer", "fraction": fraction}
+        measured = {**common, "case": "one layer", "fraction": fraction}
         try:
-            row |= decode(context, fraction, sizes, clock)
+            measured |= one_layer(context, fraction, sizes, clock)
         except Exception as error:
-            row["reason"] = reason(error)
-            clock.say(f"context {context:,}, keep {fraction}: {row['reason']}")
-            yield row
+            measured["reason"] = reason(error)
+            clock.say(f"context {context:,}, keep {fraction}: {measured['reason']}")
+            yield measured
             continue
-        row["floor"] = floors.decode(row["cache_bytes"]).floor(ceilings)
+        measured["floor"] = floors.decode(measured["cache_bytes"]).floor(ceilings)
         print(
-            f"context {context:>7,}  keep {row['kept']:.2f}  {row['tokens_per_second']:>9,.0f} tokens/s  "
-            f"{row['cache_bytes']:>14,} bytes  floor {1e6 * row['floor']:>8,.0f} us  "
-            f"took {1e6 * row['seconds']:>8,.0f} us",
+            f"context {context:>7,}  keep {measured['kept']:.2f}  "
+            f"{measured['tokens_per_second']:>9,.0f} tokens/s  "
+            f"{measured['cache_bytes']:>14,} bytes  floor {1e6 * measured['floor']:>8,.0f} us  "
+            f"took {1e6 * measured['seconds']:>8,.0f} us",
             flush=True,
         )
-        yield row
+        yield measured
 
 
 def timed(call: Callable[[], object], clock: Clock) -> Timing:
+    """Times one call alone.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     timings, reasons = clock.turns({"it": call})
     if reasons:
         raise RuntimeError(reasons["it"])
@@ -68,8 +64,49 @@ def timed(call: Callable[[], object], clock: Clock) -> Timing:
 
 
 @torch.no_grad()
-def decode(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[str, Any]:
-    """Time and bytes of one token of every sequence behind a context."""
+def dense_cache(
+    context: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
+) -> dict[str, Any]:
+    """Time and floor of attention over a dense cache of all tokens, or why there is none."""
+    measured: dict[str, Any] = {"case": "a dense cache, attention alone"}
+    nbytes = 2 * sizes.decode_batch * sizes.heads * context * sizes.head_dim * sizes.dtype.itemsize
+    try:
+        shape = sizes.decode_batch, sizes.heads, context, sizes.head_dim
+        k, v = (torch.randn(shape, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
+        q = k[:, :, :1].clone()
+        timing = timed(lambda: scaled_dot_product_attention(q, k, v), clock)
+    except Exception as error:
+        return measured | {"reason": reason(error)}
+    took = f"{1e6 * timing.seconds:,.0f} us"
+    print(f"context {context:>7,}  a dense cache, attention alone: {took}", flush=True)
+    return measured | timing._asdict() | {"floor": floors.decode(nbytes).floor(ceilings)}
+
+
+@torch.no_grad()
+def one_layer(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[str, Any]:
+    """Time and bytes of one token of every sequence after a context."""
+    layer, state = prefilled(context, fraction, sizes)
+    checked = check_paged(state, sizes)
+    x = torch.randn(sizes.decode_batch, sizes.hidden, device=sizes.device, dtype=sizes.dtype)
+    state.reserve(WARM_UP_ROUNDS + clock.rounds)
+
+    def step() -> None:
+        nonlocal state
+        _, state, _ = layer.decode(x, state)
+
+    timing = timed(step, clock)
+    return {
+        "kept": float(state.cache.tokens.double().mean() / state.position.double().mean()),
+        **timing._asdict(),
+        "tokens_per_second": sizes.decode_batch / timing.seconds,
+        "cache_bytes": state.cache.nbytes,
+        "capacity_bytes": state.cache.capacity_nbytes,
+        **checked,
+    }
+
+
+def prefilled(context: int, fraction: float, sizes: Sizes) -> tuple[hb.HAMLayer, hb.HAMState]:
+    """A layer that stores a random fraction of the tokens, and its state after the context."""
     torch.manual_seed(0)
     device, dtype, batch = sizes.device, sizes.dtype, sizes.decode_batch
     selector = hb.Threshold(float("-inf") if fraction == 1 else 1 - fraction)
@@ -81,55 +118,39 @@ def decode(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[st
     for piece in torch.arange(context).split(sizes.decode_piece):
         x = torch.randn(batch, len(piece), sizes.hidden, device=device, dtype=dtype)
         _, state, _ = layer.prefill(x, state)
-    one = state.cache.fork().reorder(torch.zeros(1, dtype=torch.int64, device=device))
-    q = torch.randn(1, 1, sizes.heads, sizes.head_dim, device=device, dtype=dtype)
-    arguments = q, one.slabs, one.block_table
-    asked = one.seen[:, None]
-    exactly = [slab._replace(k=slab.k.double(), v=slab.v.double()) for slab in one.slabs]
+    return layer, state
+
+
+def check_paged(state: hb.HAMState, sizes: Sizes) -> dict[str, Any]:
+    """Compares the op that reads the cache with its reference in float64, on the first sequence.
+
+    Raises:
+        WrongResultError: its error is more than twice that of the reference in this dtype.
+    """
+    first = torch.zeros(1, dtype=torch.int64, device=sizes.device)
+    cache = state.cache.fork().reorder(first)
+    q = torch.randn(1, 1, sizes.heads, sizes.head_dim, device=sizes.device, dtype=sizes.dtype)
+    arguments = q, cache.slabs, cache.block_table
+    position = cache.seen[:, None]
+    wide = [slab._replace(k=slab.k.double(), v=slab.v.double()) for slab in cache.slabs]
     exact = paged_attention(
-        q.double(), exactly, one.block_table, query_position=asked, impl="reference"
+        q.double(), wide, cache.block_table, query_position=position, impl="reference"
     ).out
-    error, own = (
-        float(
-            (
-                paged_attention(*arguments, query_position=asked, impl=impl).out.double() - exact
-            ).norm()
-            / exact.norm()
-        )
-        for impl in ("auto", "reference")
-    )
-    if not error <= 2 * own + torch.finfo(dtype).eps:
+
+    def error_of(impl: str) -> float:
+        out = paged_attention(*arguments, query_position=position, impl=impl).out
+        return float((out.double() - exact).norm() / exact.norm())
+
+    error, own = error_of("auto"), error_of("reference")
+    if not error <= 2 * own + torch.finfo(sizes.dtype).eps:
         raise WrongResultError(
             f"paged_attention: error {error:.1e} against float64, the reference's {own:.1e}"
         )
-    table = explain(paged_attention, *arguments, query_position=asked)
-    x = torch.randn(batch, sizes.hidden, device=device, dtype=dtype)
-    state.reserve(clock.rounds + 12)
-
-    def step() -> None:
-        nonlocal state
-        _, state, _ = layer.decode(x, state)
-
-    timing = timed(step, clock)
     return {
-        "kept": float(state.cache.tokens.double().mean() / state.position.double().mean()),
-        **timing._asdict(),
-        "tokens_per_second": batch / timing.seconds,
-        "cache_bytes": state.cache.nbytes,
-        "capacity_bytes": state.cache.capacity_nbytes,
         "checked": {
             "against": "the dense reference in float64",
             "error": error,
             "own error of the reference": own,
         },
-        "impl": table.chosen,
+        "impl": explain(paged_attention, *arguments, query_position=position).chosen,
     }
-
-
-@torch.no_grad()
-def everything(context: int, sizes: Sizes, clock: Clock) -> Timing:
-    """Time of attention over a dense cache of all tokens."""
-    shape = sizes.decode_batch, sizes.heads, context, sizes.head_dim
-    k, v = (torch.randn(shape, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
-    q = k[:, :, :1].clone()
-    return timed(lambda: scaled_dot_product_attention(q, k, v), clock)

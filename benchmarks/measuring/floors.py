@@ -1,9 +1,12 @@
-"""The least time that a computation can take: its operations or its bytes, at the rates measured in the same run.
+"""Floors: the least time that a computation can take at the rates measured in the same run.
 
-    floor = max(operations / product rate, bytes / copy rate)
+    floor = max(operations / rate of a product, bytes / rate of a copy)
 
-Every input is counted read once and every output written once, in a forward and in a backward pass each; what lies
-between, and what a backward pass keeps from the forward pass, is not counted: a floor is no estimate.
+A forward and a backward pass each read every input once and write every output once. Intermediate
+results are not counted, and neither is what a backward pass keeps from the forward pass. A floor is
+therefore a lower bound and not an estimate.
+
+Letters: C tokens in a chunk, D head size.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CHUNK = 64
+"""Tokens in a chunk of the delta rule, as in fla."""
+BACKWARD_ATTENTION = 2.5
+"""Operations of attention's backward pass, relative to its forward pass: five products to two."""
 
 
 class Ceilings(NamedTuple):
@@ -21,82 +27,92 @@ class Ceilings(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What has to be done: multiplications and additions of tensor cores, and bytes of device memory."""
+    """Multiplications and additions of tensor cores, and bytes moved from and to device memory."""
 
     operations: float
     bytes: float
 
     def floor(self, ceilings: Ceilings) -> float:
-        """Seconds."""
+        """The floor in seconds."""
         return max(
             self.operations / ceilings.operations_per_second, self.bytes / ceilings.bytes_per_second
         )
-
-    def plus(self, other: Work) -> Work:
-        """Both, one after the other."""
-        return Work(self.operations + other.operations, self.bytes + other.bytes)
 
 
 def delta_rule(
     tokens: int, heads: int, dim: int, *, item: int, residual: bool, score: bool, learns: bool
 ) -> Work:
-    """The gated delta rule in chunks of C = 64, keys and values of D; `item` bytes an entry, scalars float32.
+    """Work of the gated delta rule in chunks. An entry has `item` bytes, a scalar is float32.
 
-    Forward, per chunk: k k^T, A^-1 (beta e^g k), A^-1 (beta v), q k^T, P v_new are products of C C D (5); w S, k^T
-    v_new and q S of C D D (3); a triangular inverse is C^3 / 3. Two operations to a product's multiplication:
+    Forward, per chunk:
 
-        per token and head: 10 C D + 6 D D + C C / 3
+    - 5 products of C C D: k k^T, A^-1 (beta e^g k), A^-1 (beta v), q k^T, P v_new
+    - 3 products of C D D: w S, k^T v_new, q S
+    - a triangular inverse, C^3 / 3 operations
 
-    Backward, per chunk: w and u again (2 of C C D), S and v_new again (2 of C D D), P^T do (2 of C C D), gradients of
-    state and v_new (3 of C D D), do v_new^T, dq, dk (3 of C C D), do S^T, v_new dS^T, dv S^T (3 of C D D), of the
-    inverse (2 of C C D, 2 of C C C), and through it to k, v and beta (5 of C C D):
+    A product counts two operations per multiplication, so a token and head take
+    10 C D + 6 D D + C C / 3 operations.
 
-        per token and head: 28 C D + 16 D D + 4 C C
+    Backward, per chunk:
 
-    Bytes per token and head, forward: q, k, v, out, the residual if written (D each); beta, g, the score (a scalar
-    each). Backward: q, k, v, the gradient of out, and those of q, k, v (7 D); beta, g and their gradients (4 scalars).
+    - w and u again: 2 of C C D
+    - S and v_new again: 2 of C D D
+    - P^T do: 2 of C C D
+    - gradients of the state and of v_new: 3 of C D D
+    - do v_new^T, dq, dk: 3 of C C D
+    - do S^T, v_new dS^T, dv S^T: 3 of C D D
+    - gradient of the inverse: 2 of C C D, 2 of C C C
+    - through the inverse to k, v and beta: 5 of C C D
+
+    A token and head take 28 C D + 16 D D + 4 C C operations.
+
+    Bytes per token and head, forward: q, k, v, out, and the residual if written (D entries each);
+    beta, g, and the score if asked for (a scalar each). Backward: q, k, v, the gradients of out, q,
+    k and v (7 D entries); beta, g and their gradients (4 scalars).
     """
-    rows = tokens * heads
+    token_heads = tokens * heads
     operations = 10 * CHUNK * dim + 6 * dim * dim + CHUNK * CHUNK / 3
     moved = (4 + residual) * dim * item + (2 + score) * 4
     if learns:
         operations += 28 * CHUNK * dim + 16 * dim * dim + 4 * CHUNK * CHUNK
         moved += 7 * dim * item + 4 * 4
-    return Work(rows * operations, rows * moved)
+    return Work(token_heads * operations, token_heads * moved)
 
 
 def attention(
     tokens: int, heads: int, dim: int, *, pairs: int, kept: int, item: int, learns: bool
 ) -> Work:
-    """Attention where `pairs` (query, key, head) see each other and `kept` (key, head) are stored.
+    """Work of attention where `pairs` (query, key, head) see each other.
 
-    Forward: q k^T and P v, 4 D operations a pair; q and out of all tokens, k and v of the stored ones, lse and
-    lifetimes (4 bytes each per token and head). Backward: five products instead of two, 2.5 times as much; it reads q,
-    out, the gradient of out, k, v and lse and writes the gradients of q and, for every token, k and v.
+    `kept` (key, head) are stored. Forward: q k^T and P v take 4 D operations per pair. It moves q
+    and out of all tokens, k and v of the stored ones, lse and lifetimes (4 bytes each per token and
+    head). Backward: it reads q, out, the gradient of out, k, v and lse, and writes the gradients of
+    q, k and v for every token.
     """
-    rows = tokens * heads
+    token_heads = tokens * heads
     operations = 4.0 * dim * pairs
-    moved = 2 * (rows + kept) * dim * item + 8 * rows
+    moved = 2 * (token_heads + kept) * dim * item + 8 * token_heads
     if learns:
-        operations *= 3.5
-        moved += (6 * rows + 2 * kept) * dim * item + 4 * rows
+        operations *= 1 + BACKWARD_ATTENTION
+        moved += (6 * token_heads + 2 * kept) * dim * item + 4 * token_heads
     return Work(operations, moved)
 
 
 def causal_pairs(tokens: int) -> int:
-    """(query, key) that see each other where nothing is evicted."""
+    """Number of (query, key) that see each other if nothing is evicted."""
     return tokens * (tokens + 1) // 2
 
 
 def layer(
     tokens: int, hidden: int, heads: int, dim: int, *, pairs: int, kept: int, item: int
 ) -> Work:
-    """A HAM layer, forward and backward: its products with weights, the delta rule with the score, and attention.
+    """Work of a HAM layer, forward and backward.
 
-    Weights: q, k, v and out (4 of hidden x heads dim), and four numbers a head (two gates, beta, decay). Forward 2
-    operations an entry and token, backward twice that. Bytes: x, y, the gradient of y, x again, the gradient of x;
-    weights read twice, their gradient written. Of the delta rule and attention operations alone are counted: what they
-    read could come from the products without passing through memory.
+    Weights: q, k, v and out (4 of hidden x heads dim), and four numbers per head (two gates, beta,
+    decay). An entry takes 2 operations per token forward, and twice that backward. Bytes: x, y, the
+    gradient of y, x again, the gradient of x; the weights twice, and their gradient. The delta rule
+    and attention add operations and no bytes, because their inputs could come from the products
+    without passing through memory.
     """
     weights = 4 * hidden * heads * dim + 4 * heads * hidden
     delta = delta_rule(tokens, heads, dim, item=item, residual=False, score=True, learns=True)
@@ -106,5 +122,5 @@ def layer(
 
 
 def decode(cache_bytes: int) -> Work:
-    """A token of every sequence: the cache in use is read once; operations do not count beside that."""
+    """Work of one token per sequence: the cache in use is read once; operations are negligible."""
     return Work(0, cache_bytes)

@@ -11,22 +11,23 @@ from torch.nn.attention import SDPBackend
 
 import hamblocks as hb
 from hamblocks.attention import rotate
-from hamblocks.ops import selected_attention
 from hamblocks.protocols import LayerDims
 from measuring import floors
-from measuring.attend import sdpa, seen
-from measuring.checks import GRADIENT, SampledAttention, error, within
+from measuring.attend import sdpa, seen, selected
+from measuring.checks import MAX_GRADIENT_ERROR, SampledAttention, error, within
 from measuring.clock import Clock, Contender, race
 from measuring.sizes import Sizes
 from measuring.targets import TRAINING
 
-EVERYTHING = float("-inf")
-COMPILED = 2.0**-5
-"""Error allowed between compiled and eager: other roundings move a score over the threshold here and there."""
+STORE_EVERYTHING = float("-inf")
+"""Threshold that every score reaches."""
+MAX_COMPILED_ERROR = 2.0**-5
+"""Relative error allowed between compiled and eager. They round differently, so that a few scores
+fall on the other side of the threshold."""
 
 
 class FlashAttention(nn.Module):
-    """The part that attends to everything by FlashAttention: what a layer without selection would use."""
+    """Attends to everything by FlashAttention, as a layer without selection would."""
 
     def build(self, dims: LayerDims) -> None:
         self.normed = hb.SelectedAttention()
@@ -40,19 +41,20 @@ class FlashAttention(nn.Module):
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
+    """Sequence lengths that are measured."""
     return sizes.layer_tokens
 
 
 def normed(
     part: hb.SelectedAttention, q: Tensor, k: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as they are attended with."""
+    """Queries and keys after norms and rotation."""
     q, k = part.q_norm(q), part.k_norm(k)
     return rotate(q, position, part.rope_theta), rotate(k, position, part.rope_theta)
 
 
 def build(sizes: Sizes, tau: float, attention: Any = None) -> hb.HAMLayer:
-    """The same weights every time."""
+    """A layer with this threshold; the weights are the same every time."""
     torch.manual_seed(0)
     delta, attends = ("fla", "triton") if sizes.gpu else ("auto", "auto")
     layer = hb.HAMLayer(
@@ -67,12 +69,12 @@ def build(sizes: Sizes, tau: float, attention: Any = None) -> hb.HAMLayer:
     return layer.to(sizes.device, sizes.dtype)
 
 
-def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
-    """Attention against dense attention of a sample, on what it is given inside the layer; the memory against torch."""
-    given: dict[str, Any] = {}
+def calls_of_parts(layer: hb.HAMLayer, x: Tensor) -> dict[nn.Module, tuple[Any, Any, Tensor]]:
+    """Arguments, keyword arguments and read of the memory and of attention, inside the layer."""
+    calls: dict[nn.Module, tuple[Any, Any, Tensor]] = {}
 
     def keep(part: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        given[part] = args, kwargs, result[0]
+        calls[part] = args, kwargs, result[0]
 
     hooks = [
         part.register_forward_hook(keep, with_kwargs=True)
@@ -84,43 +86,68 @@ def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, A
     finally:
         for hook in hooks:
             hook.remove()
-    args, kwargs, read = given.pop(layer.memory)
-    impl, layer.memory.impl = layer.memory.impl, "chunked" if x.is_cuda else "reference"
+    return calls
+
+
+def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
+    """Checks the memory and attention on the inputs that they get inside the layer."""
+    calls = calls_of_parts(layer, x)
+    return {
+        "memory": check_memory(layer.memory, *calls[layer.memory]),
+        "attention": check_attention(layer.attention, *calls[layer.attention], cotangent),
+    }
+
+
+def check_memory(memory: Any, args: Any, kwargs: Any, read: Tensor) -> dict[str, Any]:
+    """Compares the memory's read with an implementation in plain torch."""
+    impl, trusted = memory.impl, "chunked" if read.is_cuda else "reference"
+    memory.impl = trusted
     try:
         with torch.no_grad():
-            exact, _, _ = layer.memory(*args, **kwargs)
-        checked = {
-            "memory": within(
-                f"{layer.memory.impl}", {"read": error(read, exact)}, {"read": GRADIENT}
-            )
-        }
+            exact, _, _ = memory(*args, **kwargs)
     finally:
-        layer.memory.impl = impl
-    (q, k, v, evict_at), kwargs, _ = given.pop(layer.attention)
-    if isinstance(layer.attention, FlashAttention):
-        part, attend = layer.attention.normed, sdpa(SDPBackend.FLASH_ATTENTION)
+        memory.impl = impl
+    return within(trusted, {"read": error(read, exact)}, {"read": MAX_GRADIENT_ERROR})
+
+
+def check_attention(
+    part: Any, args: Any, kwargs: Any, _read: Tensor, cotangent: Tensor
+) -> dict[str, Any]:
+    """Compares attention with dense attention of a sample of queries, with gradients."""
+    q, k, v, evict_at = args
+    if isinstance(part, FlashAttention):
+        part, attend = part.normed, sdpa(SDPBackend.FLASH_ATTENTION)
     else:
-        part = layer.attention
-        attend = lambda *qkv: selected_attention(*qkv, evict_at, impl=part.impl).out  # noqa: E731
+        attend = selected(evict_at, part.impl)
     with torch.no_grad():
         q, k = normed(part, q, k, kwargs["position"])
     sample = SampledAttention(q, k, v, evict_at.expand(*k.shape[:3]), cotangent)
-    return checked | {"attention": sample.check(attend, learns=True)}
+    return sample.check(attend, learns=True)
 
 
 def check_compiled(compiled: Any, layer: hb.HAMLayer, x: Tensor) -> dict[str, Any]:
-    """Against the layer itself, with a gradient asked for: that is what is compiled once and timed."""
+    """Compares with the layer itself.
+
+    x requires a gradient, so that the code that is compiled here is the code that is timed.
+    """
     x = x.detach().requires_grad_()
     exact, got = layer(x), compiled(x)
     moved = float((got.stats.evict_at != exact.stats.evict_at).float().mean())
-    checked = within("the layer, not compiled", {"y": error(got.y, exact.y)}, {"y": COMPILED})
+    allowed = {"y": MAX_COMPILED_ERROR}
+    checked = within("the layer, not compiled", {"y": error(got.y, exact.y)}, allowed)
     return checked | {"decisions that differ": moved}
 
 
-def rows(
+def median_score(layer: hb.HAMLayer, x: Tensor) -> float:
+    """The threshold that half of the tokens reach."""
+    with torch.no_grad():
+        return float(layer(x).stats.score.float().median())
+
+
+def measure(
     tokens: int, sizes: Sizes, clock: Clock, ceilings: floors.Ceilings
 ) -> Iterator[dict[str, Any]]:
-    everything = build(sizes, EVERYTHING)
+    """Measurements of three layers, eager and compiled, forward and backward."""
     x, y = (
         torch.randn(1, tokens, sizes.hidden, device=sizes.device, dtype=sizes.dtype)
         for _ in range(2)
@@ -128,46 +155,37 @@ def rows(
     reads = torch.randn(
         1, tokens, sizes.heads, sizes.head_dim, device=sizes.device, dtype=sizes.dtype
     )
+    everything = build(sizes, STORE_EVERYTHING)
+    tau = median_score(everything, x)
+    layers = {"selected": build(sizes, tau), "everything": everything}
     with torch.no_grad():
-        tau = float(everything(x).stats.score.float().median())
-        layers = {"selected": build(sizes, tau), "everything": everything}
-        stats = layers["selected"](x).stats
-    layers["everything by FlashAttention"] = build(sizes, EVERYTHING, FlashAttention())
-    pairs, kept = seen(stats.evict_at.expand(1, tokens, sizes.heads))
-    full = sizes.heads * floors.causal_pairs(tokens), sizes.heads * tokens
+        evict_at = layers["selected"](x).stats.evict_at
+    layers["everything by FlashAttention"] = build(sizes, STORE_EVERYTHING, FlashAttention())
+    seen_by_all = sizes.heads * floors.causal_pairs(tokens), sizes.heads * tokens
 
     def contender(case: str, mode: str) -> Contender:
-        layer = layers[case]
-        run = (
-            layer
-            if mode == "eager"
-            else torch.compile(layer, fullgraph=True, backend=sizes.backend, dynamic=False)
-        )
+        layer, run = layers[case], layers[case]
+        if mode == "compiled":
+            run = torch.compile(layer, fullgraph=True, backend=sizes.backend, dynamic=False)
 
         def call() -> object:
             given = x.detach().requires_grad_()
             return torch.autograd.grad(run(given).y, [given, *layer.parameters()], y)
 
         def check() -> dict[str, Any]:
-            return (
-                check_parts(layer, x, reads) if mode == "eager" else check_compiled(run, layer, x)
-            )
+            if mode == "eager":
+                return check_parts(layer, x, reads)
+            return check_compiled(run, layer, x)
 
-        number, stored = (pairs, kept) if case == "selected" else full
-        work = floors.layer(
-            tokens,
-            sizes.hidden,
-            sizes.heads,
-            sizes.head_dim,
-            pairs=number,
-            kept=stored,
-            item=x.element_size(),
-        )
-        row = {"case": case, "mode": mode, "kept": stored / full[1]}
-        return Contender(row | ({"tau": tau} if case == "selected" else {}), call, check, work)
+        selects = case == "selected"
+        pairs, kept = seen(evict_at.expand(1, tokens, sizes.heads)) if selects else seen_by_all
+        size = tokens, sizes.hidden, sizes.heads, sizes.head_dim
+        work = floors.layer(*size, pairs=pairs, kept=kept, item=x.element_size())
+        names = {"case": case, "mode": mode, "kept": kept / seen_by_all[1]}
+        return Contender(names | ({"tau": tau} if selects else {}), call, check, work)
 
-    torch.compiler.reset()  # or compilations of other lengths count against torch's limit for one function
+    # compilations of other lengths count against torch's limit of recompilations
+    torch.compiler.reset()
     contenders = [contender(case, mode) for mode in ("eager", "compiled") for case in layers]
-    yield from race(
-        contenders, clock, ceilings, {"part": "layer", "tokens": tokens, "pass": TRAINING}
-    )
+    common = {"part": "layer", "tokens": tokens, "pass": TRAINING}
+    yield from race(contenders, clock, ceilings, common)

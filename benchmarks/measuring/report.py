@@ -1,4 +1,4 @@
-"""What was measured, as tables."""
+"""Prints what was measured as tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from rich.table import Table
 
 from hamblocks import info
 
+REASON_WIDTH = 60
+"""Characters of a reason that a table shows; the JSON file has all of it."""
+FILE_WIDTH = 160
+"""Columns of the tables if they go into a file or a pipe."""
+
 
 def machine(gpu: bool) -> dict[str, str]:
-    """The GPU, its driver, and versions."""
+    """The GPU, its driver, and the versions of packages."""
     found = {**info.machine(), "flash-attn-3": "not installed"}
     for package in ("flash-attn-3", "flash_attn_3"):
         try:
@@ -31,45 +36,47 @@ def machine(gpu: bool) -> dict[str, str]:
     return found
 
 
-def tables(rows: list[dict[str, Any]], judged: list[dict[str, Any]]) -> list[Table]:
-    """Times beside their floors, and targets beside what was reached."""
+def tables(measurements: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[Table]:
+    """Times beside their floors, and targets beside the ratios that were reached."""
     times = Table(
         "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", title="Times"
     )
-    for row in rows:
-        names = [
-            row["part"],
-            f"{row['tokens']:,}",
-            row.get("pass", "one token"),
-            " ".join(str(row[n]) for n in ("case", "mode") if n in row),
-            f"{row['kept']:.3f}" if "kept" in row else str(row.get("fraction", "")),
-        ]
-        if "seconds" in row:
-            low, middle, high, floor = (
-                1e3 * row[name] for name in ("lower", "seconds", "upper", "floor")
-            )
-            times.add_row(
-                *names,
-                f"{middle:.3f}",
-                f"{low:.3f} - {high:.3f}",
-                f"{floor:.3f}",
-                f"{middle / floor:.2f}",
-            )
-        else:
-            times.add_row(*names, "-", row["reason"][:60])
-    verdicts = Table("target", "T", "pass", "bound", "ratio", "met", title="Targets")
-    for x in judged:
-        which = " ".join(x[name] for name in ("pass", "mode") if name in x)
-        ratio = "-" if x["ratio"] is None else f"{x['ratio']:.3f}"
-        met = {True: "yes", False: "no", None: "not measured"}[x["met"]]
-        verdicts.add_row(x["target"], f"{x['tokens']:,}", which, f"{x['bound']:g}", ratio, met)
-    return [times, verdicts]
+    for measured in measurements:
+        times.add_row(*name_cells(measured), *time_cells(measured))
+    judged = Table("target", "T", "pass", "bound", "ratio", "met", title="Targets")
+    for one in verdicts:
+        which = " ".join(one[name] for name in ("pass", "mode") if name in one)
+        ratio = "-" if one["ratio"] is None else f"{one['ratio']:.3f}"
+        met = {True: "yes", False: "no", None: "not measured"}[one["met"]]
+        judged.add_row(one["target"], f"{one['tokens']:,}", which, f"{one['bound']:g}", ratio, met)
+    return [times, judged]
 
 
-def show(rows: list[dict[str, Any]], judged: list[dict[str, Any]]) -> None:
-    """Prints both."""
+def name_cells(measured: dict[str, Any]) -> list[str]:
+    """Part, T, pass, case and keep fraction."""
+    return [
+        measured["part"],
+        f"{measured['tokens']:,}",
+        measured.get("pass", "one token"),
+        " ".join(str(measured[name]) for name in ("case", "mode") if name in measured),
+        f"{measured['kept']:.3f}" if "kept" in measured else str(measured.get("fraction", "")),
+    ]
+
+
+def time_cells(measured: dict[str, Any]) -> list[str]:
+    """Median, quartiles and floor in milliseconds; the reason if there is no time."""
+    if "seconds" not in measured:
+        return ["-", measured["reason"][:REASON_WIDTH]]
+    low, middle, high, floor = (
+        1e3 * measured[name] for name in ("lower", "seconds", "upper", "floor")
+    )
+    return [f"{middle:.3f}", f"{low:.3f} - {high:.3f}", f"{floor:.3f}", f"{middle / floor:.2f}"]
+
+
+def show(measurements: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:
+    """Prints both tables."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
-    for table in tables(rows, judged):
+        console = Console(width=FILE_WIDTH)
+    for table in tables(measurements, verdicts):
         console.print(table)

@@ -8,7 +8,23 @@ import torch
 
 
 class Sizes(NamedTuple):
-    """Of everything that is measured."""
+    """Sizes of everything that is measured.
+
+    Attributes:
+        device: "cuda", or "cpu" to try the script.
+        dtype: dtype of inputs and weights.
+        hidden: hidden size of a layer.
+        heads: heads of an op and of a layer.
+        head_dim: size of a head.
+        op_tokens: sequence lengths of the ops.
+        layer_tokens: sequence lengths of the layer.
+        contexts: tokens before those that are decoded.
+        decode_batch: sequences that are decoded together.
+        decode_piece: tokens per prefill call.
+        matmul: side of the square product that measures the rate of operations.
+        copied_bytes: size of the copy that measures the rate of bytes.
+        backend: of `torch.compile`.
+    """
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -26,7 +42,7 @@ class Sizes(NamedTuple):
 
     @property
     def gpu(self) -> bool:
-        """Whether there is a device with kernels to compare."""
+        """Whether the device has kernels to compare."""
         return self.device == "cuda"
 
 

@@ -1,14 +1,29 @@
-"""Which ratio of two times each thing measured should reach, and whether it does."""
+"""Targets for ratios of two measured times, and whether they are met."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 FORWARD, TRAINING = "forward", "forward and backward"
+MAX_DELTA = {"score": 1.05, "residual": 1.12}
+"""Time of our delta rule relative to fla's function, by what it returns beside its output."""
+EXTRA_ATTENTION = {FORWARD: 0.08, TRAINING: 0.12}
+"""Time allowed beyond the keep fraction, relative to FlashAttention over everything, by pass."""
+MIN_FLEX_SPEEDUP = 1.6
+"""How much faster than flex attention must be at half of the tokens."""
+LAYER_MIN_TOKENS = 8192
+"""Sequence length from which a layer that selects must be faster than one that does not."""
 
 
 class Target(NamedTuple):
-    """A bound on the ratio of the time of a row and that of another; `least`: on the inverse, from below."""
+    """A bound on the ratio of one measured time to another.
+
+    Attributes:
+        text: the target in words.
+        other: key of the measurement that this one is compared with.
+        bound: the largest ratio, or with `least` the smallest speedup (the inverse ratio).
+        least: whether `bound` is a speedup.
+    """
 
     text: str
     other: tuple[Any, ...]
@@ -16,67 +31,63 @@ class Target(NamedTuple):
     least: bool = False
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells the rows of a result apart."""
-    return tuple(row.get(name) for name in ("part", "tokens", "pass", "mode", "case", "fraction"))
+def key(measured: dict[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes the measurements of a result."""
+    names = ("part", "tokens", "pass", "mode", "case", "fraction")
+    return tuple(measured.get(name) for name in names)
 
 
-def targets(row: dict[str, Any]) -> list[Target]:
-    """Those that are set for a row."""
-    part, tokens, which, mode, case, fraction = key(row)
+def targets(measured: dict[str, Any]) -> list[Target]:
+    """The targets of a measurement."""
+    part, tokens, which, mode, case, fraction = key(measured)
 
     def other(case: str, fraction: float | None = None) -> tuple[Any, ...]:
         return part, tokens, which, mode, case, fraction
 
-    if part == "delta" and case in ("score", "residual"):
-        bound = {"score": 1.05, "residual": 1.12}[case]
+    if part == "delta" and case in MAX_DELTA:
+        bound = MAX_DELTA[case]
         return [Target(f"delta rule with {case}: at most {bound} x fla's", other("fla"), bound)]
     if part == "attention" and case == "triton":
-        bound = round(fraction + {FORWARD: 0.08, TRAINING: 0.12}[which], 3)
-        found = [
-            Target(
-                f"attention, {fraction} kept: at most {bound} x FlashAttention",
-                other("flash"),
-                bound,
-            )
-        ]
+        bound = round(fraction + EXTRA_ATTENTION[which], 3)
+        text = f"attention, {fraction} kept: at most {bound} x FlashAttention"
+        found = [Target(text, other("flash"), bound)]
         if fraction == 0.5:
-            text = f"attention, {fraction} kept: at least 1.6 x faster than flex"
-            found.append(Target(text, other("flex", fraction), 1.6, least=True))
+            text = f"attention, {fraction} kept: at least {MIN_FLEX_SPEEDUP} x faster than flex"
+            found.append(Target(text, other("flex", fraction), MIN_FLEX_SPEEDUP, least=True))
         return found
-    if part == "layer" and case == "selected" and tokens >= 8192:
-        return [
-            Target("layer: faster than with attention over everything", other("everything"), 1.0)
-        ]
+    if part == "layer" and case == "selected" and tokens >= LAYER_MIN_TOKENS:
+        text = "layer: faster than with attention over everything"
+        return [Target(text, other("everything"), 1.0)]
     return []
 
 
-def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target with its ratio and whether it is met; None, with the reason, where a time is missing."""
-    by_key = {key(row): row for row in rows}
-    judged = []
-    for row in rows:
-        for target in targets(row):
-            where = {name: row[name] for name in ("part", "tokens", "pass", "mode") if name in row}
-            verdict = {
-                **where,
-                "target": target.text,
-                "bound": target.bound,
-                "ratio": None,
-                "met": None,
-            }
-            other = by_key.get(target.other, {"reason": "nothing to compare with was measured"})
-            missing = [x for x in (row, other) if "seconds" not in x]
-            if missing:
-                verdict["reason"] = "; ".join(x.get("reason", "not measured") for x in missing)
-            else:
-                ratio = row["seconds"] / other["seconds"]
-                ratio = 1 / ratio if target.least else ratio
-                # "faster" is not "as fast"
-                reached = ratio < 1 if target.bound == 1 else ratio <= target.bound
-                verdict |= {
-                    "ratio": ratio,
-                    "met": ratio >= target.bound if target.least else reached,
-                }
-            judged.append(verdict)
-    return judged
+def judge(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every target, its ratio and whether it is met; None and the reason if a time is missing."""
+    by_key = {key(measured): measured for measured in measurements}
+    return [
+        verdict(measured, target, by_key)
+        for measured in measurements
+        for target in targets(measured)
+    ]
+
+
+def verdict(
+    measured: dict[str, Any], target: Target, by_key: dict[tuple[Any, ...], dict[str, Any]]
+) -> dict[str, Any]:
+    """One target of one measurement, with its ratio and whether it is met."""
+    where = {
+        name: measured[name] for name in ("part", "tokens", "pass", "mode") if name in measured
+    }
+    found = {**where, "target": target.text, "bound": target.bound, "ratio": None, "met": None}
+    other = by_key.get(target.other, {"reason": "nothing to compare with was measured"})
+    missing = [one for one in (measured, other) if "seconds" not in one]
+    if missing:
+        return found | {"reason": "; ".join(one.get("reason", "not measured") for one in missing)}
+    ratio = measured["seconds"] / other["seconds"]
+    if target.least:
+        return found | {"ratio": 1 / ratio, "met": 1 / ratio >= target.bound}
+    # a bound of 1 means "faster", and as fast is not faster
+    return found | {
+        "ratio": ratio,
+        "met": ratio < 1 if target.bound == 1 else ratio <= target.bound,
+    }

@@ -70,6 +70,7 @@ class Extension:
         """
         self._check, self._following = check, following
         self._streams, self._new, self._until, self._origin = streams, new, until, origin
+        self._page: Pages | None = None
         self._query_position = query_position
 
     @property
@@ -144,11 +145,13 @@ class Extension:
         return slabs, table.view(streams.sequences, streams.heads, table.shape[1])
 
     def _by_stream(self) -> Pages:
-        """The new tokens, one page for each stream."""
-        streams, new = self._streams, self._new
-        k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
-        bias = None if new.logit_bias is None else streams.by_stream(new.logit_bias)[..., 0]
-        return Pages(k, v, position[..., 0], evict_at[..., 0], bias)
+        """The new tokens, one page for each stream; made once, for attention and for the commit."""
+        if self._page is None:
+            streams, new = self._streams, self._new
+            k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
+            bias = None if new.logit_bias is None else streams.by_stream(new.logit_bias)[..., 0]
+            self._page = Pages(k, v, position[..., 0], evict_at[..., 0], bias)
+        return self._page
 
     def _dense(self) -> DenseKeys:
         k, v, position, evict_at, bias = self.stored()

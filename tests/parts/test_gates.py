@@ -1,13 +1,14 @@
-"""Gates: what each scores, and that position is all that routing without a model knows."""
+"""Gates: what each of them scores, and that random routing depends on the position alone."""
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from parts_cases import SEEDS, build, close, inputs, over_sizes
+from parts_cases import SEEDS, build, close, inputs, over_sizes, same
 
 import hamblocks as hb
 from hamblocks.ops import surprise
+from hamblocks.protocols import Buildable, HasMetric
 
 DIMS = hb.LayerDims(12, 4, 2, 4)
 
@@ -27,7 +28,7 @@ def score_of(gate, trace):
 @given(seed=SEEDS, batch=st.integers(1, 2), tokens=st.integers(0, 20), cut=st.integers(0, 20))
 @example(seed=0, batch=1, tokens=0, cut=0)
 @example(seed=0, batch=1, tokens=1, cut=1)
-def test_random_routing_knows_position_alone(seed, batch, tokens, cut):
+def test_random_routing_depends_on_the_position_alone(seed, batch, tokens, cut):
     gate, cut = hb.RandomGate(seed), min(cut, tokens)
     whole = score_of(gate, trace_of(0, batch, tokens))
     pieces = [trace_of(1, batch, cut), trace_of(2, batch, tokens - cut, begin=cut)]
@@ -82,6 +83,9 @@ def test_prediction_error_is_the_surprise_of_the_residual(metric, shared, size):
 
     layer.gate = gate
     layer(x)
+    if not size.tokens:  # no part is called without a token
+        assert not seen
+        return
     layer.gate = hb.PredictionError(metric)
     if shared:
         del layer.gate
@@ -97,6 +101,53 @@ def test_prediction_error_needs_the_score_it_named():
         score_of(hb.PredictionError(), trace_of(0, 1, 3))
     trace = trace_of(0, 1, 3, metric="l2")
     assert score_of(hb.PredictionError("l2"), trace) is trace.score
+
+
+def without_memory(trace):
+    """The trace of a layer without a memory."""
+    return trace._replace(beta=None, residual=None, score=None)
+
+
+@pytest.mark.parametrize(
+    "gate", [hb.PredictionError("l2"), hb.SharedGate(hb.PredictionError("l2"))]
+)
+def test_prediction_error_says_that_it_needs_a_memory(gate):
+    expected = r"^gate: expected .* without a memory .*, got PredictionError\('l2'\), which needs a"
+    with pytest.raises(ValueError, match=expected):
+        score_of(gate, without_memory(trace_of(0, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [hb.RandomGate(3), hb.PeriodicGate(2), hb.LearnedRouter(), hb.SharedGate(hb.RandomGate(3))],
+    ids=lambda g: type(g).__name__,
+)
+def test_other_gates_need_no_memory(gate):
+    if isinstance(gate, Buildable):
+        gate.build(DIMS)
+    x, trace = torch.randn(2, 5, 12), trace_of(0, 2, 5)
+    assert same(gate(x, without_memory(trace)), gate(x, trace))
+
+
+class Halved(torch.nn.Module):
+    """A user's gate with a metric and a weight, and no base class of ours."""
+
+    metric = "relative_l2"
+
+    def build(self, dims):
+        self.scale = torch.nn.Parameter(torch.full((dims.num_heads,), 0.5))
+
+    def forward(self, x, trace):
+        return hb.GateOutput(trace.score * self.scale)
+
+
+def test_shared_finds_what_a_users_gate_offers():
+    gate, trace = hb.SharedGate(Halved()), trace_of(0, 2, 5, metric="relative_l2")
+    gate.build(DIMS)
+    assert gate.metric == "relative_l2"
+    assert [name for name, _ in gate.named_parameters()] == ["gate.scale"]
+    close(score_of(gate, trace), trace.score.mean(-1, keepdim=True) / 2)
+    assert not isinstance(hb.SharedGate(hb.RandomGate()), HasMetric)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +190,6 @@ def test_learned_router_learns_through_the_logit_bias_alone(shared):
         return torch.autograd.grad(layer(x).y.square().sum(), weights, allow_unused=True)
 
     assert all(grad is not None and grad.any() for grad in gradients())
-    without = layer.attention.forward
-    layer.attention.forward = lambda *args, logit_bias=None, **kwargs: without(*args, **kwargs)
+    with_bias = router.forward
+    router.forward = lambda x, trace: with_bias(x, trace)._replace(logit_bias=None)
     assert all(grad is None or not grad.any() for grad in gradients())

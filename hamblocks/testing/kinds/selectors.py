@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hamblocks.controllers import step_controllers
-from hamblocks.ledger import EMPTY, AllOf, AnyOf, Threshold, TopK, Window, is_causal, start
+from hamblocks.ledger import EMPTY
 from hamblocks.protocols import Selection
+from hamblocks.selectors import AllOf, AnyOf, Threshold, TopK, Window, is_causal, start
 from hamblocks.state import leaves
 from hamblocks.testing.budget import assert_bits
 from hamblocks.testing.check import Check, Options

@@ -1,0 +1,55 @@
+"""One decoded token costs no more torch ops, Python calls and argument checks than it used to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# Measured by this test on 2026-11-25, Python 3.11, torch 2.13.0, CPU. These bounds only go down:
+# whoever makes decoding cheaper lowers them, and nobody raises them.
+MOST = {
+    "reserved": {"torch_ops": 603, "our_calls": 583, "argument_checks": 74},
+    "not reserved": {"torch_ops": 565, "our_calls": 553, "argument_checks": 66},
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Takes the place of the fixture of the whole suite, whose own calls would be counted too."""
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The folder of the benchmarks, as when one of its scripts runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("state", MOST)
+def test_a_decoded_token_costs_no_more_than_before(state):
+    from measuring.counts import count, decode_step
+
+    counts = count(decode_step(reserved=state == "reserved"))._asdict()
+    more = {name: counts[name] for name, most in MOST[state].items() if counts[name] > most}
+    assert more == {}, f"{state}: at most {MOST[state]}"
+
+
+def test_counts_by_hand():
+    import torch
+    from measuring.counts import Counts, count
+
+    from hamblocks_ops.arguments import check_integer
+
+    x = torch.zeros(2, dtype=torch.int32)
+
+    def inner():
+        return x + 1
+
+    def call():
+        # two ops, one check, and three Python calls with this one
+        check_integer("x", x)
+        inner().neg_()
+
+    assert count(call) == Counts(torch_ops=2, our_calls=1, python_calls=3, argument_checks=1)
