@@ -468,7 +468,7 @@ SPLIT = edges_of(
     {"tokens": 14, "cuts": (9, *range(9, 14))},
     {"tokens": 0, "cuts": (0,)},
 )
-SHAPES = edges_of({"tokens": 0}, {"batch": 0}, {"tokens": 1, "batch": 1})
+SHAPES = edges_of({}, {"tokens": 0}, {"batch": 0}, {"tokens": 1, "batch": 1})
 
 
 def common(kind: type[Subject], *, share: int = 1, bias: bool = False) -> list[Check]:

@@ -1,4 +1,4 @@
-"""The kit can fail: every broken part is rejected by the check that is meant for it, and by name."""
+"""Every check can fail: each broken part is rejected by the check that is meant for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SOUND: dict[str, list[Any]] = {
 
 
 def part_of(one: Broken) -> Any:
-    return one.make() if one.like is None else OpImplementation(one.like, one.make())
+    return one.factory() if one.like is None else OpImplementation(one.like, one.factory())
 
 
 def run(check: str, part: Any) -> None:

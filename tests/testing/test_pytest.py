@@ -189,11 +189,11 @@ def test_an_implementation_that_does_not_exist_is_an_error(suite: pytest.Pyteste
 PROFILES = """
 import hypothesis
 from hypothesis import given, strategies as st
-from hamblocks.testing import profiles
-from hamblocks.testing.plugin import chosen_seed
+from hamblocks.testing import settings
 
 def test_told():
-    print("told", profiles.current().name, chosen_seed.get(), hypothesis.settings().max_examples)
+    name, seed = settings.profile_of().name, settings.chosen().seed
+    print("told", name, seed, hypothesis.settings().max_examples)
 """
 
 
