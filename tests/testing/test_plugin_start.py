@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -49,12 +48,12 @@ def test_a_suite_runs_without_hypothesis(tmp_path):
 
 @pytest.mark.slow
 def test_an_empty_suite_is_collected_as_fast_as_without_the_plugin(tmp_path):
-    """Within 50 ms, by the median of interleaved runs."""
+    """Within 50 ms. The fastest of interleaved runs is the one that other processes disturb least."""
     seconds: dict[tuple[str, ...], list[float]] = {(): [], ("-p", "no:hamblocks"): []}
     for _ in range(9):
         for options, measured in seconds.items():
             begin = time.perf_counter()
             suite(tmp_path, "--collect-only", *options)
             measured.append(time.perf_counter() - begin)
-    with_plugin, without = (statistics.median(measured) for measured in seconds.values())
+    with_plugin, without = (min(measured) for measured in seconds.values())
     assert with_plugin - without < 0.05
