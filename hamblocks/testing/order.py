@@ -18,14 +18,29 @@ STAGES = (
     ("float32_is_the_reference",),
     ("nothing_given_changes",),  # a part that changes its inputs also fails to repeat itself,
     ("same_call_same_bits",),  # and one that does not repeat itself fails every comparison
+    ("strides_do_not_matter",),  # most comparisons run slices of the same tensors
 )
-"""Laws, by what their names end with: every law needs those of all earlier stages."""
+"""Laws, by the ends of their names: every law needs those of all earlier stages."""
 
 NEEDS = {
     "gradients_are_causal": ("is_causal",),
-    # the last token of a piece, or of a packed sequence, sees what comes behind it
-    "any_split_is_one_pass": ("is_causal", "only_lowers", "padding_is_ignored"),
-    "packed_is_one_by_one": ("is_causal",),
+    "gradients_are_right": ("gradients_are_causal",),
+    # the last tokens of a piece, or of a packed sequence, would see what comes after it
+    "packed_is_one_by_one": ("is_causal", "gradients_are_causal"),
+    "any_split_is_one_pass": (
+        "is_causal",
+        "only_lowers",
+        "ledger_does_not_grow",
+        "padding_is_ignored",
+    ),
+    # a part without a state fails in pieces for what it also fails for in a packed batch: it looks
+    # at its neighbours, or at the place of a token in the tensor
+    "gate_any_split_is_one_pass": ("packed_is_one_by_one",),
+    "combiner_any_split_is_one_pass": ("packed_is_one_by_one",),
+    "padding_is_ignored": ("is_causal",),
+    "threshold_is_reached_by_equal_scores": ("is_causal", "raising_tau_never_keeps_more"),
+    "score_is_the_surprise_of_the_residual": ("predicts_before_it_writes",),
+    "fresh_state_is_zero": ("packed_is_one_by_one",),
     "packed_states_are_one_by_one": ("packed_is_one_by_one", "any_split_is_one_pass"),
     "packed_pieces_are_one_pass": ("packed_is_one_by_one", "any_split_is_one_pass"),
     "state_has_sequences_first": ("any_split_is_one_pass",),
@@ -34,24 +49,26 @@ NEEDS = {
     "low_precision_streams": ("is_always_finite",),
     "works_in_a_layer": ("any_split_is_one_pass",),
 }
-"""What else a law needs."""
+"""What else a law needs, for every kind or, with the kind in front, for one kind."""
 
 
 def needs(check: Check) -> tuple[str, ...]:
-    """Names of the checks that this one needs, those that these need among them, first ones first.
+    """Names of the checks that this one needs, in the order in which they run.
 
-    A kind that has no check for a law has none with that name.
+    Those that its needs need are among them. A name of a check that its kind does not have stands
+    for nothing.
     """
     laws: list[str] = []
-    _collect(check.law, laws)
+    _collect(check.kind, check.law, laws)
     return tuple(f"check_{check.kind}_{law}" for law in laws)
 
 
-def _collect(law: str, found: list[str]) -> None:
+def _collect(kind: str, law: str, found: list[str]) -> None:
     stage = next((i for i, laws in enumerate(STAGES) if law in laws), len(STAGES))
-    for needed in [*sum(STAGES[:stage], ()), *NEEDS.get(law, ())]:
+    earlier = [needed for laws in STAGES[:stage] for needed in laws]
+    for needed in (*earlier, *NEEDS.get(law, ()), *NEEDS.get(f"{kind}_{law}", ())):
         if needed not in found:
-            _collect(needed, found)
+            _collect(kind, needed, found)
             found.append(needed)
 
 
