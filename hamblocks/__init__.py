@@ -1,67 +1,35 @@
 """Swappable building blocks for Hybrid Associative Memory layers (arXiv 2603.22325).
 
-A recurrent delta-rule memory sees every token, a KV cache stores only the tokens that memory fails to predict, and
-softmax attention runs over those. Importing needs torch alone.
+A recurrent delta-rule memory sees every token, a KV cache stores only the tokens that the memory
+fails to predict, and softmax attention runs over the stored tokens. Importing needs torch alone.
+
+The public names stand in `hamblocks.public`. They are imported when the first of them is used, so
+that `import hamblocks` itself imports no torch. The pytest plugin relies on this: pytest imports it
+in every suite of the environment.
 """
 
-from hamblocks import ops
-from hamblocks.attention import SelectedAttention
-from hamblocks.block import HAMBlock, SwiGLU
-from hamblocks.cache import KVCache, cache_transaction
-from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
-from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
-from hamblocks.keys import DenseKeys, Keys
-from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
-from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
-from hamblocks.models import Decoder, DecoderOutput
-from hamblocks.packed import per_sequence
-from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
-from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
-from hamblocks.state import HAMState
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hamblocks.public import *  # noqa: F403 - for type checkers and editors
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AllOf",
-    "AnyOf",
-    "Decoder",
-    "DecoderOutput",
-    "DeltaMemory",
-    "DeltaMemoryState",
-    "DenseKeys",
-    "FirstTokens",
-    "FixedThreshold",
-    "GateOutput",
-    "GatedDeltaMemory",
-    "GatedSum",
-    "HAMBlock",
-    "HAMLayer",
-    "HAMState",
-    "KVCache",
-    "Keys",
-    "LayerDims",
-    "LayerOutput",
-    "LayerStats",
-    "LearnedRouter",
-    "Lifetimes",
-    "MemoryTrace",
-    "PeriodicGate",
-    "PredictionError",
-    "RandomGate",
-    "SelectedAttention",
-    "Selection",
-    "SharedGate",
-    "ShortConvolution",
-    "SoftmaxMix",
-    "SwiGLU",
-    "TargetFraction",
-    "Threshold",
-    "TopK",
-    "Window",
-    "cache_transaction",
-    "hook_controllers",
-    "ops",
-    "per_sequence",
-    "step_controllers",
-]
+
+def __getattr__(name: str) -> object:
+    if find_spec(f"hamblocks.{name}") is not None:
+        return import_module(f"hamblocks.{name}")
+    public = import_module("hamblocks.public")
+    if name != "__all__" and name not in public.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(public, name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[misc]

@@ -1,10 +1,13 @@
-"""The command line: `hamblocks demo`, `hamblocks info`, `hamblocks check`, `hamblocks record`."""
+"""The commands `hamblocks demo`, `hamblocks info`, `hamblocks check` and `hamblocks record`.
+
+It needs the extra `cli`; `hamblocks.__main__` says so where it is missing.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -44,16 +47,14 @@ def demo(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            help="Training steps of each model. By default those of about four minutes.", min=1
-        ),
+        typer.Option(help="Training steps of each model. Default: about four minutes.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and random routing.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)
     ] = Path("out"),
 ) -> None:
-    """Trains four byte-level language models that differ in one part, and measures what each stores and predicts."""
+    """Trains four byte-level language models that differ in one part, and compares them."""
     from hamblocks.demo import Corpus, Settings, chart, run, table
     from hamblocks.demo.report import markdown
 
@@ -62,11 +63,32 @@ def demo(
         corpus = Corpus.standard_library() if text is None else Corpus.from_file(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(
-        f"{corpus.source}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out (other files)"
-        if text is None
-        else f"{corpus.source}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held_out):,} held out"
+    held_out = f"{len(corpus.held_out):,}"
+    held_out = (
+        f"{held_out} held out (other files)" if text is None else f"the last {held_out} held out"
     )
+    console.print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {held_out}")
+    settings = Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed)
+    with _progress(console) as progress:
+        results = run(settings, corpus, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
+    (out / "table.md").write_text(markdown(results))
+    chart(results, out / "chart.png")
+    console.print(table(results))
+    for growth in results.growth:
+        stored, tokens = growth.stored[-1], growth.tokens[-1]
+        console.print(
+            f"{growth.name}: {stored:,.0f} of {tokens:,} tokens stored per head "
+            f"({stored / tokens:.1%})"
+        )
+    written = ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
+    console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {written}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A function `(name, done, total, remark)` that shows one progress bar for every name."""
     columns = (
         TextColumn("{task.description:26}"),
         BarColumn(),
@@ -82,28 +104,12 @@ def demo(
                 tasks[name] = bars.add_task(name, total=total, remark="")
             bars.update(tasks[name], completed=done, remark=remark)
 
-        results = run(
-            Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed),
-            corpus,
-            progress,
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-    (out / "table.md").write_text(markdown(results))
-    chart(results, out / "chart.png")
-    console.print(table(results))
-    for growth in results.growth:
-        console.print(
-            f"{growth.name}: {growth.stored[-1]:,.0f} of {growth.tokens[-1]:,} tokens stored per head "
-            f"({growth.stored[-1] / growth.tokens[-1]:.1%})"
-        )
-    written = ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
-    console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {written}")
+        yield progress
 
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions, the GPU, and for each op which implementation "auto" takes here and why the others do not run."""
+    """Shows versions, the GPU, and which implementation each op takes here, with the reasons."""
     from rich.table import Table
 
     from hamblocks.info import choices, machine
@@ -138,7 +144,8 @@ Kind = Annotated[
 Target = Annotated[
     str | None,
     typer.Argument(
-        help="package.module:expression that makes the part, e.g. hamblocks:TopK(8); a class is called."
+        help="package.module:expression that makes the part, for example hamblocks:TopK(8). "
+        "A class is called."
     ),
 ]
 Like = Annotated[
@@ -155,7 +162,9 @@ Sizes = Annotated[
 ]
 Dtypes = Annotated[
     str | None,
-    typer.Option(help="Floating dtypes that the part computes in, widest first, by commas."),
+    typer.Option(
+        help="Floating dtypes that the part computes in, the widest first, separated by commas."
+    ),
 ]
 
 
@@ -166,16 +175,16 @@ def check(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Compare with this golden file of `hamblocks record`, and check nothing else."
+            help="Compare with this golden file of `hamblocks record` instead of running checks."
         ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Name of a check; may be given several times.")
+        list[str] | None, typer.Option(help="Name of a check to run; may be given several times.")
     ] = None,
     profile: Annotated[
         str | None,
         typer.Option(
-            help="dev, ci or nightly: 10, 20 or 500 cases a check. By default dev, ci under CI."
+            help="dev, ci or nightly: 10, 20 or 500 cases per check. Default: dev, and ci under CI."
         ),
     ] = None,
     seed: Annotated[
@@ -186,14 +195,14 @@ def check(
     device: Annotated[
         str,
         typer.Option(
-            help="Where implementations of ops run, say cuda; their reference stays on the CPU."
+            help="Where implementations of ops run, for example cuda; references run on the CPU."
         ),
     ] = "cpu",
     dims: Sizes = None,
     dtypes: Dtypes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Runs the checks of hamblocks.testing over a part; exits with 1 where one fails."""
+    """Runs the checks of hamblocks.testing over a part; exits with 1 if one fails."""
     testing = _testing()
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     with _usage_errors():
@@ -202,32 +211,30 @@ def check(
             raise typer.Exit(1 if failed else 0)
         if kind is None or target is None:
             raise ValueError("kind, target: expected both, or --against FILE, got neither or one")
-        options = _options(dims, dtypes)
-        testing.ops.choose_device(device)
-        name = testing.profiles.current(profile).name
+        given = _options(dims, dtypes) | {"only": only or None, "profile": profile, "seed": seed}
+        name = testing.settings.profile_of(profile).name
         documents, failed = [], 0
-        for part, called in testing.target.parts_of(kind, target, like, impl):
-            results = []
-            with console.status("") as status:
-                for result in testing.suite.run_checks(
-                    kind,
-                    part,
-                    only=only or None,
-                    profile=profile,
-                    seed=seed,
-                    called=called,
-                    **options,
-                ):
-                    results.append(result)
-                    status.update(f"{len(results)} checks run, last {result.check}")
-            failed += sum(result.outcome == "fail" for result in results)
-            if as_json:
-                documents.append(testing.report.as_json(kind, called, name, seed, results))
-            else:
-                testing.report.show(console, called, results)
+        with testing.settings.using(testing.settings.chosen()._replace(device=device)):
+            for part, called in testing.target.parts_of(kind, target, like, impl):
+                results = _results(console, kind, part, called=called, **given)
+                failed += sum(result.outcome == "fail" for result in results)
+                if as_json:
+                    documents.append(testing.report.as_json(kind, called, name, seed, results))
+                else:
+                    testing.report.show(console, called, results)
         if as_json:
             print(json.dumps(documents, indent=1))
     raise typer.Exit(1 if failed else 0)
+
+
+def _results(console: Console, kind: str, part: Any, **given: Any) -> list[Any]:
+    """Runs all checks of a part, and shows how far they are."""
+    results = []
+    with console.status("") as status:
+        for result in _testing().suite.run_checks(kind, part, **given):
+            results.append(result)
+            status.update(f"{len(results)} checks run, last {result.check}")
+    return results
 
 
 @app.command()
@@ -243,7 +250,7 @@ def record(
     dtypes: Dtypes = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
 ) -> None:
-    """Writes what a part says of seeded inputs to a golden file, for `hamblocks check --against`."""
+    """Writes the results of a part for seeded inputs to a file, for `hamblocks check --against`."""
     testing = _testing()
     with _usage_errors():
         parts = testing.target.parts_of(kind, target, like, impl)
@@ -265,11 +272,11 @@ def record(
 
 
 def _compare(against: Path, kind: str | None, target: str | None, as_json: bool) -> int:
-    """How many results differ from a golden file, after they are printed."""
+    """Prints the results that differ from a golden file, and returns how many there are."""
     testing = _testing()
     golden = testing.golden.Golden.load(against)
     if kind not in (None, golden.kind):
-        raise ValueError(f"kind: expected {golden.kind}, as {against} has, got {kind}")
+        raise ValueError(f"kind: expected {golden.kind}, as in {against}, got {kind}")
     impl = None if golden.impl in (None, "auto") else golden.impl
     like = None if (target or golden.target).partition(":")[2] == golden.like else golden.like
     ((part, _),) = testing.target.parts_of(golden.kind, target or golden.target, like, impl)
@@ -298,18 +305,19 @@ def _compare(against: Path, kind: str | None, target: str | None, as_json: bool)
 
 
 def _testing() -> Any:
-    """The kit, with the modules that the commands need; it is not among what hamblocks needs to run."""
+    """The package `hamblocks.testing` with the modules that the commands need."""
     try:
-        for name in ("golden", "profiles", "report", "suite", "target"):
-            import_module(f"hamblocks.testing.{name}")
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error}: checks need pip install 'hamblocks[test]'") from error
-    return import_module("hamblocks.testing")
+        testing = import_module("hamblocks.testing")
+    except ImportError as error:  # the message names the extra
+        raise typer.BadParameter(str(error)) from error
+    for name in ("golden", "report", "settings", "suite", "target"):
+        import_module(f"hamblocks.testing.{name}")
+    return testing
 
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """A bad argument is the caller's, told in one line."""
+    """Turns a ValueError into a usage error, which is one line and the exit code 2."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""One thread per worker, and for every test what the pytest plugin of hamblocks offers: profiles, poisoned memory."""
+"""One thread per worker; every test runs with a hypothesis profile of hamblocks and with poisoned memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 INTERPRETED = ("triton", "fla")
 
-if not torch.cuda.is_available():  # before anything imports Triton
+if not torch.cuda.is_available():  # Triton reads it once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+import hamblocks.testing  # noqa: E402, F401 - it registers the profiles with hypothesis
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Checks of Triton kernels take seconds each in its interpreter; those on a GPU need one."""
+    """Marks checks of Triton kernels as slow, and deselects tests that need a GPU where there is none."""
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(
             items=[item for item in items if item.get_closest_marker("gpu")]
@@ -46,4 +48,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(hamblocks_poisoned_memory: None) -> None:
-    """For every test."""
+    """Applies the fixture to every test."""

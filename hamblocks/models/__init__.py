@@ -1,10 +1,11 @@
-"""Models: nothing but blocks in a row. Those for transformers are loaded when they are first asked for."""
+"""Models: stacks of blocks. Those for transformers are imported when they are first used."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+from hamblocks.extras import require
 from hamblocks.models.decoder import Decoder, DecoderOutput
 from hamblocks.models.stack import Stack, StackOutput
 
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     from hamblocks.models.modeling import HAMForCausalLM, HAMModel
     from hamblocks.models.training import ControllerCallback
 
-_LAZY = {
+_HOME = {
     "ControllerCallback": "training",
     "HAMCache": "cache",
     "HAMConfig": "configuration",
     "HAMForCausalLM": "modeling",
     "HAMModel": "modeling",
 }
+"""The module of every name that needs transformers."""
 
 __all__ = [
     "ControllerCallback",
@@ -35,9 +37,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # whatever is asked for first, the Auto classes know the models from then on
-    importlib.import_module("hamblocks.models.modeling")
-    return getattr(importlib.import_module(f"hamblocks.models.{_LAZY[name]}"), name)
+    require("hf", f"hamblocks.models.{name}", "transformers")
+    # `modeling` registers the models with the Auto classes, whichever name is used first
+    import_module("hamblocks.models.modeling")
+    value: object = getattr(import_module(f"hamblocks.models.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,19 +1,29 @@
-"""Property-based regression tests for parts of one's own: the checks that the parts of hamblocks pass.
+"""Property-based tests for parts: the checks that the parts of hamblocks pass, for yours too.
 
-    from hamblocks.testing import check_gate, parametrize_with_checks
+From Python, raising at the first failure:
 
-    check_gate(MyGate())  # from Python: raises at the first failure
+    from hamblocks.testing import check_gate
 
+    check_gate(MyGate())
 
-    @parametrize_with_checks(gates=[MyGate()], selectors=[TopK(8)])  # in a pytest suite: one test per check
+In a pytest suite, one test per check:
+
+    from hamblocks.testing import parametrize_with_checks
+
+    @parametrize_with_checks(gates=[MyGate()], selectors=[TopK(8)])
     def test_parts(check):
         check()
 
-and `hamblocks check gate package.module:MyGate` from a shell. Needs `pip install 'hamblocks[test]'`. Every check can be
-imported by its name, and called with a part, or with a part and one case, as the messages of failures do.
+From a shell: `hamblocks check gate package.module:MyGate`.
+
+It needs `pip install 'hamblocks[test]'`. Every check can be imported by its name. It is called with
+a part, or with a part and one case, as the message of a failure does.
 """
 
-from typing import Any
+# ruff: noqa: E402 - without its extra, this package must fail before it imports the rest of itself
+from hamblocks.extras import require
+
+require("test", "hamblocks.testing", "hypothesis", "pytest")
 
 from hamblocks.protocols import LayerDims
 from hamblocks.testing.budget import Problem, assert_close, assert_close_to_reference, assert_same
@@ -27,7 +37,7 @@ from hamblocks.testing.inputs.rows import RowInputs, row_inputs
 from hamblocks.testing.inputs.scores import ScorePieces, Scores, score_pieces, scores
 from hamblocks.testing.ops import OpImplementation
 from hamblocks.testing.parametrize import parametrize_with_checks
-from hamblocks.testing.profiles import PROFILES, Profile
+from hamblocks.testing.settings import PROFILES, Profile
 from hamblocks.testing.suite import (
     BY_NAME,
     CHECKS,
@@ -95,7 +105,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Check:
     """Every check by its name."""
     if name in BY_NAME:
         return BY_NAME[name]

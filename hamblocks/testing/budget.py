@@ -1,4 +1,8 @@
-"""How far a result may stand from the reference: twice the error that the reference itself makes, plus one rounding."""
+"""How far two results may differ: twice the error of the reference itself, plus one rounding.
+
+Nothing here is a tolerance picked by hand. The error of a computation is measured by running it
+again with every operand of its arithmetic moved by up to one rounding (see `MovedByOneRounding`).
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,22 @@ from torch import Tensor
 from hamblocks.testing.rounding import MovedByOneRounding
 
 SAMPLES = 16
+"""Most runs with moved arithmetic that one comparison makes."""
 
 
 @dataclass
 class Problem:
-    """One call of an op, to be run by any of its implementations, in its own dtype or in another.
+    """One call of an op, which any of its implementations can run, in its own dtype or in another.
 
     Attributes:
-        op: the public function; called as op(**tensors, **options, impl=...), it returns a NamedTuple or one tensor.
+        op: the public function, called as `op(**tensors, **options, impl=...)`. It returns a
+            NamedTuple or one tensor.
         tensors: tensors by argument name. Those of a floating dtype are differentiated.
         options: the other arguments.
-        seed: of the cotangents, which are drawn for every result that carries a gradient.
-        products: the dtype that an implementation feeds its matrix products with, where that is narrower than what
-            the reference does; it may err by what that moves.
-        yardstick: the implementation whose error, with its arithmetic moved, is the error that is allowed.
+        seed: seed of the cotangents. One is drawn for every result that carries a gradient.
+        products: dtype in which an implementation computes its matrix products, where it is
+            narrower than the reference's. The error that this causes is allowed.
+        yardstick: the implementation whose error is allowed.
     """
 
     op: Callable[..., Any]
@@ -37,14 +43,23 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The lowest floating dtype among the tensors: what cotangents are rounded to, whatever dtype is run."""
+        """The narrowest floating dtype of the tensors. Every run rounds its cotangents to it."""
         floating = [x.dtype for x in self.tensors.values() if x.is_floating_point()]
         return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
     def run(
         self, impl: str, *, dtype: torch.dtype | None = None, backward: bool = True
     ) -> dict[str, Tensor]:
-        """Results by field name, gradients as "grad of <argument>"; floating tensors in `dtype` where one is given."""
+        """Runs the call, forward and backward.
+
+        Args:
+            impl: name of the implementation.
+            dtype: dtype that floating tensors are cast to; None: they stay as they are.
+            backward: whether to compute gradients.
+
+        Returns:
+            Results by field name, gradients by "grad of " and the name of the argument.
+        """
         leaves = {name: _leaf(x, dtype, backward) for name, x in self.tensors.items()}
         output = self.op(**leaves, **self.options, impl=impl)
         fields = output._asdict() if hasattr(output, "_asdict") else {"result": output}
@@ -57,10 +72,8 @@ class Problem:
                 .to(self.dtype)
                 .to(x.dtype)
             )
-            if x.requires_grad and name not in (
-                "lse",
-                "score",
-            ):  # these carry none in the ops that promise so
+            # no op promises a gradient of these
+            if x.requires_grad and name not in ("lse", "score"):
                 roots.append(x)
                 cotangents.append(cotangent)
         wanted = {name: x for name, x in leaves.items() if x.requires_grad}
@@ -72,7 +85,7 @@ class Problem:
         return {name: x.detach() for name, x in results.items()}
 
     def noise(self) -> dict[str, float]:
-        """Norm of the change in each forward result of the reference when its arithmetic is moved by one rounding."""
+        """How far one rounding moves each forward result of the reference, as a Euclidean norm."""
         plain, moved = self.run("reference", backward=False), self._moved(1, backward=False)
         return {
             name: float((moved[name] - x).masked_fill(~x.isfinite(), 0).norm())
@@ -91,22 +104,35 @@ def _leaf(x: Tensor, dtype: torch.dtype | None, backward: bool) -> Tensor:
 
 
 def assert_close_to_reference(problem: Problem, impl: str) -> dict[str, Tensor]:
-    """`impl` is as right as the reference may claim to be, in every result and every gradient; returns the results.
+    """Asserts that every result and every gradient of `impl` is as exact as the reference.
 
-    For each tensor, in the Euclidean norm over the whole of it and against the reference in float64:
+    For each tensor, in the Euclidean norm over all its elements, with `exact` the reference in
+    float64:
 
         |got - exact| <= 2 own + eps(dtype of the result) |exact|
 
-    `own` is the error of the reference in the problem's dtype. One run of the reference is one sample of that error,
-    and on a small case a lucky one: a difference of two equal numbers, say the gradient of a softmax over one key,
-    comes out as exactly 0 where another order of the same sums leaves one rounding. So where the plain budget is
-    exceeded, the reference is run a few times more with every operand of its arithmetic moved by up to one rounding
-    (Monte Carlo arithmetic, Parker 1997), and the largest error it then makes is its own. Nothing is picked by hand.
-    In float64 it is the only yardstick, for there `exact` is the reference itself; and since `exact` then errs like any
-    other run, its own error is allowed once more.
+    `own` is the error of the reference in the problem's dtype. One run of the reference is one
+    sample of that error, and it can be too small: a difference of two equal numbers, for example
+    the gradient of a softmax over one key, is exactly 0 in one order of the sums, and one rounding
+    in another. Where the bound is exceeded, the reference is therefore run again, up to 16 times,
+    with every operand of its arithmetic moved by up to one rounding (Monte Carlo arithmetic, Parker
+    1997), and the largest error of these runs is taken. In float64 `exact` has this error as well,
+    so `own` is allowed once more.
 
-    NaN and infinities must stand exactly where they stand in float64, and integers must be equal.
+    NaN and infinities must be where they are in float64. Integers must be equal.
+
+    Args:
+        problem: the call.
+        impl: name of the implementation.
+
+    Returns:
+        The results of `impl`, as `Problem.run` gives them.
+
+    Raises:
+        AssertionError: a result differs by more. The message names the tensor and its worst
+            element.
     """
+    __tracebackhide__ = True
     got = problem.run(impl)
     once = problem.run("reference")
     exact = problem.run("reference", dtype=torch.float64)
@@ -135,22 +161,26 @@ def assert_same(
     expected: Mapping[str, Tensor],
     rerun: Callable[[], Mapping[str, Tensor]],
 ) -> None:
-    """Two ways to compute the same thing agree, in any dtype: neither is exact, each may err by what rounding does.
+    """Asserts that two ways to compute the same thing agree. Neither is exact, in any dtype.
 
-    Integers and booleans must be equal. Floating tensors may differ by one rounding; where they differ by more,
-    `rerun`, which computes `expected` once more, is run with its arithmetic moved by up to one rounding to find out how
-    much that changes, as in `assert_close_to_reference`. What is exact stays exact here (v - v is 0, and so is the
-    prediction of an empty memory, of which the cosine is discontinuous), but for gradients: there one way may come to 0
-    exactly and another to a rounding of its terms. A rerun that takes other decisions is no measure and does not count.
+    Integers and booleans must be equal. Floating tensors may differ by one rounding. Where they
+    differ by more, `rerun` is run with its arithmetic moved by up to one rounding, and they may
+    differ by what that changes, as in `assert_close_to_reference`.
+
+    Operations without a rounding stay exact in these runs: `v - v` is 0, and so is the prediction
+    of an empty memory, where the cosine is discontinuous. Gradients are the exception: one way may
+    give exactly 0, and the other a rounding of the terms that cancel. A run whose integer results
+    differ took other decisions and does not count.
 
     Args:
         got: tensors by name.
-        expected: the same names.
-        rerun: computes `expected` anew.
+        expected: tensors by the same names.
+        rerun: computes `expected` again.
 
     Raises:
-        AssertionError: they do not agree; the message names the tensor and its worst element.
+        AssertionError: they differ. The message names the tensor and its worst element.
     """
+    __tracebackhide__ = True
     samples = _Samples(rerun, expected)
     assert got.keys() == expected.keys(), f"{sorted(got)} here, {sorted(expected)} there"
     for name, value in got.items():
@@ -173,7 +203,7 @@ def assert_same(
 def measured(
     results: Mapping[str, Tensor], rerun: Callable[[], Mapping[str, Tensor]], samples: int = 4
 ) -> dict[str, float]:
-    """Norm of the change in each floating result when the arithmetic is moved by one rounding; NaN does not count."""
+    """How far one rounding moves each floating result: the norm over its finite elements."""
     own = {name: 0.0 for name, x in results.items() if x.is_floating_point()}
     for seed in range(samples):
         with MovedByOneRounding(seed, exact=True):
@@ -187,16 +217,17 @@ def measured(
 
 
 def unlike(name: str, got: Tensor, expected: Tensor, *, own: float) -> str:
-    """How a result differs from an earlier one beyond what rounding does to both (`own`); empty where it does not."""
+    """How a result differs from an earlier one by more than rounding (`own`); empty: it agrees."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
-        return f"{name}: {got.dtype} {list(got.shape)}, expected {expected.dtype} {list(expected.shape)}"
+        wanted = f"{expected.dtype} {list(expected.shape)}"
+        return f"{name}: {got.dtype} {list(got.shape)}, expected {wanted}"
     if not got.is_floating_point():
         return "" if torch.equal(got, expected) else _unequal(name, got, expected)
     return _report(name, got, [], expected, own, both=True)
 
 
 class _Samples:
-    """What a computation gives when its arithmetic is moved: half of the samples keep exact operations exact."""
+    """Runs of a computation with moved arithmetic; half of them keep exact operations exact."""
 
     def __init__(
         self, rerun: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]
@@ -205,11 +236,10 @@ class _Samples:
         self.taken: list[Mapping[str, Tensor]] = []
 
     def of(self, name: str, number: int) -> list[Tensor]:
-        """That result in the first `number` samples, of those that are a measure for it."""
+        """A result in the first `number` samples, without the samples that do not count for it."""
         if not self.taken:
-            assert_bits(
-                self.rerun(), self.rerun()
-            )  # else the samples would tell how it varies, not what rounding does
+            # a computation that varies by itself would hide what rounding does
+            assert_bits(self.rerun(), self.rerun())
         while len(self.taken) < number:
             turn = len(self.taken)
             with MovedByOneRounding(turn, exact=turn % 2 == 0):
@@ -229,7 +259,8 @@ class _Samples:
 
 
 def assert_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same bits; NaN equals NaN."""
+    """Asserts the same bits; NaN equals NaN."""
+    __tracebackhide__ = True
     for name, other in expected.items():
         one = got[name]
         same = one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
@@ -247,7 +278,18 @@ def _unequal(name: str, one: Tensor, other: Tensor) -> str:
 
 
 def assert_close(got: Tensor, expected: Tensor, name: str = "result", *, own: float = 0.0) -> None:
-    """The same for one tensor whose exact value is at hand: |got - expected| <= 2 own + eps |expected|."""
+    """Asserts that a tensor is near its exact value: |got - expected| <= 2 own + eps |expected|.
+
+    Args:
+        got: the tensor.
+        expected: its exact value, in a wider dtype.
+        name: what the message calls it.
+        own: the error that is allowed, as a Euclidean norm.
+
+    Raises:
+        AssertionError: it differs by more.
+    """
+    __tracebackhide__ = True
     message = _report(name, got, [], expected, own)
     assert not message, message
 
@@ -261,7 +303,16 @@ def _report(
     *,
     both: bool = False,
 ) -> str:
-    """What is wrong, or nothing. `both`: `exact` errs as well."""
+    """What is wrong with a result; empty: nothing.
+
+    Args:
+        name: what the message calls it.
+        got: the result.
+        samples: other runs, whose largest error is allowed.
+        exact: what it is compared with.
+        own: an error that is allowed at least.
+        both: whether `exact` has that error too.
+    """
     eps = torch.finfo(got.dtype).eps
     got, exact = got.detach().double(), exact.detach().double()
     finite = exact.isfinite()
@@ -284,5 +335,6 @@ def _report(
     measure = "what rounding moves it by," if both else "the reference's own"
     return (
         f"{name} {list(exact.shape)}: {relative} {told[0]}, allowed is twice {measure} {told[1]} "
-        f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, expected {float(exact[at])!r}"
+        f"and one rounding {eps:.2e}; worst at {list(at)}: {float(got[at])!r}, "
+        f"expected {float(exact[at])!r}"
     )

@@ -1,4 +1,4 @@
-"""Golden files: what a part says of seeded inputs, kept to be compared with what a later version says."""
+"""Golden files: the results of a part for seeded inputs, to compare a later version with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ SUBJECTS: dict[str, type[Subject]] = {
     "combiner": CombinerSubject,
     "layer": LayerSubject,
 }
-MOST = 20_000
-"""Weights in a golden file: it is to be small enough for a repository."""
+MAX_WEIGHTS = 20_000
+"""Most weights in a golden file, which should be small enough for a repository."""
 DIGITS = {torch.float64: 17, torch.float32: 9, torch.bfloat16: 5, torch.float16: 6}
+"""Decimal digits that give back every number of a dtype exactly."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ class Golden:
     """A golden file.
 
     Attributes:
-        kind: of the part.
-        target: expression that makes it, `package.module:expression`.
-        like: name of the op of hamblocks that it implements; None for parts.
+        kind: kind of the part.
+        target: the expression that makes it, `package.module:expression`.
+        like: name of the op of `hamblocks.ops` that it implements; None for parts.
         impl: name of the implementation; None for parts.
-        dims: sizes it was run with.
-        versions: of hamblocks and torch, for information.
-        weights: of the part, by name.
-        cases: of every case its inputs, the results, and how far rounding moved each.
+        dims: sizes that it was run with.
+        versions: versions of hamblocks and torch, for information.
+        weights: weights of the part, by name.
+        cases: for every case its inputs, its results, and how far rounding moves each result.
     """
 
     kind: str
@@ -76,7 +78,7 @@ class Golden:
         """Reads a file.
 
         Raises:
-            ValueError: it is none of ours.
+            ValueError: it is not a golden file.
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +90,7 @@ class Golden:
             ) from error
 
     def save(self, path: Path) -> None:
-        """Writes a file: one line per tensor, so that a change of it reads well in a diff."""
+        """Writes a file with one line per tensor, so that a diff shows which tensors changed."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         head = ",\n".join(
             f" {json.dumps(name)}: {json.dumps(x)}"
@@ -116,10 +118,17 @@ class Golden:
 def record(
     kind: str, part: Any, target: str, options: Options | None = None, *, seed: int = 0
 ) -> Golden:
-    """What a part says of seeded inputs, in every dtype that it computes in.
+    """Runs a part over seeded inputs, in every dtype that it computes in.
+
+    Args:
+        kind: kind of the part.
+        part: the part, not built yet.
+        target: the expression that makes it, which the file names.
+        options: what it is run with.
+        seed: seed of the weights and the inputs.
 
     Raises:
-        ValueError: more than 20,000 weights; choose smaller dims.
+        ValueError: the part has more than 20,000 weights; choose smaller `dims`.
     """
     options = settled(kind, part, options or Options())
     dims = options.dims or DIMS[2]
@@ -128,12 +137,11 @@ def record(
     weights = (
         {}
         if kind in ("op", "selector", "controller")
-        else _weights(made(part, dims, torch.float64, seed))
+        else _weights_to_json(made(part, dims, torch.float64, seed))
     )
-    if sum(len(x["values"]) for x in weights.values()) > MOST:
-        raise wrong(
-            "dims", f"sizes with at most {MOST} weights, to keep the file small", str(tuple(dims))
-        )
+    if sum(len(x["values"]) for x in weights.values()) > MAX_WEIGHTS:
+        expected = f"sizes with at most {MAX_WEIGHTS} weights, to keep the file small"
+        raise wrong("dims", expected, str(tuple(dims)))
     cases = []
     for case in _cases(kind, part, dims, options, seed):
 
@@ -142,8 +150,10 @@ def record(
 
         once = run()
         own = measured(once, run)
-        results = {name: _written(x) | {"own": own.get(name, 0.0)} for name, x in once.items()}
-        cases.append({"inputs": _told(case), "results": results})
+        results = {
+            name: _tensor_to_json(x) | {"own": own.get(name, 0.0)} for name, x in once.items()
+        }
+        cases.append({"inputs": _inputs_to_json(case), "results": results})
     versions = {"hamblocks": importlib.metadata.version("hamblocks"), "torch": torch.__version__}
     return Golden(
         kind, target, like, impl, dims if kind in SUBJECTS else None, versions, weights, cases
@@ -151,9 +161,9 @@ def record(
 
 
 def differences(golden: Golden, part: Any) -> Iterator[str]:
-    """What a part now says otherwise than it did: one line per result, beyond what rounding explains."""
+    """The results of a part that differ from a file by more than rounding does, one line each."""
     for case in golden.cases:
-        inputs = _made(case["inputs"])
+        inputs = _inputs_from_json(case["inputs"])
         try:
             results = _run(golden.kind, part, inputs, golden.weights)
         except Exception as error:
@@ -163,8 +173,9 @@ def differences(golden: Golden, part: Any) -> Iterator[str]:
             if name not in results or name not in case["results"]:
                 yield f"{inputs}: {name} is " + ("new" if name in results else "gone")
                 continue
-            told = case["results"][name]
-            message = unlike(name, results[name], _read(told), own=float(told["own"]))
+            recorded = case["results"][name]
+            own = float(recorded["own"])
+            message = unlike(name, results[name], _tensor_from_json(recorded), own=own)
             if message:
                 yield f"{inputs}: {message}"
 
@@ -189,9 +200,8 @@ def _cases(kind: str, part: Any, dims: LayerDims, options: Options, seed: int) -
                     number += 1
                     yield one
     else:
-        for dtype in (
-            options.dtypes if kind != "layer" else options.dtypes[:1]
-        ):  # decisions may flip in a lower one
+        # in a lower dtype a score within rounding of tau may fall on its other side
+        for dtype in options.dtypes[:1] if kind == "layer" else options.dtypes:
             yield PartInputs(dims=dims, batch=1, tokens=5, dtype=dtype, bias=True, seed=seed)
 
 
@@ -213,7 +223,7 @@ def _run(kind: str, part: Any, case: Any, weights: dict[str, Any]) -> Results:
         raise ValueError(f"weights: expected {sorted(weights)}, got {sorted(own)}")
     with torch.no_grad():
         for name, x in own.items():
-            kept = _read(weights[name])
+            kept = _tensor_from_json(weights[name])
             if kept.shape != x.shape:
                 raise ValueError(
                     f"weight {name}: expected shape {list(kept.shape)}, got {list(x.shape)}"
@@ -222,12 +232,12 @@ def _run(kind: str, part: Any, case: Any, weights: dict[str, Any]) -> Results:
         return subject.run(subject.inputs)[0]
 
 
-def _weights(part: Any) -> dict[str, Any]:
+def _weights_to_json(part: Any) -> dict[str, Any]:
     named = part.named_parameters() if isinstance(part, nn.Module) else ()
-    return {name: _written(x.detach().float()) for name, x in named}
+    return {name: _tensor_to_json(x.detach().float()) for name, x in named}
 
 
-def _written(x: Tensor) -> dict[str, Any]:
+def _tensor_to_json(x: Tensor) -> dict[str, Any]:
     digits = DIGITS.get(x.dtype)
 
     def number(value: Any) -> Any:
@@ -239,13 +249,14 @@ def _written(x: Tensor) -> dict[str, Any]:
     return {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "values": values}
 
 
-def _read(told: dict[str, Any]) -> Tensor:
-    values = [float(x) if isinstance(x, str) else x for x in told["values"]]
-    return torch.tensor(values, dtype=getattr(torch, told["dtype"])).view(told["shape"])
+def _tensor_from_json(fields: dict[str, Any]) -> Tensor:
+    # JSON has no infinities and no NaN, so they are strings
+    values = [float(x) if isinstance(x, str) else x for x in fields["values"]]
+    return torch.tensor(values, dtype=getattr(torch, fields["dtype"])).view(fields["shape"])
 
 
-def _told(case: Any) -> dict[str, Any]:
-    """Inputs as JSON: class and the fields that differ from its defaults."""
+def _inputs_to_json(case: Any) -> dict[str, Any]:
+    """The class of a case and those of its fields that differ from the defaults."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     defaults = {field.name: field.default for field in dataclasses.fields(case)}
     kept = {name: x for name, x in fields.items() if x != defaults[name]}
@@ -256,15 +267,13 @@ def _told(case: Any) -> dict[str, Any]:
     return {"class": type(case).__name__} | plain
 
 
-def _made(told: dict[str, Any]) -> Any:
-    from hamblocks import testing
-
-    fields = {name: _tuples(x) for name, x in told.items() if name != "class"}
+def _inputs_from_json(written: dict[str, Any]) -> Any:
+    fields = {name: _tuples(x) for name, x in written.items() if name != "class"}
     if "dtype" in fields:
         fields["dtype"] = getattr(torch, fields["dtype"])
     if "dims" in fields:
         fields["dims"] = LayerDims(*fields["dims"])
-    return getattr(testing, told["class"])(**fields)
+    return getattr(import_module("hamblocks.testing"), written["class"])(**fields)
 
 
 def _tuples(x: Any) -> Any:

@@ -1,13 +1,16 @@
-"""Triton's interpreter, mended: kernels, those of flash-linear-attention among them, run on a CPU with right results.
+"""Repairs of Triton's interpreter, so that kernels run on a CPU with right results.
 
-With TRITON_INTERPRET=1 set before anything imports Triton, its kernels run in numpy. Five things are wrong there with
-Triton 3.7 and are put right by `mend`, once, before fla is imported:
+With TRITON_INTERPRET=1 set before anything imports Triton, kernels run in numpy, those of
+flash-linear-attention among them. Five things are wrong in the interpreter of Triton 3.7. `mend`
+repairs them, once, before fla is imported:
 
-- An autotuner asks for a driver to time its configurations with: the first one is taken.
-- A loop variable of `range` is a tensor in a compiled kernel, and a Python int here, without `.to`.
-- bfloat16 is stored as its bits in uint16, and arithmetic, products and reductions work on the bits.
-- A cast to bfloat16 cuts off what a GPU rounds to the nearest.
-- numpy warns of infinities and NaN, which a GPU computes with silently.
+- An autotuner needs a driver to time its configurations: it now takes the first one.
+- The loop variable of a `range` is a tensor in a compiled kernel, but a Python int in the
+  interpreter, without `.to`.
+- bfloat16 is stored as its bits in uint16, and arithmetic, products and reductions are done on
+  these bits.
+- A cast to bfloat16 truncates, where a GPU rounds to the nearest.
+- numpy warns of infinities and NaN, where a GPU is silent.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ _mended = False
 
 
 def mend() -> None:
-    """Mends the interpreter for this process; a second call does nothing.
+    """Repairs the interpreter in this process. A second call does nothing.
 
     Raises:
-        RuntimeError: Triton does not interpret: it compiles, or is not installed.
+        RuntimeError: Triton compiles its kernels, or is not installed.
     """
     global _mended
     if not interpreting():
         raise RuntimeError(
-            "expected Triton's interpreter, got a Triton that compiles or none; set TRITON_INTERPRET=1 before anything "
-            "imports Triton or fla"
+            "expected Triton's interpreter, got a Triton that compiles or none; "
+            "set TRITON_INTERPRET=1 before anything imports Triton or fla"
         )
     if _mended:
         return
@@ -100,7 +103,7 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
         return (bits.astype(np.uint32) << 16).view(np.float32)
 
     def rounded(x: Any) -> Any:
-        """To the nearest, ties to even; NaN stays NaN."""
+        """The bits of x in bfloat16, rounded to the nearest, ties to even; NaN stays NaN."""
         x = np.ascontiguousarray(x, dtype=np.float32)
         bits = x.view(np.uint32).astype(np.uint64)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -115,7 +118,10 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
         return handle(rounded(x.data), tl.bfloat16)
 
     def in_float32(own: Callable[..., Any], operands: int) -> Callable[..., Any]:
-        """The same method, with its first operands widened and its result rounded where one of them is bfloat16."""
+        """The method, run in float32 where one of its first `operands` arguments is bfloat16.
+
+        These arguments are widened, and the result is rounded to bfloat16.
+        """
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             tensors, rest = args[:operands], args[operands:]
@@ -169,7 +175,7 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
 
 
 def _reducing_float32(own: Any, tl: Any, wide: Any, narrow: Any) -> Any:
-    """Reductions and scans of bfloat16, as of float32."""
+    """The method of a reduction or scan, run in float32 where an input is bfloat16."""
 
     def apply_impl(self: Any, inputs: Any) -> Any:
         if not any(x.dtype.scalar == tl.bfloat16 for x in inputs):

@@ -475,7 +475,7 @@ SPLIT = edges_of(
     {"tokens": 14, "cuts": tuple(range(14))},
     {"tokens": 14, "cuts": (9, *range(9, 14))},
 )
-SHAPES = edges_of({"tokens": 1, "batch": 1})
+SHAPES = edges_of({}, {"tokens": 1, "batch": 1})
 NO_TOKEN = edges_of({"tokens": 0, "cuts": (0,)}, {"batch": 0}, {"batch": 0, "tokens": 0})
 """Only a layer is called without a token: it calls none of its parts then."""
 NOTHING_PACKED = edges_of({"packed": ()}, {"packed": (0,)})

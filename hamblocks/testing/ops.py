@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +18,13 @@ from hamblocks.testing.inputs.draw import placing
 from hamblocks.testing.inputs.paged import PagedInputs, paged, paged_inputs
 from hamblocks.testing.inputs.rows import RowInputs, row_inputs
 from hamblocks.testing.inputs.scores import Scores, scores
+from hamblocks.testing.settings import chosen
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.select import reference as lifetimes
 from hamblocks_ops.surprise import METRICS
 
 INF = float("inf")
-chosen_device: ContextVar[str] = ContextVar("hamblocks_device", default="cpu")
-"""What pytest was told by --hamblocks-device."""
-
-
-def choose_device(name: str) -> None:
-    """Has implementations that name no device run on this one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise wrong(
-            "device", f"one that is here ({str(error).splitlines()[0]})", repr(name)
-        ) from error
-    chosen_device.set(name)
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class OpImplementation:
 
     def __post_init__(self) -> None:
         """Checks that the op is one of ours and has such an implementation."""
-        object.__setattr__(self, "device", self.device or chosen_device.get())
+        object.__setattr__(self, "device", self.device or chosen().device)
         if self.like not in OPS:
             raise wrong("like", "one of " + ", ".join(one.__name__ for one in OPS), repr(self.like))
         names = ops.implementations(self.like)

@@ -1,4 +1,7 @@
-"""Arithmetic moved by up to one rounding: how much the result of a computation owes to rounding (Parker 1997)."""
+"""Arithmetic moved by up to one rounding, which shows how far rounding moves a result.
+
+This is Monte Carlo arithmetic (Parker 1997).
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MovedByOneRounding(TorchDispatchMode):
-    """Moves operands of arithmetic, and what a cast to fewer bits gives, by up to one rounding of their dtype.
+    """Moves every operand of arithmetic by up to one rounding of its dtype, at random.
 
-    Views and copies stay alike.
+    The result of a cast to a narrower dtype is moved too. Views and copies are not.
 
-    With `products`, the operands of matrix products are moved by a rounding of that dtype: what a tensor core that is
-    fed in it may err by.
-
-    Moved operands stand for what other orders of the same sums would give, even where this one is exact. With `exact`,
-    sums, products and quotients that need no rounding are left alone: a number minus itself is 0, times 1 is itself.
+    Args:
+        seed: of the random numbers.
+        exact: whether to leave sums, products and quotients alone that need no rounding: `x - x` is
+            0, `x * 1` is `x`. Without it they are moved too, because another order of the same sums
+            would round where this one does not.
+        products: dtype by whose rounding the operands of matrix products are moved; None: their
+            own. It is the error of a tensor core that is fed in this dtype.
     """
 
     ARITHMETIC = frozenset(
         """
-        add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1 log log2 log1p
-        erf tanh sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum mean var cumsum prod norm
-        linalg_vector_norm logsumexp _softmax _log_softmax mm bmm addmm baddbmm mv dot linalg_solve_triangular
-        convolution native_layer_norm native_group_norm _fused_rms_norm
-        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
-        sigmoid_backward tanh_backward silu_backward softplus_backward gelu_backward log_sigmoid_backward
-        _softmax_backward_data native_layer_norm_backward _fused_rms_norm_backward convolution_backward
+        add sub rsub mul div reciprocal addcmul addcdiv lerp pow square sqrt rsqrt exp exp2 expm1
+        log log2 log1p erf tanh sigmoid log_sigmoid_forward softplus silu gelu relu elu cos sin sum
+        mean var cumsum prod norm linalg_vector_norm logsumexp _softmax _log_softmax mm bmm addmm
+        baddbmm mv dot linalg_solve_triangular convolution native_layer_norm native_group_norm
+        _fused_rms_norm _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_fused_attention_overrideable sigmoid_backward tanh_backward
+        silu_backward softplus_backward gelu_backward log_sigmoid_backward _softmax_backward_data
+        native_layer_norm_backward _fused_rms_norm_backward convolution_backward
         """.split()  # noqa: SIM905 - a list of 60 strings reads worse
     )
+    """Names of the ATen operators whose operands are moved."""
 
     PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "linalg_solve_triangular"])
+    """Those of them that are matrix products."""
 
     def __init__(
         self, seed: int, *, exact: bool = False, products: torch.dtype | None = None
@@ -55,7 +63,7 @@ class MovedByOneRounding(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if name == "_to_copy":
             return self._cast(args[0], func(*args, **kwargs))
-        # operators of one's own are opaque: what they compute with is moved
+        # what a custom operator does inside is not seen here: its operands are moved
         if name not in self.ARITHMETIC and func.namespace in ("aten", "prim", "prims"):
             return func(*args, **kwargs)
         coarse = self.products if name in self.PRODUCTS else None
@@ -85,7 +93,7 @@ class MovedByOneRounding(TorchDispatchMode):
         return x * (1 + eps * step).to(x.dtype)
 
     EXACT: ClassVar[dict[str, Callable[..., Any]]] = {}
-    """Of an operation, where its result needs no rounding."""
+    """By operator, a function that returns where its result needs no rounding."""
 
 
 def _like(x: Any, result: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ def _like(x: Any, result: Tensor) -> Tensor:
 
 def _sum(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
     a, b = _like(a, result), _like(b, result)
-    other = result - a  # the error of a sum is itself a number (Knuth's TwoSum)
+    other = result - a  # the error of a sum is a floating-point number too (Knuth's TwoSum)
     return torch.as_tensor((a - (result - other)) + (b - other) == 0)
 
 
@@ -103,7 +111,7 @@ def _difference(a: Any, b: Any, result: Tensor, *_: Any) -> Tensor:
 
 
 def _simple(x: Tensor) -> Tensor:
-    """Zero or a power of two, which a product only shifts."""
+    """Where x is zero or a power of two: a product with it changes the exponent only."""
     mantissa, _ = torch.frexp(x.double())
     return (x == 0) | (mantissa.abs() == 0.5)
 
@@ -124,14 +132,14 @@ def _total(
 
 
 def _matrix_product(a: Any, b: Any, result: Tensor, func: Any, *_: Any) -> Tensor:
-    """At most one term that is not zero, and it needs no rounding itself."""
+    """Where a sum of products has at most one term that is not zero, and that product is exact."""
     there = [(x != 0).to(result.dtype) for x in (a, b)]
     rounding = [(~_simple(x)).to(result.dtype) for x in (a, b)]
     return torch.as_tensor((func(*there) <= 1) & (func(*rounding) == 0))
 
 
 def _solution(a: Any, _b: Any, result: Tensor, *_: Any) -> Tensor:
-    """Rows of a unit triangular system with no other unknown in them."""
+    """Where an equation of a unit triangular system has a single unknown."""
     others: Tensor = (a != 0) & ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
     return ~others.any(-1, keepdim=True).expand(result.shape)
 

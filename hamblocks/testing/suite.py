@@ -1,4 +1,4 @@
-"""All checks by kind, and the ways to run all those of a part."""
+"""All checks by kind, and the functions that run every check of a part."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ from hamblocks.testing.kinds import (
     selectors,
 )
 from hamblocks.testing.ops import OpImplementation
-from hamblocks.testing.profiles import Profile
+from hamblocks.testing.order import blocker, not_run, ordered
+from hamblocks.testing.settings import Profile
 from hamblocks_ops import implementations
 from hamblocks_ops.arguments import wrong
 
 CHECKS: dict[str, Sequence[Check]] = {
-    "gate": gates.CHECKS,
-    "selector": selectors.CHECKS,
-    "memory": memories.CHECKS,
-    "controller": controllers.CHECKS,
-    "attention": attentions.CHECKS,
-    "combiner": combiners.CHECKS,
-    "op": ops.CHECKS,
-    "layer": layers.CHECKS,
+    "gate": ordered(gates.CHECKS),
+    "selector": ordered(selectors.CHECKS),
+    "memory": ordered(memories.CHECKS),
+    "controller": ordered(controllers.CHECKS),
+    "attention": ordered(attentions.CHECKS),
+    "combiner": ordered(combiners.CHECKS),
+    "op": ordered(ops.CHECKS),
+    "layer": ordered(layers.CHECKS),
 }
-"""Every check, by the kind of part that it is for."""
+"""Every check by the kind of part that it is for, in the order in which they run."""
 
 BY_NAME = {check.name: check for checks in CHECKS.values() for check in checks}
+"""Every check by its name."""
 
 
 def checks_for(kind: str, only: Sequence[str] | None = None) -> list[Check]:
-    """The checks of a kind, those named by `only`.
+    """The checks of a kind, or those of them that `only` names.
 
     Raises:
-        ValueError: no such kind, or it has no check of that name.
+        ValueError: there is no such kind, or it has no check of such a name.
     """
     if kind not in CHECKS:
         raise wrong("kind", "one of " + ", ".join(CHECKS), repr(kind))
@@ -53,27 +55,25 @@ def checks_for(kind: str, only: Sequence[str] | None = None) -> list[Check]:
     known = {check.name for check in checks}
     for name in only or ():
         if name not in known:
-            raise wrong(
-                "only", f"names of checks of a {kind}: {', '.join(sorted(known))}", repr(name)
-            )
+            expected = f"names of checks of a {kind}: {', '.join(sorted(known))}"
+            raise wrong("only", expected, repr(name))
     return [check for check in checks if only is None or check.name in only]
 
 
 def settled(kind: str, part: Any, options: Options) -> Options:
-    """Options with the sizes that a layer has of its own.
+    """The options; for a layer with its own sizes, where the options have none.
 
     Raises:
-        ValueError: a layer that does not say how wide it is, and options that do not either.
+        ValueError: neither a layer nor the options have sizes.
     """
     if kind != "layer" or options.dims is not None:
         return options
     dims = getattr(part, "dims", None)
     if dims is None:
-        raise wrong(
-            "dims",
-            "the sizes of a layer that has no attribute dims, e.g. LayerDims(64, 4, 4, 16)",
-            "None",
+        expected = (
+            "the sizes of a layer that has no attribute dims, for example LayerDims(64, 4, 4, 16)"
         )
+        raise wrong("dims", expected, "None")
     return Options(LayerDims(*dims), options.dtypes)
 
 
@@ -89,21 +89,26 @@ def run_checks(
     shrink: bool = True,
     called: str | None = None,
 ) -> Iterator[Result]:
-    """Runs the checks of a kind over a part, one after the other, and tells how each went.
+    """Runs the checks of a kind over a part, one after the other, and yields their results.
+
+    A check that needs one that failed is not run: its outcome is "not run", and its reason names
+    the check that failed.
 
     Args:
         kind: gate, selector, memory, controller, attention, combiner, op or layer.
-        part: the part, not built yet; it is copied, never changed. For "op": an `OpImplementation`.
+        part: the part, not built yet; the checks run copies of it. For "op": an
+            `OpImplementation`.
         only: names of checks; None: all of the kind.
-        dims: sizes to run it with; None: drawn, those of its own for a layer.
+        dims: sizes to run it with; None: its own for a layer, else several are drawn.
         dtypes: floating dtypes that it computes in, the widest first.
-        profile: "dev", "ci" or "nightly"; None: what pytest was told, else ci where the environment says CI, else dev.
-        seed: draws other cases for every seed.
-        shrink: look for a smaller failing case.
-        called: expression that makes the part, for messages; None: its repr.
+        profile: "dev", "ci" or "nightly"; None: --hamblocks-profile where pytest was given it,
+            else "ci" where the environment variable CI is set, else "dev".
+        seed: draw the cases of this seed; None: the profile decides.
+        shrink: whether to look for a smaller case that fails too.
+        called: the expression that makes the part, for messages; None: its repr.
 
     Raises:
-        ValueError: no such kind or check.
+        ValueError: there is no such kind or check.
     """
     return _run(
         kind,
@@ -129,52 +134,61 @@ def _run(
     dtypes: Sequence[torch.dtype] = DTYPES,
     **given: Any,
 ) -> Iterator[Result]:
-    """As `run_checks`; with `raises` it ends at the first failure by raising it."""
+    """As `run_checks`; with `raises`, it raises the first failure instead of yielding it."""
+    __tracebackhide__ = True
     checks = checks_for(kind, only)
     options = settled(kind, part, Options(dims, tuple(dtypes)))
+    failed: set[str] = set()
     for check in checks:
         begin, outcome, reason = time.perf_counter(), "pass", ""
+        needed = blocker(check, failed)
         try:
-            check(part, options=options, **given)
+            if needed is None or check.why_not(part, options) is not None:
+                check(part, options=options, **given)
+            else:
+                outcome, reason = "not run", not_run(needed)
         except NotApplicableError as error:
             outcome, reason = "not applicable", error.reason
         except CheckFailed as error:
             if raises:
                 raise
+            failed.add(check.name)
             outcome, reason = "fail", str(error)
         yield Result(check.name, outcome, reason, time.perf_counter() - begin)
 
 
 def _for(kind: str) -> Callable[..., list[Result]]:
     def check(part: Any, **given: Any) -> list[Result]:
+        __tracebackhide__ = True
         return list(_run(kind, part, raises=True, **given))
 
     check.__name__ = check.__qualname__ = f"check_{kind}"
     check.__doc__ = f"""Runs every check of a {kind}; keyword arguments as in `run_checks`.
 
     Returns:
-        How each check went: those that do not apply say why.
+        The result of each check; one that does not apply gives the reason.
 
     Raises:
-        CheckFailed: at the first check that fails; it names the check, what was seen, and one line that shows it again.
+        CheckFailed: at the first check that fails. The message names the check, what was seen, and
+            a line that repeats it.
     """
     return check
 
 
 check_gate = _for("gate")
-"""Runs every check of a gate: `check_gate(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a gate: `check_gate(part, **given)`, see `run_checks`."""
 check_selector = _for("selector")
-"""Runs every check of a selector: `check_selector(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a selector: `check_selector(part, **given)`, see `run_checks`."""
 check_memory = _for("memory")
-"""Runs every check of a memory: `check_memory(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a memory: `check_memory(part, **given)`, see `run_checks`."""
 check_controller = _for("controller")
-"""Runs every check of a controller: `check_controller(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a controller: `check_controller(part, **given)`, see `run_checks`."""
 check_attention = _for("attention")
-"""Runs every check of an attention: `check_attention(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of an attention: `check_attention(part, **given)`, see `run_checks`."""
 check_combiner = _for("combiner")
-"""Runs every check of a combiner: `check_combiner(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a combiner: `check_combiner(part, **given)`, see `run_checks`."""
 check_layer = _for("layer")
-"""Runs every check of a layer: `check_layer(part, **given)`, with the keyword arguments of `run_checks`."""
+"""Runs every check of a layer: `check_layer(part, **given)`, see `run_checks`."""
 
 
 def check_op(
@@ -183,18 +197,19 @@ def check_op(
     """Runs every check of an op over an implementation of it.
 
     Args:
-        run: a callable with the signature of the op it is `like`, without `impl`; or an op of `hamblocks.ops`, or an
-            `OpImplementation`.
+        run: a callable with the signature of the op `like`, without `impl`; or an op of
+            `hamblocks.ops`, which stands for all its implementations; or an `OpImplementation`.
         like: the op of `hamblocks.ops` that `run` implements.
         given: keyword arguments of `run_checks`.
 
     Returns:
-        How each check went.
+        The result of each check.
 
     Raises:
         CheckFailed: at the first check that fails.
-        ValueError: `like` is no op of ours.
+        ValueError: `like` is no op of `hamblocks.ops`.
     """
+    __tracebackhide__ = True
     return [
         result
         for part in op_implementations(run, like)
@@ -205,7 +220,13 @@ def check_op(
 def op_implementations(
     run: Any, like: Callable[..., Any] | None = None, only: Sequence[str] = ()
 ) -> list[OpImplementation]:
-    """An op of ours as all its implementations, or those named by `only`; a callable of one's own as that alone."""
+    """The implementations to check: those of an op of `hamblocks.ops`, or one callable.
+
+    Args:
+        run: as in `check_op`.
+        like: as in `check_op`.
+        only: names of the implementations of an op of `hamblocks.ops`; empty: all.
+    """
     if isinstance(run, OpImplementation):
         return [run]
     if like is not None:

@@ -1,4 +1,4 @@
-"""A part named on the command line: `package.module:expression`."""
+"""Parts that the command line names: `package.module:expression`."""
 
 from __future__ import annotations
 
@@ -13,39 +13,50 @@ from hamblocks_ops.arguments import wrong
 
 
 def load(target: str) -> tuple[Any, str]:
-    """The part and the expression that makes it, evaluated in the module; a class is called without arguments.
+    """Evaluates an expression in a module: the part, and the expression that makes it.
 
-    Modules are looked for in the working directory too.
+    A class is called without arguments. Modules are also found in the working directory.
+
+    Args:
+        target: `package.module:expression`.
 
     Raises:
-        ValueError: no such module, or the expression fails.
+        ValueError: the module cannot be imported, or the expression fails.
     """
     name, colon, expression = target.partition(":")
     if not colon or not name or not expression:
-        raise wrong("target", "package.module:expression, e.g. hamblocks:TopK(8)", repr(target))
+        expected = "package.module:expression, for example hamblocks:TopK(8)"
+        raise wrong("target", expected, repr(target))
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise wrong(
-            "target", f"a module that can be imported before the colon ({error})", repr(name)
-        ) from error
+        expected = f"a module that can be imported before the colon ({error})"
+        raise wrong("target", expected, repr(name)) from error
     try:
         part = eval(expression, dict(vars(module)))
         return (part(), f"{expression}()") if isinstance(part, type) else (part, expression)
     except Exception as error:
-        what = f"an expression that makes a part in {name} ({type(error).__name__}: {error})"
-        raise wrong("target", what, repr(expression)) from error
+        expected = f"an expression that makes a part in {name} ({type(error).__name__}: {error})"
+        raise wrong("target", expected, repr(expression)) from error
 
 
 def parts_of(
     kind: str, target: str, like: str | None = None, impl: str | None = None
 ) -> list[tuple[Any, str]]:
-    """The parts, each with the expression that makes it: one, or all implementations of an op of ours.
+    """The parts that a target names, each with the expression that makes it.
+
+    It is one part, or all implementations of an op of `hamblocks.ops`.
+
+    Args:
+        kind: kind of the part.
+        target: `package.module:expression`.
+        like: name of the op of `hamblocks.ops` that the target implements; kind "op" only.
+        impl: name of one implementation of the op that is the target; kind "op" only.
 
     Raises:
-        ValueError: a bad target, or `like` and `impl` for something that is no op.
+        ValueError: the target is wrong, or `like` or `impl` is given for another kind.
     """
     part, called = load(target)
     if kind != "op":

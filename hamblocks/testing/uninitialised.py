@@ -1,4 +1,4 @@
-"""Memory that nobody wrote: filled with numbers of our choice, so that reading it shows."""
+"""Fills uninitialised memory, so that a result that depends on it shows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FilledMemory(TorchDispatchMode):
-    """Fills every tensor that `torch.empty` and its kin hand out.
+    """Fills every tensor that `torch.empty` and its relatives return.
 
-    Floating tensors get `value`; integers, which have no NaN, their largest number where it is NaN and else `value`.
+    Args:
+        value: what floating tensors are filled with, and integer tensors too. Integers have no NaN:
+            for a NaN they are filled with the largest number of their dtype.
     """
 
     def __init__(self, value: float) -> None:

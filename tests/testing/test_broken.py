@@ -1,4 +1,4 @@
-"""The kit can fail: every broken part is rejected by the check that is meant for it, and by name."""
+"""Every check can fail: each broken part is rejected by the check that is meant for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from broken import (
     selectors,
 )
 
-from hamblocks.testing import CHECKS, CheckFailed, OpImplementation, Options
+from hamblocks.testing import CHECKS, CheckFailed, OpImplementation, Options, run_checks
+from hamblocks.testing.order import NEEDS, STAGES, needs
 from hamblocks.testing.suite import BY_NAME, settled
 
 KINDS = (gates, selectors, memories, controllers, attentions, combiners, layers, ops)
@@ -34,7 +35,7 @@ SOUND: dict[str, list[Any]] = {
 
 
 def part_of(one: Broken) -> Any:
-    return one.make() if one.like is None else OpImplementation(one.like, one.make())
+    return one.factory() if one.like is None else OpImplementation(one.like, one.factory())
 
 
 def run(check: str, part: Any) -> None:
@@ -72,3 +73,58 @@ def test_every_check_rejects_something() -> None:
     assert len(BROKEN) >= 40
     assert {one.check for one in BROKEN} <= set(BY_NAME)
     assert set(BY_NAME) - {one.check for one in BROKEN} == set()
+
+
+def outcomes(kind: str, part: Any, **given: Any) -> dict[str, str]:
+    return {result.check: result.outcome for result in run_checks(kind, part, **given)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "failing"),
+    [
+        ("gate", gates.TakesNoTrace(), "check_gate_can_be_called"),
+        ("gate", gates.ReturnsATensor(), "check_gate_can_be_called"),
+        ("gate", gates.Misspelt(), "check_gate_names_a_known_metric"),
+        ("gate", gates.FlatScore(), "check_gate_has_its_shapes"),
+        ("gate", gates.Peeks(), "check_gate_is_causal"),
+        ("gate", gates.Dithered(), "check_gate_same_call_same_bits"),
+        ("gate", gates.InPlace(), "check_gate_nothing_given_changes"),
+        ("gate", gates.TrustsStrides(), "check_gate_strides_do_not_matter"),
+        ("gate", gates.CrossesBorders(), "check_gate_packed_is_one_by_one"),
+        ("gate", gates.LeaksThroughTheBias(), "check_gate_gradients_are_causal"),
+        ("memory", memories.ReturnsNoState(), "check_memory_can_be_called"),
+        ("memory", memories.ForgetsItsState(), "check_memory_any_split_is_one_pass"),
+        ("selector", selectors.FailsOnNothing(), "check_selector_has_its_shapes"),
+        ("selector", selectors.RandomTies(), "check_selector_same_call_same_bits"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_one_reason_fails_one_check(kind: str, part: Any, failing: str) -> None:
+    told = outcomes(kind, part, profile="ci", shrink=False)
+    assert [check for check, outcome in told.items() if outcome == "fail"] == [failing]
+    assert "not run" in told.values()
+
+
+def test_the_reason_names_the_check_that_failed() -> None:
+    results = {result.check: result for result in run_checks("gate", gates.Peeks(), shrink=False)}
+    split = results["check_gate_any_split_is_one_pass"]
+    assert (split.outcome, split.reason) == ("not run", "needs check_gate_is_causal, which fails")
+    alone = outcomes("gate", gates.Peeks(), only=[split.check], shrink=False)
+    assert alone == {split.check: "fail"}
+
+
+def test_every_check_runs_after_those_that_it_needs() -> None:
+    for checks in CHECKS.values():
+        seen: set[str] = set()
+        for check in checks:
+            kind = {one.name for one in checks}
+            assert check.name not in needs(check)
+            assert kind & set(needs(check)) <= seen
+            seen.add(check.name)
+
+
+def test_every_law_that_others_need_is_that_of_a_check() -> None:
+    laws = {check.law for check in BY_NAME.values()}
+    needing = {law.removeprefix("gate_").removeprefix("combiner_") for law in NEEDS}
+    needed = {law for some in (*STAGES, *NEEDS.values()) for law in some}
+    assert needing | needed <= laws

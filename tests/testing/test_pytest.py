@@ -66,6 +66,98 @@ def test_a_failure_names_the_check_and_shows_one_line_that_repeats_it(
     )
 
 
+def test_a_failure_shows_the_line_of_the_test_and_no_code_of_the_checks(
+    suite: pytest.Pytester,
+) -> None:
+    suite.makepyfile(
+        PART + "from hamblocks.testing import check_gate, check_gate_is_causal\n"
+        "@parametrize_with_checks(gates=[Peeks()])\n"
+        "def test_mine(check):\n    check()\n"
+        "def test_all():\n    check_gate(Peeks())\n"
+        "def test_one():\n    check_gate_is_causal(Peeks())\n"
+    )
+    result = suite.runpytest("--tb=long")
+    assert result.parseoutcomes()["failed"] == 3
+    shown = result.stdout.str()
+    for line in ("check()", "check_gate(Peeks())", "check_gate_is_causal(Peeks())"):
+        result.stdout.re_match_lines(
+            [f">       {re.escape(line)}", "E .*CheckFailed: check_gate_is"], consecutive=True
+        )
+    for file in ("hamblocks/testing", "check.py:", "suite.py:", "laws.py:", "/hypothesis/"):
+        assert file not in shown
+    assert "direct cause" not in shown
+    assert "During handling" not in shown
+
+
+RAISES = """
+class Raises:
+    def __call__(self, x, trace):
+        return self.score(x)
+"""
+
+
+def test_an_exception_of_a_part_is_shown_with_its_place(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        PART + RAISES + "from hamblocks.testing import check_gate\n"
+        "def test_all():\n    check_gate(Raises())\n"
+    )
+    result = suite.runpytest()
+    result.stdout.fnmatch_lines(
+        [
+            "*CheckFailed: check_gate_can_be_called: Raises(...)",
+            "*AttributeError: *score* (*test_an_exception*.py:14, in __call__)",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "failing"),
+    [
+        ("Raises", "check_gate_can_be_called"),
+        ("Peeks", "check_gate_is_causal"),
+        ("Dithers", "check_gate_same_call_same_bits"),
+    ],
+)
+def test_a_part_that_fails_for_one_reason_fails_one_test(
+    suite: pytest.Pytester, make: str, failing: str
+) -> None:
+    suite.makepyfile(
+        PART + RAISES + "import torch\n"
+        "class Dithers:\n"
+        "    def __call__(self, x, trace):\n"
+        "        return hb.GateOutput(torch.rand(*x.shape[:2], 1))\n"
+        f"@parametrize_with_checks(gates=[{make}()])\ndef test_mine(check):\n    check()\n"
+    )
+    result = suite.runpytest("-rsf")
+    counts = result.parseoutcomes()
+    assert result.ret == 1
+    assert counts["failed"] == 1
+    assert counts["skipped"] >= 4
+    result.stdout.fnmatch_lines(
+        [f"SKIPPED*: needs {failing}, which fails", f"FAILED *{make}(...)-{failing}*"]
+    )
+
+
+def test_a_check_alone_fails_whatever_it_needs(suite: pytest.Pytester) -> None:
+    """Else a run that selects it alone would be green."""
+    suite.makepyfile(
+        PART + "\n@parametrize_with_checks(gates=[Peeks()])\ndef test_mine(check):\n    check()\n"
+    )
+    result = suite.runpytest("-k", "split")
+    counts = result.parseoutcomes()
+    assert (counts["failed"], "skipped" in counts) == (1, False)
+
+
+def test_checks_that_run_before_what_they_need_are_skipped_too(suite: pytest.Pytester) -> None:
+    """As under pytest-xdist, where another process may run the check that is needed."""
+    suite.makepyfile(
+        PART + "\n@parametrize_with_checks(gates=[Peeks()])\ndef test_mine(check):\n    check()\n"
+    )
+    suite.makeconftest("def pytest_collection_modifyitems(items):\n    items.reverse()\n")
+    counts = suite.runpytest().parseoutcomes()
+    assert (counts["failed"], counts["skipped"]) == (1, 4)
+
+
 EXPECTED = """
 KNOWN = {name: "looks one token ahead" for name in (
     "check_gate_is_causal", "check_gate_packed_is_one_by_one",
@@ -189,11 +281,11 @@ def test_an_implementation_that_does_not_exist_is_an_error(suite: pytest.Pyteste
 PROFILES = """
 import hypothesis
 from hypothesis import given, strategies as st
-from hamblocks.testing import profiles
-from hamblocks.testing.plugin import chosen_seed
+from hamblocks.testing import settings
 
 def test_told():
-    print("told", profiles.current().name, chosen_seed.get(), hypothesis.settings().max_examples)
+    name, seed = settings.profile_of().name, settings.chosen().seed
+    print("told", name, seed, hypothesis.settings().max_examples)
 """
 
 

@@ -1,4 +1,7 @@
-"""How inputs are made: hypothesis draws sizes, kinds and a seed; tensors come from the seed, so shrinking is fast."""
+"""How inputs are drawn: hypothesis draws sizes, kinds and a seed, and the seed gives the tensors.
+
+Shrinking then works on a few integers, not on the elements of tensors.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ layouts: st.SearchStrategy[str] = st.sampled_from(LAYOUTS)
 def ragged_lengths(
     longest: int = 20, most: int = 5, chunk: int | None = None
 ) -> st.SearchStrategy[tuple[int, ...]]:
-    """Lengths of packed sequences, in tokens: many empty ones, length 1, and the borders of a chunk +- 1.
+    """Strategy of the lengths of packed sequences, in tokens. Many are 0 or 1.
 
     Args:
-        longest: the longest sequence drawn, chunk borders aside.
-        most: how many sequences at the most; none at all is drawn too.
-        chunk: chunk size of a kernel, whose borders are to be met.
+        longest: the longest length drawn, apart from those that `chunk` adds.
+        most: most sequences; 0 sequences are drawn too.
+        chunk: chunk size of a kernel: it adds this length, one more and one less.
     """
     special = [0, 0, 1] + ([] if chunk is None else [chunk - 1, chunk, chunk + 1])
     return st.lists(
@@ -41,26 +44,27 @@ def ragged_lengths(
 
 
 def lengths(longest: int = 40, chunk: int = 64) -> st.SearchStrategy[int]:
-    """Length of one sequence, in tokens: none, one, and the borders of a chunk +- 1 among them."""
+    """Strategy of the length of one sequence, in tokens; often 0, 1, or about `chunk`."""
     return st.one_of(
         st.sampled_from([0, 1, 2, chunk - 1, chunk, chunk + 1]), st.integers(0, longest)
     )
 
 
 class Inputs:
-    """Base of all drawn inputs: frozen dataclasses of sizes, kinds and a seed, whose repr makes them again."""
+    """Base of all inputs: frozen dataclasses of sizes, kinds and a seed. `eval(repr(x))` is x."""
 
     def __repr__(self) -> str:
-        """Only what differs from the defaults."""
+        """Shows only the fields that differ from the defaults."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        told = ((field.name, getattr(self, field.name), field.default) for field in fields)
-        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x, default in told if x != default)})"
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields)
+        shown = ", ".join(f"{name}={x!r}" for name, x, default in values if x != default)
+        return f"{type(self).__name__}({shown})"
 
 
 def building(
     inputs: type[T], fields: Mapping[str, st.SearchStrategy[Any]], fixed: Mapping[str, object]
 ) -> st.SearchStrategy[T]:
-    """Strategy of `inputs`; values or strategies in `fixed` take the place of the drawn fields."""
+    """Strategy of `inputs`. Values or strategies in `fixed` replace those in `fields`."""
     chosen = {
         name: x if isinstance(x, st.SearchStrategy) else st.just(x) for name, x in fixed.items()
     }
@@ -68,7 +72,7 @@ def building(
 
 
 class Sequences(Inputs):
-    """Inputs `[B, T, ...]` of a batch, or of sequences packed into one row; a subclass has these three fields."""
+    """Inputs `[B, T, ...]`: a batch, or packed sequences (B = 1). Subclasses have these fields."""
 
     tokens: int
     batch: int
@@ -86,7 +90,7 @@ class Sequences(Inputs):
 
 
 def sequences() -> dict[str, st.SearchStrategy[Any]]:
-    """Strategies of the fields of `Sequences`, and of the seed."""
+    """Strategies of the fields of `Sequences` and of the seed, by name."""
     return {
         "tokens": lengths(),
         "batch": st.integers(0, 2),
@@ -103,7 +107,7 @@ class Draw:
         self.layout = layout
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-        """Normal numbers of a standard deviation, the same whatever the dtype."""
+        """Normal numbers with standard deviation `scale`, drawn in float64 and then rounded."""
         drawn = scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return lay_out(drawn.to(dtype), self.layout)
 
@@ -118,7 +122,7 @@ class Draw:
         return torch.randint(low, high, tuple(shape), generator=self.generator)
 
     def choice(self, shape: Sequence[int], *options: Tensor | float) -> Tensor:
-        """Every element from one of the options at random, float64."""
+        """Every element from one of the options, chosen at random; float64."""
         which = self.integers(0, len(options), shape)
         result = torch.zeros(tuple(shape), dtype=torch.float64)
         for index, option in enumerate(options):
@@ -127,7 +131,13 @@ class Draw:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values behind other strides: "contiguous", "transposed", or "strided" with NaN (7) in between."""
+    """The same values with other strides.
+
+    Args:
+        x: the values.
+        layout: "contiguous"; "transposed", dimensions 1 and 2 swapped in memory; or "strided", with
+            a NaN behind every element, or a 7 for integers.
+    """
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided":
@@ -138,12 +148,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def borders(lengths: Sequence[int]) -> Tensor:
-    """cu_seqlens, int32 `[N+1]`, of sequences of these lengths."""
+    """`cu_seqlens`, int32 `[N+1]`, of packed sequences with these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def placing(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of every packed token its position within its sequence, and which sequence that is; int64 `[T]` each."""
+    """Of every packed token the position in its sequence, and which sequence: int64 `[T]` each."""
     own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
     sequence = torch.tensor(
         [n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64
@@ -152,5 +162,5 @@ def placing(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def pieces(lengths: Sequence[int]) -> list[slice]:
-    """Where the tokens of every packed sequence stand."""
+    """The tokens of every packed sequence, as slices of the packed dimension."""
     return [slice(start, stop) for start, stop in pairwise(borders(lengths).tolist())]

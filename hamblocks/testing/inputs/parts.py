@@ -1,4 +1,4 @@
-"""What the parts of a layer are given: sizes, the kind of numbers, and a seed."""
+"""Inputs of the parts of a layer: sizes, a kind of numbers, and a seed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,27 @@ DIMS = (
     LayerDims(16, 4, 2, 4),
     LayerDims(10, 3, 3, 4),
 )
+"""Sizes of layers that are drawn."""
 KINDS = ("normal", "zero", "constant", "large")
+"""Kinds of numbers."""
 
 
 @dataclass(frozen=True, repr=False)
 class PartInputs(Sequences):
-    """Inputs of any part: whole sequences, or packed (lengths), and where they are cut."""
+    """Inputs of any part.
+
+    Attributes:
+        dims: sizes of the layer.
+        batch: batch size B.
+        tokens: tokens T of every sequence.
+        packed: lengths of sequences that are packed into one batch row, in place of `batch` and
+            `tokens`; None: they are not packed.
+        cuts: positions at which checks cut the sequences into pieces.
+        dtype: dtype of the inputs and of the part.
+        kind: "normal", "zero", "constant" (ones) or "large" (normal numbers times 10,000).
+        bias: whether attention gets a logit bias.
+        seed: seed of the numbers and of the weights.
+    """
 
     dims: LayerDims = DIMS[0]
     batch: int = 2
@@ -32,22 +47,22 @@ class PartInputs(Sequences):
     packed: tuple[int, ...] | None = None
     cuts: tuple[int, ...] = (3,)
     dtype: torch.dtype = torch.float64
-    kind: str = "normal"  # one of KINDS
+    kind: str = "normal"
     bias: bool = False
     seed: int = 0
 
     @property
     def position(self) -> Tensor:
-        """Int32 `[B, T]`, within the sequence."""
+        """Position of every token within its sequence, int32 `[B, T]`."""
         return self.own.to(torch.int32).expand(self.rows[0], -1).clone()
 
     @property
     def borders(self) -> list[int]:
-        """Where pieces begin and end, 0 and T among them."""
+        """Positions at which pieces begin and end, including 0 and T."""
         return [0, *sorted(min(cut, self.tokens) for cut in self.cuts), self.tokens]
 
     def numbers(self, draw: Draw, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[B, T, *shape]` of the kind, with the same random numbers behind every kind."""
+        """Numbers `[B, T, *shape]` of the kind. Every kind takes as many random numbers."""
         drawn = draw.normal(*self.rows, *shape)
         kinds = {
             "normal": drawn,
@@ -58,7 +73,7 @@ class PartInputs(Sequences):
         return kinds[self.kind].to(dtype or self.dtype)
 
     def lifetimes(self, draw: Draw, heads: int) -> Tensor:
-        """Evict_at int32 `[B, T, heads]`: never stored, for good, for a while, in equal shares."""
+        """`evict_at`, int32 `[B, T, heads]`: not stored, stored for good, or for up to 5 tokens."""
         position = self.position[..., None].expand(*self.rows, heads)
         until = position + draw.integers(1, 6, position.shape)
         chosen = draw.choice(position.shape, position.double(), float(NEVER), until.double())
@@ -87,5 +102,5 @@ def packed_part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
 
 
 def cuts(longest: int = 14) -> st.SearchStrategy[tuple[int, ...]]:
-    """Where a sequence is cut into pieces, empty ones among them."""
+    """Strategy of the positions at which sequences are cut into pieces; some pieces are empty."""
     return st.lists(st.integers(0, longest), min_size=1, max_size=4).map(tuple)

@@ -6,53 +6,62 @@ from typing import Any
 
 import torch
 
+from hamblocks.protocols import GateOutput, MemoryTrace
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.parts import PartInputs
 from hamblocks.testing.laws import common, edges_of, first
 from hamblocks.testing.subjects import GateSubject
+from hamblocks_ops.arguments import describe
 from hamblocks_ops.surprise import METRICS
 
 
 def _names_a_known_metric(part: Any, _case: PartInputs, _options: Options) -> None:
-    """An attribute `metric` is one that the memory can compute, or None."""
+    """The attribute `metric`, where there is one, is a metric that the memory computes, or None."""
     metric = getattr(part, "metric", None)
     assert metric is None or metric in METRICS, (
         f"metric: {metric!r}, expected one of {', '.join(METRICS)} or None"
     )
 
 
-def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None:
-    """A logit bias carries gradient to the weights of the gate: selection itself has none."""
+def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
+    """Called as a layer calls it, the gate returns a GateOutput."""
     subject = GateSubject(part, case)
-    results, _ = subject.run(subject.inputs)
-    bias = results["logit_bias"]
-    weights = [x for x in subject.part.parameters() if x.requires_grad]
-    assert bias.requires_grad, (
-        "logit_bias: carries no gradient, so that the weights of the gate never learn"
-    )
-    gradients = torch.autograd.grad(bias.sum(), weights, allow_unused=True)
-    assert any(x is not None and bool(x.any()) for x in gradients), (
-        "logit_bias: its gradient reaches no weight"
+    fields: Any = {name: subject.inputs.get(name) for name in MemoryTrace._fields}
+    output = subject.part(subject.inputs["x"], MemoryTrace(**fields))
+    assert isinstance(output, GateOutput), (
+        f"output: expected GateOutput(score, logit_bias=None), got {describe(output)}"
     )
 
 
-def _no_bias_to_learn(part: Any, options: Options) -> str | None:
+def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None:
+    """The weights of a gate get gradients from its logit bias: selection itself has no gradient."""
+    subject = GateSubject(part, case)
+    weights = {name: x for name, x in subject.part.named_parameters() if x.requires_grad}
+    bias = subject.run(subject.inputs)[0].get("logit_bias")
+    never = f"so that its weights ({', '.join(weights)}) never learn: selection has no gradient"
+    assert bias is not None, f"logit_bias: the gate returns none, {never}"
+    assert bias.requires_grad, f"logit_bias: carries no gradient, {never}"
+    gradients = torch.autograd.grad(bias.sum(), list(weights.values()), allow_unused=True)
+    reached = any(x is not None and bool(x.any()) for x in gradients)
+    assert reached, f"logit_bias: its gradient reaches no weight, {never}"
+
+
+def _no_weights(part: Any, options: Options) -> str | None:
     if not isinstance(part, torch.nn.Module):
         return "it has no weights"
-    subject = GateSubject(part, first(options))
-    if "logit_bias" not in subject.run(subject.inputs)[0]:
-        return "it gives no logit bias"
-    return None if any(x.requires_grad for x in subject.part.parameters()) else "it has no weights"
+    weights = GateSubject(part, first(options)).part.parameters()
+    return None if any(x.requires_grad for x in weights) else "it has no weights"
 
 
 CHECKS = [
     *common(GateSubject),
     Check("check_gate_names_a_known_metric", "gate", _names_a_known_metric, edges=edges_of({})),
+    Check("check_gate_can_be_called", "gate", _can_be_called, edges=edges_of({})),
     Check(
         "check_gate_bias_can_be_learned",
         "gate",
         _bias_can_be_learned,
         edges=edges_of({}),
-        applies=_no_bias_to_learn,
+        applies=_no_weights,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Checks of memories: `memory(x, q, k, v, position=, state=, cu_seqlens=, metric=) -> read, Trace, state`."""
+"""Checks of memories: `memory(x, q, k, v, position=, state=, cu_seqlens=, metric=)`."""
 
 from __future__ import annotations
 
@@ -7,51 +7,61 @@ from typing import Any
 
 import torch
 
+from hamblocks.protocols import MemoryTrace
 from hamblocks.state import leaves, tree_map
 from hamblocks.testing.budget import assert_same
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.inputs.draw import Draw, borders
 from hamblocks.testing.inputs.parts import PartInputs, packed_part_inputs, part_inputs
-from hamblocks.testing.laws import EDGES, PACKED, SPLIT, by_token, cases_of, common, told
+from hamblocks.testing.laws import EDGES, PACKED, SPLIT, by_token, cases_of, common, edges_of, told
 from hamblocks.testing.subjects import MemorySubject, Results
 from hamblocks_ops import surprise
+from hamblocks_ops.arguments import describe
 from hamblocks_ops.surprise import METRICS
 
 
+def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
+    """Called as a layer calls it, the memory returns (read, MemoryTrace, state)."""
+    subject = MemorySubject(part, case)
+    expected = "expected a tuple (read, MemoryTrace, state)"
+    output = subject.part(**subject.inputs, state=None, cu_seqlens=None, metric=None)
+    assert isinstance(output, tuple), f"output: {expected}, got {describe(output)}"
+    assert len(output) == 3, f"output: {expected}, got {len(output)} values"
+    assert isinstance(output[1], MemoryTrace), (
+        f"trace: expected a MemoryTrace, got {describe(output[1])}"
+    )
+
+
 def _score_is_the_surprise_of_the_residual(part: Any, case: PartInputs, _options: Options) -> None:
-    """With a metric the trace has the surprise of the residual that it has without one, and the read is the same."""
+    """With a metric, `trace.score` is the surprise of the residual, and the read stays the same."""
     subject = MemorySubject(part, case)
     plain, _ = subject.run(subject.inputs)
     assert "residual" in plain, "trace.residual: None without a metric, expected a tensor"
-    for subject.metric in METRICS:
-        metric = subject.metric
-
-        def expected(metric: str = metric) -> Results:
-            subject.metric = None
-            told = subject.run(subject.inputs)[0]
-            return {
-                "read": told["read"].detach(),
-                "score": surprise(told["residual"], told["v"], metric=metric).detach(),
-            }
-
+    for metric in METRICS:
+        subject.metric = metric
         results, _ = subject.run(subject.inputs)
         assert "score" in results, f"trace.score: None with metric {metric!r}, expected a tensor"
         assert not results["score"].requires_grad, "trace.score: carries a gradient, expected none"
+        got = {name: results[name].detach() for name in ("read", "score")}
+
+        def expected(metric: str = metric) -> Results:
+            subject.metric = None
+            results = subject.run(subject.inputs)[0]
+            score = surprise(results["residual"], results["v"], metric=metric)
+            return {"read": results["read"].detach(), "score": score.detach()}
+
         with told(f"with metric {metric!r}"):
-            assert_same(
-                {name: results[name].detach() for name in ("read", "score")}, expected(), expected
-            )
+            assert_same(got, expected(), expected)
 
 
 def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -> None:
-    """The prediction v - residual of a token knows nothing of its own value: the residual is read before the write."""
+    """The prediction v - residual of a token does not depend on its own value: read, then write."""
     subject = MemorySubject(part, case)
     t = min(case.cuts[0], max(case.tokens - 1, 0))
     changed = dict(subject.inputs)
     changed["v"] = changed["v"].clone()
-    changed["v"][:, t : t + 1] = (
-        Draw(case.seed + 1).normal(*changed["v"][:, t : t + 1].shape).to(case.dtype)
-    )
+    own = changed["v"][:, t : t + 1]
+    own.copy_(Draw(case.seed + 1).normal(*own.shape))
 
     @torch.no_grad()
     def prediction(inputs: dict[str, torch.Tensor]) -> Results:
@@ -59,14 +69,14 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
         return {"prediction": (results["v"] - results["residual"])[:, : t + 1]}
 
     with told(f"the prediction at position {t} changed with the value at {t}"):
-        # v - residual leaves a small prediction with the rounding of v, which moves with v
+        # v - residual gives a small prediction the rounding of v, which differs between the values
         assert_same(
             prediction(changed), prediction(subject.inputs), lambda: prediction(subject.inputs)
         )
 
 
 def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -> None:
-    """The state is a tree whose tensors have the sequences as first dimension: reordering it reorders what follows."""
+    """The state is a tree of tensors `[N, ...]`: reordering it reorders what its sequences get."""
     subject = MemorySubject(part, case)
     t = min(case.cuts[0], case.tokens)
     order = torch.arange(case.batch).flip(0)
@@ -87,44 +97,59 @@ def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -
             assert_same(got, run(), run)
 
 
+def _fresh_state_is_zero(part: Any, case: PartInputs, _options: Options) -> None:
+    """A state of zeros gives what `state=None` gives: a layer clears a state by zeroing it."""
+    subject = MemorySubject(part, case)
+    cu_seqlens = None if case.packed is None else borders(case.packed)
+
+    @torch.no_grad()
+    def run(state: Any) -> tuple[Results, Any]:
+        results, after = subject.run(subject.inputs, state, cu_seqlens)
+        return results | {f"state {i}": x for i, x in enumerate(leaves(after))}, after
+
+    fresh, after = run(None)
+    with told("a state of zeros gives another result than state=None"):
+        assert_same(run(tree_map(torch.zeros_like, after))[0], fresh, lambda: run(None)[0])
+
+
 def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options) -> None:
-    """Packed pieces go on from their own states: what one sequence left is never another's."""
+    """Packed sequences go on from their own states, not from each other's."""
     subject = MemorySubject(part, case)
     assert case.packed is not None
-    own = borders(case.packed).tolist()
-    spans = list(pairwise(own))
+    spans = list(pairwise(borders(case.packed).tolist()))
+    # every sequence is cut in the middle: the first halves are one packed call, the second another
     halves = [begin + (end - begin) // 2 for begin, end in spans]
     first = [slice(begin, half) for (begin, _), half in zip(spans, halves, strict=True)]
     second = [slice(half, end) for (_, end), half in zip(spans, halves, strict=True)]
 
-    def gathered(parts: list[slice]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def packed(parts: list[slice], state: Any) -> tuple[Results, Any]:
         inputs = {
             name: torch.cat([x[:, :0], *(x[:, own] for own in parts)], 1)
             for name, x in subject.inputs.items()
         }
-        return inputs, borders([part.stop - part.start for part in parts])
+        return subject.run(inputs, state, borders([own.stop - own.start for own in parts]))
 
     with torch.no_grad():
-        _, state = subject.run(gathered(first)[0], None, gathered(first)[1])
-        got, _ = subject.run(gathered(second)[0], state, gathered(second)[1])
+        got, _ = packed(second, packed(first, None)[1])
 
         @torch.no_grad()
         def alone() -> Results:
-            rows = []
+            found = []
             for before, after in zip(first, second, strict=True):
                 _, past = subject.run(by_token(subject.inputs, before))
-                rows.append(subject.run(by_token(subject.inputs, after), past)[0])
+                found.append(subject.run(by_token(subject.inputs, after), past)[0])
             return {
-                name: torch.cat([x[:, :0], *(row[name] for row in rows)], 1)
+                name: torch.cat([x[:, :0], *(one[name] for one in found)], 1)
                 for name, x in got.items()
             }
 
-        with told("packed pieces that go on give another result than one by one"):
+        with told("packed sequences that go on give another result than each alone"):
             assert_same(got, alone(), alone)
 
 
 CHECKS = [
     *common(MemorySubject),
+    Check("check_memory_can_be_called", "memory", _can_be_called, edges=edges_of({})),
     Check(
         "check_memory_score_is_the_surprise_of_the_residual",
         "memory",
@@ -146,6 +171,14 @@ CHECKS = [
         _state_has_sequences_first,
         cases_of(part_inputs),
         SPLIT,
+        share=2,
+    ),
+    Check(
+        "check_memory_fresh_state_is_zero",
+        "memory",
+        _fresh_state_is_zero,
+        cases_of(part_inputs),
+        lambda options: [*EDGES(options), *PACKED(options)],
         share=2,
     ),
     Check(

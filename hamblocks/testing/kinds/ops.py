@@ -418,6 +418,7 @@ class OpCheck(Check):
 
     def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
         """Runs the check."""
+        __tracebackhide__ = True
         if not isinstance(part, OpImplementation):
             raise wrong("part", "an OpImplementation(like, run)", repr(part))
         never = _never(part)

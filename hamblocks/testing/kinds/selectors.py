@@ -41,12 +41,20 @@ from hamblocks_ops import NEVER
 
 
 def ready(part: Any) -> Any:
-    """A copy in eval mode; scores are float32 whatever a model computes in."""
+    """A copy of the selector in eval mode, in float32: so are scores in a model of any dtype."""
     return made(part, None, torch.float32, 0)
 
 
 class Step(NamedTuple):
-    """One piece of a stream: the tokens [begin, end) of every row, and what the selector said of them."""
+    """One piece of a batch of sequences, and what the selector decided.
+
+    Attributes:
+        begin: int64 `[N]`, position of the first token of each sequence's piece.
+        end: int64 `[N]`, position behind the last one.
+        real: bool `[N, T]`, which tokens of the padded piece are no padding.
+        listed: int32 `[N, L, H]`, positions in the ledger before the call; None: no ledger.
+        selection: the selector's result.
+    """
 
     begin: Tensor
     end: Tensor
@@ -56,26 +64,28 @@ class Step(NamedTuple):
 
 
 def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
-    """Calls a selector piece by piece; rows shorter than the longest are padded at position -1 with a high score."""
+    """Calls a selector piece by piece.
+
+    Sequences whose piece is shorter than the longest are padded with tokens at position -1, whose
+    high score shows whether they compete.
+    """
     score = case.score
-    rows, longest, heads = score.shape
-    ledger = start(selector, rows, heads)
-    ends = case.ends
-    for begin, end in pairwise(ends):
+    sequences, longest, heads = score.shape
+    ledger = start(selector, sequences, heads)
+    for begin, end in pairwise(case.ends):
         index = begin[:, None] + torch.arange(int((end - begin).max()))
         real = index < end[:, None]
         position = torch.where(real, index, EMPTY).to(torch.int32)
-        piece = score.gather(
-            1, index.clamp(max=max(longest - 1, 0))[..., None].expand(-1, -1, heads)
-        )
+        token = index.clamp(max=max(longest - 1, 0))[..., None].expand(-1, -1, heads)
+        piece = score.gather(1, token)
         listed = None if ledger is None else ledger.position.clone()
         selection = selector(piece.masked_fill(~real[..., None], 9.0), ledger, position=position)
         yield Step(begin, end, real, listed, selection)
         ledger = selection.ledger
 
 
-def _said(selector: Any, case: ScorePieces, *, padding: bool = True) -> dict[str, Tensor]:
-    """Lifetimes in one pass and piece by piece, those of padding too or not."""
+def _decided(selector: Any, case: ScorePieces, *, padding: bool = True) -> dict[str, Tensor]:
+    """Lifetimes in one pass and piece by piece, with or without those of padding."""
     steps = ((step.selection.evict_at, step.real) for step in stream(selector, case))
     pieces_of = [evict_at if padding else evict_at[real] for evict_at, real in steps]
     return {"one pass": selector(case.score).evict_at} | {
@@ -84,7 +94,7 @@ def _said(selector: Any, case: ScorePieces, *, padding: bool = True) -> dict[str
 
 
 def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
-    """Lifetimes are int32 of the score's shape, for no token and no row too, whatever the scores are."""
+    """Lifetimes are int32 with the shape of `score`, also without a token and for B = 0."""
     selector, call = ready(part), case.tensors()
     call.pop("position", None)
     selection = selector(**call)
@@ -97,66 +107,65 @@ def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _is_causal(part: Any, case: ScorePieces, _options: Options) -> None:
-    """Later scores change no earlier lifetime, as far as queries before them can tell."""
+    """Scores from position t on change no lifetime before t, as far as queries before t can see."""
     selector, score = ready(part), case.score
     other = replace(case, seed=case.seed + 1).score
     for t in range(score.shape[1]):
         changed = torch.cat([score[:, :t], other[:, t:]], 1)
         before, after = (selector(x).evict_at[:, :t].clamp(max=t) for x in (score, changed))
-        with told(f"lifetimes of tokens before {t} changed with the scores from it on"):
+        with told(f"lifetimes of tokens before {t} changed with the scores from {t} on"):
             assert_bits({"evict_at": after}, {"evict_at": before})
 
 
 def _any_split_is_one_pass(part: Any, case: ScorePieces, _options: Options) -> None:
-    """After every piece, lifetimes are those of one pass over what was seen so far."""
+    """After every piece, the lifetimes are those of one pass over the tokens so far."""
     selector, score = ready(part), case.score
     evict_at = torch.full(score.shape, EMPTY, dtype=torch.int32)
     for step in stream(selector, case):
         lowered = step.selection.lowered
         if lowered is not None:
             for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
-                evict_at[n, int(lowered.position[n, slot, head]), head] = lowered.evict_at[
-                    n, slot, head
-                ]
+                token = int(lowered.position[n, slot, head])
+                evict_at[n, token, head] = lowered.evict_at[n, slot, head]
         for n in range(len(score)):
             end = int(step.end[n])
             evict_at[n, int(step.begin[n]) : end] = step.selection.evict_at[n, step.real[n]]
-            with told(f"row {n} after {end} tokens"):
+            with told(f"sequence {n} after {end} tokens"):
                 whole = selector(score[n : n + 1, :end]).evict_at[0]
                 assert_bits({"evict_at": evict_at[n, :end]}, {"evict_at": whole})
 
 
 def _only_lowers(part: Any, case: ScorePieces, _options: Options) -> None:
-    """A lifetime is only ever lowered, never below now; what is told again are the tokens that the ledger listed."""
+    """Lifetimes are only lowered, never below now; `lowered` has the positions of the ledger."""
     selector = ready(part)
     evict_at = torch.full(case.score.shape, EMPTY, dtype=torch.int32)
     for step in stream(selector, case):
         lowered = step.selection.lowered
         if lowered is not None:
-            with told("lowered.position is not what the ledger listed"):
+            with told("lowered.position differs from the positions in the ledger"):
                 assert step.listed is not None, "the ledger was None"
                 assert_bits({"position": lowered.position}, {"position": step.listed})
             for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
                 token, now = int(lowered.position[n, slot, head]), int(step.begin[n])
                 old, new = int(evict_at[n, token, head]), int(lowered.evict_at[n, slot, head])
                 assert new == old or now <= new < old, (
-                    f"token {token} of row {n}: lifetime {old} became {new} at position {now}"
+                    f"token {token} of sequence {n}: lifetime {old} became {new} at position {now}"
                 )
                 evict_at[n, token, head] = new
         for n in range(len(evict_at)):
-            evict_at[n, int(step.begin[n]) : int(step.end[n])] = step.selection.evict_at[
-                n, step.real[n]
-            ]
+            new_tokens = slice(int(step.begin[n]), int(step.end[n]))
+            evict_at[n, new_tokens] = step.selection.evict_at[n, step.real[n]]
 
 
 def _ledger_does_not_grow(part: Any, case: ScorePieces, _options: Options) -> None:
-    """A ledger lists positions in ascending order and stays of one size, however long the sequence."""
+    """A ledger lists positions in ascending order, and its size does not grow with the sequence."""
     selector = ready(part)
     sizes = [x.shape for x in leaves(start(selector, len(case.lengths), case.heads))]
     for step in stream(selector, case):
         got = [x.shape for x in leaves(step.selection.ledger)]
         assert got == sizes, (
-            f"ledger: shapes {[list(x) for x in got]}, began with {[list(x) for x in sizes]}"
+            f"ledger: shapes {[list(x) for x in got]}, expected those of the empty ledger "
+            f"{[list(x) for x in sizes]}"
         )
         position = step.selection.ledger.position
         assert position.dtype == torch.int32, (
@@ -168,7 +177,7 @@ def _ledger_does_not_grow(part: Any, case: ScorePieces, _options: Options) -> No
 
 
 def _packed_is_one_by_one(part: Any, case: Scores, _options: Options) -> None:
-    """Sequences packed into one row get the lifetimes that they get alone."""
+    """Packed sequences get the lifetimes that each gets alone."""
     selector, call = ready(part), case.tensors()
     score = call["score"]
     packed = selector(score, cu_seqlens=call["cu_seqlens"]).evict_at
@@ -178,16 +187,16 @@ def _packed_is_one_by_one(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _rows_are_independent(part: Any, case: Scores, _options: Options) -> None:
-    """A batch gets the lifetimes that its rows get alone."""
+    """The sequences of a batch get the lifetimes that each gets alone."""
     selector, score = ready(part), case.tensors()["score"]
     together = selector(score).evict_at
-    alone = [selector(row).evict_at for row in score.split(1)]
-    with told("a row alone gets other lifetimes than in a batch"):
+    alone = [selector(one).evict_at for one in score.split(1)]
+    with told("a sequence alone gets other lifetimes than in a batch"):
         assert_bits({"evict_at": together}, {"evict_at": torch.cat([together[:0], *alone])})
 
 
 def _padding_is_ignored(part: Any, case: Scores, _options: Options) -> None:
-    """Rows at position -1 are no tokens: they change no lifetime of the others."""
+    """Padding at position -1 changes no lifetime of the tokens."""
     selector, score = ready(part), case.tensors()["score"]
     batch, tokens, heads = score.shape
     position = torch.arange(tokens, dtype=torch.int32).expand(batch, tokens)
@@ -195,28 +204,27 @@ def _padding_is_ignored(part: Any, case: Scores, _options: Options) -> None:
     nowhere = torch.full((batch, 2), EMPTY, dtype=torch.int32)
     plain = selector(score, start(selector, batch, heads), position=position).evict_at
     for name, order in (("behind", (0, 1)), ("before", (1, 0))):
-        row = torch.cat([(score, padding)[i] for i in order], 1)
+        padded = torch.cat([(score, padding)[i] for i in order], 1)
         where = torch.cat([(position, nowhere)[i] for i in order], 1)
-        got = selector(row, start(selector, batch, heads), position=where).evict_at
+        got = selector(padded, start(selector, batch, heads), position=where).evict_at
+        real = slice(0, tokens) if name == "behind" else slice(2, None)
         with told(f"padding {name} the tokens changed their lifetimes"):
-            assert_bits(
-                {"evict_at": got[:, slice(0, tokens) if name == "behind" else slice(2, None)]},
-                {"evict_at": plain},
-            )
+            assert_bits({"evict_at": got[:, real]}, {"evict_at": plain})
 
 
 def _same_call_same_bits(part: Any, case: ScorePieces, _options: Options) -> None:
-    """The same call twice gives the same lifetimes, whatever the random state: ties are broken by rule."""
-    assert_twice(lambda: _said(ready(part), case))
+    """The same call twice gives the same lifetimes, whatever the random state, also for ties."""
+    assert_twice(lambda: _decided(ready(part), case))
 
 
 def _nothing_given_changes(part: Any, case: ScorePieces, _options: Options) -> None:
-    """Scores, positions, the ledger and, in eval mode, what the selector holds are as before after a call."""
+    """A call changes no score, position or ledger and, in eval mode, nothing in the selector."""
     selector, score = ready(part), case.score
-    rows, tokens, heads = score.shape
+    sequences, tokens, heads = score.shape
     t = tokens // 2
-    position = torch.arange(tokens, dtype=torch.int32).expand(rows, tokens).contiguous()
-    ledger = selector(score[:, :t], start(selector, rows, heads), position=position[:, :t]).ledger
+    position = torch.arange(tokens, dtype=torch.int32).expand(sequences, tokens).contiguous()
+    empty = start(selector, sequences, heads)
+    ledger = selector(score[:, :t], empty, position=position[:, :t]).ledger
     given = {"score": score, "position": position}
     given |= {f"ledger {i}": x for i, x in enumerate(leaves(ledger))}
     if isinstance(selector, nn.Module):
@@ -226,12 +234,12 @@ def _nothing_given_changes(part: Any, case: ScorePieces, _options: Options) -> N
 
 
 def _reads_no_unwritten_memory(part: Any, case: ScorePieces, _options: Options) -> None:
-    """Lifetimes do not depend on what `torch.empty` happens to hold."""
-    assert_reads_what_was_written(lambda: _said(ready(part), case, padding=False))
+    """Lifetimes do not depend on what `torch.empty` returns."""
+    assert_reads_what_was_written(lambda: _decided(ready(part), case, padding=False))
 
 
 def _or_and_and_are_a_lattice(part: Any, case: ScorePieces, _options: Options) -> None:
-    """`|` and `&` with other selectors are commutative, idempotent and absorb each other."""
+    """`|` and `&` with other selectors are commutative and idempotent, and absorb each other."""
     score = case.score
     for other in (Window(3), TopK(2), Threshold(0.25)):
         a, b = ready(part), other
@@ -260,13 +268,13 @@ def _or_and_and_are_a_lattice(part: Any, case: ScorePieces, _options: Options) -
 
 
 def thresholds(part: Any) -> list[Any]:
-    """The parts inside that can be told a threshold."""
+    """The modules of a selector, or the selector itself, that have `set_threshold`."""
     inside = part.modules() if isinstance(part, nn.Module) else [part]
     return [one for one in inside if hasattr(one, "set_threshold")]
 
 
 def at(part: Any, tau: float) -> Any:
-    """The selector with all its thresholds at tau."""
+    """A copy of the selector with all its thresholds at tau."""
     selector = ready(part)
     for one in thresholds(selector):
         one.set_threshold(tau)
@@ -274,7 +282,7 @@ def at(part: Any, tau: float) -> Any:
 
 
 def _raising_tau_never_keeps_more(part: Any, case: ScorePieces, _options: Options) -> None:
-    """On the same scores, a higher threshold ends no lifetime later."""
+    """On the same scores, a higher threshold keeps no token longer."""
     kept = [
         at(part, tau)(case.score).evict_at for tau in (-math.inf, -1.0, 0.0, 0.25, 0.5, math.inf)
     ]
@@ -282,7 +290,7 @@ def _raising_tau_never_keeps_more(part: Any, case: ScorePieces, _options: Option
 
 
 def _threshold_is_reached_by_equal_scores(part: Any, case: ScorePieces, _options: Options) -> None:
-    """A score that equals tau reaches it, one below does not; at -inf all is kept for good, at +inf nothing."""
+    """Tokens with score >= tau are kept for good, at -inf all of them, but at +inf none."""
     score = case.score
     score = score.masked_fill(score.isnan(), 0.5)
     position = torch.arange(score.shape[1])[None, :, None]
@@ -294,7 +302,7 @@ def _threshold_is_reached_by_equal_scores(part: Any, case: ScorePieces, _options
 
 
 def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options) -> None:
-    """A copy that loads the state dict of a selector in training decides alike."""
+    """A copy that loads the state dict of a trained selector makes the same decisions."""
     selector, other = copy.deepcopy(part).train(), ready(part)
     for _ in range(3):
         selector(case.score)
@@ -302,7 +310,7 @@ def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options)
     for number, one in enumerate(thresholds(selector)):
         one.set_threshold(1.5 - number / 8)
     reload(selector, other)
-    with told("a copy that loaded the state dict decides otherwise"):
+    with told("a copy that loaded the state dict makes other decisions"):
         assert_bits(
             {"evict_at": other(case.score).evict_at},
             {"evict_at": selector.eval()(case.score).evict_at},
@@ -310,11 +318,11 @@ def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options)
 
 
 def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
-    """torch.compile(fullgraph=True) decides as eager does, over whole sequences and beside a ledger."""
+    """`torch.compile(fullgraph=True)` gives the same lifetimes, with and without a ledger."""
     selector, score = ready(part), case.score
-    rows, tokens, heads = score.shape
-    position = torch.arange(tokens, dtype=torch.int32).expand(rows, tokens)
-    calls = [((score,), {}), ((score, start(selector, rows, heads)), {"position": position})]
+    sequences, tokens, heads = score.shape
+    position = torch.arange(tokens, dtype=torch.int32).expand(sequences, tokens)
+    calls = [((score,), {}), ((score, start(selector, sequences, heads)), {"position": position})]
     with compiled(selector) as fast:
         for args, more in calls:
             with told("compiled and eager differ"):
@@ -327,25 +335,22 @@ def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
 def _refuses_a_packed_batch_beside_a_ledger(
     part: Any, case: ScorePieces, _options: Options
 ) -> None:
-    """A packed batch beside a ledger is a ValueError that names cu_seqlens: pieces come padded."""
+    """`cu_seqlens` together with a ledger is a ValueError that names it: pieces come padded."""
     selector = ready(part)
+    score, cu_seqlens = torch.zeros(1, 3, case.heads), torch.tensor([0, 3])
     try:
-        selector(
-            torch.zeros(1, 3, case.heads),
-            start(selector, 1, case.heads),
-            cu_seqlens=torch.tensor([0, 3]),
-        )
+        selector(score, start(selector, 1, case.heads), cu_seqlens=cu_seqlens)
     except ValueError as error:
         if str(error).startswith("cu_seqlens"):
             return
         raise AssertionError(
             f"the error is {str(error)!r}, expected one about cu_seqlens"
         ) from error
-    raise AssertionError("a packed batch beside a ledger was accepted")
+    raise AssertionError("cu_seqlens together with a ledger was accepted")
 
 
 def _works_in_a_layer(part: Any, case: PartInputs, _options: Options) -> None:
-    """In a HAMLayer with plain other parts, pieces of any size give what one pass gives, and it is causal."""
+    """A HAMLayer with the selector is causal, and pieces of any size give what one pass gives."""
     composes("selector", part, case)
 
 
@@ -355,7 +360,7 @@ def _not_causal(part: Any, _options: Options) -> str | None:
 
 def _no_ledger(part: Any, _options: Options) -> str | None:
     if not is_causal(part):
-        return "it says causal = False, so that nobody streams it"
+        return "it says causal = False, so it is never run in pieces"
     return "it never revises a lifetime, so it has no ledger" if start(part, 1, 1) is None else None
 
 

@@ -1,6 +1,6 @@
-"""Parts and ops that are wrong in one way each, with the check that is meant to reject them.
+"""Parts and ops that are wrong in one way each, with the check that must reject them.
 
-Each is a mistake that somebody makes: it works, its shapes are right, a model trains with it.
+Each is a mistake that somebody makes. Most run, have the right shapes, and train in a model.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 
 
 class Broken(NamedTuple):
+    """A broken part.
+
+    Attributes:
+        check: name of the check that must reject it.
+        name: its own name.
+        factory: makes it, or returns the implementation of an op.
+        like: the op that it implements; None for parts.
+    """
+
     check: str
     name: str
-    make: Callable[[], Any]
+    factory: Callable[[], Any]
     like: Callable[..., Any] | None = None
 
 
@@ -22,9 +31,9 @@ BROKEN: list[Broken] = []
 def rejected_by(check: str) -> Callable[[Any], Any]:
     """Registers a class of parts, called without arguments, or a function that makes one."""
 
-    def register(make: Any) -> Any:
-        BROKEN.append(Broken(f"check_{check}", make.__name__, make))
-        return make
+    def register(factory: Any) -> Any:
+        BROKEN.append(Broken(f"check_{check}", factory.__name__, factory))
+        return factory
 
     return register
 

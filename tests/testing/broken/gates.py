@@ -29,6 +29,22 @@ class Router(Built):
         return hb.GateOutput(logit.detach().sigmoid(), F.logsigmoid(logit))
 
 
+@rejected_by("gate_can_be_called")
+class ReturnsATensor(Gate):
+    """Returns the score, without a GateOutput around it."""
+
+    def __call__(self, x, trace):
+        return self.score(x, trace)
+
+
+@rejected_by("gate_can_be_called")
+class TakesNoTrace(Gate):
+    """Has another signature than a layer calls."""
+
+    def __call__(self, x):
+        return hb.GateOutput(self.score(x, None))
+
+
 @rejected_by("gate_has_its_shapes")
 class FlatScore(Gate):
     """The dimension of heads is missing."""
@@ -213,3 +229,11 @@ class DetachedBias(Router):
     def forward(self, x, trace):
         score, bias = super().forward(x, trace)
         return hb.GateOutput(score, bias.detach())
+
+
+@rejected_by("gate_bias_can_be_learned")
+class NoBias(Router):
+    """Ranks tokens by a learned score and returns no bias, so that its weights get no gradient."""
+
+    def forward(self, x, trace):
+        return super().forward(x, trace)._replace(logit_bias=None)

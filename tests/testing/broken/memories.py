@@ -34,6 +34,23 @@ class Memory(Built):
         return result.out, trace, result.final_state
 
 
+@rejected_by("memory_can_be_called")
+class ReturnsNoState(Memory):
+    """Returns the read and the trace only."""
+
+    def forward(self, *args, **call):
+        read, trace, _ = super().forward(*args, **call)
+        return read, trace
+
+
+@rejected_by("memory_can_be_called")
+class IgnoresMetric(Memory):
+    """Does not take the metric that a layer passes."""
+
+    def forward(self, x, q, k, v, *, position, state=None, cu_seqlens=None):
+        return super().forward(x, q, k, v, position=position, state=state, cu_seqlens=cu_seqlens)
+
+
 @rejected_by("memory_has_its_shapes")
 class Upcasts(Memory):
     """Reads in float32 whatever came in."""
@@ -213,6 +230,19 @@ class HeadsFirst(Memory):
             *args, state=None if state is None else state.transpose(0, 1), **call
         )
         return read, trace, new.transpose(0, 1)
+
+
+@rejected_by("memory_fresh_state_is_zero")
+class StartsAtTheIdentity(Memory):
+    """A fresh state is the identity matrix."""
+
+    def rule(self, q, k, v, *, initial_state, cu_seqlens, **call):
+        if initial_state is None:
+            sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+            wide = torch.promote_types(q.dtype, torch.float32)
+            initial_state = torch.eye(k.shape[3], v.shape[3], dtype=wide)
+            initial_state = initial_state.expand(sequences, v.shape[2], -1, -1)
+        return super().rule(q, k, v, initial_state=initial_state, cu_seqlens=cu_seqlens, **call)
 
 
 @rejected_by("memory_packed_states_are_one_by_one")

@@ -1,0 +1,61 @@
+"""The public names of hamblocks, which the package itself imports when one of them is used."""
+
+from hamblocks import ops
+from hamblocks.attention import SelectedAttention
+from hamblocks.block import HAMBlock, SwiGLU
+from hamblocks.cache import KVCache, cache_transaction
+from hamblocks.combiners import GatedSum, SoftmaxMix
+from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.keys import DenseKeys, Keys
+from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
+from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
+from hamblocks.models import Decoder, DecoderOutput
+from hamblocks.packed import per_sequence
+from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
+from hamblocks.state import HAMState
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Decoder",
+    "DecoderOutput",
+    "DeltaMemory",
+    "DeltaMemoryState",
+    "DenseKeys",
+    "FirstTokens",
+    "FixedThreshold",
+    "GateOutput",
+    "GatedDeltaMemory",
+    "GatedSum",
+    "HAMBlock",
+    "HAMLayer",
+    "HAMState",
+    "KVCache",
+    "Keys",
+    "LayerDims",
+    "LayerOutput",
+    "LayerStats",
+    "LearnedRouter",
+    "Lifetimes",
+    "MemoryTrace",
+    "PeriodicGate",
+    "PredictionError",
+    "RandomGate",
+    "SelectedAttention",
+    "Selection",
+    "SharedGate",
+    "ShortConvolution",
+    "SoftmaxMix",
+    "SwiGLU",
+    "TargetFraction",
+    "Threshold",
+    "TopK",
+    "Window",
+    "cache_transaction",
+    "hook_controllers",
+    "ops",
+    "per_sequence",
+    "step_controllers",
+]
