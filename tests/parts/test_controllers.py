@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from parts_cases import SEEDS
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import hamblocks as hb
@@ -177,6 +178,17 @@ def test_step_is_the_pinball_step_over_all_that_forwards_counted(seed, fraction,
     moved = controller.tau.clone()
     controller.step()
     assert torch.equal(controller.tau, moved)
+
+
+def test_nothing_waits_for_the_device():
+    # a tensor of this mode has no values: reading one on the host raises an error
+    with FakeTensorMode():
+        controller = hb.TargetFraction(0.5)
+        for _ in range(2):
+            assert controller(torch.randn(2, 9, 2)).shape == ()
+            controller.step()
+        with pytest.raises(DataDependentOutputException):
+            float(controller.tau)
 
 
 def test_padding_and_empty_pieces_do_not_count():
