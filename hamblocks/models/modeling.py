@@ -160,6 +160,31 @@ class HAMPreTrainedModel(PreTrainedModel):
         for controller in controllers:
             controller.set_fraction(fraction)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: `selector` states another target fraction or fixed threshold than the
+                checkpoint holds.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model: HAMPreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
+        for layer, held in model.config.changed_selectors(model._selectors()).items():
+            expected = f"that of the checkpoint in layer {layer}, {held} (change it in the model)"
+            raise wrong("selector", expected, f"{model.config.policy('selector', layer)}")
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the configuration first takes over what was changed in the model."""
+        self.config.follow(self._selectors())
+        super().save_pretrained(*args, **kwargs)
+
+    def _selectors(self) -> list[Any]:
+        """The selector of every layer."""
+        stack: Any = self.base_model.stack
+        return [layer.selector for layer in stack.layers]
+
 
 class HAMModel(HAMPreTrainedModel):
     """Embedding, blocks and a norm."""
