@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,6 +34,7 @@ from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import part_of
 from hamblocks.models.rows import rows_of
+from hamblocks.models.saving import FollowsModel
 from hamblocks.models.stack import Stack
 from hamblocks.selectors import Threshold
 from hamblocks.state import HAMState
@@ -103,7 +103,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     )
 
 
-class HAMPreTrainedModel(PreTrainedModel):
+class HAMPreTrainedModel(FollowsModel):
     """What both models share: how weights begin, how they are loaded, and the thresholds."""
 
     config_class = HAMConfig
@@ -159,31 +159,6 @@ class HAMPreTrainedModel(PreTrainedModel):
             raise wrong("fraction", "a model with a TargetFraction to set", "one without")
         for controller in controllers:
             controller.set_fraction(fraction)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            ValueError: `selector` states another target fraction or fixed threshold than the
-                checkpoint holds.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model: HAMPreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
-        for layer, held in model.config.changed_selectors(model._selectors()).items():
-            expected = f"that of the checkpoint in layer {layer}, {held} (change it in the model)"
-            raise wrong("selector", expected, f"{model.config.policy('selector', layer)}")
-        return loaded
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the configuration first takes over what was changed in the model."""
-        self.config.follow(self._selectors())
-        super().save_pretrained(*args, **kwargs)
-
-    def _selectors(self) -> list[Any]:
-        """The selector of every layer."""
-        stack: Any = self.base_model.stack
-        return [layer.selector for layer in stack.layers]
 
 
 class HAMModel(HAMPreTrainedModel):
