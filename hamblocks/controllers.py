@@ -310,7 +310,7 @@ def _between(ordered: Tensor, fraction: Tensor) -> Tensor:
     # exact in float64, so that ties are ties; argmin returns the first of them
     miss = (admits - fraction.double() * count).abs().where(stands, math.inf)
     nothing_stands = torch.where((fraction >= 0.5) | (count == 0), -math.inf, math.inf)
-    result = torch.where(stands.any(), tau[miss.argmin()], nothing_stands.float())
+    result = torch.where(stands.any(), _at(tau, miss.argmin()), nothing_stands.float())
     return result.where(fraction > 0, math.inf).where(fraction < 1, -math.inf)
 
 
@@ -334,7 +334,12 @@ def _quantile(ordered: Tensor, count: Tensor, share: float) -> Tensor:
     place = (count - 1).clamp(min=0).double() * share
     below = place.floor().long()
     above = place.ceil().long()
-    return ordered[below].lerp(ordered[above], place - below)
+    return _at(ordered, below).lerp(_at(ordered, above), place - below)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]` for an index `[]`, which that expression would read on the host."""
+    return values.gather(0, index.reshape(1)).squeeze(0)
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -346,9 +351,8 @@ def _ordered(scores: Tensor) -> Tensor:
     lowest = scores.where(finite, math.inf).amin().nan_to_num(posinf=0.0)
     span = highest - lowest
     span = torch.where(span > 0, span, highest.abs().clamp(min=1))
-    high, low = highest + span, lowest - span
-    scores = torch.where(scores == math.inf, high, torch.where(scores == -math.inf, low, scores))
-    return scores.sort().values
+    # the bounds lie outside the finite scores, so only infinities change, and NaN stays NaN
+    return scores.clamp(lowest - span, highest + span).sort().values
 
 
 def _over_ranks(counts: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import inspect
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeGuard
 
 from torch import Tensor, nn
@@ -97,10 +97,11 @@ def model_controllers(model: nn.Module) -> list[Controller]:
     """
     found: list[Controller] = []
     parts: list[object] = []
-    is_plain = not _holds_layer(model)
+    holders: dict[int, bool] = {}
+    is_plain = not _holds_layer(model, holders)
 
     def enter(value: object) -> bool:
-        if value is not model and is_controller(value) and not _holds_layer(value):
+        if value is not model and is_controller(value) and not _holds_layer(value, holders):
             found.append(value)
             return False
         return True
@@ -113,7 +114,7 @@ def model_controllers(model: nn.Module) -> list[Controller]:
 
     def enter_part(path: str, value: object) -> bool:
         # a part may refer to the model that it belongs to, whose layers are walked on their own
-        return enter(value) and (is_plain or not _holds_layer(value))
+        return enter(value) and (is_plain or not _holds_layer(value, holders))
 
     _walk([("", model)], enter_module, _children)
     roots = [("", part) for part in ([model] if is_plain else parts)]
@@ -126,7 +127,7 @@ def _outermost(found: list[Controller]) -> list[Controller]:
     contents: list[dict[int, object]] = []
     for controller in found:
         held: dict[int, object] = {}
-        _walk(_edges(controller), lambda path, value: not _holds_layer(value), seen=held)
+        _walk(_edges(controller), lambda path, value: not _holds_layer(value, {}), seen=held)
         contents.append(held)
     return [
         controller
@@ -171,9 +172,16 @@ def _is_layer(module: nn.Module) -> bool:
     return "selector" in module._modules or "selector" in vars(module)
 
 
-def _holds_layer(value: object) -> bool:
-    """Whether a module is a layer or has one inside."""
-    return isinstance(value, nn.Module) and any(map(_is_layer, value.modules()))
+def _holds_layer(value: object, holders: dict[int, bool]) -> bool:
+    """Whether a module is a layer or has one inside; `holders` remembers the answers by id."""
+    if not isinstance(value, nn.Module):
+        return False
+    answer = holders.get(id(value))
+    if answer is None:
+        children = [child for child in value._modules.values() if child is not None]
+        answer = _is_layer(value) or any(_holds_layer(child, holders) for child in children)
+        holders[id(value)] = answer
+    return answer
 
 
 def _parts(value: object) -> list[object]:
@@ -190,7 +198,7 @@ def _parts(value: object) -> list[object]:
 def _walk(
     roots: Iterable[Edge],
     enter: Enter,
-    edges: Callable[[object], Iterator[Edge]] | None = None,
+    edges: Callable[[object], Iterable[Edge]] | None = None,
     *,
     seen: dict[int, object] | None = None,
 ) -> None:
@@ -210,7 +218,7 @@ def _walk(
             seen[id(value)] = value
             path = f"{prefix}.{name}" if prefix else name
             if enter(path, value):
-                stack.append((path, edges(value)))
+                stack.append((path, iter(edges(value))))
                 break
         else:
             stack.pop()
@@ -234,15 +242,16 @@ def _is_atom(value: object) -> bool:
     return _is_atomic(kind)  # type: ignore[arg-type]  # mypy takes a type for no hashable
 
 
-def _children(value: object) -> Iterator[Edge]:
+def _children(value: object) -> Iterable[Edge]:
     """The children of a module."""
-    if isinstance(value, nn.Module):
-        yield from ((name, child) for name, child in value._modules.items())
+    return value._modules.items() if isinstance(value, nn.Module) else ()
 
 
 def _edges(value: object) -> Iterator[Edge]:
     """What an object holds, by name."""
-    if isinstance(value, types.FunctionType):
+    if isinstance(value, nn.Module):
+        yield from value._modules.items()
+    elif isinstance(value, types.FunctionType):
         yield from _captured(value)
     elif isinstance(value, types.MethodType):
         yield CAPTURED + "__self__", value.__self__
@@ -257,7 +266,6 @@ def _edges(value: object) -> Iterator[Edge]:
         yield from _numbered(sorted((x for x in value if not _is_atom(x)), key=_order))
     elif isinstance(value, (list, tuple, deque)):
         yield from _numbered(value)
-    yield from _children(value)
     yield from _attributes(value)
 
 
@@ -278,22 +286,23 @@ def _captured(function: types.FunctionType) -> Iterator[Edge]:
 
 def _attributes(value: object) -> Iterator[Edge]:
     """Attributes in `__dict__` and `__slots__`, without those that every module has."""
-    held = getattr(value, "__dict__", {})
-    skipped = MODULE_ATTRIBUTES if isinstance(value, nn.Module) else ()
-    yield from ((name, entry) for name, entry in held.items() if name not in skipped)
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] not in LIBRARIES:
-            yield from _slots(kind, value)
+    skipped: Collection[str] = MODULE_ATTRIBUTES if isinstance(value, nn.Module) else ()
+    for name, entry in getattr(value, "__dict__", {}).items():
+        if name not in skipped:
+            yield name, entry
+    for name, slot in _slots(type(value)):  # type: ignore[arg-type]  # as in _is_atom
+        try:
+            yield name, slot.__get__(value)
+        except AttributeError:  # the slot is empty
+            continue
 
 
-def _slots(kind: type, value: object) -> Iterator[Edge]:
-    """What the `__slots__` of one class of an object hold."""
-    for name, slot in vars(kind).items():
-        if isinstance(slot, types.MemberDescriptorType):
-            try:
-                yield name, slot.__get__(value)
-            except AttributeError:  # the slot is empty
-                continue
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> list[tuple[str, types.MemberDescriptorType]]:
+    """The `__slots__` of a class and its bases, without those of library classes."""
+    own = (base for base in kind.__mro__ if base.__module__.partition(".")[0] not in LIBRARIES)
+    slots = ((name, slot) for base in own for name, slot in vars(base).items())
+    return [(name, slot) for name, slot in slots if isinstance(slot, types.MemberDescriptorType)]
 
 
 def _order(value: object) -> tuple[str, str]:

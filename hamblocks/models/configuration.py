@@ -170,6 +170,51 @@ class HAMConfig(PreTrainedConfig):
             _agree(_of_layer(self.rope_theta, layer), chosen)
         return chosen
 
+    def changed_selectors(self, selectors: list[Any]) -> dict[int, Policy]:
+        """The policies of a model's selectors where they are not what the configuration says.
+
+        A target fraction and a fixed threshold are saved with the weights too, and can be changed
+        in a model.
+
+        Args:
+            selectors: the selector of every layer.
+
+        Returns:
+            Policies by index of the layer; empty if the configuration is right.
+        """
+        changed = {}
+        for layer, selector in self._read_selectors(selectors):
+            policy = policy_of("selector", selector)
+            # through a part, whose numbers are rounded to float32 too
+            if policy != policy_of("selector", part_of("selector", self.policy("selector", layer))):
+                changed[layer] = policy
+        return changed
+
+    def follow(self, selectors: list[Any]) -> None:
+        """Takes over the policies of a model's selectors, so that both say the same.
+
+        Args:
+            selectors: the selector of every layer.
+        """
+        changed = self.changed_selectors(selectors)
+        if not changed:
+            return
+        layers = range(self.num_hidden_layers)
+        policies = [changed.get(layer, self.policy("selector", layer)) for layer in layers]
+        read = [policies[layer] for layer, _ in self._read_selectors(selectors)]
+        self.selector = read[0] if all(policy == read[0] for policy in read) else policies
+
+    def _read_selectors(self, selectors: list[Any]) -> list[tuple[int, Any]]:
+        """Indices and selectors of the layers that were made from a policy of the selector."""
+        kinds = [] if self.own_layers else self.layer_types or []
+        return [
+            (layer, selectors[layer])
+            for layer, kind in enumerate(kinds)
+            if "selector" in LAYER_TYPES[kind]
+            # offloaded buffers have no values here
+            and not any(buffer.is_meta for buffer in selectors[layer].buffers())
+        ]
+
     def _complete_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             check_count(name, getattr(self, name), 1)

@@ -16,7 +16,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,6 +31,7 @@ from hamblocks.models.batches import batch_layout
 from hamblocks.models.cache import HAMCache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import part_of
+from hamblocks.models.saving import FollowsModel
 from hamblocks.models.stack import Stack
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
@@ -94,7 +94,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     )
 
 
-class HAMPreTrainedModel(PreTrainedModel):
+class HAMPreTrainedModel(FollowsModel):
     """What both models share: how weights begin, how they are loaded, and the thresholds."""
 
     config_class = HAMConfig

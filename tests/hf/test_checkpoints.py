@@ -102,6 +102,57 @@ def test_what_a_checkpoint_lacks_begins_as_in_a_new_model(tmp_path):
     assert loaded(text(0, 1, 9)).logits.isfinite().all()
 
 
+def controllers(made, kind):
+    return [module for module in made.modules() if isinstance(module, kind)]
+
+
+HYBRID = {"layer_types": ["hybrid", "full_attention", "hybrid"]}
+
+
+def test_the_configuration_says_what_was_changed_in_a_model(tmp_path):
+    made = model(selector=target(), **HYBRID)
+    made.set_keep_fraction(0.4)
+    made.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path)
+    assert [one.fraction for one in controllers(loaded, hb.TargetFraction)] == [0.4, 0.4]
+    assert loaded.config.selector["of"][0]["controller"]["fraction"] == 0.4
+    # one layer alone
+    controllers(loaded, hb.TargetFraction)[1].set_fraction(0.1)
+    loaded.save_pretrained(tmp_path)
+    of = AutoModel.from_pretrained(tmp_path).config.selector
+    fractions = [policy["of"][0]["controller"]["fraction"] for policy in of]
+    assert (fractions[0], fractions[2]) == (0.4, 0.1)
+
+
+def test_the_configuration_says_a_fixed_threshold_as_it_was_given_or_changed(tmp_path):
+    made = model(selector={"type": "threshold", "controller": 1 / 3}, **HYBRID)
+    made.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.selector["controller"]["tau"] == 1 / 3  # not as float32 rounds it
+    for layer in (0, 2):
+        loaded.model.stack.layers[layer].selector.controller.set_threshold(-0.5)
+    loaded.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.selector["controller"]["tau"] == -0.5
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (lambda: hb.Threshold(0.9), lambda: hb.Threshold(0.5)),
+        (target, lambda: hb.Threshold(hb.TargetFraction(0.5)) | hb.Window(2)),
+    ],
+    ids=["fixed", "target"],
+)
+def test_a_selector_that_contradicts_the_checkpoint_is_refused(tmp_path, saved, other):
+    model(selector=saved(), **HYBRID).save_pretrained(tmp_path)
+    for cls in (AutoModel, AutoModelForCausalLM):
+        cls.from_pretrained(tmp_path, selector=saved())
+        with pytest.raises(
+            ValueError, match=r"^selector: expected that of the checkpoint in layer 0"
+        ):
+            cls.from_pretrained(tmp_path, selector=other())
+
+
 class Bright(torch.nn.Module):
     """A user's gate with a weight of its own."""
 
