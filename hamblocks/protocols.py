@@ -44,6 +44,10 @@ class LayerDims(NamedTuple):
     has_memory: bool = True
     has_attention: bool = True
 
+    def __repr__(self) -> str:
+        names = self._fields[:4] if self.has_memory and self.has_attention else self._fields
+        return f"LayerDims({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+
 
 class MemoryTrace(NamedTuple):
     """What the memory saw and failed to predict.
