@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import hamblocks as hb
-from hamblocks.ops import explain, paged_attention
 from measuring import floors
 from measuring.checks import WrongResultError
 from measuring.clock import WARM_UP_ROUNDS, Clock, Timing, reason
@@ -128,18 +127,21 @@ def check_paged(state: hb.HAMState, sizes: Sizes) -> dict[str, Any]:
         WrongResultError: its error is more than twice that of the reference in this dtype.
     """
     first = torch.zeros(1, dtype=torch.int64, device=sizes.device)
-    cache = state.cache.fork().reorder(first)
+    one = state.fork().reorder(first)
     q = torch.randn(1, 1, sizes.heads, sizes.head_dim, device=sizes.device, dtype=sizes.dtype)
-    arguments = q, cache.slabs, cache.block_table
-    position = cache.seen[:, None]
-    wide = [slab._replace(k=slab.k.double(), v=slab.v.double()) for slab in cache.slabs]
-    exact = paged_attention(
-        q.double(), wide, cache.block_table, query_position=position, impl="reference"
-    ).out
+    keys = one.cache.keys(one.position[:, None])
+    dense = keys.dense()
+    wide = hb.DenseKeys(
+        dense.k.double(),
+        dense.v.double(),
+        position=dense.position,
+        evict_at=dense.evict_at,
+        query_position=dense.query_position,
+    )
+    exact = wide.attend(q.double(), impl="reference").out
 
     def error_of(impl: str) -> float:
-        out = paged_attention(*arguments, query_position=position, impl=impl).out
-        return float((out.double() - exact).norm() / exact.norm())
+        return float((keys.attend(q, impl=impl).out.double() - exact).norm() / exact.norm())
 
     error, own = error_of("auto"), error_of("reference")
     if not error <= 2 * own + torch.finfo(sizes.dtype).eps:
@@ -152,5 +154,5 @@ def check_paged(state: hb.HAMState, sizes: Sizes) -> dict[str, Any]:
             "error": error,
             "own error of the reference": own,
         },
-        "impl": explain(paged_attention, *arguments, query_position=position).chosen,
+        "impl": keys.explain(q).chosen,
     }

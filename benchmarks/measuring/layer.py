@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 import hamblocks as hb
-from hamblocks.attention import rotate
 from hamblocks.protocols import LayerDims
 from measuring import floors
 from measuring.attend import sdpa, seen, selected
@@ -33,24 +32,17 @@ class FlashAttention(nn.Module):
         self.normed = hb.SelectedAttention()
         self.normed.build(dims)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, **given: Any
-    ) -> tuple[Tensor, None]:
-        q, k = normed(self.normed, q, k, given["position"])
-        return sdpa(SDPBackend.FLASH_ATTENTION)(q, k, v), None
+    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.normed.prepare(q, k, position=position)
+
+    def forward(self, q: Tensor, keys: hb.Keys) -> Tensor:
+        dense = keys.dense()
+        return sdpa(SDPBackend.FLASH_ATTENTION)(q, dense.k, dense.v)
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
     """Sequence lengths that are measured."""
     return sizes.layer_tokens
-
-
-def normed(
-    part: hb.SelectedAttention, q: Tensor, k: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys after norms and rotation."""
-    q, k = part.q_norm(q), part.k_norm(k)
-    return rotate(q, position, part.rope_theta), rotate(k, position, part.rope_theta)
 
 
 def build(sizes: Sizes, tau: float, attention: Any = None) -> hb.HAMLayer:
@@ -74,7 +66,7 @@ def calls_of_parts(layer: hb.HAMLayer, x: Tensor) -> dict[nn.Module, tuple[Any, 
     calls: dict[nn.Module, tuple[Any, Any, Tensor]] = {}
 
     def keep(part: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        calls[part] = args, kwargs, result[0]
+        calls[part] = args, kwargs, result if isinstance(result, Tensor) else result[0]
 
     hooks = [
         part.register_forward_hook(keep, with_kwargs=True)
@@ -111,18 +103,17 @@ def check_memory(memory: Any, args: Any, kwargs: Any, read: Tensor) -> dict[str,
 
 
 def check_attention(
-    part: Any, args: Any, kwargs: Any, _read: Tensor, cotangent: Tensor
+    part: Any, args: Any, _kwargs: Any, _read: Tensor, cotangent: Tensor
 ) -> dict[str, Any]:
     """Compares attention with dense attention of a sample of queries, with gradients."""
-    q, k, v, evict_at = args
+    q, keys = args
+    dense = keys.dense()
     if isinstance(part, FlashAttention):
-        part, attend = part.normed, sdpa(SDPBackend.FLASH_ATTENTION)
+        attend = sdpa(SDPBackend.FLASH_ATTENTION)
     else:
-        attend = selected(evict_at, part.impl)
-    with torch.no_grad():
-        q, k = normed(part, q, k, kwargs["position"])
-    sample = SampledAttention(q, k, v, evict_at.expand(*k.shape[:3]), cotangent)
-    return sample.check(attend, learns=True)
+        attend = selected(dense.evict_at, part.impl)
+    evict_at = dense.evict_at.expand(*dense.k.shape[:3])
+    return SampledAttention(q, dense.k, dense.v, evict_at, cotangent).check(attend, learns=True)
 
 
 def check_compiled(compiled: Any, layer: hb.HAMLayer, x: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hamblocks.cache.extension import Extension, Stored, stored
 from hamblocks.cache.pool import Pool, Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting, ranked
+from hamblocks.keys import PagedKeys
 from hamblocks.ledger import EMPTY, lower
 from hamblocks.protocols import Lifetimes, check_count
 from hamblocks_ops import NEVER
@@ -149,6 +150,29 @@ class KVCache:
         keys = torch.zeros(own.sequences, 0, 0, 0, device="cpu")
         times = torch.zeros(own.sequences, 0, 0, dtype=torch.int32, device="cpu")
         return Stored(keys, keys, times, times, None)
+
+    def keys(self, query_position: Tensor) -> PagedKeys:
+        """What attention reads of the stored tokens alone.
+
+        Args:
+            query_position: int32 `[N, T]`, position of each query within its sequence.
+
+        Raises:
+            ValueError: nothing was stored yet, or a bad argument.
+        """
+        own, sizes = self._newest(), self.sizes
+        if isinstance(own, Unallocated) or sizes is None:
+            raise wrong("cache", "one that has taken a token", "an empty one")
+        check_tensor("query_position", query_position, "[N, T]", [own.sequences, None])
+        k = torch.empty(own.sequences, 0, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype).to(
+            sizes.device
+        )
+        times = torch.empty(*k.shape[:3], dtype=torch.int32, device=k.device)
+        bias = times.to(own.pool.bias.dtype) if own.pool.bias is not None else None
+        new = Stored(k, k, times, times, bias)
+        return Extension(
+            own, new, None, query_position, None, check=self.check, following=_following
+        ).keys
 
     # what a layer does with it
 

@@ -166,7 +166,7 @@ def packed_is_one_by_one(kind: type[Subject], part: Any, case: PartInputs) -> No
         rows = [
             gradients_named(*differentiated(subject, by_token(subject.inputs, where)))
             for where in own
-            if where.stop > where.start or not sum(case.packed)
+            if where.stop > where.start or not any(case.packed or ())
         ]
         if not rows:
             return gradients_named(*differentiated(subject, subject.inputs, cu_seqlens=cu_seqlens))

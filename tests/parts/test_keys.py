@@ -247,6 +247,28 @@ def test_pages_and_a_copy_are_read_alike(impl):
     close(layer.prefill(x[:, 9:], state).y, whole[:, 9:])
 
 
+@torch.no_grad()
+def test_keys_of_a_cache_alone():
+    """What is stored can be attended to without a token to add."""
+    _, _, state = streamed()
+    keys = state.cache.keys(state.position[:, None])
+    q = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    stored = state.cache.stored()
+    expected = selected_attention(
+        q,
+        stored.k,
+        stored.v,
+        stored.evict_at,
+        query_position=state.position[:, None],
+        key_position=stored.position,
+        impl="reference",
+    )
+    close(keys.attend(q, impl="pages").out, expected.out)
+    close(keys.dense().attend(q).out, expected.out)
+    with pytest.raises(ValueError, match=r"^cache: expected one that has taken a token, got"):
+        hb.KVCache(2).keys(state.position[:, None])
+
+
 def test_selected_attention_is_what_dense_keys_run():
     q = torch.randn(1, 3, 2, 4)
     position = torch.arange(3).int()[None]
