@@ -1,10 +1,14 @@
-"""The ops of hamblocks: a delta rule that tells its residual, surprise, token lifetimes, attention over stored tokens.
+"""The ops of hamblocks: delta rule with its residual, surprise, token lifetimes, attention over stored tokens.
 
-Each op checks its arguments, picks an implementation and can `explain` the choice. Importing needs torch alone.
+Each op checks its arguments, picks an implementation and explains the choice with `op.explain(...)`. `OPS` lists all
+ops. The letters in shapes (B, T, H, Hkv, ...) have one legend, docs/reference/shapes.md. Importing needs torch alone.
 """
+
+from typing import Any
 
 from hamblocks_ops.arguments import value_checks
 from hamblocks_ops.compact import Compacted, compact
+from hamblocks_ops.declare import Op
 from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain, implementations
 from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
 from hamblocks_ops.packing import NEVER
@@ -13,8 +17,22 @@ from hamblocks_ops.select import select_first, select_threshold, select_topk, se
 from hamblocks_ops.selected_attention import AttentionOutput, selected_attention
 from hamblocks_ops.surprise import surprise
 
+OPS: tuple[Op[..., Any], ...] = (
+    gated_delta_rule,
+    surprise,
+    select_threshold,
+    select_topk,
+    select_window,
+    select_first,
+    compact,
+    selected_attention,
+    paged_attention,
+)
+"""All ops."""
+
 __all__ = [
     "NEVER",
+    "OPS",
     "AttentionOutput",
     "Compacted",
     "DeltaRuleOutput",

@@ -117,9 +117,3 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) 
             raise wrong(
                 "cu_seqlens", "ascending values", f"{right} after {left} at index {index + 1}"
             )
-
-
-def check_impl(name: object) -> None:
-    """Checks that an implementation is named by a string."""
-    if not isinstance(name, str):
-        raise wrong("impl", "the name of an implementation or 'auto'", name)

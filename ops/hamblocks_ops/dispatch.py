@@ -1,4 +1,7 @@
-"""How an op picks one of its implementations: an ordered table, a reason for every refusal, no silent fallback."""
+"""How an op picks one of its implementations: an ordered table, a reason for every refusal, no silent fallback.
+
+Also what refusals ask of the machine: which packages are installed, and whether Triton can compile or interprets.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,85 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hamblocks_ops.arguments import check_impl
+from hamblocks_ops.arguments import wrong
+
+Call = TypeVar("Call")
+Raw = TypeVar("Raw")
+Told = TypeVar("Told", covariant=True)
 
 
 class UnsupportedError(NotImplementedError):
-    """An implementation was named that cannot run this call; the message says why."""
+    """The named implementation, or with "auto" every one, cannot run this call; the message says why."""
 
 
-def always(_call: Any) -> None:
-    """For implementations that run every call."""
+def always(_call: object) -> None:
+    """Refuses no call: the default of an implementation that runs every call."""
     return
 
 
-class Implementation(NamedTuple):
+@dataclass(frozen=True)
+class Implementation(Generic[Call, Raw]):
     """One row of an op's table.
 
-    `refuses(call)` returns why the implementation cannot run the call, or None when it can; `load()` imports it;
-    `passed_over(call)` returns why "auto" leaves it to those who name it, or None.
+    Attributes:
+        name: what `impl` names it by.
+        run: computes a call. It imports what needs more than torch when it is called, not before.
+        refuses: why the implementation cannot run a call, or None when it can.
+        passed_over: why "auto" leaves a call to those who name the implementation, or None.
     """
 
     name: str
-    refuses: Callable[[Any], str | None]
-    load: Callable[[], Callable[[Any], Any]]
-    passed_over: Callable[[Any], str | None] = always
+    run: Callable[[Call], Raw]
+    refuses: Callable[[Call], str | None] = always
+    passed_over: Callable[[Call], str | None] = always
 
 
 WHEN_NAMED = "yes, when named: "
-"""Begins the answer of an implementation that can run a call, but that "auto" passes over."""
+"""Start of the answer of an implementation that can run a call, but that "auto" passes over."""
 
 
 class Explanation(dict[str, str]):
     """Implementation name -> "yes" or the reason why not, in the order in which `auto` tries them.
 
-    "yes, when named: ..." is one that can run the call and that `auto` passes over, with the reason.
+    "yes, when named: ..." is the answer of an implementation that can run the call and that `auto` passes over, with
+    the reason.
     """
 
     @property
     def chosen(self) -> str | None:
-        """What `impl="auto"` takes, None when nothing can run the call."""
+        """The implementation that `impl="auto"` takes; None if nothing can run the call."""
         return next((name for name, answer in self.items() if answer == "yes"), None)
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {answer}" for name, answer in self.items())
 
 
-def explain_table(table: Sequence[Implementation], call: Any) -> Explanation:
+def explain_table(table: Sequence[Implementation[Call, Any]], call: Call) -> Explanation:
     """Asks every implementation of a table about one call."""
-    return Explanation({row.name: row.refuses(call) or _welcome(row, call) for row in table})
+    return Explanation({row.name: row.refuses(call) or _answer_of(row, call) for row in table})
 
 
-def _welcome(row: Implementation, call: Any) -> str:
+def _answer_of(row: Implementation[Call, Any], call: Call) -> str:
+    """The answer of an implementation that can run the call."""
     reason = row.passed_over(call)
     return "yes" if reason is None else WHEN_NAMED + reason
 
 
-def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Callable[[Any], Any]:
-    """The implementation that runs `call`.
+def pick(
+    op: str, table: Sequence[Implementation[Call, Raw]], impl: str, call: Call
+) -> Callable[[Call], Raw]:
+    """What runs `call`: the implementation named `impl`, or with "auto" the first that neither refuses nor yields.
 
     Raises:
         ValueError: `impl` is not a name of the table.
         UnsupportedError: the named implementation, or with "auto" every one, refuses the call.
     """
-    check_impl(impl)
     reasons = []
     for row in table:
         if impl in ("auto", row.name):
@@ -81,35 +96,51 @@ def pick(op: str, table: Sequence[Implementation], impl: str, call: Any) -> Call
             if reason is None and impl == "auto":
                 reason = row.passed_over(call)
             if reason is None:
-                return row.load()
+                return row.run
             reasons.append(f"{row.name}: {reason}")
+    if not isinstance(impl, str):
+        raise wrong("impl", "the name of an implementation or 'auto'", impl)
     if not reasons:
         names = ", ".join(repr(row.name) for row in table)
-        raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
+        raise wrong("impl", f"'auto' or one of {names} for {op}", repr(impl))
     raise UnsupportedError(f"{op} cannot run this call with impl={impl!r}. " + "; ".join(reasons))
 
 
+@runtime_checkable
+class Explains(Protocol[Told]):
+    """What `explain` takes: an op with a choice of implementations, or a layer."""
+
+    def explain(self, *args: Any, **kwargs: Any) -> Told:
+        """Which implementation runs a call with these arguments, and the reasons."""
+        ...
+
+
 def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the implementations of `op`, in the order in which "auto" tries them; none if it has no choice."""
-    table: Sequence[Implementation] = getattr(
-        sys.modules.get(getattr(op, "__module__", "")), "TABLE", ()
-    )
-    return tuple(row.name for row in table)
+    """Names of the implementations of `op`, in the order in which "auto" tries them; empty if it has no choice."""
+    names: tuple[str, ...] = getattr(op, "implementations", ())
+    return names
 
 
-def explain(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Every implementation of `op` with "yes", or the reason why it cannot run `op(*args, **kwargs)`.
+def explain(op: Explains[Told], /, *args: Any, **kwargs: Any) -> Told:
+    """Which implementation would run `op(*args, **kwargs)`, and why not the others.
 
-    Calls the `explain` that stands beside the op. Nothing is computed; arguments are checked as the op checks them.
+    Args:
+        op: an op of hamblocks.ops that takes `impl`, or anything else with a method `explain`, such as a layer.
+        *args: the arguments of the call, checked as the op checks them.
+        **kwargs: the same, by name.
+
+    Returns:
+        What `op.explain(*args, **kwargs)` returns; of an op an `Explanation`: every implementation with "yes", or the
+        reason why it cannot run the call. Nothing is computed.
 
     Raises:
         ValueError: `op` has no implementations to choose from, or an argument is bad.
     """
-    beside = getattr(sys.modules.get(getattr(op, "__module__", "")), "explain", None)
-    if beside is None or beside is explain:
-        raise ValueError(f"op: expected an op of hamblocks.ops that takes impl=, got {op!r}")
-    explanation: Explanation = beside(*args, **kwargs)
-    return explanation
+    if not isinstance(op, Explains):
+        raise wrong(
+            "op", "an op of hamblocks.ops that takes impl=, or what has an explain method", repr(op)
+        )
+    return op.explain(*args, **kwargs)
 
 
 def interpreting() -> bool:
@@ -123,7 +154,13 @@ def interpreting() -> bool:
 
 def installed(package: str) -> bool:
     """Whether a package can be imported; it is not imported for that."""
-    return package in sys.modules or importlib.util.find_spec(package) is not None
+    return package in sys.modules or _found(package)
+
+
+@functools.cache
+def _found(package: str) -> bool:
+    # cached, because ops ask at every call and the answer takes a walk over sys.path
+    return importlib.util.find_spec(package) is not None
 
 
 # what torch.compiler.assume_constant_result does, without importing torch's compiler, which imports Triton
@@ -138,12 +175,23 @@ def without_triton(tensor: Tensor) -> str | None:
     if interpreting():
         return None
     if tensor.device.type != "cuda":
-        return f"Triton compiles for a GPU, the tensors are on {tensor.device} (TRITON_INTERPRET=1 runs it on a CPU)"
+        return (
+            f"Triton compiles for a GPU, the tensors are on {tensor.device} (TRITON_INTERPRET=1 "
+            "runs it on a CPU)"
+        )
     return None
 
 
+def interpreted(_call: object) -> str | None:
+    """Why "auto" passes over a Triton kernel in the interpreter."""
+    return "Triton's interpreter is for tests" if interpreting() else None
+
+
 def launches(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates what launches Triton kernels: they run on the GPU of its first tensor, whichever is the current one."""
+    """Decorates a function that launches Triton kernels: they run on the GPU of its first tensor.
+
+    Triton launches on the current GPU, which is another one where a model is spread over several.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -153,11 +201,6 @@ def launches(function: Callable[..., Any]) -> Callable[..., Any]:
         with torch.cuda.device(first.device):
             return function(*args, **kwargs)
 
-    # torch.library reads the types off it, in the globals of this module if they were names
+    # torch.library reads the types off the signature; names would be looked up in the globals of this module
     run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return run
-
-
-def interpreted(_call: Any) -> str | None:
-    """Why "auto" passes over a Triton kernel in the interpreter."""
-    return "Triton's interpreter is for tests" if interpreting() else None

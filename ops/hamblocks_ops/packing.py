@@ -1,4 +1,4 @@
-"""Where a token stands: its sequence and its position within it, for batches and packed batches alike."""
+"""Where a token stands: its sequence, and its position within the sequence, in batches and packed batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NEVER = 2**31 - 1
 
 
 def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Index of the sequence of every packed token, int64 `[tokens]`; empty sequences own none."""
+    """Index of the sequence of every packed token, int64 `[tokens]`; an empty sequence has no token."""
     index = torch.arange(tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
 

@@ -16,7 +16,7 @@ from hamblocks.testing import (
     RowInputs,
     parametrize_with_checks,
 )
-from hamblocks.testing.kinds.ops import _refused
+from hamblocks.testing.kinds.op_cases import refusal
 from hamblocks.testing.ops import OPS
 from hamblocks_ops import (
     explain,
@@ -87,7 +87,7 @@ def test_sizes_that_users_run(part: OpImplementation, dtype: torch.dtype) -> Non
     """
     for case in LARGE[part.like]:
         case = replace(case, dtype=dtype)
-        if _refused(part, case) is not None:
+        if refusal(part, case) is not None:
             continue
         problem = part.problem(case)
         got, own = problem.run("it"), [problem.run("reference")]

@@ -24,7 +24,10 @@ from triton.compiler import ASTSource
 from hamblocks_ops.compact import triton as lists
 from hamblocks_ops.gated_delta_rule import triton as delta
 from hamblocks_ops.paged_attention import triton as paged
-from hamblocks_ops.selected_attention import triton as attention
+from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
+from hamblocks_ops.selected_attention.triton.forward import forward_kernel
+from hamblocks_ops.selected_attention.triton.keys import copy_kernel
+from hamblocks_ops.selected_attention.triton.launches import configs
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 
@@ -71,14 +74,14 @@ def of_attention(width: int, chip: int, *, groups: int, bias: bool) -> Iterator[
             "i32": "queries tokens slots q_b q_t q_h k_b k_t k_h v_b v_t v_h",
         }
     )
-    forward, of_queries, of_keys = attention.configs(width, torch.bfloat16, chip // 10, loaded=bias)
+    forward, of_queries, of_keys = configs(width, torch.bfloat16, chip // 10, loaded=bias)
     kv = {"KV_HEADS": 16 // groups, "HAS_BIAS": bias}
     sizes = {"HEADS": 16, "DIM": width, "WIDTH": width, **kv}
     suffix = " with bias, grouped" if bias else ""
     for kernel, config, more in (
-        (attention.forward_kernel, forward, {"KEEP": True}),
-        (attention.queries_grad_kernel, of_queries, {}),
-        (attention.keys_grad_kernel, of_keys, {}),
+        (forward_kernel, forward, {"KEEP": True}),
+        (queries_grad_kernel, of_queries, {}),
+        (keys_grad_kernel, of_keys, {}),
     ):
         tile = {"BLOCK_M": config.queries, "BLOCK_N": config.keys}
         yield Build(
@@ -93,18 +96,16 @@ def of_attention(width: int, chip: int, *, groups: int, bias: bool) -> Iterator[
         )
     if not bias:
         copy = {"HEADS": 16, "DIM": width, "WIDTH": width, "BLOCK": forward.keys, "HAS_BIAS": False}
-        yield Build(attention.copy_kernel, width, copy, types, (forward.keys,), multiplies=False)
+        yield Build(copy_kernel, width, copy, types, (forward.keys,), multiplies=False)
 
 
 def of_pages(width: int) -> Iterator[Build]:
     """Pages of 16 slots, groups of 4 query heads."""
-    strides = (
-        "k_p k_s k_w v_p v_s v_w begin pages columns queries per_share first_share rows shares"
-    )
+    strides = "k_p k_s k_w v_p v_s v_w begin pages columns queries per_share first_share shares"
     types = named({BF16: "q k v", FP32: "out lse parts sums bias", "fp32": "scale", "i32": strides})
     config = paged.config(width, torch.bfloat16)
     sizes = {
-        "ROWS": 4,
+        "STREAMS": 4,
         "TOGETHER": 1,
         "GROUP": 4,
         "PAGE": 16,
@@ -169,7 +170,7 @@ def of_lists() -> Iterator[Build]:
     strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks capacity"
     types = named({INT64: "position", "i32": strides})
     sizes = {"TOKENS": lists.TOKENS, "HEADS": 16}
-    for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"AT_ONCE": 64})):
+    for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"COUNTS": lists.COUNTS})):
         yield Build(
             kernel,
             0,

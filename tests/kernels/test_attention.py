@@ -27,9 +27,10 @@ LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 def small_tiles() -> Any:
-    triton = import_module("hamblocks_ops.selected_attention.triton")
-    tiles = triton.Config(16, 8, 4, 1), triton.Config(8, 16, 4, 1), triton.Config(16, 8, 4, 1)
-    return patch.object(triton, "configs", lambda *_args, **_more: tiles)
+    launches = import_module("hamblocks_ops.selected_attention.triton.launches")
+    sizes = (16, 8, 4, 1), (8, 16, 4, 1), (16, 8, 4, 1)
+    tiles = tuple(launches.Config(*one) for one in sizes)
+    return patch.object(launches, "configs", lambda *_args, **_more: tiles)
 
 
 @pytest.mark.slow
@@ -93,10 +94,7 @@ def test_nothing_visible_is_left_out_and_nothing_hidden_goes_unmasked(
     case: AttentionInputs, queries: int, keys: int
 ) -> None:
     call = case.tensors()
-    names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(
-        **(dict.fromkeys(names) | call)
-    )
+    checked = selected_attention.call_of(**call)
     if not checked.q.numel() or not checked.k.numel():
         return
     time = lists.times(
@@ -204,13 +202,10 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
 )
 def test_operators_are_registered_well(case: AttentionInputs) -> None:
     triton = import_module("hamblocks_ops.selected_attention.triton")
-    names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
     tensors = {
         name: x.float() if x.is_floating_point() else x for name, x in case.tensors().items()
     }
-    checked = import_module("hamblocks_ops.selected_attention")._checked(
-        **(dict.fromkeys(names) | tensors)
-    )
+    checked = selected_attention.call_of(**tensors)
     args = [checked.q, checked.k, checked.v, checked.evict_at, checked.logit_bias]
     args += [checked.query_position, checked.key_position, checked.cu_seqlens]
     learning = [

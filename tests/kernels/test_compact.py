@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hamblocks.testing import EvictAt, evict_at
-from hamblocks.testing.ops import compact_by_definition
+from hamblocks.testing.inputs.ops import compact_by_definition
 from hamblocks_ops import compact, explain
 from hamblocks_ops.dispatch import WHEN_NAMED
 

@@ -53,7 +53,7 @@ def ragged(
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernel() -> Iterator[None]:
-    with patch.multiple(flash, varlen=ragged, without_flash=lambda _: None, QUERIES=7):
+    with patch.multiple(flash, varlen=ragged, without_flash=lambda _: None, BLOCK_QUERIES=7):
         yield
 
 
@@ -149,10 +149,7 @@ def test_a_staircase_is_one(case: AttentionInputs) -> None:
     """Against the dense mask of the stored keys: from the bottom right, row by row."""
     call = case.tensors()
     mask = visible(call)
-    names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(
-        **(dict.fromkeys(names) | call)
-    )
+    checked = selected_attention.call_of(**call)
     found = flash.staircase(
         flash.times(checked.query_position, checked.key_position, checked.evict_at, None)
     )

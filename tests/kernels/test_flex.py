@@ -64,10 +64,7 @@ def test_blocks_leave_out_nothing_visible_and_unmask_nothing_hidden(case: Attent
     call = case.tensors()
     if not call["q"].numel() or not call["k"].numel():
         return
-    names = ("scale", "logit_bias", "cu_seqlens", "query_position", "key_position", "key_lengths")
-    checked = import_module("hamblocks_ops.selected_attention")._checked(
-        **(dict.fromkeys(names) | call)
-    )
+    checked = selected_attention.call_of(**call)
     time = flex.times(
         checked.query_position, checked.key_position, checked.evict_at, checked.cu_seqlens
     )

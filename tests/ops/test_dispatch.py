@@ -16,7 +16,7 @@ from hamblocks_ops import (
     selected_attention,
     surprise,
 )
-from hamblocks_ops.dispatch import Implementation, always, explain_table, launches, pick
+from hamblocks_ops.dispatch import Implementation, explain_table, launches, pick
 
 
 def no_odd_numbers(call: Any) -> str | None:
@@ -27,14 +27,14 @@ def never(_call: Any) -> str:
     return "not built"
 
 
-def broken() -> Any:
-    raise AssertionError("loaded without being chosen")
+def broken(_call: Any) -> Any:
+    raise AssertionError("run without being chosen")
 
 
 TABLE = (
-    Implementation("missing", never, broken),
-    Implementation("halves", no_odd_numbers, lambda: lambda call: call // 2),
-    Implementation("any", always, lambda: lambda call: call),
+    Implementation("missing", broken, never),
+    Implementation("halves", lambda call: call // 2, no_odd_numbers),
+    Implementation("any", lambda call: call),
 )
 
 
@@ -63,14 +63,14 @@ def test_unknown_names_are_told_the_choices(impl: str) -> None:
 
 def test_auto_passes_over_what_is_there_for_those_who_name_it() -> None:
     table = (
-        Implementation("slow", always, lambda: lambda call: -call, lambda _: "it is slow"),
+        Implementation("slow", lambda call: -call, passed_over=lambda _: "it is slow"),
         *TABLE,
     )
     explanation = explain_table(table, 6)
     assert explanation["slow"] == "yes, when named: it is slow"
     assert explanation.chosen == "halves"
     assert pick("op", table, "slow", 6)(6) == -6
-    assert pick("op", table, "auto", 6)(6) == TABLE[1].load()(6)
+    assert pick("op", table, "auto", 6)(6) == TABLE[1].run(6)
     with pytest.raises(UnsupportedError, match="slow: it is slow"):
         pick("op", table[:2], "auto", 6)
 

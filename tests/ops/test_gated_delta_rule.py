@@ -55,11 +55,8 @@ def test_reference_is_the_recurrence(case: DeltaRuleInputs) -> None:
 @example(case=DeltaRuleInputs(tokens=65, decay="forget", write="any"), size=1)
 @example(case=DeltaRuleInputs(packed=(0, 9, 8, 0)), size=8)
 def test_chunk_size_does_not_matter(case: DeltaRuleInputs, size: int) -> None:
-    module = import_module("hamblocks_ops.gated_delta_rule")
-    tensors = {"g": None, "initial_state": None, "cu_seqlens": None} | case.tensors()
-    call = module._tensors(
-        module._checked(**tensors, scale=None, output_residual=True, metric=None)
-    )
+    per_value_head = import_module("hamblocks_ops.gated_delta_rule.call").per_value_head
+    call = per_value_head(gated_delta_rule.call_of(**case.tensors()))
     chunked = import_module("hamblocks_ops.gated_delta_rule.chunked").chunked
     own = problem(case).noise()
     for name, one, other in zip(

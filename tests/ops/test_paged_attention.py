@@ -31,6 +31,7 @@ from hamblocks_ops import (
     Pages,
     UnsupportedError,
     explain,
+    implementations,
     paged_attention,
     selected_attention,
     unpage,
@@ -63,7 +64,10 @@ def path(way: str) -> Iterator[dict[str, object]]:
     def wrong(*_args: object, **_kwargs: object) -> None:
         raise AssertionError(f"not {way}")
 
-    with patch.object(pages, "SPARE", 0 if way == ALL else 10**6), ExitStack() as stack:
+    with (
+        patch.object(pages, "MAX_PAGES_PER_ENTRY", 0 if way == ALL else 10**6),
+        ExitStack() as stack,
+    ):
         stack.enter_context(
             patch.object(pages, "_gathered" if way == IN_PLACE else "_lying", wrong)
         )
@@ -448,14 +452,18 @@ def test_explain_and_impl() -> None:
         paged_attention(q, slabs, table, query_position=asks, impl=None)
     with pytest.raises(ValueError, match=r"^q: "):
         explain(paged_attention, q[0], slabs, table, query_position=asks)
-    refusing = tuple(row._replace(refuses=lambda _call: "not here") for row in op.TABLE)
+    refusing = tuple(
+        replace(row, refuses=lambda _call: "not here") for row in paged_attention.table
+    )
     with (
-        patch.object(op, "TABLE", refusing),
+        patch.object(paged_attention, "table", refusing),
         pytest.raises(UnsupportedError, match="pages: not here"),
     ):
         paged_attention(q, slabs, table, query_position=asks)
-    ours, theirs = (inspect.signature(f).parameters for f in (paged_attention, op.explain))
-    assert [*ours] == [*theirs, "impl"]
+    everything = inspect.signature(paged_attention).bind(q, slabs, table, query_position=asks)
+    everything.apply_defaults()
+    explanation = explain(paged_attention, *everything.args, **everything.kwargs)
+    assert tuple(explanation) == implementations(paged_attention)
 
 
 BAD: list[tuple[str, Callable[[Any], Any], str]] = [

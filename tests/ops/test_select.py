@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hamblocks.testing import Draw, Scores, scores, seeds
-from hamblocks.testing.ops import placed
+from hamblocks.testing.inputs.ops import placed
 from hamblocks_ops import NEVER, compact, select_first, select_threshold, select_topk, select_window
 from hamblocks_ops.select import reference
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,10 @@ from hamblocks_ops import NEVER, select_threshold, selected_attention
 from hamblocks_ops.selected_attention.reference import reference
 
 gather = import_module("hamblocks_ops.selected_attention.gather")
+forward, backward, plan, operands = (
+    import_module(f"hamblocks_ops.selected_attention.gather.{name}")
+    for name in ("forward", "backward", "plan", "operands")
+)
 IMPLS = ("reference", "gather")
 blocks = st.sampled_from([3, 16, 768])
 
@@ -34,10 +38,16 @@ def problem(case: AttentionInputs, **options: object) -> Problem:
     return Problem(selected_attention, case.tensors(), options, seed=case.seed)
 
 
-def in_blocks(size: int) -> Any:
+@contextmanager
+def in_blocks(size: int) -> Iterator[None]:
     """Blocks of few queries, so that small cases have several, with tokens that last, pass and end within them."""
-    no_shortcuts = {"FEW": 0, "DIRECT": 0} if size <= 16 else {}
-    return patch.multiple(gather, BLOCK=size, EDGE=size // 3, **no_shortcuts)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(operands, "BLOCK_QUERIES", size))
+        patches.enter_context(patch.object(plan, "EDGE_QUERIES", size // 3))
+        if size <= 16:  # without shortcuts
+            patches.enter_context(patch.object(plan, "SMALL_PART_KEYS", 0))
+            patches.enter_context(patch.object(forward, "DIRECT_MAX_QUERIES", 0))
+        yield
 
 
 @contextmanager
@@ -55,8 +65,8 @@ def arithmetic_of_other_devices() -> Iterator[None]:
         return call
 
     with (
-        patch.object(gather, "_attend", through(gather._attend)),
-        patch.object(gather, "_attend_backward", through(gather._attend_backward)),
+        patch.object(forward, "attend", through(forward.attend)),
+        patch.object(backward, "attend_backward", through(backward.attend_backward)),
         patch.object(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None),
         patch.object(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None),
     ):
@@ -152,13 +162,13 @@ def products(evict_at: Tensor, dim: int = 8) -> int:
     batch, tokens, heads = evict_at.shape
     draw, counted = Draw(0), []
     q, k, v = (draw.normal(batch, tokens, heads, dim, dtype=torch.float32) for _ in range(3))
-    attend = gather._attend
+    attend = forward.attend
 
     def counting(q: Tensor, k: Tensor, *rest: Any) -> Any:
         counted.append(q.shape[:-1].numel() * k.shape[-2])
         return attend(q, k, *rest)
 
-    with patch.object(gather, "_attend", counting):
+    with patch.object(forward, "attend", counting):
         selected_attention(q, k, v, evict_at, impl="gather")
     return sum(counted)
 
@@ -198,16 +208,7 @@ def test_a_head_that_keeps_everything_does_not_charge_the_others() -> None:
     ids=["bias", "packed", "cache", "bfloat16"],
 )
 def test_operators_are_registered_well(case: AttentionInputs) -> None:
-    call = {
-        "logit_bias": None,
-        "cu_seqlens": None,
-        "query_position": None,
-        "key_position": None,
-        "key_lengths": None,
-    }
-    checked = import_module("hamblocks_ops.selected_attention")._checked(
-        **(call | case.tensors()), scale=None
-    )
+    checked = selected_attention.call_of(**case.tensors())
     args = [checked.q, checked.k, checked.v, checked.evict_at, checked.logit_bias]
     args += [checked.query_position, checked.key_position, checked.cu_seqlens]
     differentiable = [x.clone().requires_grad_() if _floating(x) else x for x in args]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hamblocks.cli import app
 from hamblocks.testing import AttentionInputs, OpImplementation, check_op, parametrize_with_checks
-from hamblocks.testing.kinds import ops
+from hamblocks.testing.kinds import op_cases, ops
 from hamblocks_ops import gated_delta_rule, paged_attention, select_window, selected_attention
 
 pytest_plugins = ["pytester"]
@@ -69,10 +69,10 @@ def test_what_runs_nowhere_here_is_not_applicable() -> None:
 
 @pytest.fixture
 def _uncached() -> Iterator[None]:
-    for cached in (ops._never, ops._dtypes):
+    for cached in (op_cases.never_runs, op_cases.refused_dtypes):
         cached.cache_clear()
     yield
-    for cached in (ops._never, ops._dtypes):
+    for cached in (op_cases.never_runs, op_cases.refused_dtypes):
         cached.cache_clear()
 
 

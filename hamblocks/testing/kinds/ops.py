@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import hamblocks_ops as ops
 from hamblocks.testing.budget import assert_bits, assert_close_to_reference, assert_same
-from hamblocks.testing.check import Check, NotApplicableError, Options
-from hamblocks.testing.inputs.attention import AttentionInputs
-from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs
+from hamblocks.testing.check import Options
 from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
+from hamblocks.testing.inputs.ops import Calls, metric_of
 from hamblocks.testing.inputs.paged import PagedInputs
-from hamblocks.testing.inputs.rows import RowInputs
+from hamblocks.testing.kinds.op_cases import (
+    OpCheck,
+    in_float64,
+    packed_cases,
+    plain,
+    refused_dtypes,
+    whole,
+)
 from hamblocks.testing.laws import (
     assert_never_longer,
     assert_reads_what_was_written,
@@ -27,17 +31,10 @@ from hamblocks.testing.laws import (
     told,
     unchanged,
 )
-from hamblocks.testing.ops import Op, OpImplementation, metric_of
-from hamblocks_ops.arguments import wrong
-from hamblocks_ops.dispatch import interpreting
+from hamblocks.testing.ops import OpImplementation
 
 Results = dict[str, Tensor]
 INF, NAN = float("inf"), float("nan")
-DELTA, ATTEND = DeltaRuleInputs, AttentionInputs
-INTERPRETED = ("triton", "fla")
-FEW = 32
-"""Triton's interpreter takes seconds for long cases by hand: there they are compared with the reference alone, and the
-other checks draw half as many cases."""
 
 
 def _is_the_reference(part: OpImplementation, case: Any, _options: Options) -> None:
@@ -67,12 +64,14 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
     t = case.seed % (case.tokens + 1)
     other = replace(case, seed=case.seed + 1).tensors()
     changed = {
-        name: torch.cat([x[:, :t], other[name][:, t:]], 1) if name in part.op.by_token else x
+        name: torch.cat([x[:, :t], other[name][:, t:]], 1) if name in part.hints.by_token else x
         for name, x in tensors.items()
     }
 
     def before(results: Results) -> Results:
-        early = {name: x[:, :t] for name, x in results.items() if name != "final_state"}
+        early = {
+            name: x[:, :t] for name, x in results.items() if name not in part.hints.by_sequence
+        }
         if early.keys() == {"result"} and not early["result"].is_floating_point():
             early["result"] = early["result"].clamp(max=t)
         return early
@@ -90,9 +89,11 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
     roots = [
         x[:, :t]
         for name, x in fields.items()
-        if x is not None and x.requires_grad and name != "final_state"
+        if x is not None and x.requires_grad and name not in part.hints.by_sequence
     ]
-    wanted = {name: x for name, x in leaves.items() if x.requires_grad and name in part.op.by_token}
+    wanted = {
+        name: x for name, x in leaves.items() if x.requires_grad and name in part.hints.by_token
+    }
     if not roots or not wanted:
         return
     grads = torch.autograd.grad(
@@ -107,19 +108,18 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
 
 def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) -> None:
     """Sequences packed into one row give what they give alone; empty ones change nothing."""
-    tensors = case.tensors()
+    tensors, hints = case.tensors(), part.hints
     whole = _results(part, case, tensors)
     alone = []
     for n, own in enumerate(pieces(case.packed)):
-        one = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token}
-        if part.op.streams is not None and part.op.streams[0] in tensors:
-            one[part.op.streams[0]] = tensors[part.op.streams[0]][n : n + 1]
+        one = {name: x[:, own] for name, x in tensors.items() if name in hints.by_token}
+        if hints.streams is not None and hints.streams[0] in tensors:
+            one[hints.streams[0]] = tensors[hints.streams[0]][n : n + 1]
         alone.append(_results(part, case, one))
     expected = {}
     for name, x in whole.items():
-        by_sequence = name in ("final_state", "lengths")
-        if by_sequence or part.like is not ops.compact:  # its lists have no dimension of tokens
-            dim = 0 if by_sequence else 1
+        if name not in hints.lists:
+            dim = 0 if name in hints.by_sequence else 1
             expected[name] = torch.cat(
                 [x.narrow(dim, 0, 0), *(results[name] for results in alone)], dim
             )
@@ -134,14 +134,14 @@ def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) 
 
 def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options) -> None:
     """Two pieces with the state handed over give what one pass gives."""
-    assert part.op.streams is not None
-    takes, gives = part.op.streams
+    assert part.hints.streams is not None
+    takes, gives = part.hints.streams
     tensors = case.tensors()
     cut = case.seed % (case.tokens + 1)
     whole = _results(part, case, tensors)
     parts, state = [], tensors.get(takes)
     for own in (slice(0, cut), slice(cut, None)):
-        piece = {name: x[:, own] for name, x in tensors.items() if name in part.op.by_token}
+        piece = {name: x[:, own] for name, x in tensors.items() if name in part.hints.by_token}
         parts.append(_results(part, case, piece | ({} if state is None else {takes: state})))
         state = parts[-1][gives]
     got = {
@@ -303,128 +303,30 @@ def _ignores_autocast(part: OpImplementation, case: Any, _options: Options) -> N
 
 def _raising_tau_never_keeps_more(part: OpImplementation, case: Any, _options: Options) -> None:
     """On the same scores, a higher threshold ends no lifetime later."""
-    tensors = case.tensors()
-    kept = [part(**tensors, tau=tau) for tau in (-INF, -1.0, 0.0, 0.25, 0.5, INF)]
+    tensors, name = case.tensors(), str(part.hints.threshold)
+    kept = [part(**tensors, **{name: tau}) for tau in (-INF, -1.0, 0.0, 0.25, 0.5, INF)]
     assert_never_longer(kept)
 
 
-def _unless(flag: Callable[[Op], Any], reason: str) -> Callable[[Any, Options], str | None]:
-    return lambda part, _options: None if flag(part.op) else reason
+def _if(hint: str, reason: str = "") -> Callable[[Any, Options], str | None]:
+    """Applies if a hint of the op holds; else the reason that the hint gives, or this one."""
+
+    def applies(part: OpImplementation, _options: Options) -> str | None:
+        value = getattr(part.hints, hint)
+        return None if value and (value is True or reason) else value or reason
+
+    return applies
 
 
 def _not_traced(part: OpImplementation, _options: Options) -> str | None:
-    if part.like is ops.compact:
-        return "its result is as long as the longest list, which is read from the device"
-    if part.like is ops.paged_attention and part.run is None:
-        return "it plans on the host which pages it reads"
+    # the length of a list depends on values, whoever makes it; other reasons are those of our implementations
+    if part.hints.traced is not True and (part.run is None or part.hints.lists):
+        return part.hints.traced
     return (
         "the reference is written to be read, not to be traced"
         if part.impl == "reference"
         else None
     )
-
-
-def _refused(part: OpImplementation, case: Any) -> str | None:
-    """Why a named implementation cannot run here, with gradients, for most checks ask for them."""
-    if part.run is None and part.impl != "auto" and ops.implementations(part.like):
-        asked = functools.partial(ops.explain, part.like)
-        if part.op.call is not None:
-            asked = functools.partial(part.op.call, asked, impl=part.impl)
-        tensors = {
-            name: x.requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()
-        }
-        answer: str = asked(**part.moved(tensors), **part.op.options(case)).get(part.impl, "yes")
-        return None if answer.startswith("yes") else answer
-    return None
-
-
-def _length(case: Any) -> int:
-    """Tokens or keys of a case."""
-    packed, cache = getattr(case, "packed", None), getattr(case, "cache", None)
-    return sum(packed) if packed is not None else getattr(case, "tokens", 0) + (cache or 0)
-
-
-@functools.cache
-def _dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
-    """The floating dtypes of the op that it refuses, with the reason: those in which no case by hand runs."""
-    if "dtype" not in _fields(part.op):
-        return {}
-    found = {}
-    for dtype in part.op.dtypes:
-        answers = [_refused(part, replace(case, dtype=dtype)) for case in part.op.edges]
-        if None not in answers:
-            found[dtype] = str(answers[0])
-    return found
-
-
-@functools.cache
-def _never(part: OpImplementation) -> str | None:
-    """Why it runs none of the cases by hand, say without a GPU; None where it runs one."""
-    if _runs(part):
-        return None
-    answers = [_refused(part, case) for case in part.op.edges]
-    return None if None in answers else str(answers[0])
-
-
-def _runs(part: OpImplementation) -> list[torch.dtype]:
-    """The floating dtypes that it computes in, the widest first."""
-    return [dtype for dtype in part.op.dtypes if dtype not in _dtypes(part)]
-
-
-@dataclass(frozen=True)
-class OpCheck(Check):
-    """A check of an op: what is drawn depends on the op."""
-
-    fixed: Callable[[Op], dict[str, Any]] = lambda _op: {}
-    by_hand: Callable[[Op], Sequence[Any]] = lambda op: op.edges
-    drawn: bool = True
-
-    def of(self, part: OpImplementation) -> Check:
-        """The check with the cases of one op."""
-        op, runs = part.op, _runs(part)
-        slowly = interpreting() and part.impl in INTERPRETED and self.body is not _is_the_reference
-
-        def cases(_options: Options) -> st.SearchStrategy[Any]:
-            fixed = self.fixed(op)
-            if len(runs) == len(op.dtypes):
-                return op.inputs(**fixed)
-            if fixed.get("dtype", torch.float64) not in runs:
-                fixed["dtype"] = runs[0] if "dtype" in fixed else st.sampled_from(runs)
-            return op.inputs(**fixed).filter(lambda case: _refused(part, case) is None)
-
-        def edges(_options: Options) -> list[Any]:
-            by_hand = self.by_hand(op)
-            if len(runs) < len(op.dtypes):
-                by_hand = [
-                    case if case.dtype in runs else replace(case, dtype=runs[0]) for case in by_hand
-                ]
-            if slowly:
-                by_hand = [case for case in by_hand if _length(case) <= FEW]
-            return [case for case in by_hand if _refused(part, case) is None]
-
-        drawn = cases if self.drawn else None
-        share = self.share * (2 if slowly else 1)
-        return Check(self.name, self.kind, self.body, drawn, edges, self.applies, share, self.slow)
-
-    def why_not(self, part: Any, options: Options | None = None) -> str | None:
-        """As of every check, and why an implementation runs nothing here."""
-        reason = super().why_not(part, options)
-        if reason is not None or not isinstance(part, OpImplementation):
-            return reason
-        try:
-            return _never(part)
-        except Exception:  # then the check shows it
-            return None
-
-    def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
-        """Runs the check."""
-        __tracebackhide__ = True
-        if not isinstance(part, OpImplementation):
-            raise wrong("part", "an OpImplementation(like, run)", repr(part))
-        never = _never(part)
-        if never is not None:
-            raise NotApplicableError(self.name, repr(part), never)
-        self.of(part)(part, case, **more)
 
 
 def _in(dtype: torch.dtype) -> OpCheck:
@@ -434,58 +336,21 @@ def _in(dtype: torch.dtype) -> OpCheck:
         "op",
         _is_the_reference,
         applies=lambda part, options: (
-            _dtypes(part).get(dtype)
+            refused_dtypes(part).get(dtype)
             if dtype in (*options.dtypes, torch.float16) and dtype in part.op.dtypes
             else f"it does not compute in {name}"
         ),
-        fixed=lambda op: {} if "dtype" not in _fields(op) else {"dtype": dtype},
+        fixed=lambda op: {} if "dtype" not in op.fields else {"dtype": dtype},
+        all_edges=True,
         by_hand=lambda op: [
-            replace(case, dtype=dtype) if "dtype" in _fields(op) else case for case in op.edges
+            replace(case, dtype=dtype) if "dtype" in op.fields else case for case in op.edges
         ],
     )
 
 
-def _fields(op: Op) -> set[str]:
-    return set(type(op.edges[0]).__dataclass_fields__)
-
-
-def _exact(op: Op, **more: Any) -> dict[str, Any]:
-    return {name: x for name, x in ({"dtype": torch.float64} | more).items() if name in _fields(op)}
-
-
-def _small(op: Op) -> list[Any]:
+def _small(op: Calls) -> list[Any]:
     """Cases for the checks that run one or two."""
-    found: dict[Any, list[Any]] = {
-        ops.gated_delta_rule: [DELTA(tokens=3, batch=1, group=2), DELTA(packed=(1, 0, 2), heads=1)],
-        ops.surprise: [RowInputs(seed=seed) for seed in range(3)],
-        ops.selected_attention: [
-            ATTEND(tokens=4, batch=1, group=2, bias="some", seed=4),
-            ATTEND(tokens=4, cache=5, bias="some", seed=4),
-            ATTEND(packed=(2, 0, 3)),
-        ],
-    }
-    return found.get(op.function, list(op.edges[2:3]))
-
-
-def _plain(op: Op) -> dict[str, Any]:
-    return _exact(op, packed=None, cache=None, empty_rows=False)
-
-
-def _whole(op: Op) -> list[Any]:
-    kept = [
-        case
-        for case in op.edges
-        if getattr(case, "packed", None) is None and getattr(case, "cache", None) is None
-    ]
-    return [replace(case, **_plain(op)) for case in kept]
-
-
-def _packed_cases(op: Op) -> list[Any]:
-    return [
-        replace(case, **_exact(op, cache=None))
-        for case in op.edges
-        if getattr(case, "packed", None) is not None
-    ]
+    return list(op.small or op.edges[2:3])
 
 
 CHECKS: list[OpCheck] = [
@@ -497,25 +362,25 @@ CHECKS: list[OpCheck] = [
         "check_op_is_causal",
         "op",
         _is_causal,
-        applies=_unless(lambda op: op.causal, "it lists what is stored, which the future decides"),
-        fixed=_plain,
-        by_hand=_whole,
+        applies=_if("causal"),
+        fixed=plain,
+        by_hand=whole,
     ),
     OpCheck(
         "check_op_packed_is_one_by_one",
         "op",
         _packed_is_one_by_one,
-        applies=_unless(lambda op: op.packs, "it takes no packed sequences"),
-        fixed=lambda op: _exact(op, packed=ragged_lengths(20, 5), cache=None),
-        by_hand=_packed_cases,
+        applies=_if("packs"),
+        fixed=lambda op: in_float64(op, packed=ragged_lengths(20, 5), cache=None),
+        by_hand=packed_cases,
     ),
     OpCheck(
         "check_op_any_split_is_one_pass",
         "op",
         _any_split_is_one_pass,
-        applies=_unless(lambda op: op.streams, "it hands no state on"),
-        fixed=_plain,
-        by_hand=lambda op: [replace(case, seed=seed) for case in _whole(op) for seed in (0, 64)],
+        applies=_if("streams", "it hands no state on"),
+        fixed=plain,
+        by_hand=lambda op: [replace(case, seed=seed) for case in whole(op) for seed in (0, 64)],
     ),
     OpCheck("check_op_same_call_same_bits", "op", _same_call_same_bits, share=2),
     OpCheck("check_op_nothing_given_changes", "op", _nothing_given_changes, share=2),
@@ -524,7 +389,7 @@ CHECKS: list[OpCheck] = [
         "check_op_is_always_finite",
         "op",
         _is_always_finite,
-        applies=_unless(lambda op: op.degenerate, "its results are integers"),
+        applies=lambda part, _options: None if part.op.degenerate else "its results are integers",
         by_hand=lambda op: op.degenerate,
         drawn=False,
     ),
@@ -533,8 +398,8 @@ CHECKS: list[OpCheck] = [
         "op",
         _gradients_are_right,
         applies=lambda part, _options: (
-            _dtypes(part).get(torch.float64)
-            if part.op.differentiable
+            refused_dtypes(part).get(torch.float64)
+            if part.hints.differentiable
             else "it promises no gradient"
         ),
         by_hand=_small,
@@ -553,20 +418,16 @@ CHECKS: list[OpCheck] = [
         "check_op_unseen_keys_do_not_leak",
         "op",
         _unseen_keys_do_not_leak,
-        applies=_unless(
-            lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"
-        ),
+        applies=_if("attends", "it reads no keys"),
     ),
     OpCheck(
         "check_op_seeing_nothing_is_zero",
         "op",
         _seeing_nothing_is_zero,
-        applies=_unless(
-            lambda op: op.attends or op.function is ops.paged_attention, "it reads no keys"
-        ),
-        fixed=lambda op: {"policy": "none", **({"shared": False} if op.attends else {})},
+        applies=_if("attends", "it reads no keys"),
+        fixed=lambda op: {"policy": "none", **({"shared": False} if "shared" in op.fields else {})},
         by_hand=lambda op: [
-            replace(case, policy="none", **({"shared": False} if op.attends else {}))
+            replace(case, policy="none", **({"shared": False} if "shared" in op.fields else {}))
             for case in op.edges
         ],
     ),
@@ -574,15 +435,13 @@ CHECKS: list[OpCheck] = [
         "check_op_score_is_the_surprise_of_the_residual",
         "op",
         _score_is_the_surprise_of_the_residual,
-        applies=_unless(
-            lambda op: op.function is ops.gated_delta_rule, "it gives no score beside a residual"
-        ),
+        applies=_if("scores_residual", "it gives no score beside a residual"),
     ),
     OpCheck(
         "check_op_raising_tau_never_keeps_more",
         "op",
         _raising_tau_never_keeps_more,
-        applies=_unless(lambda op: op.function is ops.select_threshold, "it has no threshold"),
+        applies=_if("threshold", "it has no threshold"),
     ),
     OpCheck("check_op_ignores_autocast", "op", _ignores_autocast, by_hand=_small, drawn=False),
 ]

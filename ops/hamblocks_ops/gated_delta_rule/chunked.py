@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw, per_value_head
 from hamblocks_ops.packing import sequence_of
 
 CHUNK = 64
+"""Tokens of a chunk."""
+
+
+def run(call: DeltaRuleCall) -> DeltaRuleRaw:
+    """Runs a call, unrounded."""
+    return DeltaRuleRaw(*chunked(**per_value_head(call)))
 
 
 def chunked(

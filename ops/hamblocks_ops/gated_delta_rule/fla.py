@@ -1,12 +1,16 @@
 """The gated delta rule by the kernels of flash-linear-attention: https://github.com/fla-org/flash-linear-attention.
 
-fla's own function keeps `v_new`, which is beta times the residual, to itself; the functions that it is made of return
-it. They are put together here as fla does, so that `out` has the bits of fla, and one kernel more reads residual and
-score off v_new (see `triton`). A residual's gradient joins that of v_new before the state's backward pass. Where beta
-is 0, 2**-64 stands in its place: the same out, and nothing is divided by zero.
+fla's public function does not return `v_new`, which is beta times the residual; the functions that it is made of do.
+`chunks` calls them in the same order, so that `out` has the bits of fla, and one more kernel (in `triton.py`) reads
+residual and score off v_new. In the backward pass the gradient of the residual is added to that of v_new before the
+gradient of the states is computed. Where beta is 0, 2**-64 takes its place: `out` stays the same to the bit, and the
+division by beta is defined.
 
-Few tokens without a gradient, as in decoding, go through fla's recurrent kernel, two rows for each: one that reads with
-the key and writes nothing, which gives the prediction, and one that writes and reads with the query.
+Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`), which is called with two
+rows for each token: the first reads with the key and writes nothing, which gives the prediction; the second writes and
+reads with the query.
+
+Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it as one node.
 """
 
 from __future__ import annotations
@@ -17,15 +21,31 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.dispatch import launches
-from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, read
+from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw
+from hamblocks_ops.gated_delta_rule.refused import recurs
+from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, residual_and_score
 
-LEAST_BETA = 2.0**-64
-LEAST_G = -128.0
-"""exp of it is 0 in float32, and sums over a chunk are still precise; differences of infinite ones would be NaN."""
+MIN_BETA = 2.0**-64
+"""What takes the place of a smaller beta where something is divided by it."""
+MIN_G = -128.0
+"""What takes the place of a smaller log decay: its exp is 0 in float32, and sums over a chunk are still precise. fla
+subtracts running sums of g, and a difference of two infinite sums is NaN."""
+
+
+def run(call: DeltaRuleCall) -> DeltaRuleRaw:
+    """Runs a call by the recurrent kernel or in chunks."""
+    arguments = *call[:5], call.initial_state, call.cu_seqlens, call.scale
+    if recurs(call):
+        return DeltaRuleRaw(*recurrent(*arguments))
+    out, residual, state, score, _, _ = chunks(*arguments, call.output_residual, call.metric)
+    return DeltaRuleRaw(out, residual, state, None if call.metric is None else score)
 
 
 def _packed(cu_seqlens: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
-    """Borders and chunks of a packed batch, and the same as arguments of fla's functions."""
+    """Borders and chunks of a packed batch, and the same as arguments of fla's functions; None and {} without packing.
+
+    fla takes `cu_seqlens` as int64, and for each chunk its sequence and its number within the sequence.
+    """
     if cu_seqlens is None:
         return None, {}
     from fla.ops.utils.index import prepare_chunk_indices
@@ -53,13 +73,21 @@ def chunks(
     writes: bool,
     metric: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Out, residual (empty unless `writes`), final state, score (empty without a metric), and what backward wants.
+    """Forward pass in chunks of CHUNK tokens.
 
-    The last two are the summed decays and the inverses of the chunks' systems.
+    Args:
+        writes: whether to write the residual.
+        metric: the metric of the score; None writes no score.
+
+    Returns:
+        out `[B, T, HV, V]`; residual, empty unless `writes`; the final state; score `[B, T, HV]`, empty without a
+        metric; and for the backward pass the running sums of the decay within each chunk, in base 2, and the inverse
+        of the triangular system of each chunk.
     """
     made = _empty(v, g, initial_state, writes, metric)
     _, residual, state, score, _, _ = made
     if v.numel() == 0:
+        # no kernel takes an empty grid
         state.copy_(initial_state)
         return made
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
@@ -70,15 +98,18 @@ def chunks(
 
     _, at = _packed(cu_seqlens)
     if writes or metric is not None:
-        beta = beta.clamp(min=LEAST_BETA)
+        beta = beta.clamp(min=MIN_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
+        # running sums of the decay within each chunk; fla's kernels take exp2, hence the factor 1 / ln 2
         sums = chunk_local_cumsum(
-            g.clamp(min=LEAST_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at
+            g.clamp(min=MIN_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at
         )
+        # the triangular system of each chunk: its inverse times beta * k (w) and times beta * v (u)
         w, u, inverse = chunk_gated_delta_rule_fwd_intra(
             k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **at
         )
+        # the state before each chunk (h), and v_new = u - w h, which is beta * residual
         h, v_new, state = chunk_gated_delta_rule_fwd_h(
             k=k,
             w=w,
@@ -89,9 +120,10 @@ def chunks(
             chunk_size=CHUNK,
             **at,
         )
+        # what the queries read: of the state before the chunk, and of the tokens within it
         out = chunk_fwd_o(q=q, k=k, v=v_new, h=h, g=sums, scale=scale, chunk_size=CHUNK, **at)
         if writes or metric is not None:
-            read(v_new, beta, v, LEAST_BETA, residual, score, metric)
+            residual_and_score(v_new, beta, v, MIN_BETA, residual, score, metric)
     return out, residual, state, score, sums, inverse
 
 
@@ -114,6 +146,7 @@ def _(
 def _empty(
     v: Tensor, g: Tensor, initial_state: Tensor, writes: bool, metric: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `chunks` returns, uninitialised."""
     return (
         v.new_empty(v.shape),
         v.new_empty(v.shape if writes else (0,)),
@@ -140,7 +173,12 @@ def chunks_backward(
     inverse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, g and initial_state; those of results that nothing depends on are None."""
+    """Gradients of q, k, v, beta, g and initial_state, in this order.
+
+    `grad`, `grad_residual` and `grad_state` are the gradients of the results; None for a result that nothing depends
+    on. `sums` and `inverse` come from the forward pass. States and v_new are computed again rather than kept: they are
+    as large as all activations together.
+    """
     if v.numel() == 0:
         dq, dk, dv, dbeta, dg, dh0 = (
             torch.zeros_like(x) for x in (q, k, v, beta, sums, initial_state)
@@ -159,30 +197,40 @@ def chunks_backward(
     packed, at = _packed(cu_seqlens)
     sized = {"chunk_size": CHUNK, **at}
     if grad_residual is not None:
-        beta = beta.clamp(min=LEAST_BETA)
+        beta = beta.clamp(min=MIN_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
     do = torch.zeros_like(v) if grad is None else grad.contiguous()
     dht = None if grad_state is None else grad_state.contiguous()
     with torch.autocast(device_type=q.device.type, enabled=False):
+        # the forward pass again, from the inverses on
         w, u = recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, g=sums, **at)
         h, v_new, _ = chunk_gated_delta_rule_fwd_h(
             k=k, w=w, u=u, g=sums, initial_state=initial_state, output_final_state=False, **sized
         )
+        # what reaches v_new through the outputs of its own chunk
         local = dv = chunk_bwd_dv_local(q=q, k=k, g=sums, do=do, scale=scale, **sized)
         if grad_residual is not None:
+            # residual = v_new / beta, so its gradient reaches v_new divided by beta
             dv = (local + grad_residual / beta[..., None]).to(v.dtype)
+        # the gradient of the state after each chunk, from the last chunk to the first; dv also gets what reaches v_new
+        # through later chunks
         dh, dh0, dv = chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=w, g=sums, h0=initial_state, dht=dht, do=do, dv=dv, scale=scale, **sized
         )
+        # gradients of q, k and the decay through reads and writes, and of w
         dq, dk, dw, dg = chunk_bwd_dqkwg(
             q=q, k=k, v=v_new, w=w, g=sums, h=h, dv=dv, do=do, dh=dh, scale=scale, **sized
         )
+        # through the triangular systems: the rest of the gradients of k, v, beta and the decay
         more, dv, dbeta, dg_more = prepare_wy_repr_bwd(
             k=k, v=v, beta=beta, g=sums, A=inverse, dw=dw, du=dv, **at
         )
+        # the gradient of a running sum, summed from the end of the chunk, is that of g
         dg = chunk_local_cumsum(dg.add_(dg_more), reverse=True, **sized)
-        if grad_residual is not None:  # the sum in dbeta lacks what the division takes away again
-            dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, LEAST_BETA, packed)
+        if grad_residual is not None:
+            # fla's dbeta is computed before the division of the residual by beta. The missing term nearly cancels it,
+            # so the sum of both is computed by a kernel of its own (see triton.py).
+            dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, MIN_BETA, packed)
     return dq, dk.add_(more), dv, dbeta, dg, dh0
 
 
@@ -208,6 +256,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     q, k, v, beta, g, initial_state, cu_seqlens, ctx.scale, _writes, _metric = inputs
     _out, residual, _state, score, sums, inverse = output
     ctx.save_for_backward(q, k, v, beta, initial_state, cu_seqlens, sums, inverse, g)
+    # gradients that nothing depends on stay None: no zeros are made, and no residual is differentiated for nothing
     ctx.set_materialize_grads(False)
     empty = () if residual.numel() else (residual,)
     ctx.mark_non_differentiable(score, sums, inverse, *empty)
@@ -221,8 +270,9 @@ def _autograd_backward(
     *_rest: Any,
 ) -> tuple[Tensor | None, ...]:
     *saved, g = ctx.saved_tensors
+    # g was clamped to MIN_G, so below it the gradient is zero
     *grads, dg, dh0 = chunks_backward(grad, grad_residual, grad_state, *saved, ctx.scale)
-    return *grads, dg.masked_fill(g < LEAST_G, 0), dh0, None, None, None, None
+    return *grads, dg.masked_fill(g < MIN_G, 0), dh0, None, None, None, None
 
 
 chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -240,12 +290,18 @@ def recurrent(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, residual and final state, all in float32; no gradient."""
+    """Out, residual and final state, all in float32; it has no gradient.
+
+    fla's recurrent kernel decays the state, writes a token and then reads. A call with two rows for each token makes it
+    read before the write: the first row has the token's decay, beta = 0 and the key as its query; the second has no
+    decay, the token's beta and its query.
+    """
     if v.numel() == 0:
         return v.to(g.dtype, copy=True), v.to(g.dtype, copy=True), initial_state.clone()
     from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd
 
     def twice(first: Tensor, second: Tensor) -> Tensor:
+        """[B, T, ...] twice -> [B, 2 T, ...], alternating."""
         return torch.stack([first, second], 2).flatten(1, 2)
 
     q, k, v = (x.to(g.dtype) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""The gated delta rule, token by token. The definition that every other implementation is compared with.
+"""The gated delta rule, token by token: the definition that every other implementation is compared with.
 
 For every sequence and head, with a state S of shape [K, V]:
 
@@ -7,9 +7,9 @@ For every sequence and head, with a state S of shape [K, V]:
     S_t  = S~_t + k_t (beta_t r_t)^T         write
     o_t  = scale S_t^T q_t                   read
 
-(Yang, Kautz and Hatamizadeh, *Gated Delta Networks*, arXiv 2412.06464; in float64 exact to rounding.) In a lower
-precision the arithmetic is a tensor core's: the operands of every product in the dtype of the inputs, sums and the
-state in float32. This is the error that an implementation in that dtype is allowed to be measured by.
+(Yang, Kautz and Hatamizadeh, *Gated Delta Networks*, arXiv 2412.06464.) Exact to rounding in float64. In lower
+precision the arithmetic is that of a tensor core: the operands of every product are rounded to the dtype of the inputs,
+sums and the state are float32. The error of this arithmetic is the measure of what other implementations may have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ import itertools
 
 import torch
 from torch import Tensor
+
+from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw, per_value_head
+
+
+def run(call: DeltaRuleCall) -> DeltaRuleRaw:
+    """Runs a call, unrounded."""
+    return DeltaRuleRaw(*reference(**per_value_head(call)))
 
 
 def reference(

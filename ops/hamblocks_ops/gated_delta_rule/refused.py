@@ -1,37 +1,32 @@
-"""Which calls fla's kernels cannot run, and why; fla is not imported for the answer."""
+"""Which calls fla's kernels cannot run, and why. Neither fla nor Triton is imported for the answer."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from typing import TYPE_CHECKING
 
 import torch
 
 from hamblocks_ops.dispatch import installed, interpreting, without_triton
-from hamblocks_ops.surprise import MOST_COLUMNS
-
-if TYPE_CHECKING:
-    from hamblocks_ops.gated_delta_rule import DeltaRuleCall
+from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, learns
+from hamblocks_ops.surprise import MAX_COLUMNS
 
 SUPPORTED = "0.6.0"
-"""The release whose inner functions `fla` composes: they are not public, and move between releases."""
+"""The release whose inner functions `fla.py` calls: they are not public and move between releases."""
 
-FEW = 16
-"""Up to so many tokens, or one for each packed sequence, the recurrent kernel takes less time than chunks do."""
+RECURRENT_MAX_TOKENS = 16
+"""Most tokens for which the recurrent kernel takes less time than chunks do. A packed batch of one token for each
+sequence may have more."""
 
-MOST_KEY_DIM = 256
-
-
-def learns(call: DeltaRuleCall) -> bool:
-    """Whether a gradient will be asked for."""
-    return torch.is_grad_enabled() and any(
-        x.requires_grad for x in (call.q, call.k, call.v, call.beta, call.g, call.initial_state)
-    )
+MAX_KEY_DIM = 256
+"""Largest K that fla's kernels hold."""
 
 
 def recurs(call: DeltaRuleCall) -> bool:
-    """Whether the tokens go one by one, in float32."""
-    return call.v.shape[1] <= max(FEW, call.initial_state.shape[0]) and not learns(call)
+    """Whether the tokens go through fla's recurrent kernel, one by one in float32."""
+    return call.v.shape[1] <= max(RECURRENT_MAX_TOKENS, call.initial_state.shape[0]) and not learns(
+        call
+    )
 
 
 def refused(call: DeltaRuleCall) -> str | None:
@@ -64,12 +59,12 @@ def _by_dtype(call: DeltaRuleCall) -> str | None:
 
 def _by_size(call: DeltaRuleCall) -> str | None:
     key_dim, value_dim = call.k.shape[3], call.v.shape[3]
-    if not 1 <= key_dim <= MOST_KEY_DIM:
-        return f"its kernels hold keys of 1 to {MOST_KEY_DIM} entries, not {key_dim}"
+    if not 1 <= key_dim <= MAX_KEY_DIM:
+        return f"its kernels hold keys of 1 to {MAX_KEY_DIM} entries, not {key_dim}"
     if not interpreting() and (key_dim % 2 or value_dim % 2):
         return f"Triton miscompiles its kernels for an odd size of keys or values: {key_dim}, {value_dim}"
-    if call.metric is not None and value_dim > MOST_COLUMNS:
-        return f"a tile holds rows of up to {MOST_COLUMNS} entries, not {value_dim}"
+    if call.metric is not None and value_dim > MAX_COLUMNS:
+        return f"a tile holds rows of up to {MAX_COLUMNS} entries, not {value_dim}"
     return None
 
 
@@ -83,7 +78,9 @@ def not_supported() -> str | None:
     return None
 
 
+@functools.cache
 def _release() -> str:
+    # cached, because decoding asks at every token and the answer reads files
     for package in ("fla-core", "flash-linear-attention"):
         try:
             return importlib.metadata.version(package)
@@ -105,6 +102,6 @@ def wrong_on_hopper() -> str | None:
     )
 
 
-# see the same in dispatch
+# torch.compile takes the answer as a constant; see the same loop in dispatch
 for _constant in (not_supported, wrong_on_hopper):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010

@@ -1,13 +1,15 @@
-"""What fla does not give of a chunk, in Triton: residual and score, and the gradient of beta without dividing.
+"""What fla does not compute for a chunk, in Triton: residual and score, and the gradient of beta without a division.
 
-A residual is what was written, v_new, over beta. Its gradient reaches v_new divided by beta, and taken together with
-the gradient that reaches beta through the same quotient is a difference of large numbers, since a residual does not
-depend on its own beta. So the gradient of beta is computed on its own: with D_ij = exp2(g_i - g_j) out of running sums
-g of the decay in base 2, and the gradients dr of all later residuals, whatever they come from,
+fla's kernels give v_new = beta * residual. `residual_kernel` divides by beta and scores the result. In the backward
+pass the gradient of a residual reaches v_new divided by beta. It also reaches beta through the same quotient, and the
+two contributions to the gradient of beta cancel almost, because a residual does not depend on its own beta: their
+difference is mostly rounding. `beta_grad_kernel` computes the gradient of beta directly instead. With g the running sum
+of the decay within the chunk in base 2, D_ij = exp2(g_i - g_j), and dr the gradients of the residuals from all sources,
 
     dbeta_i = residual_i . (local_i + exp2(g_last - g_i) dh^T k_i - sum_{j>i} D_ji (k_j . k_i) dr_j)
 
-where `local` is what reaches v_new through the output of its own chunk, and dh what reaches the state behind it.
+where `local` is what reaches v_new through the outputs of its own chunk, and dh is the gradient of the state after the
+chunk.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from hamblocks_ops.tiles.rows import launch, surprise_of
 
 CHUNK = 64
+"""Tokens of a chunk: what fla's kernels take."""
 
 
 @triton.jit
@@ -28,10 +31,11 @@ def residual_kernel(
     METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
     MOST: tl.constexpr, LEAST: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Residuals (WRITES) and scores (METRIC) of a block of rows.
+    """Residuals (WRITES) and scores (METRIC) of a block of vectors of the flattened `[B * T * HV, V]`.
 
-    Where v_new differs from beta * v by no more than its rounding (HALF, half a step between numbers), nothing was
-    predicted: the residual is the value itself, and the score that of no prediction.
+    Where v_new differs from beta * v by no more than its rounding (HALF, half a step between neighbouring numbers),
+    the state predicted nothing: the residual is the value itself, and the score that of no prediction. Without this
+    rule the rounding of v_new, divided by beta, would be taken for a prediction.
     """
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place, inside = (
@@ -41,6 +45,7 @@ def residual_kernel(
     strength = tl.maximum(tl.load(beta + row, mask=row < rows, other=1.0), LEAST)
     value = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
     error = tl.load(v_new + place, mask=inside, other=0.0).to(tl.float32) / strength[:, None]
+    # relative to HALF * |v|: positive if any entry is further from the value than rounding explains
     beyond = tl.max(tl.abs(value - error) - HALF * tl.abs(value), 1)
     error = tl.where((beyond <= 0)[:, None], value, error)
     if WRITES:
@@ -56,10 +61,15 @@ def beta_grad_kernel(
     HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, LEAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of beta for a chunk."""
-    chunk, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    batch, head = row // VALUE_HEADS, row % VALUE_HEADS
+    """Writes the gradient of beta for one chunk of one value head.
+
+    A program owns a chunk. K and V are walked in tiles of BK and BV, which bounds the registers for any head size.
+    """
+    chunk, stream = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch, head = stream // VALUE_HEADS, stream % VALUE_HEADS
+    # under grouped heads, several value heads read one key head
     key_head = head // (VALUE_HEADS // HEADS)
+    # dh is [B, chunks, HV, K, V]; in a packed batch the chunks of all sequences are counted through
     own = (batch * tl.num_programs(0) + chunk) * VALUE_HEADS + head
     start = batch * tokens
     if PACKED:
@@ -72,8 +82,10 @@ def beta_grad_kernel(
     number = (start + token) * VALUE_HEADS + head
     decay = tl.load(g + number, mask=inside, other=0.0)
     last = tl.load(g + (start + tl.minimum((chunk + 1) * CHUNK, tokens) - 1) * VALUE_HEADS + head)
+    # decay from a token to the end of the chunk; outside the sequence the difference would be garbage
     to_last = tl.exp2(tl.where(inside, last - decay, 0.0))
     place = ((start + token) * HEADS + key_head)[:, None] * K
+    # phase 1: (k_j . k_i) D_ji for j > i, rows i, columns j
     pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
     for part in tl.static_range(0, (K + BK - 1) // BK):
         dim = part * BK + tl.arange(0, BK)
@@ -85,9 +97,11 @@ def beta_grad_kernel(
     pairs = tl.where(
         later, pairs * tl.exp2(tl.where(later, decay[None, :] - decay[:, None], 0.0)), 0.0
     )
+    # phase 2: for each tile of V, the bracket of the formula, multiplied by v_new and summed over V
     total = tl.zeros([CHUNK], tl.float32)
     for block in tl.static_range(0, (V + BV - 1) // BV):
         column = block * BV + tl.arange(0, BV)
+        # dh^T k_i: what reaches the token through the state after the chunk
         carried = tl.zeros([CHUNK, BV], tl.float32)
         for part in tl.static_range(0, (K + BK - 1) // BK):
             dim = part * BK + tl.arange(0, BK)
@@ -100,6 +114,7 @@ def beta_grad_kernel(
                 tl.load(state, mask=(dim < K)[:, None] & (column < V)[None, :], other=0.0),
                 carried,
             )
+        # local_i, then the decayed state's part, then what later residuals take away
         here, mask = number[:, None] * V + column[None, :], inside[:, None] & (column < V)[None, :]
         grads = tl.load(dr + here, mask=mask, other=0.0)
         wanted = (
@@ -107,11 +122,12 @@ def beta_grad_kernel(
         )
         wanted -= tl.dot(pairs.to(grads.dtype), grads)
         total += tl.sum(tl.load(v_new + here, mask=mask, other=0.0).to(tl.float32) * wanted, 1)
+    # v_new = beta * residual, so one division at the end turns the sum into residual . (...)
     strength = tl.maximum(tl.load(beta + number, mask=inside, other=1.0), LEAST)
     tl.store(dbeta + number, total / strength, mask=inside)
 
 
-def read(
+def residual_and_score(
     v_new: Tensor,
     beta: Tensor,
     v: Tensor,
@@ -120,8 +136,12 @@ def read(
     score: Tensor,
     metric: str | None,
 ) -> None:
-    """Fills residual `[B, T, HV, V]` unless it is empty, and with a metric score `[B, T, HV]`; all contiguous."""
+    """Writes residual `[B, T, HV, V]` unless it is empty, and with a metric score `[B, T, HV]`; all are contiguous.
+
+    `least` takes the place of a smaller beta.
+    """
     constants = launch(v.shape[3], metric, torch.float32)
+    # a little more than half a step, because the comparison in the kernel is rounded itself
     half = torch.finfo(v.dtype).eps / 2 * 1.001
     residual_kernel[(triton.cdiv(beta.numel(), constants["BLOCK"]),)](
         v_new,
@@ -148,7 +168,19 @@ def beta_grad(
     least: float,
     packed: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The gradient of beta: `[B, T, HV]`, float32. dh `[B, chunks, HV, K, V]`: of the state after every chunk."""
+    """The gradient of beta `[B, T, HV]`, float32, for calls whose residual has a gradient.
+
+    Args:
+        k: `[B, T, H, K]`.
+        dh: `[B, chunks, HV, K, V]`, gradient of the state after every chunk.
+        g: `[B, T, HV]`, running sums of the decay within each chunk, in base 2.
+        beta: `[B, T, HV]`.
+        v_new: `[B, T, HV, V]`, beta * residual.
+        local: `[B, T, HV, V]`, the gradient that reaches v_new through its own chunk's outputs.
+        dr: `[B, T, HV, V]`, the gradient of v_new from all sources.
+        least: takes the place of a smaller beta.
+        packed: borders and chunk indices of a packed batch.
+    """
     dbeta = torch.empty_like(g)
     key_dim, value_dim = k.shape[3], v_new.shape[3]
     tiles = {

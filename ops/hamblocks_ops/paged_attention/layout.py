@@ -1,4 +1,4 @@
-"""Keys and values in pages, and the same as padded rows."""
+"""Keys and values in pages, and the same as padded tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hamblocks_ops.packing import NEVER
 class Pages(NamedTuple):
     """P pages of keys and values, each for W key/value heads that are stored and evicted together.
 
-    Query t sees a slot iff position <= t < evict_at. A slot that no query sees may hold anything, NaN included; one
-    that holds nothing has evict_at = 0.
+    Query t sees a slot iff position <= t < evict_at. A slot that no query sees may hold anything, NaN included. An
+    empty slot has evict_at = 0.
 
     Attributes:
         k: `[P, page, W, D]`, any floating dtype.
@@ -34,10 +34,11 @@ class Pages(NamedTuple):
 
 
 class PagedRows(NamedTuple):
-    """What the rows of a block table list, in the order of the table: S = M * page slots each.
+    """What the page tables list, in the order of the tables: S = M * page slots for each stream.
 
     Attributes:
-        k, v: `[N, S, Hkv, D]`, 0 where a page is missing.
+        k: `[N, S, Hkv, D]`, 0 where a page is missing.
+        v: `[N, S, Hkv, D]`, 0 where a page is missing.
         position: int32 `[N, S, H]`, NEVER where a page is missing.
         evict_at: int32 `[N, S, H]`, 0 where a page is missing.
         logit_bias: `[N, S, H]`, 0 where a page is missing; None without one.
@@ -51,7 +52,7 @@ class PagedRows(NamedTuple):
 
 
 class PagedCall(NamedTuple):
-    """One checked call: what an implementation is given. There is a slab, and query_position is NEVER for padding."""
+    """One call of `paged_attention`: there is at least one slab, and query_position is int32, NEVER for padding."""
 
     q: Tensor
     slabs: Sequence[Pages]
@@ -62,14 +63,14 @@ class PagedCall(NamedTuple):
 
 
 def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
-    """What the rows of a block table list, as the padded tensors that `selected_attention` takes: a copy.
+    """What the page tables list, copied into the padded tensors that `selected_attention` takes.
 
     Reads the block table on the host, which waits for its device.
 
     Args:
         slabs: one or more; pages are counted through all of them. Where they differ in page size, shorter pages are
             filled up as if the rest of the page were missing.
-        block_table: int32 or int64 `[N, H, M]`, pages of every row, -1 for none.
+        block_table: int32 or int64 `[N, H, M]`, the page table of every stream, -1 for no page.
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.
@@ -84,27 +85,27 @@ def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
         None if x is None else x.new_zeros(len(table), page, *x.shape[2:]) for x in slabs[0]
     )
     position = torch.full((len(table), page), NEVER, dtype=torch.int32, device=table.device)
-    rows = k, v, position, torch.zeros_like(position), bias
+    padded = k, v, position, torch.zeros_like(position), bias
     begin = 0
     for slab in slabs:
         pages, size = slab.position.shape
         entry = ((table >= begin) & (table < begin + pages)).nonzero()[:, 0]
         place = table[entry] - begin
-        for whole, part in zip(rows, slab, strict=True):
+        for whole, part in zip(padded, slab, strict=True):
             if whole is not None and part is not None:
                 whole[:, :size].index_copy_(0, entry, part.index_select(0, place).to(whole.dtype))
         begin += pages
-    return PagedRows(*(None if x is None else _by_sequence(x, block_table) for x in rows))  # type: ignore[arg-type]
+    return PagedRows(*(None if x is None else _by_sequence(x, block_table) for x in padded))  # type: ignore[arg-type]
 
 
 def _by_sequence(x: Tensor, block_table: Tensor) -> Tensor:
-    """[N * H * M, page, ...] -> [N, M * page, H, ...], of k and v [N, M * page, H * W, D]."""
+    """`[N * H * M, page, ...]` -> `[N, M * page, H, ...]`; k and v -> `[N, M * page, H * W, D]`."""
     x = x.unflatten(0, block_table.shape).movedim(1, 3).flatten(1, 2)
     return x.flatten(2, 3) if x.dim() > 3 else x
 
 
 def users(table: Tensor, pages: int) -> Tensor:
-    """How many entries of a table list a page, int32 `[pages + 1]`; the last counts those without a page."""
+    """How many entries of the page tables list each page, int32 `[pages + 1]`; the last entry counts -1."""
     page = torch.where(table < 0, pages, table).flatten()
     return torch.zeros(pages + 1, dtype=torch.int32, device=table.device).index_add_(
         0, page, torch.ones_like(page, dtype=torch.int32)
@@ -112,12 +113,12 @@ def users(table: Tensor, pages: int) -> Tensor:
 
 
 def total(slabs: Sequence[Pages]) -> int:
-    """Pages in all slabs."""
+    """The number of pages in all slabs."""
     return sum(slab.k.shape[0] for slab in slabs)
 
 
 def check_slabs(slabs: object, like: Tensor | None = None) -> None:
-    """Checks type, shapes, dtypes and devices of slabs; with `like`, `[..., D]`, they must agree with it too."""
+    """Checks type, shapes, dtypes and devices of slabs, and with `like`, `[..., D]`, that they agree with it."""
     if not isinstance(slabs, Sequence) or not all(isinstance(slab, Pages) for slab in slabs):
         raise wrong("slabs", "a sequence of Pages", slabs)
     for index, slab in enumerate(slabs):
@@ -146,7 +147,7 @@ def check_slabs(slabs: object, like: Tensor | None = None) -> None:
 def check_table(
     block_table: Tensor, slabs: Sequence[Pages], like: Tensor, sequences: int | None = None
 ) -> None:
-    """Checks `[N, H, M]` integers that name pages of the slabs or none."""
+    """Checks `[N, H, M]` integers from -1 to the number of the last page."""
     check_tensor("block_table", block_table, "[N, H, M]", [sequences, None, None], like=like)
     check_integer("block_table", block_table)
     check_range("block_table", block_table, -1, total(slabs) - 1)

@@ -1,9 +1,11 @@
-"""Attention to pages where they lie: every page is read on its own, and a row merges what its pages give.
+"""Attention to pages where they lie: each page is read on its own, and a stream merges what its pages give.
 
-To a page belong the queries of the row that lists it, so all pages of a slab, even those that nobody lists, are one
-batch of small attentions over k and v as they are in memory: no key is copied, and no step depends on a value, as a
-CUDA graph needs it. Where a page has several such rows, the listed pages are gathered, once for each of their rows. The
-log-sum-exp of a page says how much it counts in its row.
+The queries of a page are those of the stream that lists it. So all pages of a slab, also those that no stream lists,
+are one batch of small attentions over k and v as they lie in memory: no key is copied. No step depends on the value of
+a tensor, as a CUDA graph needs it, unless values are looked at (on a CPU) or `shared` is None.
+
+Where several streams list the same page, the listed pages are gathered, once for each entry of the page tables. The
+log-sum-exp of a page is its weight when a stream merges its pages.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ from torch.nn.functional import pad
 from hamblocks_ops.arguments import values_are_checked
 from hamblocks_ops.paged_attention.layout import PagedCall, Pages, users
 from hamblocks_ops.precision import wide
+from hamblocks_ops.selected_attention.merge import merge_all
 from hamblocks_ops.selected_attention.sdpa import attend
 
-SPARE = 3
-"""A slab is read in place if it has up to so many pages per entry of the block table; beyond that those that are listed
-are copied, and the copies read."""
+MAX_PAGES_PER_ENTRY = 3
+"""Most pages of a slab, for each entry of the page tables, with which the slab is read in place. In a larger slab most
+pages are listed by no stream, so the listed pages are copied and the copies read."""
 
 
 class _Queries(NamedTuple):
-    """The queries of each of R rows.
+    """The queries of R = N * H streams.
 
     Attributes:
-        q: [R, W, G * T, D], in the arithmetic's dtype.
-        time: int32 [R, T].
+        q: `[R, W, G * T, D]`, float32 or float64.
+        time: int32 `[R, T]`.
     """
 
     q: Tensor
@@ -42,7 +45,9 @@ class _Part(NamedTuple):
     """U pages for one call of SDPA: those of a slab as they lie, or copies.
 
     Attributes:
-        owner: int64 [U], the row of each; any row for a page that none lists, for nobody merges what it gives.
+        pages: the pages.
+        owner: int64 `[U]`, the stream that lists each page. A page that no stream lists may have any: what it gives is
+            not merged.
     """
 
     pages: Pages
@@ -54,27 +59,27 @@ class _Plan(NamedTuple):
 
     Attributes:
         parts: ordered by the size of their pages.
-        which: int64 [R, M + 1], where what an entry of the block table lists stands among the pages of all parts,
-            counted from 1; 0 where it lists none, as in the last column: a row may have nothing else.
+        which: int64 `[R, M + 1]`: for each entry of a page table the number of its page among the pages of all parts,
+            counted from 1; 0 for no page. The last column is 0, so that a stream without pages has something to merge.
     """
 
     parts: list[_Part]
     which: Tensor
 
 
-def pages(call: PagedCall) -> tuple[Tensor, Tensor]:
+def run(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` and lse `[N, T, Hq]`, unrounded."""
     look = values_are_checked(call.q)
     queries, plan = _queries(call), _plan(call, look=look)
     out, lse = _read(queries, plan, call.scale, clean=not look)
-    if look and not bool(
-        out.isfinite().all()
-    ):  # what no query sees may be anything, and 0 times infinity is NaN
+    # a slot that no query sees may hold anything, and 0 * inf is NaN. Looking is cheaper than zeroing it every time.
+    if look and not bool(out.isfinite().all()):
         out, lse = _read(queries, plan, call.scale, clean=True)
     return _by_sequence(out, call), _by_sequence(lse[..., None], call)[..., 0]
 
 
 def _queries(call: PagedCall) -> _Queries:
+    """The queries of a call by stream; those of a group go one behind the other, as more queries of one head."""
     heads, together = call.block_table.shape[1], call.slabs[0].k.shape[2]
     q = call.q.to(wide(call.q)).unflatten(
         2, (heads, together, call.q.shape[2] // (heads * together))
@@ -84,7 +89,7 @@ def _queries(call: PagedCall) -> _Queries:
 
 
 def _by_sequence(x: Tensor, call: PagedCall) -> Tensor:
-    """[N * H, W, G * T, D] -> [N, T, Hq, D]."""
+    """`[N * H, W, G * T, D]` -> `[N, T, Hq, D]`."""
     heads, together = call.block_table.shape[1], x.shape[1]
     queries, group = call.q.shape[1], call.q.shape[2] // (heads * together)
     x = x.reshape(len(call.q), heads, together, group, queries, x.shape[3])
@@ -92,16 +97,18 @@ def _by_sequence(x: Tensor, call: PagedCall) -> Tensor:
 
 
 def _plan(call: PagedCall, *, look: bool) -> _Plan:
-    """Slabs are read in place where each page has one row at most, else listed pages are gathered."""
+    """A slab is read in place where each page has one stream at most; otherwise its listed pages are gathered."""
     table = call.block_table.flatten(0, 1).long()
     ends = list(itertools.accumulate(len(slab.k) for slab in call.slabs))
     count = ends[-1]
     page = torch.where(table < 0, count, table)
-    row = torch.arange(len(table), device=table.device)[:, None].expand_as(table)
+    stream = torch.arange(len(table), device=table.device)[:, None].expand_as(table)
+    # the stream of every page; the page numbered `count` stands for entries without a page
     owner = torch.zeros(count + 1, dtype=torch.int64, device=table.device)
-    owner.scatter_(0, page.flatten(), row.flatten())
+    owner.scatter_(0, page.flatten(), stream.flatten())
     often = users(table, count) > 1 if call.shared is None else None
     lasts = _last_listed(table, ends) if look else ends
+    # `place` is where a page that is read in place stands among all units, `copies` the same for entries with a copy
     place, copies, parts, units = torch.zeros_like(owner), [], [], 1
     for slab, end, last in sorted(
         zip(call.slabs, ends, lasts, strict=True), key=lambda one: one[0].k.shape[1]
@@ -111,10 +118,10 @@ def _plan(call: PagedCall, *, look: bool) -> _Plan:
         if size == 0 or slab.k.numel() == 0 or table.numel() == 0 or call.q.numel() == 0:
             continue
         shared = call.shared if often is None else bool(often[begin:end].any())
-        if shared or size > SPARE * table.numel():
+        if shared or size > MAX_PAGES_PER_ENTRY * table.numel():
             inside = ((table >= begin) & (table < end)).flatten()
             part, entry = _gathered(
-                slab, (table - begin).flatten(), inside, row, look=call.shared is not False
+                slab, (table - begin).flatten(), inside, stream, look=call.shared is not False
             )
             copies.append(
                 (
@@ -134,28 +141,31 @@ def _plan(call: PagedCall, *, look: bool) -> _Plan:
 
 
 def _count(x: Tensor) -> Tensor:
-    """0, 1, ... beside a list."""
+    """0, 1, ..., len(x) - 1, int64."""
     return torch.arange(len(x), device=x.device)
 
 
 def _lying(slab: Pages, owner: Tensor) -> _Part:
-    """The first pages of a slab as they are."""
+    """The first pages of a slab where they lie, as many as `owner` has entries."""
     k, v, position, evict_at, bias = (None if x is None else x[: len(owner)] for x in slab)
     return _Part(Pages(k, v, position, evict_at, bias), owner)  # type: ignore[arg-type]
 
 
 def _gathered(
-    slab: Pages, place: Tensor, inside: Tensor, row: Tensor, *, look: bool
+    slab: Pages, place: Tensor, inside: Tensor, stream: Tensor, *, look: bool
 ) -> tuple[_Part, Tensor]:
-    """Copies of what the entries inside list, and the entries; without a look, of something for the others too."""
+    """Copies of the pages that the entries `inside` list, and the numbers of these entries.
+
+    Without a look at values the shape may not depend on them: the other entries then get a copy of page 0, unused.
+    """
     entry = inside.nonzero()[:, 0] if look else _count(inside)
     which = torch.where(inside, place, 0)[entry]
     k, v, position, evict_at, bias = (None if x is None else x.index_select(0, which) for x in slab)
-    return _Part(Pages(k, v, position, evict_at, bias), row.flatten()[entry]), entry  # type: ignore[arg-type]
+    return _Part(Pages(k, v, position, evict_at, bias), stream.flatten()[entry]), entry  # type: ignore[arg-type]
 
 
 def _last_listed(table: Tensor, ends: list[int]) -> list[int]:
-    """Behind which page of every slab none is listed; pools fill from below, so what lies behind it is free."""
+    """The end of the listed pages of every slab. A pool fills from below, so the pages behind it are free."""
     slab = torch.bucketize(table, torch.tensor(ends, device=table.device), right=True).flatten()
     begins = torch.tensor([0, *ends[:-1]], device=table.device)
     last: list[int] = begins.scatter_reduce(0, slab, table.flatten() + 1, "amax").tolist()
@@ -163,7 +173,8 @@ def _last_listed(table: Tensor, ends: list[int]) -> list[int]:
 
 
 def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
-    """out [R, W, G * T, D] and lse [R, W, G * T]; `clean`: with zeros in place of what no query sees."""
+    """Out `[R, W, G * T, D]` and lse `[R, W, G * T]`; with `clean`, slots that no query sees are read as zeros."""
+    # unit 0: the result of no page
     none = queries.q.new_zeros(1, *queries.q.shape[1:])
     results = [(none, torch.full_like(none[..., 0], float("-inf")))]
     for _, alike in itertools.groupby(plan.parts, lambda part: part.pages.k.shape[1]):
@@ -173,19 +184,16 @@ def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple
         torch.cat(x).index_select(0, which).unflatten(0, plan.which.shape)
         for x in zip(*results, strict=True)
     )
-    peak = lse.amax(1, keepdim=True)
-    weight = (lse - peak.masked_fill(peak == float("-inf"), 0)).exp()
-    whole = weight.sum(1)
-    out = out.mul_(weight[..., None]).sum(1).div_(whole.masked_fill(whole == 0, 1)[..., None])
-    return out, whole.log() + peak[:, 0]
+    return merge_all(out, lse)
 
 
 def _attend(
     queries: _Queries, parts: list[_Part], scale: float, *, clean: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """out [U, W, G * T, D] and lse [U, W, G * T] of every part; 0 and -inf where a row sees nothing of its page.
+    """Out `[U, W, G * T, D]` and lse `[U, W, G * T]` of every part; 0 and -inf where nothing of a page is seen.
 
-    All but keys and values is small, and put together for all parts, whose pages are of one size.
+    The pages of all parts are of one size. Everything but keys and values is small, so it is computed for all parts at
+    once.
     """
     owner, position, evict_at, bias = (
         None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x)
@@ -204,9 +212,8 @@ def _attend(
         visible &= (bias != float("-inf"))[:, None]
         mask = torch.where(visible, bias[:, None].to(dtype), float("-inf"))
     q, blind = queries.q.index_select(0, owner), ~visible.any(2)
-    if (
-        time.shape[1] > 1
-    ):  # the queries of a group stand one after the other; what is the same for all, SDPA repeats
+    # the queries of a group stand one behind the other; of one query, SDPA repeats the mask itself
+    if time.shape[1] > 1:
         group = q.shape[2] // time.shape[1]
         mask, blind = mask.repeat(1, group, 1), blind.repeat(1, group)
     begin = 0

@@ -1,4 +1,4 @@
-"""Attention over pages by its definition: the pages of every row side by side, then a dense mask and one softmax."""
+"""Attention over pages by its definition: the pages of every stream side by side, a dense mask and one softmax."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hamblocks_ops.paged_attention.layout import PagedCall, unpage
 from hamblocks_ops.selected_attention.reference import reference as attend
 
 
-def reference(call: PagedCall) -> tuple[Tensor, Tensor]:
+def run(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` and lse `[N, T, Hq]`, unrounded."""
-    rows = unpage(call.slabs, call.block_table)
+    padded = unpage(call.slabs, call.block_table)
     together = call.slabs[0].k.shape[2]
     position, evict_at, logit_bias = (
-        None if x is None else x.repeat_interleave(together, 2) for x in rows[2:]
+        None if x is None else x.repeat_interleave(together, 2) for x in padded[2:]
     )
     assert position is not None
     assert evict_at is not None
@@ -24,8 +24,8 @@ def reference(call: PagedCall) -> tuple[Tensor, Tensor]:
         logit_bias = logit_bias.masked_fill(hidden, 0)
     return attend(
         call.q,
-        rows.k,
-        rows.v,
+        padded.k,
+        padded.v,
         evict_at,
         scale=call.scale,
         logit_bias=logit_bias,

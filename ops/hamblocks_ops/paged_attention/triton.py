@@ -1,8 +1,10 @@
-"""Attention to pages in Triton: keys and values are read where they lie, once for every row that lists them.
+"""Attention to pages in Triton: keys and values are read where they lie, once for every stream that lists them.
 
-The slots of a row, page after page, are walked by several programs, each its share, in tiles that do not care where a
-page ends. What no query sees is not even loaded. A second kernel merges the shares by their log-sum-exp, in one order.
-Nothing depends on a value: no step waits for the device, as a CUDA graph needs it.
+The slots of a stream, page after page, are cut into shares, and a program (`share_kernel`) walks one share in tiles of
+BLOCK_N slots. Tiles do not care where a page ends. Slots that no query sees are not loaded. `merge_kernel` then merges
+the shares of a query by their log-sum-exp, in one order, so the same call gives the same bits.
+
+How many shares there are follows from shapes alone. Nothing waits for the device, as a CUDA graph needs it.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from hamblocks_ops.dispatch import launches
+from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention.layout import PagedCall
-from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_step, visible
+from hamblocks_ops.tiles.attention import LOG2E, logits, new_peak, softmax_step, visible
 
-LEAST_TILES = 4
-"""A share is at least so many tiles: below that, merging costs more than it saves."""
-WAVES = 2
-"""So many programs per multiprocessor are enough."""
+MIN_SHARE_TILES = 4
+"""Fewest tiles of a share: with fewer, merging costs more than it saves."""
+MAX_WAVES = 2
+"""Most programs for each multiprocessor: more shares than that occupy nothing new."""
+NOT_YET = tl.constexpr(NEVER)
 
 
 class Config(NamedTuple):
-    """Sizes of a launch: most queries of a tile, slots of a tile, warps, stages of the pipeline."""
+    """Sizes of a launch: the most queries of a tile, slots of a tile, warps, stages of the pipeline."""
 
     queries: int
     slots: int
@@ -45,50 +49,58 @@ def config(width: int, dtype: torch.dtype) -> Config:
 def share_kernel(
     q, k, v, position, evict_at, bias, table, asked, out, lse, scale,
     k_p, k_s, k_w, v_p, v_s, v_w, begin, pages, columns, queries, per_share, first_share,
-    ROWS: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    STREAMS: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Out and log-sum-exp of one share of the slots of a row; ROWS rows of the table belong to one sequence."""
+    """Out and log-sum-exp (in base 2) of one share of the slots of a stream, in one slab.
+
+    The grid is [blocks of queries, shares, streams * TOGETHER]. STREAMS streams belong to one sequence; a page holds
+    TOGETHER key/value heads, and GROUP query heads read each.
+    """
     block_m, share, which = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, head = which // TOGETHER, which % TOGETHER
-    sequence = row // ROWS
-    member = block_m * BLOCK_M + tl.arange(
-        0, BLOCK_M
-    )  # queries of the group, one token after the other
+    stream, head = which // TOGETHER, which % TOGETHER
+    sequence = stream // STREAMS
+    # phase 1: the tile of queries. The queries of a group go one behind the other, token after token, so that one tile
+    # of keys serves them all.
+    member = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     token, inside_m = member // GROUP, member < queries * GROUP
-    heads = ROWS * TOGETHER * GROUP
+    heads = STREAMS * TOGETHER * GROUP
     own = (
         (sequence * queries + token) * heads
-        + ((row % ROWS) * TOGETHER + head) * GROUP
+        + ((stream % STREAMS) * TOGETHER + head) * GROUP
         + member % GROUP
     )
-    asks = tl.load(asked + sequence * queries + token, mask=inside_m, other=2147483647)
+    asks = tl.load(asked + sequence * queries + token, mask=inside_m, other=NOT_YET)
     dim = tl.arange(0, WIDTH)
     mask_m = inside_m[:, None] & (dim < DIM)[None, :]
     tile = tl.load(q + own[:, None] * DIM + dim[None, :], mask=mask_m, other=0.0)
     have = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    # phase 2: the tiles of the share
     end = tl.minimum((share + 1) * per_share, tl.cdiv(columns * PAGE, BLOCK_N))
     for block in range(share * per_share, end):
         slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
         page = (
-            tl.load(table + row * columns + slot // PAGE, mask=slot < columns * PAGE, other=-1).to(
-                tl.int64
-            )
+            tl.load(
+                table + stream * columns + slot // PAGE, mask=slot < columns * PAGE, other=-1
+            ).to(tl.int64)
             - begin
         )
+        # `begin` is the number of the slab's first page: pages of other slabs fall outside
         listed = (page >= 0) & (page < pages) & (slot < columns * PAGE)
         place = page * PAGE + slot % PAGE
-        begins = tl.load(position + place, mask=listed, other=2147483647)
+        begins = tl.load(position + place, mask=listed, other=NOT_YET)
         ends = tl.load(evict_at + place, mask=listed, other=-1)
         shift = tl.zeros([BLOCK_N], tl.float32)
         if HAS_BIAS:
             shift = tl.load(bias + place, mask=listed, other=float("-inf")).to(tl.float32)
+            # a bias of -inf hides a slot, and keys behind it may hold NaN
             listed = listed & (shift > float("-inf"))
             shift = tl.where(listed, shift, 0.0)
         seen = visible(asks, begins, ends) & listed[None, :]
         some = tl.max(seen.to(tl.int32), 0) > 0
+        # a tile without a visible slot costs its positions alone
         if tl.max(some.to(tl.int32), 0) > 0:
             mask = some[:, None] & (dim < DIM)[None, :]
             at = slot % PAGE
@@ -104,9 +116,10 @@ def share_kernel(
             )
             logit = tl.where(seen, logits(tile, keys, shift, scale), float("-inf"))
             have, top, total = softmax_step(logit, values, have, top, total)
+    # phase 3: normalise and write; out is [shares, N, T, Hq, D] over the shares of all slabs
     empty = total == 0
     there = (first_share + share) * tl.num_programs(2).to(tl.int64) // (
-        ROWS * TOGETHER
+        STREAMS * TOGETHER
     ) * queries * heads + own
     tl.store(
         out + there[:, None] * DIM + dim[None, :],
@@ -122,21 +135,29 @@ def share_kernel(
 
 @triton.jit
 def merge_kernel(
-    parts, sums, out, lse, rows, shares,
+    parts, sums, out, lse, queries, shares,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merges the shares of a block of queries; sums are in base 2, lse is natural."""
-    row, dim = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    inside = row < rows
+    """Merges the shares of a block of queries.
+
+    Args:
+        parts: float32 `[shares, queries, DIM]`.
+        sums: float32 `[shares, queries]`, in base 2.
+        out: `[queries, DIM]`.
+        lse: float32 `[queries]`, natural.
+        queries: N * T * Hq.
+        shares: how many there are.
+    """
+    query, dim = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside = query < queries
     mask = inside[:, None] & (dim < DIM)[None, :]
     have = tl.zeros([BLOCK, WIDTH], tl.float32)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for share in range(shares):
-        here = share * rows + row
+        here = share * queries + query
         own = tl.load(sums + here, mask=inside, other=float("-inf"))
-        higher = tl.maximum(top, own)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
+        higher, base = new_peak(top, own)
         fade, weight = tl.exp2(top - base), tl.exp2(own - base)
         part = tl.load(parts + here[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
         have = have * fade[:, None] + part * weight[:, None]
@@ -144,9 +165,9 @@ def merge_kernel(
         top = higher
     empty = total == 0
     have = have / tl.where(empty, 1.0, total)[:, None]
-    tl.store(out + row[:, None] * DIM + dim[None, :], have.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + query[:, None] * DIM + dim[None, :], have.to(out.dtype.element_ty), mask=mask)
     sums_of = (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2E
-    tl.store(lse + row, tl.where(empty, float("-inf"), sums_of), mask=inside)
+    tl.store(lse + query, tl.where(empty, float("-inf"), sums_of), mask=inside)
 
 
 @torch.library.custom_op("hamblocks::paged_attention_triton", mutates_args=())
@@ -168,16 +189,17 @@ def attend(
         q.new_empty(q.shape[:3], dtype=torch.float32),
     )
     sequences, queries, heads, dim = q.shape
-    rows, columns = block_table.shape[1:]
+    streams, columns = block_table.shape[1:]
+    # slabs that have something to read
     lying = [i for i, x in enumerate(k) if x.numel() and block_table.numel() and q.numel()]
     if not lying:
         return out.zero_(), lse.fill_(float("-inf"))
     together = k[0].shape[2]
-    group = heads // (rows * together)
+    group = heads // (streams * together)
     width = max(16, int(triton.next_power_of_2(dim)))
     sizes = config(width, q.dtype)
     block_m = min(sizes.queries, max(16, int(triton.next_power_of_2(queries * group))))
-    grid = triton.cdiv(queries * group, block_m), sequences * rows * together
+    grid = triton.cdiv(queries * group, block_m), sequences * streams * together
     shares = [
         _shares(columns * k[i].shape[1], sizes.slots, grid[0] * grid[1], q.device) for i in lying
     ]
@@ -188,11 +210,12 @@ def attend(
     first, begins = 0, _begins(k)
     for i, (number, per_share) in zip(lying, shares, strict=True):
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (k[i], v[i]))
+        # any pointer will do where there is no bias
         bias = logit_bias[i].contiguous() if logit_bias else parts
         share_kernel[(grid[0], number, grid[1])](
             q, keys, values, position[i].contiguous(), evict_at[i].contiguous(), bias, table, asked, parts, sums, scale,
             *keys.stride()[:3], *values.stride()[:3], begins[i], len(keys), columns, queries, per_share, first,
-            ROWS=rows, TOGETHER=together, GROUP=group, PAGE=keys.shape[1], DIM=dim, WIDTH=width, BLOCK_M=block_m,
+            STREAMS=streams, TOGETHER=together, GROUP=group, PAGE=keys.shape[1], DIM=dim, WIDTH=width, BLOCK_M=block_m,
             BLOCK_N=sizes.slots, HAS_BIAS=bool(logit_bias), num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip
         first += number
@@ -217,19 +240,19 @@ def _begins(k: Sequence[Tensor]) -> list[int]:
 
 
 def _shares(slots: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many shares a row is cut, and the tiles of one; by the shapes alone."""
-    wanted = WAVES * (
+    """How many shares the slots of a stream are cut into, and how many tiles each has; by shapes alone."""
+    wanted = MAX_WAVES * (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 8
     )
     tiles = triton.cdiv(slots, tile)
-    number = max(1, min(triton.cdiv(wanted, programs), tiles // LEAST_TILES))
+    number = max(1, min(triton.cdiv(wanted, programs), tiles // MIN_SHARE_TILES))
     per_share = triton.cdiv(tiles, number)
     return triton.cdiv(tiles, per_share), per_share
 
 
-def triton_attention(call: PagedCall) -> tuple[Tensor, Tensor]:
+def run(call: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns out `[N, T, Hq, D]` in the dtype of q, and lse `[N, T, Hq]`."""
     k, v, position, evict_at, bias = (
         [getattr(slab, name) for slab in call.slabs] for name in call.slabs[0]._fields

@@ -13,12 +13,16 @@ from hamblocks_ops.arguments import (
     values_are_checked,
     wrong,
 )
+from hamblocks_ops.declare import Hints, op
 from hamblocks_ops.packing import NEVER, positions, sequence_of
 from hamblocks_ops.select.topk import topk
 
 __all__ = ["NEVER", "select_first", "select_threshold", "select_topk", "select_window"]
 
+BY_TOKEN = ("score", "position")
 
+
+@op(Hints(by_token=BY_TOKEN, threshold="tau"))
 def select_threshold(
     score: Tensor,
     tau: float | Tensor,
@@ -31,7 +35,7 @@ def select_threshold(
     Args:
         score: `[B, T, H]`, floating; NaN is never stored.
         tau: a number, or a floating tensor `[]` or `[H]`; compared in the wider of float32 and score's dtype.
-        position: int `[B, T]` or `[B, T, H]`, where the tokens stand within their sequences; -1 marks an empty row,
+        position: int `[B, T]` or `[B, T, H]`, where the tokens stand within their sequences; -1 marks padding,
             which gets evict_at = -1. None: counted from 0.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
@@ -39,32 +43,45 @@ def select_threshold(
         evict_at, int32 `[B, T, H]`: NEVER or the token's own position.
 
     Raises:
-        ValueError: a bad argument, NaN for tau among them.
+        ValueError: a bad argument; NaN is a bad `tau`.
     """
-    where, _ = _checked(score, position, cu_seqlens)
+    where, _ = placed(score, position, cu_seqlens)
+    if not isinstance(tau, Tensor):
+        # a number beside a tensor would be rounded to the tensor's dtype
+        tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
+    wide = torch.promote_types(score.dtype, torch.float32)
+    stored = (score.to(wide) >= tau.to(wide)) & (tau < float("inf"))
+    return torch.where(stored & (where >= 0), NEVER, where).to(torch.int32)
+
+
+@select_threshold.check
+def _check_threshold(
+    score: Tensor,
+    tau: float | Tensor,
+    *,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    _check_score(score, position, cu_seqlens)
     if not isinstance(tau, Tensor):
         if not isinstance(tau, (int, float)) or tau != tau:
             raise wrong("tau", "a number that is not NaN", tau)
-        tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
-    else:
-        check_floating("tau", tau)
-        if tau.dim() > 1 or (tau.dim() == 1 and tau.shape[0] not in (1, score.shape[2])):
-            raise wrong("tau", f"shape [] or [H] = [{score.shape[2]}]", tau)
-        if tau.device != score.device:
-            raise wrong("tau", f"device {score.device}", tau)
-        if values_are_checked(tau) and bool(tau.isnan().any()):
-            raise wrong("tau", "values that are not NaN", "NaN")
-    wide = torch.promote_types(
-        score.dtype, torch.float32
-    )  # a number beside a tensor would be rounded to its dtype
-    stored = (score.to(wide) >= tau.to(wide)) & (tau < float("inf"))
-    return _result(torch.where(stored & (where >= 0), NEVER, where))
+        return
+    check_floating("tau", tau)
+    if tau.dim() > 1 or (tau.dim() == 1 and tau.shape[0] not in (1, score.shape[2])):
+        raise wrong("tau", f"shape [] or [H] = [{score.shape[2]}]", tau)
+    if tau.device != score.device:
+        raise wrong("tau", f"device {score.device}", tau)
+    if values_are_checked(tau) and bool(tau.isnan().any()):
+        raise wrong("tau", "values that are not NaN", "NaN")
 
 
+@op(Hints(by_token=BY_TOKEN))
 def select_topk(
     score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Keeps the k largest scores seen so far; the worst leaves when a better token comes; ties to the earlier token.
+    """Keeps the k largest scores seen so far: the smallest leaves when a larger one comes. Of equal scores, the earlier
+    token stays.
 
     evict_at[j] is the first position at which k seen tokens beat j: a larger score, or an equal one that came earlier.
     O(T log T), whatever k is (HOLA, arXiv 2607.02303, keeps its cache this way).
@@ -72,7 +89,7 @@ def select_topk(
     Args:
         score: `[B, T, H]`, floating; NaN counts as -inf.
         k: how many tokens of a sequence and head are stored at any time, >= 0.
-        position: as in `select_threshold`, ascending within a sequence; eviction is told in these positions.
+        position: as in `select_threshold`, ascending within a sequence; `evict_at` is one of these positions or NEVER.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
     Returns:
@@ -81,19 +98,27 @@ def select_topk(
     Raises:
         ValueError: a bad argument.
     """
-    where, sequence = _checked(score, position, cu_seqlens)
+    where, sequence = placed(score, position, cu_seqlens)
+    return topk(score, k, where, sequence).to(torch.int32)
+
+
+@select_topk.check
+def _check_topk(
+    score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> None:
+    _check_score(score, position, cu_seqlens)
     check_count("k", k)
-    return _result(topk(score, k, where, sequence))
 
 
+@op(Hints(by_token=BY_TOKEN))
 def select_window(
     score: Tensor, width: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Sliding window: token j is seen by the queries j ... j + width - 1; width = 1 is a token seeing itself.
+    """Sliding window: the queries j ... j + width - 1 see token j; with width = 1 a token sees itself alone.
 
     Args:
-        score: `[B, T, H]`, floating: only its shape counts.
-        width: in tokens, >= 0; saturates at NEVER.
+        score: `[B, T, H]`, floating; only its shape and device are used.
+        width: in tokens, >= 0; j + width is clamped to NEVER.
         position: as in `select_threshold`.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
@@ -103,18 +128,26 @@ def select_window(
     Raises:
         ValueError: a bad argument.
     """
-    where, _ = _checked(score, position, cu_seqlens)
+    where, _ = placed(score, position, cu_seqlens)
+    return torch.where(where < 0, where, (where + width).clamp(max=NEVER)).to(torch.int32)
+
+
+@select_window.check
+def _check_window(
+    score: Tensor, width: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> None:
+    _check_score(score, position, cu_seqlens)
     check_count("width", width)
-    return _result(torch.where(where < 0, where, (where + width).clamp(max=NEVER)))
 
 
+@op(Hints(by_token=BY_TOKEN))
 def select_first(
     score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Stores the first n tokens of every sequence for good (attention sinks, arXiv 2309.17453).
 
     Args:
-        score: `[B, T, H]`, floating: only its shape counts.
+        score: `[B, T, H]`, floating; only its shape and device are used.
         n: in tokens, >= 0.
         position: as in `select_threshold`.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
@@ -125,44 +158,52 @@ def select_first(
     Raises:
         ValueError: a bad argument.
     """
-    where, _ = _checked(score, position, cu_seqlens)
+    where, _ = placed(score, position, cu_seqlens)
+    return torch.where((where >= 0) & (where < n), NEVER, where).to(torch.int32)
+
+
+@select_first.check
+def _check_first(
+    score: Tensor, n: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> None:
+    _check_score(score, position, cu_seqlens)
     check_count("n", n)
-    return _result(torch.where((where >= 0) & (where < n), NEVER, where))
 
 
-def _checked(
-    score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _check_score(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check_tensor("score", score, "[B, T, H]", [None] * 3)
     check_floating("score", score)
-    return placed(score, position, cu_seqlens)
+    check_placed(score, position, cu_seqlens)
+
+
+def check_placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Checks positions `[B, T]` or `[B, T, H]` and borders of packed sequences beside tokens `[B, T, H]`."""
+    batch, length, heads = tokens.shape
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length, tokens)
+    if position is None:
+        return
+    if not isinstance(position, Tensor) or position.dim() == 3:
+        check_tensor("position", position, "[B, T, H]", [batch, length, heads], like=tokens)
+    else:
+        check_tensor("position", position, "[B, T]", [batch, length], like=tokens)
+    check_integer("position", position)
 
 
 def placed(
     tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions as int64 [B, T, H], and in a packed batch the sequence of every token."""
+    """Positions as int64 `[B, T, H]`, and in a packed batch the sequence of every token, int64 `[T]`."""
     batch, length, heads = tokens.shape
-    sequence = None
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, length, tokens)
-        sequence = sequence_of(cu_seqlens, length)
+    sequence = None if cu_seqlens is None else sequence_of(cu_seqlens, length)
     if position is None:
         position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
-    elif not isinstance(position, Tensor) or position.dim() == 3:
-        check_tensor("position", position, "[B, T, H]", [batch, length, heads], like=tokens)
-    else:
-        check_tensor("position", position, "[B, T]", [batch, length], like=tokens)
-    check_integer("position", position)
     if position.dim() == 2:
         position = position[..., None]
     return position.long().expand(batch, length, heads), sequence
 
 
 def check_count(name: str, value: object) -> None:
+    """Checks an integer >= 0; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise wrong(name, "an integer >= 0", value)
-
-
-def _result(evict_at: Tensor) -> Tensor:
-    return evict_at.to(torch.int32)

@@ -1,7 +1,8 @@
-"""FlexAttention over all keys with a mask of blocks, as the paper computes it: the baseline that others have to beat.
+"""FlexAttention over all keys with a block mask, as the paper computes it: the baseline for the other implementations.
 
-Which blocks a block of queries sees, in part or whole, follows from the extremes of their positions and lifetimes; no
-mask of queries by keys is ever made. On a GPU flex_attention is compiled, on a CPU torch runs it unfused.
+FlexAttention visits blocks of keys, not single ones. Which blocks of keys a block of queries sees, in part or whole,
+follows from the extremes of their positions and lifetimes, so no mask of queries by keys is made. On a GPU
+flex_attention is compiled; on a CPU torch runs it unfused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,37 @@ from torch import Tensor
 
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.precision import wide
+from hamblocks_ops.selected_attention.call import AttentionCall, learns
 from hamblocks_ops.selected_attention.lists import Times, query_blocks, times
 
 BLOCK = 128
 """Queries and keys of a block: what flex_attention is tuned for."""
+MIN_DIM = 16
+"""Smallest head size that its kernels take."""
+
+
+def refused(call: AttentionCall) -> str | None:
+    """Why FlexAttention cannot run this call, or None."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9):
+        return f"it needs the FlexAttention of torch 2.9 or newer, this is {torch.__version__}"
+    if call.q.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU" if learns(call) else None
+    if call.q.dtype == torch.float64:
+        return "it computes in float32 at the most"
+    if call.q.shape[3] < MIN_DIM:
+        return f"FlexAttention takes head sizes from {MIN_DIM} on, not {call.q.shape[3]}"
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Runs a call; out is in the dtype of q."""
+    arguments = {name: getattr(call, name) for name in call._fields}
+    if not torch.is_grad_enabled():
+        # FlexAttention looks at requires_grad alone, and would refuse on a CPU under no_grad
+        arguments = {
+            name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()
+        }
+    return flex(**arguments)
 
 
 def flex(
@@ -55,7 +83,8 @@ def flex(
             return logit + bias[b, j, h // group]
 
         score = biased
-    unseen = ~_seen_at_all(time)[..., None]  # what nobody sees may be anything, and 0 * NaN is NaN
+    # a key that no query sees may hold anything, and 0 * NaN is NaN
+    unseen = ~_seen_at_all(time)[..., None]
     k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     given = (x.transpose(1, 2) for x in (q, k, v))
     out, more = _attend(q)(
@@ -67,6 +96,7 @@ def flex(
         return_aux=AuxRequest(lse=True),
     )
     lse = more.lse.detach().transpose(1, 2)
+    # flex_attention gives a query that sees nothing an arbitrary result
     blind = ~_sees_at_all(time, group)
     return out.transpose(1, 2).masked_fill(blind[..., None], 0), lse.masked_fill(
         blind, float("-inf")
@@ -74,6 +104,7 @@ def flex(
 
 
 def _attend(q: Tensor) -> Callable[..., Any]:
+    """flex_attention as this device runs it: compiled on a GPU, unless a caller is being compiled anyway."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if torch.compiler.is_compiling():
@@ -91,7 +122,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _unfused(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """Without the warning that it is; who names it on a CPU knows."""
+    """flex_attention without the warning that it runs unfused, which naming it on a CPU asks for."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -102,7 +133,7 @@ def _unfused(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _block_mask(time: Times, group: int, seen: Callable[..., Tensor]) -> Any:
-    """Blocks of keys that a block of queries sees in part, and those that it sees whole."""
+    """FlexAttention's block mask: the blocks of keys that a block of queries sees in part, and those seen whole."""
     from torch.nn.attention.flex_attention import BlockMask
 
     some, whole = (x.repeat_interleave(group, 1) for x in visited(time))
@@ -117,9 +148,11 @@ def _block_mask(time: Times, group: int, seen: Callable[..., Tensor]) -> Any:
 
 
 def visited(time: Times) -> tuple[Tensor, Tensor]:
-    """Of every block of queries, which blocks of keys it may see and which it sees whole: bool `[B, Hkv, NQ, NK]`."""
+    """Which blocks of keys a block of queries may see, and which it sees whole: bool `[B, Hkv, NQ, NK]` each."""
     low, high = (x[:, None, :, None] for x in query_blocks(time.asked, BLOCK))
     stored = time.evict_at > time.position
+    # smallest position, largest evict_at, largest position and smallest evict_at of the stored keys of a block. A key
+    # that is not stored gets the fill, which changes no bound, or keeps its block from being seen whole.
     extremes = []
     for x, fill, largest in (
         (time.position, NEVER, False),
@@ -128,23 +161,24 @@ def visited(time: Times) -> tuple[Tensor, Tensor]:
         (time.evict_at, -1, False),
     ):
         x = torch.where(stored, x, fill).transpose(1, 2)
+        # keys beyond the last one are no reason for a mask: the largest position ignores them
         short = torch.nn.functional.pad(
             x, [0, -x.shape[2] % BLOCK], value=-1 if largest and fill == NEVER else fill
         )
-        rows = short.unflatten(2, (-1, BLOCK))
-        extremes.append((rows.amax(3) if largest else rows.amin(3))[:, :, None])
+        blocks = short.unflatten(2, (-1, BLOCK))
+        extremes.append((blocks.amax(3) if largest else blocks.amin(3))[:, :, None])
     first, last_end, last, first_end = extremes
     return (first <= high) & (low < last_end), (last <= low) & (high < first_end)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of a row are marked, and which: those first, in their order."""
+    """How many blocks of keys are marked for each block of queries; and all blocks, the marked ones first in order."""
     order = blocks.to(torch.int8).argsort(dim=3, descending=True, stable=True)
     return blocks.sum(3, dtype=torch.int32), order.to(torch.int32)
 
 
 def _seen_at_all(time: Times) -> Tensor:
-    """Whether any query sees a key, bool `[B, Tk, Hkv]`."""
+    """Whether any query sees a key, bool `[B, Tk, Hkv]`: one asks at or after its position and before evict_at."""
     moments = time.asked.sort(1).values[:, None].contiguous()
     begin, end = (
         torch.searchsorted(
@@ -156,7 +190,7 @@ def _seen_at_all(time: Times) -> Tensor:
 
 
 def _sees_at_all(time: Times, group: int) -> Tensor:
-    """Whether a query sees any key, bool `[B, Tq, H]`: as many have begun as have ended where it sees none."""
+    """Whether a query sees any key, bool `[B, Tq, H]`: if not, as many stored keys have ended as have begun."""
     stored = time.evict_at > time.position
     asked = time.asked[:, None].expand(-1, stored.shape[2], -1).contiguous()
     begun, ended = (

@@ -1,7 +1,7 @@
 """Softmax attention over stored tokens with a dense mask: what every other implementation is compared with.
 
-Query t of a sequence sees token j iff position_j <= t < evict_at_j; what it sees is weighted by
-softmax(scale q_t . k_j + logit_bias_j). A query that sees nothing reads 0 and has lse = -inf. In low precision the
+Query t of a sequence sees token j iff position_j <= t < evict_at_j. Its weights are
+softmax(scale q_t . k_j + logit_bias_j) over the tokens that it sees. A query that sees nothing reads 0 and has lse = -inf. In low precision the
 operands of both products are rounded to the dtype of the inputs, as on a tensor core; sums are float32.
 """
 
@@ -14,6 +14,22 @@ from torch.nn.functional import pad
 from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.precision import wide
 from hamblocks_ops.select.reference import visible
+from hamblocks_ops.selected_attention.call import AttentionCall
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Runs a call, unrounded."""
+    return reference(
+        call.q,
+        call.k,
+        call.v,
+        call.evict_at,
+        scale=call.scale,
+        logit_bias=call.logit_bias,
+        query_position=call.query_position,
+        key_position=call.key_position,
+        cu_seqlens=call.cu_seqlens,
+    )
 
 
 def reference(
@@ -38,7 +54,7 @@ def reference(
     if cu_seqlens is not None:
         own, other = sequence_of(cu_seqlens, queries), sequence_of(cu_seqlens, k.shape[1])
         mask = mask & (own[:, None] == other)[None, :, :, None]
-    # what nobody sees may be anything, and 0 * NaN is NaN
+    # a key that no query sees may hold anything, and 0 * NaN is NaN
     unseen = ~mask.any(1)[..., None]
     k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     grouped = q.to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
@@ -46,8 +62,8 @@ def reference(
     if logit_bias is not None:
         logits = logits + logit_bias.to(dtype).transpose(1, 2)[:, :, None, None]
     logits = logits.masked_fill(~mask.permute(0, 3, 1, 2)[:, :, None], float("-inf"))
-    # subtracting a finite maximum keeps rows that see nothing at exp(-inf) = 0, forward and backward; one more column,
-    # because there may be no key at all
+    # subtracting a finite maximum keeps queries that see nothing at exp(-inf) = 0, forward and backward;
+    # one more column, because there may be no key at all
     peak = pad(logits.detach(), [0, 1], value=float("-inf")).amax(-1, keepdim=True)
     weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
     total = weight.sum(-1, keepdim=True)

@@ -1,11 +1,11 @@
-"""How far the prediction p = v - r missed the value v, row by row, always finite.
+"""How far the prediction p = v - r missed the value v, for each token and head, always finite.
 
-    cosine       1 - cos(p, v)     1 with gradient 0 where p or v is zero: nothing was predicted, or nothing asked
+    cosine       1 - cos(p, v)     1 with gradient 0 where p or v is zero: the angle is not defined
     relative_l2  |r| / |v|         1 with gradient 0 where v is zero
     l2           |r|^2 / V
 
-Rows are scaled by their largest entry first, so that no square over- or underflows; a row whose largest entry is below
-the smallest normal number counts as zero; what exceeds the largest finite number is that number.
+Vectors are scaled by their largest entry first, so that no square over- or underflows. A vector whose largest entry is
+below the smallest normal number counts as zero. Results above the largest finite number are clamped to it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hamblocks_ops.precision import wide
+from hamblocks_ops.surprise.call import SurpriseCall
+
+
+def run(call: SurpriseCall) -> Tensor:
+    """Scores a call in float32, or float64 for float64 inputs."""
+    dtype = wide(call.v)
+    return reference(call.residual.to(dtype), call.v.to(dtype), call.metric)
+
 
 def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     """`[..., V]` twice, float32 or float64 -> `[...]`."""
     most = torch.finfo(v.dtype).max
     if metric == "cosine":
-        prediction, value = _Row(v - residual), _Row(v)
+        prediction, value = _Scaled(v - residual), _Scaled(v)
         cosine = (prediction.scaled * value.scaled).sum(-1) / (prediction.norm * value.norm)
         # rounding must not push a perfect prediction below 0, where the minimum and its gradient lie
         return (1 - cosine.masked_fill(prediction.zero | value.zero, 0)).clamp(min=0)
     if metric == "relative_l2":
-        error, value = _Row(residual), _Row(v)
+        error, value = _Scaled(residual), _Scaled(v)
         lead = error.peak / value.peak
         over = lead.isinf()  # kept out of the product, whose gradient would be 0 * inf
         ratio = lead.masked_fill(over, 0) * (error.norm / value.norm)
@@ -34,8 +43,11 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     return scaled.square().sum(-1).clamp(max=most)
 
 
-class _Row:
-    """A row as peak * scaled, |scaled| = norm in [1, sqrt(V)]; the peak carries no gradient, nor does it need one."""
+class _Scaled:
+    """A vector as peak * scaled, with |scaled| = norm in [1, sqrt(V)].
+
+    The peak is detached: it cancels in every score, so its gradient is zero.
+    """
 
     def __init__(self, x: Tensor) -> None:
         peak = x.detach().abs().amax(-1)

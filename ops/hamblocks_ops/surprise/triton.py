@@ -1,4 +1,8 @@
-"""Surprise in Triton: one pass forward and one backward, residual and value read once."""
+"""Surprise in Triton: one kernel forward and one backward, each reads residual and value once.
+
+A program owns a block of vectors: BLOCK rows of DIM entries of the flattened `[B * T * H, V]`, padded to WIDTH columns.
+The arithmetic is that of `tiles.rows`, in float32 or float64.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamblocks_ops.dispatch import launches
+from hamblocks_ops.surprise.call import SurpriseCall
 from hamblocks_ops.tiles.rows import launch, surprise_grad, surprise_of
 
 
@@ -19,13 +24,15 @@ def surprise_kernel(
     METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a block of rows."""
+    """Scores of a block of vectors."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place, inside = (
         row[:, None] * DIM + column[None, :],
         (row < rows)[:, None] & (column < DIM)[None, :],
     )
+    # the score has the dtype of the arithmetic: float32, or float64 for float64 inputs
     wide = score.dtype.element_ty
+    # columns beyond DIM are zeros, which change no norm and no product
     error = tl.load(residual + place, mask=inside, other=0.0).to(wide)
     value = tl.load(v + place, mask=inside, other=0.0).to(wide)
     tl.store(
@@ -41,7 +48,7 @@ def surprise_grad_kernel(
     METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of rows."""
+    """Gradients of residual and v for a block of vectors; nothing is kept from the forward pass."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place, inside = (
         row[:, None] * DIM + column[None, :],
@@ -107,3 +114,9 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 score.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def run(call: SurpriseCall) -> Tensor:
+    """Scores a call."""
+    result: Tensor = score(call.residual, call.v, call.metric)
+    return result

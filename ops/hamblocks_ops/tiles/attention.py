@@ -1,6 +1,6 @@
 """Tiles of attention: which keys a query sees, one step of an online softmax, and the share of a tile in gradients.
 
-Logits are in base 2 throughout: exp2 is what the hardware has. A tile is [queries, keys].
+Logits are in base 2 throughout, because the hardware computes exp2. A tile is [M queries, N keys].
 """
 
 import triton
@@ -22,12 +22,23 @@ def logits(q, k, bias, scale):
 
 
 @triton.jit
+def new_peak(top, logit):
+    """The larger of two logits [M], and what to subtract before exp2: 0 for queries that have seen nothing yet.
+
+    Their logits then stay at exp2(-inf) = 0, where exp2(-inf - -inf) would be NaN.
+    """
+    higher = tl.maximum(top, logit)
+    return higher, tl.where(higher == float("-inf"), 0.0, higher)
+
+
+@triton.jit
 def softmax_step(logit, v, out, top, total):
-    """Adds a tile to running sums: out [M, D] and total [M] relative to 2 ** top; hidden logits are -inf."""
-    higher = tl.maximum(top, tl.max(logit, 1))
-    base = tl.where(
-        higher == float("-inf"), 0.0, higher
-    )  # rows that saw nothing yet stay at exp2(-inf) = 0
+    """Adds a tile to the running sums of an online softmax.
+
+    out [M, D] and total [M] are sums of weights relative to 2 ** top [M]. When a tile raises the peak, both are scaled
+    down first. Hidden logits are -inf. Returns out, top and total.
+    """
+    higher, base = new_peak(top, tl.max(logit, 1))
     weight = tl.exp2(logit - base[:, None])
     fade = tl.exp2(top - base)
     out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")

@@ -1,7 +1,7 @@
-"""Tiles of rows: how far predictions missed values, and the gradient of that; as `hamblocks_ops.surprise.reference`.
+"""Tiles of vectors: how far predictions missed values, and its gradient; as `hamblocks_ops.surprise.reference`.
 
-A tile is [rows, columns], with zeros beyond the last column, in float32 or float64. Every row is scaled by its largest
-entry before it is squared.
+A tile is [R vectors, C columns], with zeros beyond the last column, in float32 or float64. Every vector is scaled by
+its largest entry before it is squared, so that no square over- or underflows.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 4096
-"""Entries of a tile."""
+TILE_ENTRIES = 4096
+"""Entries of a tile: R * C."""
 
 
 def launch(dim: int, metric: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants of a kernel over rows of `dim` entries, computed in `dtype`."""
+    """The constants of a kernel over vectors of `dim` entries, computed in `dtype`."""
     width, finfo = int(triton.next_power_of_2(dim)), torch.finfo(dtype)
-    block = max(1, TILE // width)
+    block = max(1, TILE_ENTRIES // width)
     return {
         "METRIC": metric,
         "DIM": dim,
@@ -30,7 +30,7 @@ def launch(dim: int, metric: str | None, dtype: torch.dtype) -> dict[str, Any]:
 
 @triton.jit
 def scaled(x, TINY: tl.constexpr):
-    """A row as peak * unit * norm: unit [R, C] of length 1, norm in [1, sqrt(C)]; and which rows count as zero."""
+    """Vectors as peak * norm * unit: unit [R, C] of length 1, norm [R] in [1, sqrt(C)], peak [R]; and which count as zero."""
     peak = tl.max(tl.abs(x), 1)
     zero = peak < TINY
     peak = tl.where(zero, 1.0, peak)
@@ -49,8 +49,8 @@ def surprise_of(
     TINY: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """Scores [R] of rows [R, C]; prediction is v - residual."""
-    # one chain of branches: Triton compiles what stands behind a branch that returns
+    """Scores [R] of vectors [R, C]; prediction is v - residual."""
+    # if, elif, else: Triton would compile what stands behind a branch that returns
     if METRIC == "cosine":
         p, _, _, no_p = scaled(prediction, TINY)
         value, _, _, no_value = scaled(v, TINY)

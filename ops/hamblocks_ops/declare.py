@@ -1,0 +1,218 @@
+"""One declaration per op, from which its call, `explain`, `unchecked` and the choice of an implementation follow.
+
+An op is a function with its real signature and docstring, decorated with `op` or, where there is a choice of
+implementations, with `op_with_choice`:
+
+    @op_with_choice(
+        Implementation("triton", _run_triton, refuses=_refused_by_triton, passed_over=interpreted),
+        Implementation("reference", reference.run),
+        finish=finish,
+        hints=Hints(differentiable=True),
+    )
+    def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
+        '''What callers read.'''
+        return surprise.request(SurpriseCall(residual, v, metric), impl)
+
+    @surprise.check
+    def _check_surprise(residual, v, *, metric="cosine", impl="auto") -> None:
+        check_tensor("v", v, "[B, T, H, V]", [None] * 4)
+
+The body only normalises its arguments into a call object, a NamedTuple. Every argument check stands in the function
+that `check` registers, so `unchecked` can leave them out. The parameters of both are compared by mypy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+
+from hamblocks_ops.dispatch import Explanation, Implementation, explain_table, pick
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Raw = TypeVar("Raw")
+Call = TypeVar("Call", bound=tuple[Any, ...])
+
+Holds = Literal[True] | str
+"""True, or the reason why a property does not hold."""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What checks of an op have to know and cannot see in its signature. hamblocks.testing reads them.
+
+    Attributes:
+        differentiable: whether the op promises gradients for its floating-point tensors.
+        causal: results before position t depend on nothing from t on; or the reason why not.
+        packs: the op takes `cu_seqlens`; or the reason why not.
+        traced: torch.compile(fullgraph=True) traces the op; or the reason why not.
+        attends: whether the op reads keys, some of which a query may not see.
+        scores_residual: whether the op returns a score of its residual for each `metric`.
+        by_token: names of arguments with tokens in their second dimension.
+        streams: the argument that takes a state, and the result that hands it on.
+        by_sequence: names of results with sequences, not tokens, in their first dimension.
+        lists: names of results with stored tokens, not all tokens, in a dimension.
+        threshold: name of the argument that a score has to reach.
+    """
+
+    differentiable: bool = False
+    causal: Holds = True
+    packs: Holds = True
+    traced: Holds = True
+    attends: bool = False
+    scores_residual: bool = False
+    by_token: tuple[str, ...] = ()
+    streams: tuple[str, str] | None = None
+    by_sequence: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    threshold: str | None = None
+
+
+class Op(Generic[P, R]):
+    """A public function of this package: checks its arguments, then runs its body.
+
+    An instance stands in the place of the function that it was declared with: it has its name, module, signature and
+    docstring, is pickled by name, and is traced by torch.compile.
+
+    Attributes:
+        hints: what checks of the op have to know.
+    """
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, body: Callable[P, R], hints: Hints) -> None:
+        functools.update_wrapper(self, body)
+        self.hints = hints
+        self._body = body
+        self._check: Callable[P, None] | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the op.
+
+        Raises:
+            ValueError: a bad argument; the message names it, what was expected and what came.
+        """
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        return self.unchecked(*args, **kwargs)
+
+    def unchecked(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the same call without any argument check, for callers that have already checked.
+
+        A bad argument is then undefined behaviour: an error of torch, or a wrong result.
+        """
+        return self._body(*args, **kwargs)
+
+    def check(self, function: Callable[P, None]) -> Callable[P, None]:
+        """Registers the argument checks: a function with the parameters of the op. Used as a decorator."""
+        self._check = function
+        return function
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """Names that `impl` takes, in the order in which "auto" tries them; empty where there is no choice."""
+        return ()
+
+    def __repr__(self) -> str:
+        return f"<op {self.__name__}>"
+
+    def __reduce__(self) -> str:
+        # a string makes pickle and copy look the op up by name, as they do for a function
+        return self.__qualname__
+
+
+class _Request(NamedTuple):
+    """What the body of an op with a choice returns: the call, and which implementation is to run it."""
+
+    call: tuple[Any, ...]
+    impl: str
+
+
+class OpWithChoice(Op[P, R], Generic[P, R, Call]):
+    """An op that several implementations can run; its argument `impl` names one or is "auto".
+
+    Attributes:
+        table: the implementations in the order in which "auto" tries them.
+    """
+
+    def __init__(
+        self,
+        body: Callable[P, R],
+        hints: Hints,
+        table: tuple[Implementation[Call, Any], ...],
+        finish: Callable[[Call, Any], R],
+    ) -> None:
+        super().__init__(body, hints)
+        self.table = table
+        self._finish = finish
+
+    def request(self, call: Call, impl: str) -> R:
+        """What the body returns. `__call__` and `unchecked` turn it into the result, `explain` reads the call off it.
+
+        The annotated type is that of the result, because the annotation of the body is what callers read.
+        """
+        return cast("R", _Request(call, impl))
+
+    def unchecked(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the same call without any argument check, for callers that have already checked.
+
+        A bad argument is then undefined behaviour: an error of torch, or a wrong result.
+
+        Raises:
+            ValueError: `impl` is not the name of an implementation.
+            UnsupportedError: `impl` cannot run this call.
+        """
+        call, impl = cast("_Request", self._body(*args, **kwargs))
+        run = pick(self.__name__, self.table, impl, cast("Call", call))
+        device = call[0].device.type
+        # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more than asking
+        if not torch.is_autocast_enabled(device):
+            return self._finish(cast("Call", call), run(cast("Call", call)))
+        with torch.autocast(device_type=device, enabled=False):
+            return self._finish(cast("Call", call), run(cast("Call", call)))
+
+    def call_of(self, *args: P.args, **kwargs: P.kwargs) -> Call:
+        """The call object that an implementation is given for these arguments.
+
+        Raises:
+            ValueError: a bad argument, as of the op itself.
+        """
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        return cast("Call", cast("_Request", self._body(*args, **kwargs)).call)
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
+        """Every implementation with "yes", or the reason why it cannot run this call. Nothing is computed.
+
+        Raises:
+            ValueError: a bad argument, as of the op itself.
+        """
+        return explain_table(self.table, self.call_of(*args, **kwargs))
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """Names that `impl` takes, in the order in which "auto" tries them."""
+        return tuple(row.name for row in self.table)
+
+
+def op(hints: Hints) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declares an op whose body computes the result; there is nothing to choose from."""
+    return lambda body: Op(body, hints)
+
+
+def op_with_choice(
+    *table: Implementation[Call, Raw], finish: Callable[[Call, Raw], R], hints: Hints
+) -> Callable[[Callable[P, R]], OpWithChoice[P, R, Call]]:
+    """Declares an op whose body returns `request(call, impl)`.
+
+    Args:
+        table: the implementations, in the order in which "auto" tries them.
+        finish: makes the result of what any implementation returns: rounds to the dtype of the inputs, names fields.
+        hints: what checks of the op have to know.
+    """
+    return lambda body: OpWithChoice(body, hints, table, finish)
