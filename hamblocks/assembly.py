@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Any, Final, Literal
 
+from torch import nn
+
 from hamblocks.attention import SelectedAttention
 from hamblocks.combiners import GatedSum
 from hamblocks.gates import PredictionError
@@ -35,6 +37,18 @@ class Default(enum.Enum):
 
 DEFAULT: Final = Default.DEFAULT
 OrDefault = Literal[Default.DEFAULT]
+
+
+def is_own(part: object) -> bool:
+    """Whether a part, and every part inside it, is one of hamblocks' own."""
+    modules = part.modules() if isinstance(part, nn.Module) else (part,)
+    held = [x for module in modules for x in (module, *getattr(module, "__dict__", {}).values())]
+    ours = ("hamblocks", "hamblocks_ops", "torch")
+    return all(
+        type(x).__module__.partition(".")[0] in ours
+        for x in held
+        if callable(x) and not isinstance(x, type)
+    )
 
 
 def dims_of(

@@ -7,7 +7,8 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.layer import HAMLayer, LayerOutput
+from hamblocks.layer import HAMLayer
+from hamblocks.outputs import LayerOutput
 from hamblocks.state import HAMState
 
 

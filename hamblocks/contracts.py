@@ -146,6 +146,8 @@ def check_cache(
     if sizes.dtype != k.dtype:
         expected = f"a cache of {k.dtype}, as keys and values here"
         raise wrong("state", expected, f"one of {sizes.dtype}")
+    if sizes.device != k.device:
+        raise wrong("state", f"a cache on {k.device}, as keys here", f"one on {sizes.device}")
     heads = max(x.shape[2] for x in (score, logit_bias) if x is not None)
     if sizes.streams != heads:
         expected = f"a cache with {heads} streams per sequence, as the gate has heads"

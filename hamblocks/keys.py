@@ -22,6 +22,7 @@ from hamblocks_ops import (
     paged_attention,
     selected_attention,
 )
+from hamblocks_ops.context import CHOICES, Choice
 from hamblocks_ops.dispatch import WHEN_NAMED
 from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.precision import wide
@@ -258,6 +259,16 @@ class PagedKeys(Keys):
         self, q: Tensor, *, scale: float | None = None, impl: str = "auto"
     ) -> AttentionOutput:
         """See `Keys.attend`."""
+        choices = CHOICES.get()
+        if choices is None:
+            return self._attend(q, scale, impl)
+        before = len(choices)
+        result = self._attend(q, scale, impl)
+        # one choice among all ways to read, in place of that of the op that was called
+        choices[before:] = [Choice("attention", impl, self.explain(q, scale=scale))]
+        return result
+
+    def _attend(self, q: Tensor, scale: float | None, impl: str) -> AttentionOutput:
         if not self._reads_pages(q, impl):
             return self.dense().attend(q, scale=scale, impl=impl)
         slabs, table = self._pages()

@@ -9,70 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks import contracts
-from hamblocks.assembly import DEFAULT, OrDefault, dims_of, parts_of
-from hamblocks.cache import Extension, KVCache
+from hamblocks.assembly import DEFAULT, OrDefault, dims_of, is_own, parts_of
+from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.ledger import EMPTY
+from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
     Attention,
     Buildable,
     Combiner,
     Gate,
-    HasStateType,
+    GateOutput,
     Memory,
     MemoryTrace,
     Selection,
     Selector,
 )
 from hamblocks.reachable import hidden_modules
+from hamblocks.saved import load
 from hamblocks.selectors import start
-from hamblocks.state import HAMState, leaves, tree_map
+from hamblocks.state import HAMState, tree_map
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
+from hamblocks_ops.context import arguments_are_checked, recorded_choices
 from hamblocks_ops.packing import positions, sequence_of
-
-
-class LayerStats(NamedTuple):
-    """What a layer decided about every token of the call.
-
-    Attributes:
-        score: `[B, T, Hkv or 1]`, what the selector was given; None in a layer without attention.
-        evict_at: int32, same shape, lifetimes as decided by the end of the call; None in a layer
-            without attention.
-        position: int32 `[B, T]`, position of each token within its sequence.
-        cu_seqlens: int32 `[N+1]`, or None.
-    """
-
-    score: Tensor | None
-    evict_at: Tensor | None
-    position: Tensor
-    cu_seqlens: Tensor | None
-
-    def keep_fraction(self) -> Tensor:
-        """Fraction of the call's tokens still stored at its end, float32 `[]`; 0 without a token."""
-        if self.evict_at is None or self.position.numel() == 0:
-            return torch.zeros((), dtype=torch.float32, device=self.position.device)
-        if self.cu_seqlens is None:
-            last = self.position[:, -1:]
-        else:
-            sequence = sequence_of(self.cu_seqlens, self.position.shape[1])
-            last = self.position[:, self.cu_seqlens.long()[1:][sequence] - 1]
-        return (self.evict_at > last[..., None]).float().mean()
-
-
-class LayerOutput(NamedTuple):
-    """Result of a layer.
-
-    Attributes:
-        y: `[B, T, hidden_size]`, dtype of x.
-        state: for the next call; None unless a state was given.
-        stats: what was decided.
-    """
-
-    y: Tensor
-    state: HAMState | None
-    stats: LayerStats
 
 
 class _Call(NamedTuple):
@@ -176,6 +137,7 @@ class HAMLayer(nn.Module):
         }
         if hidden:
             self.part_modules = nn.ModuleDict(hidden)
+        self._is_own: dict[str, tuple[object, bool]] = {}
 
     # states
 
@@ -242,29 +204,9 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: the state is of another layer.
         """
-
-        def moved(x: Tensor) -> Tensor:
-            return x if device is None else x.to(device)
-
-        cache = None if saved["cache"] is None else KVCache.load(saved["cache"], device)
-        state = HAMState(
-            moved(saved["position"]),
-            tree_map(moved, _typed_state(self.memory, saved["memory"])),
-            self._saved_ledger([moved(x) for x in saved["ledger"]]),
-            cache,
-        )
+        state = load(saved, self.memory, self.selector, device)
         contracts.check_state(state, self.dims, len(state.position))
         return state
-
-    def _saved_ledger(self, tensors: list[Tensor]) -> Any:
-        """The ledger whose leaves are `tensors`, in the form that the selector gives it."""
-        empty = self._ledger(0, 1, None) if tensors else None
-        values, count = iter(tensors), len(list(leaves(empty)))
-        if count != len(tensors):
-            raise wrong(
-                "ledger", f"{count} tensors, as of this layer's selector", f"{len(tensors)}"
-            )
-        return tree_map(lambda _: next(values), empty)
 
     def _ledger(self, batch_size: int, heads: int, device: torch.device | None) -> Any:
         return None if self.selector is None else start(self.selector, batch_size, heads, device)
@@ -348,9 +290,40 @@ class HAMLayer(nn.Module):
         step = self._read_stored(call, state, begin)
         y = self._combined(x, memory_read, step.read)
         # the one thing that changes in place, when nothing can fail any more
-        cache = step.extension.commit(step.seen)
+        with arguments_are_checked():
+            cache = step.extension.commit(step.seen)
         after = HAMState(step.seen, memory, step.ledger, cache, state.checkpoints)
         return LayerOutput(y, after, LayerStats(score, step.evict_at, *where))
+
+    def explain(
+        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+    ) -> LayerExplanation:
+        """Which implementation each op takes in a call of this layer, and why not the others.
+
+        The layer runs once, in eval mode; no controller counts and the state stays as it is. Whether
+        gradients are asked for is as in the call: wrap it in `torch.no_grad()` for inference.
+
+        Args:
+            x: as in `forward`.
+            state: as in `forward`; it is not spent.
+            cu_seqlens: as in `forward`.
+
+        Returns:
+            By name of the op, every implementation with "yes" or a reason. "attention" stands for
+            all ways to read keys that lie in pages.
+
+        Raises:
+            ValueError: a bad argument, as in `forward`.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with recorded_choices() as choices, dry_run():
+                self.forward(x, state=state, cu_seqlens=cu_seqlens)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return LayerExplanation({choice.op: choice.explanation for choice in reversed(choices)})
 
     def _of_no_token(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
@@ -363,6 +336,20 @@ class HAMLayer(nn.Module):
         return LayerOutput(x.clone(), state, LayerStats(score, evict_at, position, cu_seqlens))
 
     # the steps of a call, each checked at the layer's border
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a part. Ops inside hamblocks' own parts check nothing again: the layer has checked.
+
+        A part of a user's own calls ops with arguments that nobody has checked.
+        """
+        part = getattr(self, name)
+        known = self._is_own.get(name)
+        if known is None or known[0] is not part:
+            known = self._is_own[name] = part, is_own(part)
+        if not known[1] or torch.compiler.is_compiling():
+            return part(*args, **kwargs)
+        with arguments_are_checked():
+            return part(*args, **kwargs)
 
     def _remembered(
         self,
@@ -380,9 +367,8 @@ class HAMLayer(nn.Module):
             k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
             return None, MemoryTrace(k, v, None, None, None, position), None
         metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
-        result = self.memory(
-            x, q, k, v, position=position, state=past, cu_seqlens=cu_seqlens, metric=metric
-        )
+        given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
+        result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, q, k, v, **given)
         contracts.check_memory(result, q, metric)
         return result
 
@@ -390,7 +376,7 @@ class HAMLayer(nn.Module):
         """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a key/value head, and bias."""
         if self.gate is None:
             return torch.zeros(*x.shape[:2], 1, device=x.device), None
-        result = self.gate(x, trace)
+        result: GateOutput = self._call("gate", x, trace)
         contracts.check_gate(result, x, self.dims)
         score, logit_bias = result.score.detach(), result.logit_bias
         if score.shape[2] in (1, self.dims.num_kv_heads):
@@ -404,7 +390,8 @@ class HAMLayer(nn.Module):
         if self.selector is None:
             kept = torch.where(position < 0, EMPTY, NEVER).to(torch.int32)
             return Selection(kept[..., None].expand(score.shape))
-        result = self.selector(score, ledger, position=position, cu_seqlens=cu_seqlens)
+        given = {"position": position, "cu_seqlens": cu_seqlens}
+        result: Selection = self._call("selector", score, ledger, **given)
         contracts.check_selection(result, score)
         return result
 
@@ -442,14 +429,15 @@ class HAMLayer(nn.Module):
         if ledger is None:
             ledger = self._ledger(len(begin), score.shape[2], score.device)
         selection = self._selected(score, ledger, position, None)
-        extension = state.cache.extend(
-            pieces.apart(call.k, 0),
-            pieces.apart(call.v, 0),
-            position=position,
-            evict_at=selection.evict_at,
-            logit_bias=None if call.logit_bias is None else pieces.apart(call.logit_bias, 0),
-            lowered=selection.lowered,
-        )
+        with arguments_are_checked():
+            extension = state.cache.extend(
+                pieces.apart(call.k, 0),
+                pieces.apart(call.v, 0),
+                position=position,
+                evict_at=selection.evict_at,
+                logit_bias=None if call.logit_bias is None else pieces.apart(call.logit_bias, 0),
+                lowered=selection.lowered,
+            )
         read = self._attended(pieces.apart(call.q, 0), extension.keys)
         return _Step(
             read=pieces.together(read),
@@ -460,15 +448,14 @@ class HAMLayer(nn.Module):
         )
 
     def _attended(self, q: Tensor, keys: Keys) -> Tensor:
-        assert self.attention is not None
-        read = self.attention(q, keys)
+        read: Tensor = self._call("attention", q, keys)
         contracts.check_attention(read, q)
         return read
 
     def _combined(
         self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
     ) -> Tensor:
-        y = self.combiner(x, memory_read, attention_read)
+        y: Tensor = self._call("combiner", x, memory_read, attention_read)
         contracts.check_combiner(y, x)
         return y
 
@@ -487,15 +474,3 @@ class HAMLayer(nn.Module):
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             contracts.check_state(state, self.dims, sequences)
-
-
-def _typed_state(memory: object, saved: Any) -> Any:
-    """A saved state of the memory: its outermost tuple as the memory's own NamedTuple."""
-    if saved is None or not isinstance(memory, HasStateType):
-        return saved
-    fields = getattr(memory.state_type, "_fields", ())
-    if not isinstance(saved, (tuple, list)) or len(saved) != len(fields):
-        count = len(saved) if isinstance(saved, (tuple, list)) else type(saved).__name__
-        expected = f"{len(fields)} entries, as {memory.state_type.__name__} has"
-        raise wrong("memory", expected, f"{count}")
-    return memory.state_type(*saved)

@@ -8,9 +8,10 @@ from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.keys import DenseKeys, Keys
-from hamblocks.layer import HAMLayer, LayerOutput, LayerStats
+from hamblocks.layer import HAMLayer
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
 from hamblocks.models import Decoder, DecoderOutput
+from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
 from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
 from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
@@ -35,6 +36,7 @@ __all__ = [
     "KVCache",
     "Keys",
     "LayerDims",
+    "LayerExplanation",
     "LayerOutput",
     "LayerStats",
     "LearnedRouter",

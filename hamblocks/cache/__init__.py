@@ -1,7 +1,7 @@
 """The selected KV cache: ragged streams of fixed-size pages, changed in place and in transactions."""
 
-from hamblocks.cache.changes import cache_transaction
+from hamblocks.cache.changes import cache_transaction, dry_run
 from hamblocks.cache.extension import Extension, Stored
 from hamblocks.cache.store import CacheSizes, KVCache
 
-__all__ = ["CacheSizes", "Extension", "KVCache", "Stored", "cache_transaction"]
+__all__ = ["CacheSizes", "Extension", "KVCache", "Stored", "cache_transaction", "dry_run"]

@@ -48,6 +48,19 @@ def cache_transaction() -> Iterator[None]:
         change.apply()
 
 
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Within this context changes of caches are planned as ever, and dropped at its end."""
+    changes: list[Change] = []
+    token = _open.set(changes)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+        for change in changes:
+            change.drop()
+
+
 def apply_or_queue(change: Change) -> None:
     """Applies a change now, or when the open transaction ends."""
     changes = _open.get()

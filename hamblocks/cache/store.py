@@ -21,6 +21,7 @@ from hamblocks_ops.arguments import (
     values_are_checked,
     wrong,
 )
+from hamblocks_ops.context import CHECKED
 
 
 class CacheSizes(NamedTuple):
@@ -208,14 +209,12 @@ class KVCache:
             ValueError: a bad argument, or one that does not fit what is stored.
         """
         own = self._newest()
-        if isinstance(own, Streams):
-            _check_keys(own, k, v)
-        _check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
+        if not CHECKED.get():
+            self._check_fit(k, v, position, evict_at, logit_bias)
         if isinstance(own, Unallocated):
             streams, origin = _allocated(own, k, evict_at, logit_bias), own
         else:
             streams, origin = own, None
-            _check_decisions(own, evict_at, logit_bias)
         if values_are_checked(position):
             _check_order(position, streams.seen)
         until = None if lowered is None else _lowered(streams, lowered)
@@ -378,6 +377,17 @@ class KVCache:
         what = "empty" if sizes is None else f"{sizes.num_kv_heads} heads of {sizes.head_dim}"
         spent = ", spent" if self._turn != self._own.turn else ""
         return f"KVCache({self.batch_size} sequences, {what}{spent})"
+
+    def _check_fit(
+        self, k: Tensor, v: Tensor, position: Tensor, evict_at: Tensor, logit_bias: Tensor | None
+    ) -> None:
+        """Checks that the tokens of a call fit each other and what is stored."""
+        own = self._own
+        if isinstance(own, Streams):
+            _check_keys(own, k, v)
+        _check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
+        if isinstance(own, Streams):
+            _check_decisions(own, evict_at, logit_bias)
 
     def _newest(self) -> Streams | Unallocated:
         """What the handle is of; see `check`."""

@@ -8,8 +8,9 @@ from typing import NamedTuple, final
 from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
-from hamblocks.layer import HAMLayer, LayerStats
+from hamblocks.layer import HAMLayer
 from hamblocks.models.stack import Stack
+from hamblocks.outputs import LayerStats
 from hamblocks.protocols import check_count
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor

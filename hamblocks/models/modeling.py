@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
-from hamblocks.layer import HAMLayer, LayerStats
+from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory, ShortConvolution
 from hamblocks.models.batches import batch_layout
 from hamblocks.models.cache import HAMCache
@@ -33,6 +33,7 @@ from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
 from hamblocks.models.stack import Stack
+from hamblocks.outputs import LayerStats
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, final
 from torch import Tensor, nn
 
 from hamblocks.cache import cache_transaction
-from hamblocks.layer import HAMLayer, LayerStats
+from hamblocks.layer import HAMLayer
+from hamblocks.outputs import LayerStats
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
 

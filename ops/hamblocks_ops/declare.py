@@ -30,6 +30,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
+from hamblocks_ops.context import CHECKED, CHOICES, Choice
 from hamblocks_ops.dispatch import Explanation, Implementation, explain_table, pick
 
 P = ParamSpec("P")
@@ -97,7 +98,8 @@ class Op(Generic[P, R]):
         Raises:
             ValueError: a bad argument; the message names it, what was expected and what came.
         """
-        if self._check is not None:
+        # while tracing, a check costs nothing at run time, and a context variable would be a guard
+        if self._check is not None and (torch.compiler.is_compiling() or not CHECKED.get()):
             self._check(*args, **kwargs)
         return self.unchecked(*args, **kwargs)
 
@@ -168,6 +170,10 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
             UnsupportedError: `impl` cannot run this call.
         """
         call, impl = cast("_Request", self._body(*args, **kwargs))
+        choices = None if torch.compiler.is_compiling() else CHOICES.get()
+        if choices is not None:
+            explanation = explain_table(self.table, cast("Call", call))
+            choices.append(Choice(self.__name__, impl, explanation))
         run = pick(self.__name__, self.table, impl, cast("Call", call))
         device = call[0].device.type
         # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more than asking

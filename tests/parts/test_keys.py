@@ -233,7 +233,7 @@ def spied(op, name, made):
         made.append((name, impl))
         return op(*args, impl=impl, **call)
 
-    run.__module__ = op.__module__  # `implementations` and `explain` find the op's table by it
+    run.implementations, run.explain = op.implementations, op.explain
     return run
 
 
@@ -277,3 +277,49 @@ def test_selected_attention_is_what_dense_keys_run():
     close(keys.attend(q).out, selected_attention(q, q, q, evict_at).out, 1e-6)
     assert keys.dense() is keys
     assert keys.explain(q).chosen == "gather"
+
+
+# what a layer explains
+
+
+@torch.no_grad()
+def test_a_layer_explains_every_op_it_calls():
+    layer, x, state = streamed()
+    twin = layer.load_state(state.state_dict())
+    explanation = hb.ops.explain(layer, x, state=state)
+    assert set(explanation) == {"gated_delta_rule", "surprise", "attention"}
+    assert explanation["gated_delta_rule"].chosen == "chunked"
+    assert explanation["attention"].chosen == "paged_attention pages"
+    assert "attention: paged_attention pages\n    paged_attention triton: " in str(explanation)
+    # the state goes on as if nobody had asked
+    close(layer.prefill(x, state).y, layer.prefill(x, twin).y)
+
+
+def test_explaining_counts_nothing_and_changes_nothing():
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(16, 4, selector=hb.Threshold(hb.TargetFraction(0.5)) | hb.TopK(2))
+    x = torch.randn(2, 9, 16)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    explanation = layer.explain(x)
+    assert explanation["selected_attention"].chosen == "gather"
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert all(module.training for module in layer.modules())
+    state = layer.prefill(x).state
+    state.reserve(3)
+    saved = state.state_dict()
+    for one in (state, layer.init_state(2)):
+        layer.explain(x[:, :1], state=one)
+    assert torch.equal(saved["cache"]["k"], state.state_dict()["cache"]["k"])
+    assert state.cache._own.reservation.steps == 3
+    with pytest.raises(ValueError, match=r"^x: expected shape"):
+        layer.explain(x[0])
+    assert all(module.training for module in layer.modules())
+
+
+def test_the_reason_for_a_copy_is_a_gradient():
+    layer, x, state = streamed()
+    reasons = layer.explain(x, state=state)["attention"]
+    assert "no gradient" in reasons["paged_attention pages"]
+    with torch.no_grad():
+        assert layer.explain(x, state=state)["attention"]["paged_attention pages"] == "yes"

@@ -1,0 +1,65 @@
+"""What a layer returns and explains."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamblocks.state import HAMState
+from hamblocks_ops import Explanation
+from hamblocks_ops.packing import sequence_of
+
+
+class LayerStats(NamedTuple):
+    """What a layer decided about every token of the call.
+
+    Attributes:
+        score: `[B, T, Hkv or 1]`, what the selector was given; None in a layer without attention.
+        evict_at: int32, same shape, lifetimes as decided by the end of the call; None in a layer
+            without attention.
+        position: int32 `[B, T]`, position of each token within its sequence.
+        cu_seqlens: int32 `[N+1]`, or None.
+    """
+
+    score: Tensor | None
+    evict_at: Tensor | None
+    position: Tensor
+    cu_seqlens: Tensor | None
+
+    def keep_fraction(self) -> Tensor:
+        """Fraction of the call's tokens still stored at its end, float32 `[]`; 0 without a token."""
+        if self.evict_at is None or self.position.numel() == 0:
+            return torch.zeros((), dtype=torch.float32, device=self.position.device)
+        if self.cu_seqlens is None:
+            last = self.position[:, -1:]
+        else:
+            sequence = sequence_of(self.cu_seqlens, self.position.shape[1])
+            last = self.position[:, self.cu_seqlens.long()[1:][sequence] - 1]
+        return (self.evict_at > last[..., None]).float().mean()
+
+
+class LayerOutput(NamedTuple):
+    """Result of a layer.
+
+    Attributes:
+        y: `[B, T, hidden_size]`, dtype of x.
+        state: for the next call; None unless a state was given.
+        stats: what was decided.
+    """
+
+    y: Tensor
+    state: HAMState | None
+    stats: LayerStats
+
+
+class LayerExplanation(dict[str, Explanation]):
+    """By op, what every implementation answers to a call of a layer; see `HAMLayer.explain`."""
+
+    def __str__(self) -> str:
+        lines = []
+        for op, answers in self.items():
+            lines.append(f"{op}: {answers.chosen or 'nothing'}")
+            lines += [f"    {name}: {answer}" for name, answer in answers.items()]
+        return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""Saved states: how the tensors of a file become the state of a layer again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamblocks.cache import KVCache
+from hamblocks.protocols import HasStateType, Memory, Selector
+from hamblocks.selectors import start
+from hamblocks.state import HAMState, leaves, tree_map
+from hamblocks_ops.arguments import wrong
+
+
+def load(
+    saved: Mapping[str, Any],
+    memory: Memory | None,
+    selector: Selector | None,
+    device: torch.device | str | None,
+) -> HAMState:
+    """The state that `HAMState.state_dict()` saved.
+
+    Args:
+        saved: the saved state.
+        memory: the memory of the layer; a memory that offers `state_type` gets its state as such.
+        selector: the selector of the layer, which gives the ledger its form.
+        device: where the state is to be; None: where the saved tensors are.
+
+    Raises:
+        ValueError: the memory's state or the ledger has another number of entries.
+    """
+
+    def moved(x: Tensor) -> Tensor:
+        return x if device is None else x.to(device)
+
+    return HAMState(
+        position=moved(saved["position"]),
+        memory=tree_map(moved, _typed(memory, saved["memory"])),
+        ledger=_ledger(selector, [moved(x) for x in saved["ledger"]]),
+        cache=None if saved["cache"] is None else KVCache.load(saved["cache"], device),
+    )
+
+
+def _ledger(selector: Selector | None, tensors: list[Tensor]) -> Any:
+    """The ledger whose leaves are `tensors`, in the form that the selector gives it."""
+    if not tensors:
+        return None
+    empty = None if selector is None else start(selector, 0, 1)
+    count = len(list(leaves(empty)))
+    if count != len(tensors):
+        expected = f"{count} tensors, as of this layer's selector"
+        raise wrong("ledger", expected, f"{len(tensors)}")
+    values = iter(tensors)
+    return tree_map(lambda _: next(values), empty)
+
+
+def _typed(memory: object, saved: Any) -> Any:
+    """A saved state of the memory: its outermost tuple as the memory's own NamedTuple."""
+    if saved is None or not isinstance(memory, HasStateType):
+        return saved
+    fields = getattr(memory.state_type, "_fields", ())
+    if not isinstance(saved, (tuple, list)) or len(saved) != len(fields):
+        count = len(saved) if isinstance(saved, (tuple, list)) else type(saved).__name__
+        expected = f"{len(fields)} entries, as {memory.state_type.__name__} has"
+        raise wrong("memory", expected, f"{count}")
+    return memory.state_type(*saved)
