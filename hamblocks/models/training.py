@@ -12,9 +12,12 @@ from hamblocks.controllers import step_controllers
 
 @final
 class ControllerCallback(TrainerCallback):
-    """Moves the thresholds of a model behind every optimizer step: `Trainer(..., callbacks=[ControllerCallback()])`."""
+    """Moves the thresholds of a model after every optimizer step.
+
+    Pass it to the Trainer: `Trainer(..., callbacks=[ControllerCallback()])`.
+    """
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer, once per update, however many batches its gradient came from."""
+        """The Trainer calls this once per update, for any number of accumulated batches."""
         model: nn.Module = kwargs["model"]
         step_controllers(model)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hamblocks.testing.check import Check, Options
+from hamblocks.testing.common import common, edges_of, first
 from hamblocks.testing.inputs.parts import PartInputs
-from hamblocks.testing.laws import common, edges_of, first
 from hamblocks.testing.subjects import GateSubject
 from hamblocks_ops.surprise import METRICS
 

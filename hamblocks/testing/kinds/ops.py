@@ -14,12 +14,7 @@ from torch import Tensor
 import hamblocks_ops as ops
 from hamblocks.testing.budget import assert_bits, assert_close_to_reference, assert_same
 from hamblocks.testing.check import Check, NotApplicableError, Options
-from hamblocks.testing.inputs.attention import AttentionInputs
-from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs
-from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
-from hamblocks.testing.inputs.paged import PagedInputs
-from hamblocks.testing.inputs.rows import RowInputs
-from hamblocks.testing.laws import (
+from hamblocks.testing.comparing import (
     assert_never_longer,
     assert_reads_what_was_written,
     assert_twice,
@@ -27,6 +22,11 @@ from hamblocks.testing.laws import (
     told,
     unchanged,
 )
+from hamblocks.testing.inputs.attention import AttentionInputs
+from hamblocks.testing.inputs.delta_rule import DeltaRuleInputs
+from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
+from hamblocks.testing.inputs.paged import PagedInputs
+from hamblocks.testing.inputs.rows import RowInputs
 from hamblocks.testing.ops import Op, OpImplementation, metric_of
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.dispatch import interpreting
