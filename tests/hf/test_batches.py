@@ -179,7 +179,7 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         ),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]])},
-            r"^attention_mask: expected no padding between tokens, got some in row 1",
+            r"^attention_mask: expected no padding between tokens, got some in batch row 1",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.arange(3)[None]},
@@ -191,11 +191,11 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         ),
         (
             {"input_ids": IDS, "position_ids": torch.arange(4)[None].expand(2, -1) + 3},
-            r"^position_ids: expected 0 .*, got 3 in row 0, column 0",
+            r"^position_ids: expected 0 .*, got 3 in batch row 0, column 0",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 1, 2]])},
-            r"^position_ids: expected 0 or 2 .*, got 1 in row 1, column 2",
+            r"^position_ids: expected 0 or 2 .*, got 1 in batch row 1, column 2",
         ),
         (
             {
@@ -203,7 +203,8 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
                 "attention_mask": MASK,
                 "position_ids": torch.tensor([[0, 1, 0, 1]]),
             },
-            r"^position_ids: expected 2, what follows on the tokens seen, got 0 in row 0, column 2",
+            r"^position_ids: expected 2, which continues from the tokens seen, "
+            r"got 0 in batch row 0, column 2",
         ),
         (
             {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 8])},

@@ -136,7 +136,10 @@ def test_parts_of_a_users_own(tmp_path):
         assert torch.equal(loaded(ids).logits, made.eval()(ids).logits)
     with pytest.raises(ValueError, match=r"^layer: expected the function that made the layers"):
         HAMForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^layer: expected layers of hidden_size = 16, got of 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"^layer: expected layers of hidden_size = 16, got layers of hidden_size = 8",
+    ):
         HAMModel(config(), layer=lambda index: hb.HAMLayer(8, 2, selector=hb.Window(1)))
 
 

@@ -141,7 +141,7 @@ def test_back_to_a_checkpoint():
     cache.crop(0)
     with pytest.raises(
         ValueError,
-        match=r"^tokens_to_remove: expected one that leads back to a checkpoint \(9\), .* 13",
+        match=r"^tokens_to_remove: expected the length of a checkpoint \(9\), .* 13",
     ):
         cache.crop(-1)
     assert cache.get_seq_length() == 14
@@ -188,7 +188,8 @@ def bad(cache, ids, mask):
         ),
         "another past": (
             {"input_ids": new, "attention_mask": other},
-            r"^attention_mask: expected \[3, 9, 1, 6\] tokens in its first 9 columns, as seen, got \[3, 8, 1, 6\]",
+            r"^attention_mask: expected \[3, 9, 1, 6\] tokens in its first 9 columns, "
+            r"as the cache has seen, got \[3, 8, 1, 6\]",
         ),
         "backwards": (
             {
@@ -196,7 +197,8 @@ def bad(cache, ids, mask):
                 "attention_mask": grown,
                 "position_ids": torch.arange(2)[None].expand(4, -1),
             },
-            r"^position_ids: expected 3, what follows on the tokens seen, got 0 in row 0, column 0",
+            r"^position_ids: expected 3, which continues from the tokens seen, "
+            r"got 0 in batch row 0, column 0",
         ),
         "the same again": (
             {
@@ -204,7 +206,7 @@ def bad(cache, ids, mask):
                 "attention_mask": grown,
                 "position_ids": cache.seen[:, None] + torch.tensor([[-1, 0]]),
             },
-            r"^position_ids: expected 3, .* got 2 in row 0, column 0",
+            r"^position_ids: expected 3, .* got 2 in batch row 0, column 0",
         ),
         "packed": (
             {"input_ids": new.view(1, -1), "cu_seq_lens_q": torch.tensor([0, 8])},

@@ -106,7 +106,7 @@ def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options
 
 
 def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> None:
-    """At tau = -inf every token is stored for good; at +inf none is, and only the memory is read."""
+    """At tau = -inf every token is stored for good; at +inf none is, as in a memory alone."""
     subject = LayerSubject(part, case)
     position = case.position[..., None]
     for tau in (-math.inf, math.inf):
