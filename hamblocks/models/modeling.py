@@ -276,7 +276,8 @@ class HAMModel(HAMPreTrainedModel):
             result: StackOutput = self.stack(
                 layout.pack(x), state=states, cu_seqlens=layout.cu_seqlens, keep_inputs=keep_inputs
             )
-            if cache is not None and result.state is not None:
+            if cache is not None:
+                assert result.state is not None  # the stack returns states where it is given some
                 cache.advance(self.config, result.state, x.shape[1])
         return result
 

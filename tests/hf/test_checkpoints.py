@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: safetensors, bit for bit, thresholds included, and parts of a user's own."""
+"""save_pretrained and from_pretrained are exact, for thresholds and a user's own parts too."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_parts_of_a_users_own(tmp_path):
     made = HAMForCausalLM(config(), layer=own_layer)
     layers = made.model.stack.layers
     assert [layer.selector.k for layer in layers] == [1, 2, 3]
-    # a user's weights stay as they were made; the model's own begin as the configuration says
+    # a user's weights keep their values; the model's own are initialised as the configuration says
     assert all(layer.gate.proj.bias.item() == 3.0 for layer in layers)
     assert made.config.own_layers
     assert made.config is made.model.config
@@ -144,7 +144,7 @@ def test_parts_of_a_users_own(tmp_path):
 
 
 def sharing():
-    """Layers whose thresholds are one."""
+    """Makes layers that share one controller."""
     controller = hb.TargetFraction(0.3)
     return lambda index: hb.HAMLayer(
         16, 4, num_kv_heads=2, selector=hb.Threshold(controller) | hb.Window(2)

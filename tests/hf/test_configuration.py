@@ -1,4 +1,4 @@
-"""The configuration: plain JSON in both directions, what is refused, and what loading hamblocks imports."""
+"""The configuration: JSON in both directions, bad arguments, and what importing hamblocks loads."""
 
 import json
 import subprocess

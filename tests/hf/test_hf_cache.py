@@ -1,4 +1,4 @@
-"""HAMCache as transformers' protocol has it: it counts tokens seen, and an error leaves it as it was."""
+"""HAMCache has the interface of transformers' Cache, and an error leaves it unchanged."""
 
 import copy
 
@@ -18,14 +18,14 @@ def close(a, b):
 
 
 def filled(made, seed=1):
-    """A cache that has seen ragged prompts, with ids and mask."""
+    """Returns a cache that has seen ragged prompts, with their ids and mask."""
     ids, mask = padded(rows(seed, LENGTHS))
     with torch.no_grad():
         return made(ids, attention_mask=mask).past_key_values, ids, mask
 
 
 def snapshot(cache):
-    """All that can be seen of a cache, and what it would answer."""
+    """A comparable copy of everything that a cache holds."""
     dicts = [state.fork().state_dict() for state in cache.states or []]
     return copy.deepcopy([cache.columns, cache.config is None, [flat(one) for one in dicts]])
 
@@ -53,7 +53,7 @@ def test_it_counts_tokens_seen():
     assert (len(cache), cache.batch_size) == (3, 4)
     assert cache.seen.tolist() == LENGTHS
     assert repr(cache) == "HAMCache(4 sequences, 9 columns seen)"
-    # what is stored is another matter
+    # the number of stored tokens is smaller, and differs between layers
     assert [tokens.tolist() for tokens in cache.tokens] == [
         [[0, 0]] * 4,
         [[min(length, 2)] * 2 for length in LENGTHS],
