@@ -117,8 +117,8 @@ class HAMPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finishes the construction, as every transformers model does.
 
-        Names of modules that stand in several places, such as a controller that several layers
-        share, are saved once.
+        A module with several names, such as a controller that several layers share, is saved under
+        its first name only.
         """
         self._keys_to_ignore_on_save = repeated(self)
         super().post_init()  # type: ignore[no-untyped-call]
