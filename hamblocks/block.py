@@ -1,4 +1,4 @@
-"""A residual block: a mixer and an MLP, each behind its norm."""
+"""A pre-norm residual block: a HAM layer, then an MLP."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from hamblocks.state import HAMState
 
 @final
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """`down(silu(gate(x)) * up(x))`, the SwiGLU MLP (arXiv 2002.05202)."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
-        """Width of the inner layer."""
+        """Makes the MLP.
+
+        Args:
+            hidden_size: size of x and y.
+            width: size of the inner layer.
+        """
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape `[..., hidden]`."""
+        """Maps x `[..., hidden]` to y of the same shape."""
         gate, up = self.up_proj(x).chunk(2, -1)
         y: Tensor = self.down_proj(F.silu(gate) * up)
         return y
@@ -31,7 +36,7 @@ class SwiGLU(nn.Module):
 
 @final
 class HAMBlock(nn.Module):
-    """x + layer(norm(x)), then x + mlp(norm(x))."""
+    """`x = x + layer(norm(x))`, then `x = x + mlp(norm(x))`."""
 
     def __init__(
         self, layer: HAMLayer, *, intermediate_size: int | None = None, norm_eps: float = 1e-6
@@ -39,7 +44,7 @@ class HAMBlock(nn.Module):
         """Makes the block.
 
         Args:
-            layer: the sequence mixer.
+            layer: the HAM layer; the block takes its hidden size.
             intermediate_size: inner width of the MLP; None: 8/3 of the hidden size.
             norm_eps: epsilon of both norms.
         """
@@ -55,7 +60,7 @@ class HAMBlock(nn.Module):
     def forward(
         self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
     ) -> LayerOutput:
-        """As `HAMLayer.forward`."""
+        """Runs the block on x `[B, T, hidden]`; arguments and errors as in `HAMLayer.forward`."""
         mixed = self.layer(self.layer_norm(x), state=state, cu_seqlens=cu_seqlens)
         x = x + mixed.y
         return LayerOutput(x + self.mlp(self.mlp_norm(x)), mixed.state, mixed.stats)

@@ -1,4 +1,4 @@
-"""Layers that cover every part, a plain oracle of a layer, and what the tests of parts draw."""
+"""Layers that cover every part, a plain oracle of a layer, and what tests of parts draw."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from hamblocks.ops import NEVER, select_threshold
 
 
 class Parity:
-    """A user's gate: a plain class that knows nothing of hamblocks but what it returns."""
+    """A user's gate: a plain class that uses hamblocks only for its result."""
 
     def __call__(self, x, trace):
         return hb.GateOutput((trace.position % 2).float()[..., None])
 
 
 class Loudness:
-    """A user's gate that reads the trace: how large the residual is, per query head."""
+    """A user's gate that reads the trace: the squared norm of the residual, per query head."""
 
     def __call__(self, x, trace):
         return hb.GateOutput(trace.residual.detach().float().square().sum(-1))
 
 
 class AtLeast:
-    """A user's selector without a ledger and without a base class."""
+    """A user's selector: no ledger, no base class."""
 
     def __init__(self, tau):
         self.tau = tau
@@ -42,7 +42,7 @@ class AtLeast:
 
 
 class Smallest:
-    """A user's selector that revises lifetimes, without a base class."""
+    """A user's selector that revises lifetimes: it has a ledger, and no base class."""
 
     def __init__(self, k):
         self.inner = hb.TopK(k)
@@ -55,14 +55,14 @@ class Smallest:
 
 
 class Sum:
-    """A user's combiner."""
+    """A user's combiner: the difference of the two reads."""
 
     def __call__(self, x, memory_read, attention_read):
         return (memory_read - attention_read).flatten(2)
 
 
 class GlobalTopK:
-    """A selector that looks at the whole sequence, and says so."""
+    """A selector that needs the whole sequence, and declares that it is not causal."""
 
     causal = False
 
@@ -149,7 +149,10 @@ SEEDS = st.integers(0, 2**16)
 def over_sizes(
     share: int = 1, **more: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test over drawn sizes, a share of the profile's number; alone, the degenerate sizes come along."""
+    """Runs a test over drawn sizes, `1 / share` of the profile's number of them.
+
+    Without `more` strategies, the test also runs over the degenerate sizes in `EDGES`.
+    """
     examples = max(settings().max_examples // share, 2)
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
@@ -162,7 +165,10 @@ def over_sizes(
 
 
 def build(case: str, size: Size, dtype: torch.dtype = torch.float64) -> hb.HAMLayer:
-    """The layer of a case, in eval mode, no weight at a value that hides it."""
+    """The layer of a case, in eval mode.
+
+    An initial value of a weight may hide a mistake, so every weight is moved by a random number.
+    """
     torch.manual_seed(size.seed)
     heads, kv_heads = size.heads
     layer = hb.HAMLayer(4 * heads, heads, num_kv_heads=kv_heads, **CASES[case]())
@@ -185,13 +191,13 @@ def rows_of(seed: int, lengths: Sequence[int], width: int) -> list[Tensor]:
 
 
 def pack(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [T_n, ...] as [1, sum(T), ...] and their borders."""
+    """Packs sequences `[T_n, ...]` into `[1, sum(T), ...]`, and returns that and the borders."""
     borders = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
     return torch.cat(list(rows))[None], borders
 
 
 def cuts(tokens: int, drawn: Sequence[int]) -> list[int]:
-    """Borders of pieces, empty ones among them."""
+    """Borders of pieces; some pieces may be empty."""
     return [0, *sorted(min(cut, tokens) for cut in drawn), tokens]
 
 
@@ -204,7 +210,7 @@ def everyone_sees(tokens: int, kv_heads: int) -> Tensor:
 
 
 def sees(evict_at: Tensor, kv_heads: int) -> Tensor:
-    """evict_at [T, heads] of one sequence -> whether query t sees token j, [t, j, Hkv]."""
+    """Whether query t sees token j, `[t, j, Hkv]`, from evict_at `[T, heads]` of one sequence."""
     t = torch.arange(len(evict_at))
     return ((t[:, None] >= t)[..., None] & (t[:, None, None] < evict_at[None])).expand(
         -1, -1, kv_heads
@@ -218,7 +224,13 @@ class Plain(NamedTuple):
 
 
 def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
-    """A layer written down once more, token by token and with a dense mask: x [T, hidden], visible [T, T, Hkv]."""
+    """The oracle of a layer: a loop over tokens for the memory, a dense mask for attention.
+
+    Args:
+        layer: a layer with a memory and attention.
+        x: `[T, hidden]`, one sequence.
+        visible: bool `[T, T, Hkv]`, whether query t sees token j.
+    """
     heads, kv_heads, dim = layer.dims[1:4]
     tokens = len(x)
     projected = [x @ proj.weight.T for proj in (layer.q_proj, layer.k_proj, layer.v_proj)]
@@ -288,7 +300,7 @@ def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """All tensors of a state, a ledger, a layer's output."""
+    """All tensors in a tree, such as a state, a ledger or the output of a layer."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -299,7 +311,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def content(state: hb.HAMState) -> list[list[tuple[Tensor, Tensor, int]]]:
-    """Positions in order of time, their lifetimes, and how many, of every sequence and key/value head."""
+    """Stored positions (ascending), their lifetimes, and their number, `[n][head]`."""
     stored, tokens = state.cache.stored(), state.cache.tokens
 
     def row(n: int, head: int) -> tuple[Tensor, Tensor, int]:
@@ -311,6 +323,6 @@ def content(state: hb.HAMState) -> list[list[tuple[Tensor, Tensor, int]]]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees have the same bits."""
+    """Whether the tensors of two trees are equal."""
     a, b = tensors(a), tensors(b)
     return len(a) == len(b) and all(torch.equal(*pair) for pair in zip(a, b, strict=True))

@@ -1,4 +1,7 @@
-"""Padded and packed batches as transformers writes them, and as the layers take them."""
+"""Batches as transformers describes them (padded or packed), and as the layers take them (packed).
+
+Shape letters are explained in docs/reference/shapes.md.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ from hamblocks_ops.arguments import (
 )
 
 IGNORE = -100
-"""The label that no loss counts."""
+"""The label that losses ignore."""
 
 
 class BatchLayout(NamedTuple):
-    """Where the real tokens of a batch `[B, T]` are.
+    """Where the real tokens of a batch `[B, T]` are, and which sequence each belongs to.
 
     Attributes:
-        batch: B.
-        tokens: T.
-        real: int64 `[K]`, which of all B * T tokens are no padding; None: all.
-        cu_seqlens: int32 `[N+1]`, borders of the sequences among the real tokens; None: every row is one sequence.
+        batch: B, the number of batch rows.
+        tokens: T, the number of columns.
+        real: int64 `[K]`, indices of the real tokens among all B * T; None: no token is padding.
+        cu_seqlens: int32 `[N+1]`, borders of the sequences among the real tokens. None: every batch
+            row is one sequence without padding.
     """
 
     batch: int
@@ -38,18 +42,21 @@ class BatchLayout(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """N."""
+        """N, the number of sequences."""
         return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def pack(self, x: Tensor) -> Tensor:
-        """`[B, T, ...]` -> as the layers take it: the same, or `[1, K, ...]`."""
+        """Turns `[B, T, ...]` into what the layers take: packed `[1, K, ...]`, or x itself.
+
+        x itself is returned where every batch row is one sequence without padding.
+        """
         if self.cu_seqlens is None:
             return x
         x = x.flatten(0, 1)
         return (x if self.real is None else x[self.real])[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Back again; zeros where there is no token."""
+        """Turns a result of the layers back into `[B, T, ...]`, with zeros at padding."""
         if self.cu_seqlens is None:
             return x
         if self.real is not None:
@@ -57,12 +64,15 @@ class BatchLayout(NamedTuple):
         return x.view(self.batch, self.tokens, *x.shape[2 if self.real is None else 1 :])
 
     def targets(self, labels: Tensor) -> Tensor:
-        """labels `[B, T]` -> the label of the next token, -100 where that is padding or of another sequence."""
+        """Shifts labels `[B, T]`, so that each token gets the label of the next one.
+
+        Where the next token is padding or belongs to another sequence, the target is -100.
+        """
         labels = F.pad(labels, [0, 1], value=IGNORE)[:, 1:]
         if self.cu_seqlens is None:
             return labels
         count = self.batch * self.tokens if self.real is None else len(self.real)
-        # counted from 1, for padding unpacks to 0
+        # sequences are numbered from 1, because `unpack` fills padding with 0
         sequence = self.unpack(packing.sequence_of(self.cu_seqlens, count)[None] + 1)
         goes_on = (sequence == F.pad(sequence, [0, 1])[:, 1:]) & (sequence > 0)
         return labels.masked_fill(~goes_on, IGNORE)
@@ -77,20 +87,20 @@ def batch_layout(
     past: int = 0,
     seen: Tensor | None = None,
 ) -> BatchLayout:
-    """Reads the arguments with which transformers describes a batch.
+    """Finds the layout of a batch from the arguments with which transformers describes it.
 
     Args:
-        x: `[B, T]` or `[B, T, hidden]`.
-        attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding, which stands on one side of a row's tokens or
-            on both, never between them.
-        position_ids: int `[B, T]` or `[1, T]`, of each token within its sequence, anything at padding. Without a mask
-            and a cache, every 0 begins a sequence.
-        cu_seqlens: `[N+1]`, borders of sequences packed into one row.
-        past: columns of the batch that a cache has seen.
-        seen: int `[B]`, tokens among them; None where there is no cache.
+        x: `[B, T]` or `[B, T, hidden]`, the new columns.
+        attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding. Padding stands before or
+            after the tokens of a batch row, or both, never between them.
+        position_ids: int `[B, T]` or `[1, T]`, position of each token within its sequence; values
+            at padding are ignored. Without a mask and a cache, every 0 begins a sequence.
+        cu_seqlens: int `[N+1]`, borders of sequences packed into one batch row.
+        past: number of columns that a cache has seen.
+        seen: int `[B]`, number of tokens in these columns. None: there is no cache.
 
     Raises:
-        ValueError: a bad argument; the message names it, what was expected and what came.
+        ValueError: an argument is wrong. The message names it, what was expected and what came.
     """
     batch, tokens = x.shape[:2]
     if position_ids is not None:
@@ -117,6 +127,13 @@ def batch_layout(
     return layout
 
 
+def last_columns(x: Tensor, count: int | Tensor) -> Tensor:
+    """The last `count` columns of x `[B, T, ...]`, or those that a tensor lists; 0 means all."""
+    if isinstance(count, Tensor):
+        return x[:, count]
+    return x[:, -count:] if count else x
+
+
 def _bordered(
     x: Tensor,
     cu_seqlens: Tensor,
@@ -124,7 +141,7 @@ def _bordered(
     position_ids: Tensor | None,
     seen: Tensor | None,
 ) -> BatchLayout:
-    """One row, borders given."""
+    """The layout of one batch row with given borders."""
     for name, value in (("attention_mask", mask), ("past_key_values", seen)):
         if value is not None:
             raise wrong(name, "None beside cu_seq_lens_q", "both")
@@ -136,13 +153,16 @@ def _bordered(
             raise wrong(
                 "position_ids",
                 "positions that restart at 0 where cu_seq_lens_q has a border",
-                "others",
+                "other positions",
             )
     return BatchLayout(1, x.shape[1], None, cu_seqlens)
 
 
 def _restarting(position_ids: Tensor) -> BatchLayout:
-    """BatchLayout of one or several sequences; each begins where the position is 0."""
+    """The layout of a packed batch whose sequences begin where the position is 0.
+
+    A batch row may hold several sequences, and never a part of one: position 0 starts every row.
+    """
     batch, tokens = position_ids.shape
     begins = position_ids == 0
     if bool((position_ids == torch.arange(tokens, device=position_ids.device)).all()):
@@ -152,10 +172,10 @@ def _restarting(position_ids: Tensor) -> BatchLayout:
         bad = ~begins & (position_ids != follows)
         bad[:, 0] = ~begins[:, 0]
         if bool(bad.any()):
-            row, column = (int(place) for place in bad.nonzero()[0])
-            expected = "0" if column == 0 else f"0 or {int(follows[row, column])}"
-            got = f"{int(position_ids[row, column])} in row {row}, column {column}"
-            raise wrong("position_ids", f"{expected} (padding goes by attention_mask)", got)
+            b, column = (int(index) for index in bad.nonzero()[0])
+            expected = "0" if column == 0 else f"0 or {int(follows[b, column])}"
+            got = f"{int(position_ids[b, column])} in batch row {b}, column {column}"
+            raise wrong("position_ids", f"{expected} (padding is given by attention_mask)", got)
     first = begins.flatten().nonzero()[:, 0]
     return BatchLayout(
         batch, tokens, None, F.pad(first, [0, 1], value=batch * tokens).to(torch.int32)
@@ -163,7 +183,7 @@ def _restarting(position_ids: Tensor) -> BatchLayout:
 
 
 def _real(x: Tensor, mask: Tensor, past: int, seen: Tensor | None) -> Tensor:
-    """Which of the new tokens are no padding, bool `[B, T]`."""
+    """Which of the new columns hold tokens, bool `[B, T]`, after a check of the mask."""
     batch, tokens = x.shape[:2]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise wrong("attention_mask", "a tensor [B, past + T] of 0 and 1", mask)
@@ -179,21 +199,24 @@ def _real(x: Tensor, mask: Tensor, past: int, seen: Tensor | None) -> Tensor:
         if seen is not None and not torch.equal(known, seen.to(known.dtype)):
             raise wrong(
                 "attention_mask",
-                f"{seen.tolist()} tokens in its first {past} columns, as seen",
+                f"{seen.tolist()} tokens in its first {past} columns, as the cache has seen",
                 f"{known.tolist()}",
             )
         real = real[:, past:]
+        # number of runs of adjacent tokens in each batch row
         blocks = real.sum(1) - (real[:, 1:] & real[:, :-1]).sum(1)
         if bool((blocks > 1).any()):
             raise wrong(
-                "attention_mask", "no padding between tokens", f"some in row {int(blocks.argmax())}"
+                "attention_mask",
+                "no padding between tokens",
+                f"some in batch row {int(blocks.argmax())}",
             )
         return real
     return real[:, past:]
 
 
 def _check_positions(position_ids: Tensor, real: Tensor | None, seen: Tensor | None) -> None:
-    """Positions go on where each row stands, one by one."""
+    """Checks that positions continue from the tokens seen in each batch row, one by one."""
     if not values_are_checked(position_ids):
         return
     if real is None:
@@ -208,8 +231,7 @@ def _check_positions(position_ids: Tensor, real: Tensor | None, seen: Tensor | N
     if real is not None:
         bad &= real
     if bool(bad.any()):
-        row, column = (int(place) for place in bad.nonzero()[0])
-        got = f"{int(position_ids[row, column])} in row {row}, column {column}"
-        raise wrong(
-            "position_ids", f"{int(expected[row, column])}, what follows on the tokens seen", got
-        )
+        b, column = (int(index) for index in bad.nonzero()[0])
+        got = f"{int(position_ids[b, column])} in batch row {b}, column {column}"
+        follows = f"{int(expected[b, column])}, which continues from the tokens seen"
+        raise wrong("position_ids", follows, got)

@@ -1,4 +1,8 @@
-"""The cache of a model as transformers wants it: it counts tokens seen, whatever is stored of them."""
+"""The cache of a model, with the interface of transformers' `Cache`.
+
+Its length counts the tokens that the model has seen, however few of them the layers store. Shape
+letters are explained in docs/reference/shapes.md.
+"""
 
 from __future__ import annotations
 
@@ -29,48 +33,58 @@ SHAPING = (
     "combiner",
     "own_layers",
 )
-"""What two configurations must share for a cache to serve both."""
+"""Fields in which two configurations must agree for a cache to fit both models."""
 
 
 @final
 class HAMCache(Cache):
-    """What a model remembers of a batch: a `HAMState` per layer, and how many columns of the batch it has seen.
+    """The state of a model between two calls, changed in place by every call that is given it.
 
-    Every call that is given the cache goes on where it stands and moves it; a call that raises leaves it as it was.
+    A call that raises leaves the cache unchanged.
 
     Attributes:
-        states: one per layer; None before the first token.
-        columns: of the batch seen so far, padding included: what transformers calls the sequence length.
-        config: of the model that it belongs to; None before the first token.
+        states: one `HAMState` per layer; None before the first token.
+        columns: number of columns of the batch seen so far, padding included. transformers calls
+            it the sequence length.
+        config: configuration of the model that the cache belongs to; None before the first token.
+        page_size: tokens in a page of a layer's cache.
+        max_pages: limit to the pages of a layer's cache, or None.
     """
 
     def __init__(
         self, config: HAMConfig | None = None, *, page_size: int = 32, max_pages: int | None = None
     ) -> None:
-        """An empty cache, for any batch size.
+        """Makes an empty cache, for any batch size.
 
         Args:
-            config: of the model that it will serve; None: of the first that it is given to.
+            config: configuration of the model that will use the cache. None: the first model that
+                uses it decides.
             page_size: tokens in a page of a layer's cache.
-            max_pages: the most that a layer's cache may grow to; None: no limit.
+            max_pages: limit to the pages of a layer's cache. A call that needs more pages raises a
+                ValueError. None: no limit.
         """
         super().__init__(layers=[])
         self.config, self.page_size, self.max_pages = config, page_size, max_pages
         self.states: list[HAMState] | None = None
         self.columns = 0
 
-    # what the model asks
+    # called by the models
 
     @property
     def seen(self) -> Tensor | None:
-        """Tokens seen of every sequence, without padding, int32 `[N]`; None before the first."""
+        """Tokens seen of each sequence, without padding, int32 `[N]`; None before the first."""
         return None if self.states is None else self.states[0].position
 
     def check(self, config: HAMConfig, batch: int) -> None:
-        """Checks that a model may go on with a batch.
+        """Checks that a model may continue this cache with a batch.
+
+        Args:
+            config: configuration of the model.
+            batch: number of batch rows.
 
         Raises:
-            ValueError: the cache is of another configuration or batch size.
+            ValueError: the cache belongs to a model of another configuration, or its batch size is
+                not `batch`.
         """
         if self.config is not None and self.config is not config:
             for name in SHAPING:
@@ -87,7 +101,7 @@ class HAMCache(Cache):
 
     @contextlib.contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
-        """Within this context an exception leaves the cache as it was."""
+        """Restores the cache if the body raises."""
         before = self.config, self.states, self.columns
         try:
             with cache_transaction():
@@ -97,10 +111,10 @@ class HAMCache(Cache):
             raise
 
     def advance(self, config: HAMConfig, states: list[HAMState], columns: int) -> None:
-        """Takes the states behind so many more columns."""
+        """Stores the states after `columns` more columns."""
         self.config, self.states, self.columns = config, states, self.columns + columns
 
-    # what transformers asks
+    # called by transformers
 
     def __len__(self) -> int:
         return 0 if self.states is None else len(self.states)
@@ -109,50 +123,50 @@ class HAMCache(Cache):
         return f"HAMCache({max(self.batch_size, 0)} sequences, {self.columns} columns seen)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the batch seen so far: tokens and padding, stored or not."""
+        """Returns the number of columns seen so far, tokens and padding, stored or not."""
         return self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Columns of a mask for so many more tokens, and where they begin."""
+        """Returns the columns of an attention mask for `query_length` more, and its offset, 0."""
         return self.columns + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no limit."""
+        """Returns -1: there is no limit."""
         return -1
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
-        """-1: there is no limit; the name that transformers had for it at first."""
+        """Returns -1: there is no limit. Older versions of transformers use this name."""
         return -1
 
     @property
     def max_cache_len(self) -> None:
-        """There is no limit."""
+        """None: there is no limit."""
         return
 
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        """Whether something was seen."""
+        """Whether the cache has seen a token."""
         return self.states is not None
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first token."""
+        """Number of sequences; -1 before the first token."""
         return -1 if self.seen is None else self.seen.shape[0]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether something was seen."""
+        """Whether the cache has seen a token."""
         return self.states is not None
 
     @property
     def is_compileable(self) -> bool:
-        """False: its shapes follow what is stored."""
+        """False: shapes depend on how many tokens are stored."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """False: a recurrence goes back to a `checkpoint` only."""
+        """False: a recurrence can only return to a `checkpoint`."""
         return False
 
     @property
@@ -171,42 +185,51 @@ class HAMCache(Cache):
         return [False] * len(self)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Always raises: what is stored is the layers' decision."""
+        """Not supported: the layers decide what is stored.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "past_key_values: expected a HAMModel to fill a HAMCache, got keys and values to store"
         )
 
     def reset(self) -> None:
-        """Forgets everything; any batch may follow."""
+        """Empties the cache; the next batch may have any size."""
         self.states, self.columns = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Goes on with sequences beam_idx[0], beam_idx[1], ...; any may come several times or not at all."""
+        """Replaces the sequences by sequences `beam_idx[0]`, `beam_idx[1]`, and so on.
+
+        Args:
+            beam_idx: int64 `[N']`; a sequence may appear several times or not at all.
+        """
         self._change(lambda state: state.reorder(beam_idx.to(state.position.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, one beside the other."""
+        """Repeats every sequence `repeats` times; the copies of a sequence are neighbours."""
         if self.seen is not None:
             self.reorder_cache(
                 torch.arange(self.batch_size, device=self.seen.device).repeat_interleave(repeats)
             )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these sequences: indices, or bool `[N]`."""
+        """Keeps only some sequences: `indices` is int64, or bool `[N]`."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def checkpoint(self) -> None:
-        """Records this point, to `crop` back to."""
+        """Records the state of this moment, so that `crop` can return to it."""
         self._change(lambda state: state.checkpoint(key=self.columns))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Goes back to a recorded point.
+        """Returns to a recorded checkpoint.
 
         Args:
-            tokens_to_remove: columns to go back by, as a negative number; a positive one is the length to go back to.
+            tokens_to_remove: a negative number counts the columns to remove; a positive number is
+                the length to return to, as in transformers.
 
         Raises:
-            ValueError: no `checkpoint` was recorded there, or the cache is empty.
+            ValueError: no `checkpoint` was recorded at that length, or the cache is empty.
         """
         columns = self.columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if columns == self.columns:
@@ -214,15 +237,18 @@ class HAMCache(Cache):
         recorded = [point.key for point in self.states[0].checkpoints] if self.states else []
         if columns not in recorded:
             known = ", ".join(map(str, recorded)) or "none"
-            expected = f"one that leads back to a checkpoint ({known})"
+            expected = f"the length of a checkpoint ({known})"
             raise wrong("tokens_to_remove", expected, f"a length of {columns}")
         self._change(lambda state: state.crop(key=columns))
         self.columns = columns
 
-    # what is in it
+    # what the cache holds
 
     def fork(self) -> HAMCache:
-        """A second cache to go on from; what is stored is shared until one of the two changes it."""
+        """Returns a second cache that starts from the same state.
+
+        The two share their pages; a page is copied when one of them changes it.
+        """
         fork = HAMCache(self.config, page_size=self.page_size, max_pages=self.max_pages)
         fork.columns = self.columns
         fork.states = None if self.states is None else [state.fork() for state in self.states]
@@ -230,12 +256,12 @@ class HAMCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use, of all layers: memories, ledgers and stored tokens."""
+        """Bytes in use by all layers: memories, ledgers and stored tokens."""
         return sum(state.nbytes for state in self.states or [])
 
     @property
     def tokens(self) -> list[Tensor]:
-        """Tokens stored, int64 `[N, Hkv]` for every layer; 0 in a layer without attention."""
+        """Number of stored tokens, int64 `[N, Hkv]`, per layer; 0 in a layer without attention."""
         return [self._tokens(state) for state in self.states or []]
 
     def _tokens(self, state: HAMState) -> Tensor:
@@ -245,7 +271,21 @@ class HAMCache(Cache):
         return state.position.new_zeros(len(state.position), heads, dtype=torch.int64)
 
     def _change(self, change: Callable[[HAMState], HAMState]) -> None:
-        """Changes the states of all layers, or none."""
+        """Changes the states of all layers; an error leaves all of them unchanged."""
         if self.states is not None:
             with cache_transaction():
                 self.states = [change(state) for state in self.states]
+
+
+def checked_cache(cache: Any, config: HAMConfig, batch: int) -> HAMCache | None:
+    """Returns the cache after checking that it fits the model and a batch of `batch` rows.
+
+    Raises:
+        ValueError: it is not a HAMCache, or does not fit.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, HAMCache):
+        raise wrong("past_key_values", "a HAMCache", type(cache).__name__)
+    cache.check(config, batch)
+    return cache

@@ -1,4 +1,4 @@
-"""A small decoder-only language model."""
+"""A small decoder-only language model, without transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DecoderOutput(NamedTuple):
 
     Attributes:
         logits: `[B, T, vocab]`.
-        state: one per layer, for the next call; None unless a state was given.
+        state: one state per layer, for the next call; None unless a state was given.
         stats: what each layer decided.
     """
 
@@ -38,12 +38,14 @@ class Decoder(nn.Module):
         """Makes the model.
 
         Args:
-            vocab_size: how many tokens there are.
-            num_layers: how many blocks.
-            layer: called with 0 ... num_layers - 1, returns a new layer each time.
+            vocab_size: size of the vocabulary.
+            num_layers: number of blocks.
+            layer: makes the layers. It is called with 0 to num_layers - 1 and returns a new layer
+                each time.
 
         Raises:
-            ValueError: a number is below 1, or the layers are not of one hidden size.
+            ValueError: `vocab_size` or `num_layers` is below 1, or the layers have different hidden
+                sizes.
         """
         super().__init__()
         check_count("vocab_size", vocab_size, 1)
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
         return self.stack.blocks
 
     def init_state(self, batch_size: int) -> list[HAMState]:
-        """The states before the first token, one per layer."""
+        """Returns the states of `batch_size` sequences before the first token, one per layer."""
         return self.stack.init_state(batch_size)
 
     def forward(
@@ -70,15 +72,15 @@ class Decoder(nn.Module):
         state: list[HAMState] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> DecoderOutput:
-        """Next-token logits.
+        """Returns next-token logits.
 
         Args:
             tokens: int64 `[B, T]`; packed: `[1, sum(T)]`.
-            state: from `init_state(N)` or the last call. None: whole sequences.
+            state: from `init_state(N)` or the last call. None: the batch holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
         Raises:
-            ValueError: a bad argument; the message names it, what was expected and what came.
+            ValueError: an argument is wrong. The message names it, what was expected and what came.
         """
         check_tensor("tokens", tokens, "[B, T]", [None, None])
         check_integer("tokens", tokens)

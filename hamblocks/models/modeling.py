@@ -1,4 +1,8 @@
-"""HAM models for transformers; loading this file makes the Auto classes know them."""
+"""HAM models for transformers.
+
+Importing this file registers the models with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Shape letters are explained in docs/reference/shapes.md.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,13 @@ from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory, ShortConvolution
-from hamblocks.models.batches import batch_layout
-from hamblocks.models.cache import HAMCache
+from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
+from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
-from hamblocks.models.stack import Stack
+from hamblocks.models.stack import Stack, StackOutput
+from hamblocks.models.weights import is_loaded, keep_weights, lacks, repeated
 from hamblocks.outputs import LayerStats
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
@@ -45,7 +50,8 @@ class HAMModelOutput(BaseModelOutputWithPast):
     """Result of a `HAMModel`.
 
     Attributes:
-        stats: what each layer decided; of a padded batch, for its tokens packed into one row.
+        stats: what each layer decided. For a padded batch, the stats describe its real tokens,
+            packed into one batch row.
     """
 
     stats: tuple[LayerStats, ...] | None = None
@@ -63,7 +69,7 @@ class HAMCausalLMOutput(CausalLMOutputWithPast):
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
-    """A block whose activations transformers may checkpoint."""
+    """A `HAMBlock` that supports transformers' activation checkpointing."""
 
     def __init__(self, layer: HAMLayer, config: HAMConfig) -> None:
         super().__init__()
@@ -77,12 +83,12 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         return self.block.layer
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        """As `HAMBlock.forward`."""
+        """See `HAMBlock.forward`."""
         return self.block(x, **kwargs)
 
 
 def layer_of(config: HAMConfig, index: int) -> HAMLayer:
-    """The layer that a configuration describes."""
+    """Makes layer number `index` of the model that a configuration describes."""
     parts: dict[str, Any] = dict.fromkeys(("memory", "gate", "selector", "attention"))
     for name in LAYER_TYPES[(config.layer_types or [])[index]]:
         parts[name] = part_of(name, config.policy(name, index))
@@ -96,7 +102,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
 
 
 class HAMPreTrainedModel(FollowsModel):
-    """What both models share: how weights begin, how they are loaded, and the thresholds."""
+    """Initial weights, loading of weights, and thresholds: what both models share."""
 
     config_class = HAMConfig
     config: HAMConfig
@@ -105,22 +111,31 @@ class HAMPreTrainedModel(FollowsModel):
     _no_split_modules = ["HAMDecoderLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "state"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
-    # a recurrence cannot forget a candidate: transformers then refuses assisted generation by name
+    # a recurrence cannot drop rejected candidate tokens: transformers refuses assisted generation
+    # for stateful models, with an error that names it
     _is_stateful = True
 
     def post_init(self) -> None:
-        """As transformers has it; a controller that several layers share is saved once."""
-        self._keys_to_ignore_on_save = _repeated(self)
+        """Finishes the construction, as every transformers model does.
+
+        A module with several names, such as a controller that several layers share, is saved under
+        its first name only.
+        """
+        self._keys_to_ignore_on_save = repeated(self)
         super().post_init()  # type: ignore[no-untyped-call]
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As transformers has it; what was loaded at its first place is not missing at the others (5.6 thinks so)."""
+        """Marks tied weights, and removes repeated names of shared modules from the missing keys.
+
+        A shared module is saved under its first name only. transformers 5.6 reports its other names
+        as missing, although the weights were loaded.
+        """
         super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[no-untyped-call]
         again = {
             name for name in self._keys_to_ignore_on_save or () if name in loading_info.missing_keys
         }
         loading_info.missing_keys -= {
-            name for name in again if _is_loaded(self.get_parameter_or_buffer(name))
+            name for name in again if is_loaded(self.get_parameter_or_buffer(name))
         }
 
     @torch.no_grad()
@@ -133,18 +148,20 @@ class HAMPreTrainedModel(FollowsModel):
                 (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True
             ):
                 init.copy_(weight, initial)
-        elif isinstance(module, (FixedThreshold, TargetFraction)) and self._lacks(module.tau):
+        elif isinstance(module, (FixedThreshold, TargetFraction)) and lacks(self, module.tau):
             module.reset()
 
-    def _lacks(self, weight: Tensor) -> bool:
-        """Whether the checkpoint that others were loaded from has no such weight, so that nobody has filled it yet."""
-        return not _is_loaded(weight) and any(_is_loaded(other) for other in self.parameters())
-
     def set_keep_fraction(self, fraction: float) -> None:
-        """Moves a trained model along the trade-off: a new target for every `TargetFraction` in it.
+        """Sets a new target for every `TargetFraction` of a trained model.
+
+        A smaller fraction makes decoding cheaper and loses quality.
+
+        Args:
+            fraction: the fraction of tokens to keep, in [0, 1].
 
         Raises:
-            ValueError: fraction is outside [0, 1], the model has no `TargetFraction`, or one has not seen a score yet.
+            ValueError: `fraction` is outside [0, 1], the model has no `TargetFraction`, or a
+                controller has not seen a score yet.
         """
         controllers = [module for module in self.modules() if isinstance(module, TargetFraction)]
         if not controllers:
@@ -154,7 +171,7 @@ class HAMPreTrainedModel(FollowsModel):
 
 
 class HAMModel(HAMPreTrainedModel):
-    """Embedding, blocks and a norm."""
+    """Embedding, blocks and a final norm, without a head."""
 
     def __init__(
         self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None
@@ -163,11 +180,13 @@ class HAMModel(HAMPreTrainedModel):
 
         Args:
             config: sizes and policies.
-            layer: makes the layers instead of the policies: called with 0 ... num_hidden_layers - 1, returns a new
-                layer each time. Their weights stay as they were made.
+            layer: makes the layers in place of the policies of `config`. It is called with 0 to
+                num_hidden_layers - 1 and returns a new layer each time. Weights of these layers
+                keep the values that they were made with.
 
         Raises:
-            ValueError: a bad size, or a configuration whose layers came from `layer` and none is given.
+            ValueError: a size is wrong, or `config` is of a model whose layers came from `layer`
+                and `layer` is None.
         """
         config = _checked(config, layer)
         super().__init__(config)
@@ -175,7 +194,7 @@ class HAMModel(HAMPreTrainedModel):
         make_layer = layer or functools.partial(layer_of, config)
         layers = [make_layer(index) for index in range(config.num_hidden_layers)]
         if layer is not None:
-            _keep_weights(layers)
+            keep_weights(layers)
         self.stack = Stack(
             (HAMDecoderLayer(own, config) for own in layers), norm_eps=config.rms_norm_eps
         )
@@ -183,7 +202,7 @@ class HAMModel(HAMPreTrainedModel):
             raise wrong(
                 "layer",
                 f"layers of hidden_size = {config.hidden_size}",
-                f"of {self.stack.hidden_size}",
+                f"layers of hidden_size = {self.stack.hidden_size}",
             )
         self.gradient_checkpointing = False
         self.post_init()
@@ -202,32 +221,30 @@ class HAMModel(HAMPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> HAMModelOutput:
-        """Runs a batch, or its next columns.
+        """Runs a batch, or the next columns of a batch.
 
         Args:
             input_ids: int `[B, T]`.
-            attention_mask: `[B, past + T]`, 1 for tokens, 0 for padding on either side of them. None: no padding.
-            position_ids: int `[B, T]`, of each token within its sequence; it need not be given. Without a mask and a
-                cache, every 0 begins a sequence of a packed batch.
-            past_key_values: a cache to go on from, which is moved along.
-            inputs_embeds: `[B, T, hidden]`, instead of input_ids.
-            use_cache: return the cache. None: as the configuration says, but not in training, nor for packed batches.
-            output_hidden_states: return what went into each block, and the last hidden state.
-            output_attentions: there are none to return.
-            cu_seq_lens_q: `[N+1]`, borders of sequences packed into one row.
-            kwargs: others that transformers passes, which are not needed here.
+            attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding. Padding stands before
+                or after the tokens of a batch row, or both. None: there is no padding.
+            position_ids: optional int `[B, T]`, position of each token within its sequence. Without
+                a mask and a cache, every 0 begins a sequence of a packed batch.
+            past_key_values: the cache of the columns seen so far; the call advances it in place.
+            inputs_embeds: `[B, T, hidden]`, in place of `input_ids`.
+            use_cache: return the cache. None: as `config` says, except in training and for packed
+                batches, where no cache is returned.
+            output_hidden_states: return the input of each block and the last hidden state.
+            output_attentions: must be False; there is no matrix of attention weights.
+            cu_seq_lens_q: int `[N+1]`, borders of sequences packed into one batch row.
+            kwargs: further arguments of transformers, which are ignored.
 
         Raises:
-            ValueError: a bad argument; the message names it, what was expected and what came. The cache is as it was.
+            ValueError: an argument is wrong. The message names it, what was expected and what came.
+                The cache is unchanged after an error.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise wrong(
-                "output_attentions",
-                "False (attention over stored tokens has no matrix of weights)",
-                "True",
-            )
+        self._check_output_attentions(output_attentions)
         x = self._embedded(input_ids, inputs_embeds)
-        cache = _checked_cache(past_key_values, self.config, x.shape[0])
+        cache = checked_cache(past_key_values, self.config, x.shape[0])
         layout = batch_layout(
             x,
             attention_mask=attention_mask,
@@ -236,53 +253,80 @@ class HAMModel(HAMPreTrainedModel):
             past=0 if cache is None else cache.columns,
             seen=None if cache is None else cache.seen,
         )
-        if use_cache is None:
-            use_cache = (
-                bool(self.config.use_cache) and not self.training and layout.sequences == x.shape[0]
-            )
-        if use_cache and self.training and self.is_checkpointing:
-            logger.warning_once(
-                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
-            )
-            use_cache = False
-        if cache is not None and self.training and self.is_checkpointing:
-            raise wrong("past_key_values", "None under gradient checkpointing", "a cache")
+        use_cache = self._returns_cache(use_cache, cache, layout)
         if cache is None and use_cache:
             cache = HAMCache(self.config)
-        if cache is not None and layout.sequences != x.shape[0]:
-            raise wrong("use_cache", "False for a packed batch", "True")
-        keep = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
-            states = None if cache is None else cache.states or self._first(cache, x.shape[0])
-            result = self.stack(
-                layout.pack(x), state=states, cu_seqlens=layout.cu_seqlens, keep_inputs=bool(keep)
-            )
-            if cache is not None:
-                cache.advance(self.config, result.state, x.shape[1])
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        result = self._run(x, layout, cache, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)
+        inputs = (*(layout.unpack(x) for x in result.inputs), y)
         return HAMModelOutput(
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*(layout.unpack(x) for x in result.inputs), y) if keep else None,
+            hidden_states=inputs if output_hidden_states else None,
             stats=tuple(result.stats),
         )
 
+    def _run(
+        self, x: Tensor, layout: BatchLayout, cache: HAMCache | None, *, keep_inputs: bool
+    ) -> StackOutput:
+        """Runs the blocks, and advances the cache if there is one; an error leaves it unchanged."""
+        with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
+            states = None if cache is None else cache.states or self._first(cache, x.shape[0])
+            result: StackOutput = self.stack(
+                layout.pack(x), state=states, cu_seqlens=layout.cu_seqlens, keep_inputs=keep_inputs
+            )
+            if cache is not None:
+                assert result.state is not None  # the stack returns states where it is given some
+                cache.advance(self.config, result.state, x.shape[1])
+        return result
+
+    def _check_output_attentions(self, output_attentions: bool | None) -> None:
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            expected = "False (attention over stored tokens has no matrix of weights)"
+            raise wrong("output_attentions", expected, "True")
+
+    def _returns_cache(
+        self, use_cache: bool | None, cache: HAMCache | None, layout: BatchLayout
+    ) -> bool:
+        """Whether a call returns its cache.
+
+        Raises:
+            ValueError: a cache is given under gradient checkpointing, which would run the blocks
+                twice, or a cache is given or wanted for a packed batch.
+        """
+        packed = layout.sequences != layout.batch
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training and not packed
+        if self.training and self.is_checkpointing:
+            if use_cache:
+                logger.warning_once(
+                    "`use_cache=True` is incompatible with gradient checkpointing. "
+                    "Setting `use_cache=False`."
+                )
+                use_cache = False
+            if cache is not None:
+                raise wrong("past_key_values", "None under gradient checkpointing", "a cache")
+        if packed and (use_cache or cache is not None):
+            raise wrong("use_cache", "False for a packed batch", "True")
+        return use_cache
+
     def _first(self, cache: HAMCache, sequences: int) -> list[HAMState]:
-        """The states before the first token."""
+        """The states before the first token, with the page sizes of the cache."""
         return self.stack.init_state(
             sequences, page_size=cache.page_size, max_pages=cache.max_pages
         )
 
     @property
     def is_checkpointing(self) -> bool:
-        """Whether some block's activations are checkpointed."""
+        """Whether the activations of any block are checkpointed."""
         return any(getattr(block, "gradient_checkpointing", False) for block in self.stack.blocks)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embeddings `[B, T, hidden]`, after a check of the one argument that is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise wrong(
                 "input_ids",
@@ -306,9 +350,9 @@ class HAMModel(HAMPreTrainedModel):
 
 
 class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
-    """A `HAMModel` and a head over the vocabulary."""
+    """A `HAMModel` and a linear head over the vocabulary."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own form
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(
         self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None
@@ -336,28 +380,32 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> HAMCausalLMOutput:
-        """Next-token logits, and their loss.
+        """Returns next-token logits, and their loss where `labels` are given.
 
         Args:
-            input_ids: as the other arguments not named here, see `HAMModel.forward`.
-            attention_mask: see there.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
-            labels: int `[B, T]`, the tokens themselves: the loss shifts them. -100, padding, and the first token of
-                every sequence are no target.
-            use_cache: see there.
-            output_hidden_states: see there.
-            output_attentions: see there.
-            cu_seq_lens_q: see there.
-            logits_to_keep: logits of so many last columns only, or of these columns; 0: of all.
-            kwargs: `num_items_in_batch`, to divide the loss by; others are not needed here.
+            input_ids: see `HAMModel.forward`.
+            attention_mask: see `HAMModel.forward`.
+            position_ids: see `HAMModel.forward`.
+            past_key_values: see `HAMModel.forward`.
+            inputs_embeds: see `HAMModel.forward`.
+            labels: int `[B, T]`, the tokens themselves; the loss shifts them. Labels of -100,
+                padding, and the first token of every sequence do not count.
+            use_cache: see `HAMModel.forward`.
+            output_hidden_states: see `HAMModel.forward`.
+            output_attentions: see `HAMModel.forward`.
+            cu_seq_lens_q: see `HAMModel.forward`.
+            logits_to_keep: return the logits of the last `logits_to_keep` columns, or of these
+                columns if it is a tensor. 0 returns all.
+            kwargs: `num_items_in_batch` divides the loss; other arguments are ignored.
 
         Raises:
-            ValueError: a bad argument; the message names it, what was expected and what came. The cache is as it was.
+            ValueError: an argument is wrong. The message names it, what was expected and what came.
+                The cache is unchanged after an error.
         """
         cache = past_key_values if isinstance(past_key_values, HAMCache) else None
+        # the model advances the cache, so where it stands now is kept for the labels
         past, seen = (0, None) if cache is None else (cache.columns, cache.seen)
+        # an error in the head or in the loss must undo what the model did to the cache
         with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
             outputs: HAMModelOutput = self.model(
                 input_ids=input_ids,
@@ -373,16 +421,11 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             )
             hidden = outputs.last_hidden_state
             assert hidden is not None
+            logits = self.lm_head(last_columns(hidden, logits_to_keep))
             loss = None
-            kept = (
-                slice(-logits_to_keep, None)
-                if isinstance(logits_to_keep, int) and logits_to_keep
-                else logits_to_keep
-            )
-            logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
             if labels is not None:
                 check_tensor("labels", labels, "[B, T]", list(hidden.shape[:2]), like=hidden)
-                if not isinstance(kept, int):
+                if not isinstance(logits_to_keep, int) or logits_to_keep:
                     raise wrong("logits_to_keep", "0 beside labels", f"{logits_to_keep}")
                 layout = batch_layout(
                     hidden,
@@ -419,7 +462,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """A HAMCache where generate() would make a cache of transformers' own."""
+        """Makes a HAMCache where generate() would make one of transformers' own caches."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise wrong(
                 "cache_implementation", "None", repr(generation_config.cache_implementation)
@@ -431,31 +474,12 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         return result
 
 
-def _keep_weights(layers: list[HAMLayer]) -> None:
-    """Has transformers leave weights as they were made; those without memory behind them are still to come."""
-    for layer in layers:
-        for module in layer.modules():
-            if not any(weight.is_meta for weight in (*module.parameters(), *module.buffers())):
-                module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _repeated(model: nn.Module) -> set[str]:
-    """Names in the state dict of modules that stand in several places, but for the first."""
-    first: dict[int, str] = {}
-    places = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
-    again = [
-        (name, module) for name, module in places if first.setdefault(id(module), name) != name
-    ]
-    return {f"{name}.{key}" for name, module in again for key in module.state_dict()}
-
-
-def _is_loaded(weight: Tensor) -> bool:
-    """Whether transformers took it from a checkpoint."""
-    return bool(getattr(weight, "_is_hf_initialized", False))
-
-
 def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMConfig:
-    """The configuration, marked where the layers are a user's own."""
+    """Returns the configuration, with `own_layers` set where `layer` makes the layers.
+
+    Raises:
+        ValueError: `config` is of a model with a user's own layers, and `layer` is None.
+    """
     if layer is None and config.own_layers:
         raise wrong(
             "layer", "the function that made the layers of this model (own_layers = True)", "None"
@@ -465,16 +489,6 @@ def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMC
     config = copy.copy(config)
     config.own_layers = True
     return config
-
-
-def _checked_cache(cache: Any, config: HAMConfig, batch: int) -> HAMCache | None:
-    """The cache, if it fits model and batch."""
-    if cache is None:
-        return None
-    if not isinstance(cache, HAMCache):
-        raise wrong("past_key_values", "a HAMCache", type(cache).__name__)
-    cache.check(config, batch)
-    return cache
 
 
 AutoConfig.register("ham", HAMConfig)

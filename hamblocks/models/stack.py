@@ -1,4 +1,4 @@
-"""Blocks in a row and a norm behind them: what all models share."""
+"""A sequence of blocks and a final norm, which all models share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class StackOutput(NamedTuple):
     """Result of a stack.
 
     Attributes:
-        y: `[B, T, hidden]`, behind the norm.
-        state: one per layer, for the next call; None unless a state was given.
+        y: `[B, T, hidden]`, the output of the norm.
+        state: one state per layer, for the next call; None unless a state was given.
         stats: what each layer decided.
-        inputs: `[B, T, hidden]`, what went into each block, where it was asked for.
+        inputs: `[B, T, hidden]` per block, its input; empty unless `keep_inputs` is set.
     """
 
     y: Tensor
@@ -33,17 +33,18 @@ class StackOutput(NamedTuple):
 
 @final
 class Stack(nn.Module):
-    """Blocks in a row, then RMSNorm."""
+    """Blocks, one after the other, then RMSNorm."""
 
     def __init__(self, blocks: Iterable[nn.Module], *, norm_eps: float = 1e-6) -> None:
         """Makes the stack.
 
         Args:
-            blocks: modules called as `HAMBlock`, each with its HAMLayer as attribute `layer`.
+            blocks: modules that are called as a `HAMBlock` is, each with its HAMLayer as attribute
+                `layer`.
             norm_eps: epsilon of the norm.
 
         Raises:
-            ValueError: there is no block, or the layers are not of one hidden size.
+            ValueError: there is no block, or the layers have different hidden sizes.
         """
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -64,7 +65,13 @@ class Stack(nn.Module):
     def init_state(
         self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
     ) -> list[HAMState]:
-        """The states before the first token, one per layer; sizes of each layer's cache as in `HAMLayer.init_state`."""
+        """Returns the states before the first token, one per layer.
+
+        Args:
+            batch_size: number of sequences N.
+            page_size: tokens in a page of a layer's cache.
+            max_pages: limit to the pages of a layer's cache; None: no limit.
+        """
         return [
             layer.init_state(batch_size, page_size=page_size, max_pages=max_pages)
             for layer in self.layers
@@ -78,16 +85,17 @@ class Stack(nn.Module):
         cu_seqlens: Tensor | None = None,
         keep_inputs: bool = False,
     ) -> StackOutput:
-        """Runs x through all blocks; an error leaves every layer's cache as it was.
+        """Runs x through all blocks; an error leaves every layer's cache unchanged.
 
         Args:
             x: `[B, T, hidden]`; packed: `[1, sum(T), hidden]`.
-            state: one per layer, from `init_state(N)` or the last call. None: whole sequences.
+            state: one state per layer, from `init_state(N)` or the last call. None: the batch holds
+                whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
-            keep_inputs: return what went into each block.
+            keep_inputs: return the input of each block.
 
         Raises:
-            ValueError: a bad argument; the message names it, what was expected and what came.
+            ValueError: an argument is wrong. The message names it, what was expected and what came.
         """
         if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
             got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
@@ -95,12 +103,13 @@ class Stack(nn.Module):
         inputs: list[Tensor] = []
         states: list[HAMState] = []
         stats: list[LayerStats] = []
-        # without caches there is nothing to hold together, and torch.compile cannot look into it
+        # Caches of all layers change together or not at all. Without a state there is no cache, and
+        # torch.compile cannot trace a transaction.
         with contextlib.nullcontext() if state is None else cache_transaction():
             for index, block in enumerate(self.blocks):
                 if keep_inputs:
                     inputs.append(x)
-                # a plain tuple where activations are checkpointed by a reentrant autograd function
+                # reentrant activation checkpointing turns the LayerOutput into a plain tuple
                 x, after, decided = block(
                     x, state=None if state is None else state[index], cu_seqlens=cu_seqlens
                 )

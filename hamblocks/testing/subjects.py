@@ -1,4 +1,8 @@
-"""Parts made ready to be run on their own: one small adapter per kind, so that a law is written once for all kinds."""
+"""One adapter per kind of part, so that a law is written once for all kinds.
+
+A subject holds a part and its inputs, and calls the part as a layer would. Its results and inputs
+are `[B, T, ...]` by name; shape letters are explained in docs/reference/shapes.md.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,17 @@ Results = dict[str, Tensor]
 
 
 def made(part: Any, dims: LayerDims | None, dtype: torch.dtype, seed: int) -> Any:
-    """A part as a layer would use it: a copy, built, in eval mode, no weight at a value that hides what it does."""
+    """Returns a copy of a part, built and in eval mode, as a layer would use it.
+
+    Every weight is moved by a random number. At its initial value a weight may hide a mistake: a
+    norm whose scale is all ones, for example.
+
+    Args:
+        part: any part; it is not changed.
+        dims: sizes to build it for; None: it is not built.
+        dtype: dtype of the weights.
+        seed: seed of the weights.
+    """
     part = copy.deepcopy(part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,16 +59,17 @@ def made(part: Any, dims: LayerDims | None, dtype: torch.dtype, seed: int) -> An
 
 
 class Subject:
-    """A part and its inputs `[B, T, ...]`. A subclass knows how its kind is called.
+    """A part and its inputs. A subclass knows how its kind is called.
 
     Attributes:
-        part: the part, made for this case.
-        inputs: what it is called with, by name; every tensor has the tokens as its second dimension.
+        kind: the kind of part.
+        compiles: name of the attribute that `torch.compile` is tried on.
+        part: the part, as `made` returns it for this case.
+        inputs: arguments by name, each `[B, T, ...]`.
     """
 
     kind: ClassVar[str]
     compiles: ClassVar[str] = "part"
-    """The attribute that `torch.compile` is tried on."""
     part: Any
     inputs: dict[str, Tensor]
 
@@ -64,26 +79,35 @@ class Subject:
         self.inputs = self.drawn(case)
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """The inputs of a case."""
+        """Draws the inputs of a case."""
         raise NotImplementedError
 
     def start(self, sequences: int) -> Any:
-        """The state before the first token."""
+        """The state of `sequences` sequences before the first token; None: no state."""
         return
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """Calls the part: results by name, each `[B, T, ...]`, and the next state."""
+        """Calls the part.
+
+        Args:
+            inputs: `[B, T, ...]` by name; packed: `[1, sum(T), ...]`.
+            state: from `start` or from the last call. None: whole sequences.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+        Returns:
+            The results `[B, T, ...]` by name, and the state for the next call.
+        """
         raise NotImplementedError
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """Shape behind `[B, T]` and dtype of every result; None: any."""
+        """Shape after `[B, T]` and dtype of every result; None: any."""
         raise NotImplementedError
 
 
 class GateSubject(Subject):
-    """gate(x, trace) -> score, logit_bias."""
+    """`gate(x, trace) -> score, logit_bias`."""
 
     kind = "gate"
 
@@ -107,21 +131,21 @@ class GateSubject(Subject):
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """Score, and the logit bias where the gate gives one."""
+        """Results: score, and logit_bias where the gate returns one."""
         fields = {name: inputs.get(name) for name in MemoryTrace._fields}
         score, logit_bias = self.part(inputs["x"], MemoryTrace(**fields))  # type: ignore[arg-type]
-        # the layer ranks scores, it learns through the bias alone
+        # the layer detaches scores: only the bias carries gradient
         return {"score": score.detach()} | (
             {} if logit_bias is None else {"logit_bias": logit_bias}
         ), None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """Heads are checked by the law itself: there are three right numbers of them."""
+        """Any number of heads: the law `has_its_shapes` knows the three right ones."""
         return {"score": ((None,), None), "logit_bias": ((None,), None)}
 
 
 class MemorySubject(Subject):
-    """memory(x, q, k, v, position=) -> read, trace, state."""
+    """`memory(x, q, k, v, position=) -> read, trace, state`."""
 
     kind = "memory"
     metric: str | None = None
@@ -140,25 +164,25 @@ class MemorySubject(Subject):
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """The read and what the trace holds."""
+        """Results: the read, and the fields of the trace that are not None."""
         read, trace, state = self.part(
             **inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric
         )
-        told = {
+        fields = {
             name: x for name, x in trace._asdict().items() if x is not None and name != "position"
         }
-        return {"read": read} | told, state
+        return {"read": read} | fields, state
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """As the protocol says."""
+        """Those of the `Memory` protocol."""
         heads, dim = self.case.dims.num_heads, self.case.dims.head_dim
-        row, dtype = (heads, dim), self.case.dtype
+        vectors, dtype = (heads, dim), self.case.dtype
         return {
-            "read": (row, dtype),
-            "k": (row, None),
-            "v": (row, None),
+            "read": (vectors, dtype),
+            "k": (vectors, None),
+            "v": (vectors, None),
             "beta": ((heads,), None),
-            "residual": (row, None),
+            "residual": (vectors, None),
             "score": ((heads,), None),
         }
 
@@ -167,17 +191,21 @@ _ATTENTION = ("q", "k", "v", "evict_at", "position")
 
 
 class AttentionSubject(Subject):
-    """attention.prepare(q, k, position=) and attention(q, keys) -> read, as a layer calls them."""
+    """`prepare(q, k, position=) -> q, k`, then `attention(q, keys) -> read`, as a layer calls them.
+
+    Without a state the keys are those of whole sequences; with one they are those of a cache.
+    """
 
     kind = "attention"
     compiles = "whole"
 
     def __init__(self, part: Any, case: PartInputs) -> None:
         super().__init__(part, case)
+        # an attribute of the instance: the compile law puts the traced call in its place
         self.whole = self._whole
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """q, k, v, evict_at, position and perhaps a logit bias."""
+        """q, k, v, evict_at, position, and logit_bias where the case has one."""
         draw, (_, heads, kv_heads, dim) = Draw(case.seed), case.dims[:4]
         result = {
             "q": case.numbers(draw, heads, dim),
@@ -197,7 +225,7 @@ class AttentionSubject(Subject):
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """The read; with a cache, also the cache behind the call."""
+        """Results: the read. The state is a cache, and the next state the cache after the call."""
         q, k, v, evict_at, position = (inputs[name] for name in _ATTENTION)
         bias = inputs.get("logit_bias")
         if state is None:
@@ -236,17 +264,17 @@ class AttentionSubject(Subject):
         return read
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """Those of q."""
+        """The read has the shape and dtype of q."""
         return {"read": ((self.case.dims.num_heads, self.case.dims.head_dim), self.case.dtype)}
 
 
 class CombinerSubject(Subject):
-    """combiner(x, memory_read, attention_read) -> y."""
+    """`combiner(x, memory_read, attention_read) -> y`."""
 
     kind = "combiner"
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x and both reads."""
+        """x, memory_read, attention_read."""
         draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims[:4]
         return {
             "x": case.numbers(draw, hidden),
@@ -257,16 +285,16 @@ class CombinerSubject(Subject):
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """y."""
+        """Results: y."""
         return {"y": self.part(*inputs.values())}, None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """That of x."""
+        """y has the shape and dtype of x."""
         return {"y": ((self.case.dims.hidden_size,), self.case.dtype)}
 
 
 class LayerSubject(Subject):
-    """layer(x, state=, cu_seqlens=) -> y, state, stats; or layer(x) -> y."""
+    """`layer(x, state=, cu_seqlens=) -> y, state, stats`, or `layer(x) -> y`."""
 
     kind = "layer"
 
@@ -280,13 +308,13 @@ class LayerSubject(Subject):
         return {"x": case.numbers(Draw(case.seed), self.hidden_size)}
 
     def start(self, sequences: int) -> Any:
-        """The layer's own."""
+        """What the layer's `init_state` returns."""
         return self.part.init_state(sequences)
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """y, and score and evict_at where the layer tells them."""
+        """Results: y, and score and evict_at where the layer returns stats with them."""
         given = {} if state is None else {"state": state}
         given |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         result = self.part(inputs["x"], **given)
@@ -294,13 +322,13 @@ class LayerSubject(Subject):
             return {"y": result}, None
         y, *rest = result
         stats = getattr(result, "stats", None)
-        told = {}
+        decided = {}
         if stats is not None and stats.score is not None:
-            told = {"score": stats.score, "evict_at": stats.evict_at}
-        return {"y": y} | told, rest[0] if rest else None
+            decided = {"score": stats.score, "evict_at": stats.evict_at}
+        return {"y": y} | decided, rest[0] if rest else None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
-        """That of x."""
+        """y has the shape and dtype of x."""
         return {
             "y": ((self.hidden_size,), self.case.dtype),
             "score": ((None,), None),
@@ -309,7 +337,11 @@ class LayerSubject(Subject):
 
 
 def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
-    """A layer around one part; the others are the plainest that let it show."""
+    """A layer of these sizes around a copy of one part.
+
+    The other parts are plain ones under which every part has an effect on the output. A layer
+    around an attention part has no memory and a window, so that only attention decides.
+    """
     parts: dict[str, Any] = {
         "memory": GatedDeltaMemory(conv_size=2),
         "gate": PredictionError(),

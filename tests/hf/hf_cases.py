@@ -47,7 +47,10 @@ def config(**changes: Any) -> HAMConfig:
 def model(
     seed: int = 0, dtype: torch.dtype = torch.float64, *, layer: Any = None, **changes: Any
 ) -> HAMForCausalLM:
-    """A model in eval mode, no weight at a value that hides it, thresholds where two steps of training put them."""
+    """A model in eval mode, with moved weights and with thresholds after two training steps.
+
+    An initial value of a weight may hide a mistake, so every weight is moved by a random number.
+    """
     torch.manual_seed(seed)
     made = HAMForCausalLM(config(**changes), layer=layer)
     with torch.no_grad():
@@ -69,7 +72,7 @@ def rows(seed: int, lengths: Sequence[int]) -> list[Tensor]:
 
 
 def padded(prompts: Sequence[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
-    """Prompts as one batch and its mask; side: left, right or both."""
+    """Prompts padded to one batch, and its mask; `side` of the padding is left, right or both."""
     longest = max(len(prompt) for prompt in prompts) + (side == "both")
     ids, mask = (
         torch.full((len(prompts), longest), PAD),
@@ -84,7 +87,7 @@ def padded(prompts: Sequence[Tensor], side: str = "left") -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def greedy(made: HAMForCausalLM, prompt: Tensor, steps: int) -> Tensor:
-    """Argmax over one full forward pass for every token, of one prompt alone."""
+    """Continues one prompt greedily, with a full forward pass without a cache for every token."""
     for _ in range(steps):
         logits = made(prompt[None], use_cache=False).logits
         prompt = torch.cat([prompt, logits[0, -1:].argmax(-1)])
@@ -96,7 +99,7 @@ def buffers(made: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """Float tensors as integers, so that NaN equals NaN."""
+    """Bits of a float tensor as integers, so that NaN equals NaN."""
     return (
         x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
         if x.is_floating_point()

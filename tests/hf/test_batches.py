@@ -1,4 +1,4 @@
-"""Padding on either side, packed batches and the loss: every sequence is as it would be alone."""
+"""Padding, packed batches and the loss: every sequence gives what it gives alone."""
 
 import pytest
 import torch
@@ -48,14 +48,14 @@ def test_packed_is_one_by_one(name):
     for border in (borders, borders.to(torch.int32)):
         close(made(ids, cu_seq_lens_q=border).logits, expected)
         close(made(ids, cu_seq_lens_q=border, position_ids=positions(LENGTHS)).logits, expected)
-    # several sequences in each of several rows
+    # two batch rows with several sequences each
     two = torch.cat([ids, ids.flip(1)])
     both = torch.cat([positions(LENGTHS), positions(LENGTHS[::-1])])
     expected = [
         made(two[row : row + 1], position_ids=both[row : row + 1]).logits for row in range(2)
     ]
     close(made(two, position_ids=both).logits, torch.cat(expected))
-    # one sequence per row is no packed batch
+    # one sequence per batch row is not a packed batch, so a cache is returned
     assert made(two, position_ids=torch.arange(25)[None]).past_key_values.get_seq_length() == 25
 
 
@@ -79,9 +79,8 @@ def test_loss_is_the_mean_over_separate_sequences():
     )
     for side in ("left", "right", "both"):
         ids, mask = padded(prompts, side)
-        close(
-            made(ids, attention_mask=mask, labels=ids).loss, expected
-        )  # what is padding is no target
+        # padding is never a target
+        close(made(ids, attention_mask=mask, labels=ids).loss, expected)
         summed = made(
             ids, attention_mask=mask, labels=ids, num_items_in_batch=torch.tensor(10)
         ).loss
@@ -179,7 +178,7 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         ),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]])},
-            r"^attention_mask: expected no padding between tokens, got some in row 1",
+            r"^attention_mask: expected no padding between tokens, got some in batch row 1",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.arange(3)[None]},
@@ -191,11 +190,11 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         ),
         (
             {"input_ids": IDS, "position_ids": torch.arange(4)[None].expand(2, -1) + 3},
-            r"^position_ids: expected 0 .*, got 3 in row 0, column 0",
+            r"^position_ids: expected 0 .*, got 3 in batch row 0, column 0",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 1, 2]])},
-            r"^position_ids: expected 0 or 2 .*, got 1 in row 1, column 2",
+            r"^position_ids: expected 0 or 2 .*, got 1 in batch row 1, column 2",
         ),
         (
             {
@@ -203,7 +202,8 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
                 "attention_mask": MASK,
                 "position_ids": torch.tensor([[0, 1, 0, 1]]),
             },
-            r"^position_ids: expected 2, what follows on the tokens seen, got 0 in row 0, column 2",
+            r"^position_ids: expected 2, which continues from the tokens seen, "
+            r"got 0 in batch row 0, column 2",
         ),
         (
             {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 8])},

@@ -174,7 +174,7 @@ def test_parts_of_a_users_own(tmp_path):
     made = HAMForCausalLM(config(), layer=own_layer)
     layers = made.model.stack.layers
     assert [layer.selector.k for layer in layers] == [1, 2, 3]
-    # a user's weights stay as they were made; the model's own begin as the configuration says
+    # a user's weights keep their values; the model's own are initialised as the configuration says
     assert all(layer.gate.proj.bias.item() == 3.0 for layer in layers)
     assert made.config.own_layers
     assert made.config is made.model.config
@@ -187,12 +187,15 @@ def test_parts_of_a_users_own(tmp_path):
         assert torch.equal(loaded(ids).logits, made.eval()(ids).logits)
     with pytest.raises(ValueError, match=r"^layer: expected the function that made the layers"):
         HAMForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^layer: expected layers of hidden_size = 16, got of 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"^layer: expected layers of hidden_size = 16, got layers of hidden_size = 8",
+    ):
         HAMModel(config(), layer=lambda index: hb.HAMLayer(8, 2, selector=hb.Window(1)))
 
 
 def sharing():
-    """Layers whose thresholds are one."""
+    """Makes layers that share one controller."""
     controller = hb.TargetFraction(0.3)
     return lambda index: hb.HAMLayer(
         16, 4, num_kv_heads=2, selector=hb.Threshold(controller) | hb.Window(2)

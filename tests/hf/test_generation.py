@@ -1,4 +1,4 @@
-"""generate(): greedy is argmax over full passes, the cache changes nothing, beams and sampling included."""
+"""generate(): greedy decoding, beam search and sampling give the same with a cache and without."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_a_conversation_goes_on_from_its_cache():
         ids, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
     cache = first.past_key_values
-    # the last token was never put in
+    # the last generated token was not fed to the model
     assert cache.get_seq_length() == first.sequences.shape[1] - 1
     said = torch.cat([first.sequences, text(7, 4, 6)], 1)
     mask = torch.cat([mask, mask.new_ones(4, 11)], 1)

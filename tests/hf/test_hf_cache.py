@@ -1,4 +1,4 @@
-"""HAMCache as transformers' protocol has it: it counts tokens seen, and an error leaves it as it was."""
+"""HAMCache has the interface of transformers' Cache, and an error leaves it unchanged."""
 
 import copy
 
@@ -18,14 +18,14 @@ def close(a, b):
 
 
 def filled(made, seed=1):
-    """A cache that has seen ragged prompts, with ids and mask."""
+    """Returns a cache that has seen ragged prompts, with their ids and mask."""
     ids, mask = padded(rows(seed, LENGTHS))
     with torch.no_grad():
         return made(ids, attention_mask=mask).past_key_values, ids, mask
 
 
 def snapshot(cache):
-    """All that can be seen of a cache, and what it would answer."""
+    """A comparable copy of everything that a cache holds."""
     dicts = [state.fork().state_dict() for state in cache.states or []]
     return copy.deepcopy([cache.columns, cache.config is None, [flat(one) for one in dicts]])
 
@@ -53,7 +53,7 @@ def test_it_counts_tokens_seen():
     assert (len(cache), cache.batch_size) == (3, 4)
     assert cache.seen.tolist() == LENGTHS
     assert repr(cache) == "HAMCache(4 sequences, 9 columns seen)"
-    # what is stored is another matter
+    # the number of stored tokens is smaller, and differs between layers
     assert [tokens.tolist() for tokens in cache.tokens] == [
         [[0, 0]] * 4,
         [[min(length, 2)] * 2 for length in LENGTHS],
@@ -141,7 +141,7 @@ def test_back_to_a_checkpoint():
     cache.crop(0)
     with pytest.raises(
         ValueError,
-        match=r"^tokens_to_remove: expected one that leads back to a checkpoint \(9\), .* 13",
+        match=r"^tokens_to_remove: expected the length of a checkpoint \(9\), .* 13",
     ):
         cache.crop(-1)
     assert cache.get_seq_length() == 14
@@ -188,7 +188,8 @@ def bad(cache, ids, mask):
         ),
         "another past": (
             {"input_ids": new, "attention_mask": other},
-            r"^attention_mask: expected \[3, 9, 1, 6\] tokens in its first 9 columns, as seen, got \[3, 8, 1, 6\]",
+            r"^attention_mask: expected \[3, 9, 1, 6\] tokens in its first 9 columns, "
+            r"as the cache has seen, got \[3, 8, 1, 6\]",
         ),
         "backwards": (
             {
@@ -196,7 +197,8 @@ def bad(cache, ids, mask):
                 "attention_mask": grown,
                 "position_ids": torch.arange(2)[None].expand(4, -1),
             },
-            r"^position_ids: expected 3, what follows on the tokens seen, got 0 in row 0, column 0",
+            r"^position_ids: expected 3, which continues from the tokens seen, "
+            r"got 0 in batch row 0, column 0",
         ),
         "the same again": (
             {
@@ -204,7 +206,7 @@ def bad(cache, ids, mask):
                 "attention_mask": grown,
                 "position_ids": cache.seen[:, None] + torch.tensor([[-1, 0]]),
             },
-            r"^position_ids: expected 3, .* got 2 in row 0, column 0",
+            r"^position_ids: expected 3, .* got 2 in batch row 0, column 0",
         ),
         "packed": (
             {"input_ids": new.view(1, -1), "cu_seq_lens_q": torch.tensor([0, 8])},

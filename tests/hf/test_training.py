@@ -1,4 +1,4 @@
-"""Training: activation checkpointing, transformers' Trainer, and thresholds that move with it."""
+"""Training: activation checkpointing, and transformers' Trainer, which moves the thresholds."""
 
 import logging
 
@@ -107,7 +107,7 @@ def test_trainer_moves_the_thresholds_once_per_update(tmp_path, accumulation):
     before = made(ids, labels=ids).loss.item()
     first.reset()
     run(tmp_path, made, accumulation=accumulation)
-    # two heads score each token of every micro-batch
+    # two heads score each of the 2 * 16 tokens of every micro-batch
     assert calls == [2 * 2 * 16 * accumulation] * 6
     assert all(bool(controller.started) for controller in controllers(made))
     assert made(ids, labels=ids).loss.item() < before

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hamblocks as hb
-from hamblocks.testing.laws import compiled
+from hamblocks.testing.comparing import compiled
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,4 +1,4 @@
-"""The KV cache against plain lists: content, pages and bytes, whatever is done to it in whatever order."""
+"""The KV cache against plain dicts: content, pages and bytes after random sequences of calls."""
 
 import copy
 import gc
@@ -25,12 +25,12 @@ from hamblocks.ops import NEVER, UnsupportedError, selected_attention
 
 
 class Token(NamedTuple):
-    name: int  # what its keys are made of
+    name: int  # determines its key, value and bias
     evict_at: int
 
 
 def keys_of(name, heads, dim):
-    """k and v of a token, [heads, dim] each, and its bias."""
+    """k and v of a token, `[heads, dim]` each, and its bias."""
     k = name + 0.25 * torch.arange(heads * dim, dtype=torch.float64).view(heads, dim) / (
         heads * dim
     )
@@ -38,7 +38,12 @@ def keys_of(name, heads, dim):
 
 
 class Plain:
-    """A cache written down once more: for each sequence what was seen, and per row a dict of its tokens by position."""
+    """The oracle of a cache.
+
+    Attributes:
+        seen: number of tokens seen, per sequence.
+        rows: stored tokens by position, one dict per sequence and stream.
+    """
 
     def __init__(self, sequences, heads):
         self.seen = [0] * sequences
@@ -57,7 +62,7 @@ class Handle:
 
 
 def pool_of(cache):
-    """The pages behind a handle; None before the first token."""
+    """The page pool of a cache; None before the first token."""
     return getattr(cache._own, "pool", None)
 
 
@@ -92,7 +97,11 @@ class Caches(RuleBasedStateMachine):
         return handle
 
     def change(self, handle, data, *, lowered=True):
-        """A step of up to 9 tokens, on both: the committing handle, and what it is to hold."""
+        """Extends the cache and a copy of its oracle by up to 9 tokens.
+
+        Returns:
+            The extension, which is not committed yet, the tokens seen after it, and the oracle.
+        """
         cache, plain = handle.cache, copy.deepcopy(handle.plain)
         sequences = len(plain.seen)
         changes = None
@@ -141,7 +150,7 @@ class Caches(RuleBasedStateMachine):
         return staged, torch.tensor(plain.seen, dtype=torch.int32), plain
 
     def attend(self, staged, position):
-        """Attention sees the staged change, in pages as in copies."""
+        """Attention over pages and over dense copies agree, before the extension is committed."""
         stored = staged.stored()
         q = torch.linspace(
             -1, 1, position.numel() * self.heads * self.wide * 2, dtype=torch.float64
@@ -171,7 +180,10 @@ class Caches(RuleBasedStateMachine):
         close(paged.lse, plain.lse)
 
     def lower(self, plain, data):
-        """Some tokens are to live shorter, never shorter than now; rows of the ledger that are empty come first."""
+        """Lowers lifetimes of some stored tokens, never below now.
+
+        The lists of the streams are padded at the front, as a selector's ledger is.
+        """
         lists = []
         for n, rows in enumerate(plain.rows):
             for row in rows:
@@ -231,7 +243,7 @@ class Caches(RuleBasedStateMachine):
         changes = [(handle, *self.change(handle, data)) for handle in (one, other)]
         with hb.cache_transaction():
             for handle, staged, seen, plain in changes:
-                with hb.cache_transaction():  # the outer one decides
+                with hb.cache_transaction():  # an inner transaction joins the outer one
                     handle.cache, handle.plain = staged.commit(seen), plain
 
     @rule(target=handles, handle=handles)
@@ -281,11 +293,11 @@ class Caches(RuleBasedStateMachine):
     @rule(handle=consumes(handles))
     def drop(self, handle):
         self.live.remove(handle)
-        handle.cache = None  # the machine remembers the handle itself
+        handle.cache = None  # hypothesis keeps the handle itself alive
 
     @rule(handle=handles)
     def limit(self, handle):
-        """No more pages than there are: what asks for more fails and leaves everything as it was."""
+        """A reservation beyond `max_pages` raises an error and changes nothing."""
         cache, pool = handle.cache, pool_of(handle.cache)
         if pool is None:  # there is no pool before the first token
             return
@@ -347,12 +359,13 @@ class Caches(RuleBasedStateMachine):
                 assert not rows.private or (listed.unique().numel() == listed.numel())
                 have = (rows.table >= 0).sum(1)
                 assert ((rows.table >= 0) == (torch.arange(rows.width) < have[:, None])).all()
-                if not rows.reservation.steps:  # else holes may be left, and pages not given back
+                # a cache with a reservation may leave holes, and keeps its pages
+                if not rows.reservation.steps:
                     live = torch.tensor([len(row) for one in handle.plain.rows for row in one])
                     assert (have * self.page_size >= live).all()
             pool.collect()
             if not torch.equal(users, pool.users[:-2]):
-                gc.collect()  # a traceback may hold a handle in a cycle
+                gc.collect()  # a traceback may keep a dead handle alive in a cycle
                 pool.collect()
             assert torch.equal(users, pool.users[:-2])
             assert pool.promised == sum(handle.cache._own.reservation.pages for handle in own)
@@ -384,7 +397,10 @@ def test_a_handle_may_die_inside_a_trace():
 
 
 def one_row(cache, evict_at, lowered=()):
-    """The next tokens of one sequence with one head, named by their positions; some older ones live shorter."""
+    """Extends a cache of one sequence and one head by tokens with these lifetimes, and commits.
+
+    Keys are made of positions. `lowered` lists new lifetimes of stored tokens: `(position, until)`.
+    """
     own = cache._own
     seen, tokens = int(own.seen) if pool_of(cache) else 0, len(evict_at)
     changes = None
@@ -400,7 +416,7 @@ def one_row(cache, evict_at, lowered=()):
 
 
 def row_of(cache):
-    """{position: lifetime}; keys are those of the position."""
+    """Returns `{position: lifetime}` after a check that keys and values belong to the position."""
     stored = cache.stored()
     there = stored.position[0, :, 0] != NEVER
     assert torch.equal(stored.k[0, there, 0, 0], stored.position[0, there, 0].double())
@@ -415,7 +431,7 @@ def row_of(cache):
 
 
 def six():
-    """Six tokens on three pages."""
+    """A cache of six tokens on three pages."""
     return one_row(hb.KVCache(1, page_size=2), [NEVER] * 6)
 
 
@@ -439,7 +455,7 @@ def test_what_a_fork_does_is_its_own_affair(lowered, reserve):
     kept = dict.fromkeys(range(7), NEVER) | dict(lowered)
     assert row_of(fork) == {n: until for n, until in kept.items() if until > 7}
     left = {n: until for n, until in kept.items() if until > 7}
-    for n in range(3):  # each of these changes a page that was common
+    for n in range(3):  # each step changes a page that the two caches shared
         cache = one_row(cache, [], lowered=[(2 * n, 9)])
         assert row_of(cache) == {m: 9 if m % 2 == 0 and m <= 2 * n else NEVER for m in range(6)}
         assert row_of(fork) == left
@@ -456,7 +472,7 @@ def test_reserved_steps_fill_holes_and_move_nothing():
     for _ in range(3):
         cache = one_row(cache, [NEVER])
     assert row_of(cache) == dict.fromkeys(range(4, 9), NEVER)
-    assert (cache._own.table >= 0).sum() == 3  # five tokens, where they fit without a move
+    assert (cache._own.table >= 0).sum() == 3  # five tokens on three pages: none was moved
     cache = one_row(cache, [NEVER])
     assert row_of(cache) == dict.fromkeys(range(4, 10), NEVER)
     assert pool_of(cache).promised == 0

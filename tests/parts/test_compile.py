@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of a layer is eager, forward and backward."""
+"""A layer under torch.compile(fullgraph=True) gives what it gives in eager mode."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_compiled_is_eager(name, packed):
     x = torch.randn(1, 6, 8)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
-    for _ in range(2):  # before and after the threshold starts
+    for _ in range(2):  # before the first step of the controller, which sets tau, and after it
         results = []
         for run in (layer, compiled):
             layer.zero_grad()

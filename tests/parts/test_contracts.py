@@ -1,4 +1,4 @@
-"""What a part returns is checked at the layer's border: its name, what was expected, what came."""
+"""The layer checks what parts return: errors name the part, what was expected and what came."""
 
 import copy
 
@@ -11,7 +11,7 @@ from hamblocks.ops import NEVER
 
 
 class Memory(nn.Module):
-    """A delta-rule memory whose result is changed by a function."""
+    """A delta-rule memory with a function applied to its result."""
 
     def __init__(self, change):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Keys: dense or paged, what attention reads is the same, and the choice of an implementation shows."""
+"""Dense and paged keys give attention the same, and `explain` shows the implementation."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_the_steps_of_dense_keys_are_the_op(case):
     assert weights.isfinite().all()
     close(keys.read(weights), keys.attend(q, impl="reference").out)
     seen = keys.visible(q.shape[2]).expand(weights.shape)
-    if keys.logit_bias is not None:  # a bias of -inf hides a key
+    if keys.logit_bias is not None:  # a logit bias of -inf hides a key
         seen = seen & (keys.logits(q) > -float("inf"))
     close(weights.sum(-1), seen.any(-1).double())
     assert not weights.masked_fill(seen, 0).any()
@@ -89,11 +89,11 @@ def test_what_nobody_sees_may_hold_anything():
     assert keys.read(keys.softmax(keys.logits(q))).tolist() == [[[[0, 0]], [[1, 1]]]]
 
 
-# parts of one's own: no cache, ten lines
+# a user's own attention parts: ten lines, and no cache
 
 
 class Alibi:
-    """A linear penalty on distance (arXiv 2108.12409)."""
+    """ALiBi: a linear penalty on distance (arXiv 2108.12409)."""
 
     def __call__(self, q, keys):
         dense, heads = keys.dense(), q.shape[2]
@@ -102,7 +102,7 @@ class Alibi:
 
 
 class SoftCapped:
-    """Logits within +-cap, as in Gemma 2 (arXiv 2408.00118)."""
+    """Logits soft-capped to `(-cap, cap)`, as in Gemma 2 (arXiv 2408.00118)."""
 
     def __init__(self, cap):
         self.cap = cap
@@ -113,7 +113,7 @@ class SoftCapped:
 
 
 class NullSink(hb.protocols.Built):
-    """A learned logit per head for reading nothing (arXiv 2607.02303)."""
+    """A learned logit per head, whose key has value 0 (arXiv 2607.02303)."""
 
     def make(self, dims):
         self.null = nn.Parameter(torch.zeros(dims.num_heads))
@@ -128,7 +128,7 @@ def test_attention_parts_of_ones_own(check):
     check()
 
 
-# which implementation reads
+# which implementation is chosen
 
 
 def streamed(impl="auto", tokens=1, selector=None, **parts):
@@ -184,7 +184,7 @@ def test_many_queries_read_a_copy_unless_pages_are_named(monkeypatch):
 
 
 def newest(x, trace):
-    """A gate that ranks later tokens higher, so that every token evicts one."""
+    """A gate that ranks later tokens higher, so that each token evicts an earlier one."""
     return hb.GateOutput(trace.position.double()[..., None])
 
 
@@ -200,7 +200,7 @@ def test_forks_that_evict_read_a_copy(monkeypatch):
 
 
 def explained(layer, x, state):
-    """What the layer's attention part could have been answered."""
+    """The reasons of `keys.explain`, for each call of the layer's attention part."""
     answers = []
     attention = layer.attention
 
@@ -218,7 +218,7 @@ def explained(layer, x, state):
 
 
 def reads(layer, x, state, monkeypatch):
-    """Which ops the layer's attention calls, by name and implementation."""
+    """The ops that the layer's attention calls, as pairs of name and implementation."""
     made = []
     with monkeypatch.context() as patch:
         for name in ("selected_attention", "paged_attention"):

@@ -1,4 +1,4 @@
-"""What every layer obeys, whatever parts it is made of."""
+"""Laws that every layer obeys, whatever its parts."""
 
 import math
 
@@ -46,7 +46,8 @@ def test_layer_is_memory_and_attention_over_what_it_stored(case, size):
             }[gate.metric]
             heads = result.stats.score.shape[2]
             error = (result.stats.score[n] - score.unflatten(1, (heads, -1)).mean(-1)).abs()
-            # v - residual leaves a small prediction with the rounding of v: the cosine knows its direction that well
+            # the prediction v - residual carries the rounding of v: where the prediction is small,
+            # that rounding limits how well its direction, and so the cosine, is known
             blur = (
                 torch.finfo(prediction.dtype).eps * oracle.v.norm(dim=-1) / prediction.norm(dim=-1)
             )
@@ -76,7 +77,7 @@ def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case
         assert (result.stats.evict_at == expected).all()
         for n in range(size.batch):
             close(result.y[n], plain(layer, x[n], visible).y)
-    if size.tokens:  # no part is called without a token
+    if size.tokens:  # the layer calls no part without a token
         assert not read[1].any()
         assert read[0].any()
 
@@ -85,7 +86,7 @@ def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case
 @over_sizes(share=2)
 @torch.no_grad()
 def test_float32_is_near_float64(case, size):
-    # a score within rounding of tau may fall on either side: the decisions of float64 are replayed
+    # Rounding may move a score across tau, so the float32 layer replays the decisions of float64.
     layer, x = build(case, size), inputs(size)
     exact = layer(x)
     layer.float().selector.forward = lambda *_, **__: hb.Selection(exact.stats.evict_at)
@@ -116,7 +117,8 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             close(one, other)
-    # keys and values of earlier pieces as constants: the gradient of one pass in which they are
+    # stored keys and values are constants: the expected gradient is that of one pass in which keys
+    # and values of earlier pieces are detached
     layer.selector = selector
     close(in_pieces(), layer(x).y)
 
@@ -143,7 +145,7 @@ def test_gradients_flow_through_the_memory_of_a_state_and_not_through_its_cache(
 
 @pytest.mark.parametrize("case", CASES)
 def test_cases_neither_keep_all_nor_drop_all(case):
-    # otherwise the laws above would hold for a layer that decides nothing
+    # a layer that keeps all or nothing would pass the laws above without deciding anything
     layer, x = build(case, Size(0, 2, 14, (4, 2))), inputs(Size(0, 2, 14, (4, 2)))
     evict_at = layer(x).stats.evict_at
     position = torch.arange(14)[None, :, None]

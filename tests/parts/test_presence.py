@@ -1,4 +1,4 @@
-"""Layers without a memory, and without attention: the other half is left, in one pass and in pieces."""
+"""Layers without a memory or without attention, in one pass and in pieces."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_without_memory_attention_sees_everything(size):
 @given(size=SIZES)
 @torch.no_grad()
 def test_without_attention_the_memory_is_left(size):
-    """A layer that stores nothing reads nothing: its memory alone is left."""
+    """A layer without attention equals a layer that stores nothing and so reads nothing."""
     layer, x = layer_of(size, {"attention": None}), inputs(size)
     full = layer_of(size, {"selector": hb.Threshold(math.inf)})
     weights = layer.state_dict()
@@ -82,7 +82,7 @@ def test_an_absent_part_has_no_weights_and_no_cache():
     state = layer.prefill(torch.randn(2, 5, 8)).state
     assert state.cache is None
     assert state.nbytes == sum(x.nbytes for x in (state.position, *state.memory))
-    state.reserve(4)  # nothing to reserve
+    state.reserve(4)  # does nothing: there is no cache
     assert hb.HAMLayer(8, 2, memory=None).prefill(torch.randn(2, 5, 8)).state.memory is None
 
 

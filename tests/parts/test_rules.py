@@ -1,4 +1,4 @@
-"""Parts belong to one layer, layers survive copies, casts and autocast, and anything with the right call is a part."""
+"""Ownership of parts, copies, casts and autocast of layers, and parts without a base class."""
 
 import copy
 import pickle
@@ -78,7 +78,7 @@ def test_decoder_state_dict_reproduces_outputs():
 
 
 class Vowels:
-    """The custom gate of the README: eight lines, no base class."""
+    """The custom gate of the README: no base class."""
 
     def __init__(self, direction):
         self.direction = direction
@@ -88,7 +88,7 @@ class Vowels:
 
 
 class TinyHAM(nn.Module):
-    """A layer of one's own, of ops alone."""
+    """A user's own layer, made of ops."""
 
     def __init__(self, width):
         super().__init__()
@@ -111,7 +111,7 @@ def test_custom_gate():
     result = layer(x)
     assert torch.equal(result.stats.evict_at[..., 0] == ops.NEVER, x @ direction >= 0)
     result.y.sum().backward()
-    # a part of a plain class is shared by whoever likes
+    # a part without `build` may be shared
     hb.HAMLayer(16, 2, gate=layer.gate, selector=hb.Threshold(0.0))
 
 
@@ -125,7 +125,7 @@ def test_custom_layer():
 
 def test_custom_memory_and_attention():
     class Mean:
-        """Predicts the mean of what it saw; its state is sum and count."""
+        """Predicts the mean of the values seen; its state is their sum."""
 
         def __call__(self, x, q, k, v, *, position, state=None, cu_seqlens=None, metric=None):
             past = 0 if state is None else state
@@ -165,7 +165,8 @@ def test_autocast_leaves_the_memory_in_float32(case):
             assert step.stats.score.dtype == torch.float32
     assert state.memory.recurrent.dtype == torch.float32
     assert whole.y.isfinite().all()
-    # decisions near the threshold may differ; the first token decides alone
+    # Rounding may change decisions near the threshold. The first token reads no other token, so
+    # only its own decision matters.
     close(whole.y[:, :1].float(), exact.y[:, :1], 0.1)
     whole.y.float().square().sum().backward()
     for weight in layer.parameters():

@@ -1,9 +1,7 @@
-"""Prefill, decode, fork, reorder, crop, reset in any order are one pass over what each sequence saw."""
+"""Prefill, decode, fork, reorder, crop and reset, in any order, give what one pass gives."""
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,7 +27,6 @@ from parts_cases import (
     inputs,
     over_sizes,
     pack,
-    same,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,14 +35,20 @@ from hamblocks.testing import assert_close
 
 
 class Stream:
-    """A state, and what its sequences saw; marks are what its checkpoints saw."""
+    """A state and its history.
+
+    Attributes:
+        state: the state.
+        seen: all inputs of each sequence, `[T_n, hidden]`.
+        marks: the value of `seen` at each checkpoint of the state.
+    """
 
     def __init__(self, state, seen, marks=()):
         self.state, self.seen, self.marks = state, seen, list(marks)
 
 
 class Streams(RuleBasedStateMachine):
-    """Every call is compared with a pass of a fresh layer over the full history of each sequence."""
+    """Compares every call with one pass over the full history of each sequence."""
 
     streams = Bundle("streams")
 
@@ -70,7 +73,10 @@ class Streams(RuleBasedStateMachine):
 
     @torch.no_grad()
     def compare(self, stream, before, y, stats, state):
-        """The tokens behind the first `before[n]` of each sequence: outputs, scores, decisions, and what is stored."""
+        """Compares outputs, scores, lifetimes and stored tokens with one pass.
+
+        `y` and `stats` are of the tokens of sequence n after its first `before[n]`.
+        """
         stored = content(state)
         assert state.position.tolist() == [len(row) for row in stream.seen]
         for n, row in enumerate(stream.seen):
@@ -146,7 +152,7 @@ class Streams(RuleBasedStateMachine):
     def spent(self, stream):
         old = stream.state
         self.prefill(stream, 1)
-        if not stream.seen:  # a call without a token spends nothing
+        if not stream.seen:  # a call without a token does not spend the state
             assert stream.state is old
             return
         with pytest.raises(ValueError, match=r"^state: expected the newest, got one .*fork\(\)"):
@@ -173,7 +179,7 @@ class Streams(RuleBasedStateMachine):
             return
         back = data.draw(st.sampled_from(stream.marks))
         position = torch.tensor([len(row) for row in back])
-        # of checkpoints at the same position, the last counts
+        # crop returns to the last checkpoint at a position
         last = max(
             i for i, mark in enumerate(stream.marks) if [len(r) for r in mark] == position.tolist()
         )
@@ -212,11 +218,11 @@ class Streams(RuleBasedStateMachine):
     @rule(stream=streams)
     @torch.no_grad()
     def failed_call(self, stream):
-        """An error behind the selection leaves the state as good as it was."""
+        """An error after the selection leaves the state valid and unchanged."""
         x = torch.zeros(len(stream.seen), 2, self.width, dtype=torch.float64)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(self.layer.combiner), "__call__", lambda *_: 1 / 0)
-            if not stream.seen:  # no part is called without a token
+            if not stream.seen:  # the layer calls no part without a token
                 self.layer.prefill(x, stream.state)
                 return
             with pytest.raises(ZeroDivisionError):
@@ -229,86 +235,8 @@ Streams.TestCase.settings = settings(
 TestStreams = Streams.TestCase
 
 
-def layer_of(selector, seed=0, **parts):
-    torch.manual_seed(seed)
-    return hb.HAMLayer(32, 4, selector=selector, **parts).eval()
-
-
-def prefilled(layer, tokens, *, sequences=1, piece=1024):
-    state = layer.init_state(sequences)
-    x = torch.randn(sequences, tokens, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for part in x.split(piece, 1):
-            _, state, _ = layer.prefill(part, state)
-    return state
-
-
-@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 1])
-@pytest.mark.parametrize("shared", [False, True])
-def test_bytes_follow_what_is_kept(fraction, shared):
-    if shared:  # one row of pages for all heads
-        gate = hb.PeriodicGate(round(1 / fraction) if fraction else 10**6, 5)
-        layer = layer_of(hb.Threshold(0.5), gate=gate)
-    else:
-        layer = layer_of(
-            hb.Threshold(float("inf") if fraction == 0 else 1 - fraction), gate=hb.RandomGate()
-        )
-    state, tokens = prefilled(layer, 4096, sequences=2), 4096
-    cache, sizes = state.cache, state.cache.sizes
-    assert sizes.streams == (1 if shared else 4)
-    streams, page_nbytes = 2 * sizes.streams, sizes.page_size * sizes.token_nbytes
-    kept = cache.tokens.sum().item() / (tokens * cache.tokens.numel())
-    assert kept == pytest.approx(fraction, abs=0.01)
-    full = streams * tokens * sizes.token_nbytes
-    ledgers = state.nbytes - cache.nbytes - sum(x.nbytes for x in (state.position, *state.memory))
-    assert cache.nbytes + ledgers <= kept * full + streams * page_nbytes
-    assert cache.nbytes >= kept * full
-    assert cache.capacity_nbytes >= cache.nbytes
-    assert cache.capacity_nbytes <= 1.6 * cache.nbytes + 2 * 17 * page_nbytes
-
-
-def test_bytes_stop_growing_with_a_top_k():
-    layer = layer_of(hb.TopK(100) | hb.Window(10))
-    state, bytes_at = layer.init_state(2), []
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(12):
-            _, state, _ = layer.prefill(torch.randn(2, 256, 32, generator=generator), state)
-            bytes_at.append((state.nbytes, state.cache.capacity_nbytes))
-        assert (
-            len({used for used, _ in bytes_at[1:]}) <= 2
-        )  # the window and the best overlap more or less
-        assert len({capacity for _, capacity in bytes_at[3:]}) == 1
-        for _ in range(40):
-            _, state, _ = layer.decode(torch.randn(2, 32, generator=generator), state)
-            assert state.nbytes <= max(bytes_at[1:])[0]
-
-
-def test_slabs_go_back_to_the_system():
-    layer = layer_of(KeepPrompt(4000))
-    state = prefilled(layer, 4000, piece=500)
-    full = state.cache.capacity_nbytes
-    with torch.no_grad():
-        _, state, _ = layer.prefill(torch.randn(1, 2, 32), state)
-    assert (state.cache.tokens == 42).all()  # 40 of the prompt and the two behind it
-    assert state.cache.nbytes < 0.02 * full
-    assert state.cache.capacity_nbytes < 0.5 * full
-
-
-class KeepPrompt:
-    """Stores a prompt of n tokens while it lasts, of it every hundredth for good, and all behind it."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
-        keeps = (position % 100 == 0) | (position >= self.n)
-        until = torch.where(keeps, hb.ops.NEVER, self.n + 1).to(torch.int32)
-        return hb.Selection(until[..., None].expand(score.shape))
-
-
 class Replay(torch.nn.Module):
-    """Lifetimes that were decided elsewhere, `[T, H]`."""
+    """Returns given lifetimes, `[T, H]`, for any score."""
 
     def __init__(self, evict_at):
         super().__init__()
@@ -336,9 +264,9 @@ def test_low_precision_pieces_are_one_pass_within_the_budget(case, dtype, size, 
         pieces.append(y)
     right = exact(x.double()).y
     own = 0.0
-    for seed in range(
-        4
-    ):  # one pass is one sample of its own error; inputs moved by a rounding give others
+    # one pass is one sample of the error that rounding makes; inputs moved by one rounding give
+    # further samples
+    for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         step = (
             torch.finfo(dtype).eps * (2 * torch.rand(x.shape, generator=generator) - 1) * (seed > 0)
@@ -352,7 +280,7 @@ def test_low_precision_pieces_are_one_pass_within_the_budget(case, dtype, size, 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_beams_are_one_pass(case):
-    """Sequences that share pages go on unlike each other."""
+    """Beams share pages, continue with different tokens, and give what one pass gives."""
     layer = build(case, Size(0, 1, 0, (4, 2)))
     generator = torch.Generator().manual_seed(0)
     histories = list(torch.randn(2, 9, 16, generator=generator, dtype=torch.float64))
@@ -416,7 +344,7 @@ def test_checkpoints_of_a_fork_are_its_own_and_others_may_begin_anew(case):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses whatever would read a value off the device."""
+    """Fails on ops that wait for the device, because they read a value."""
 
     WAITS = (
         "_local_scalar_dense",
@@ -448,9 +376,8 @@ def test_decode_with_reserved_pages_never_waits_for_the_device(case, monkeypatch
     )
     steps = []
     with monkeypatch.context() as patch, NoWaiting():
-        patch.setattr(
-            torch.compiler, "is_compiling", lambda: True
-        )  # then no value is looked at for a check
+        # argument checks do not read values while torch is compiling
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
         for t in range(20, 30):
             y, state, _ = layer.decode(x[:, t], state)
             steps.append(y)
@@ -459,63 +386,6 @@ def test_decode_with_reserved_pages_never_waits_for_the_device(case, monkeypatch
         [slab[0].data_ptr() for slab in state.cache._own.pool.keys],
         state.cache._own.lease.table.data_ptr(),
     )
-    # and on, where the reserve is used up
+    # decoding continues after the reserved steps
     y, state, _ = layer.decode(x[:, 0], state)
     close(y, layer(torch.cat([x, x[:, :1]], 1)).y[:, -1])
-
-
-@torch.no_grad()
-def test_too_few_pages_change_nothing():
-    layer = layer_of(hb.Threshold(float("-inf")))
-    x = torch.randn(2, 40, 32)
-    state = layer.init_state(2, page_size=4, max_pages=2 * 4 * 5)
-    _, state, _ = layer.prefill(x[:, :19], state)
-    saved = state.state_dict()
-    for call in (
-        lambda: layer.prefill(x[:, 19:], state),
-        lambda: state.reserve(2),
-        lambda: state.reserve(1000),
-    ):
-        with pytest.raises(
-            ValueError,
-            match=r"^max_pages: expected at least \d+ pages \(40 in use and \d+ more\), got 40$",
-        ):
-            call()
-        assert same(saved, state.state_dict())
-    y, state, _ = layer.decode(x[:, 19], state)  # the twentieth still fits
-    close(y, layer(x[:, :20]).y[:, -1], 1e-5)
-    with pytest.raises(ValueError, match=r"^max_pages"):
-        layer.decode(x[:, 20], state)
-
-
-PREFILL = """
-import resource, sys, torch
-import hamblocks as hb
-torch.manual_seed(0)
-layer = hb.HAMLayer(128, 2, gate=hb.RandomGate(), selector=hb.Threshold({tau})).eval()
-state, x = layer.init_state(1), torch.randn(1, 4096, 128)
-with torch.no_grad():
-    layer.prefill(x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range({pieces}):
-        _, state, _ = layer.prefill(x, state)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, state.cache.nbytes // 1024, int(state.position))
-"""
-
-
-@pytest.mark.slow
-def test_memory_of_a_long_prefill_follows_what_is_kept():
-    def peak(tau, pieces=25):
-        code = PREFILL.format(tau=tau, pieces=pieces)
-        run = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-        return [int(number) for number in run.stdout.split()]
-
-    (nothing, _, tokens), (tenth, kept, _) = peak("float('inf')"), peak(0.9)
-    assert tokens == 102_400
-    everything = tokens * 2 * (2 * 64 * 4 + 8) // 1024
-    assert kept == pytest.approx(everything / 10, rel=0.05)
-    # the pages with their slack, and two copies of them while a piece is attended to
-    assert tenth - nothing <= 5 * kept
-    assert tenth < everything

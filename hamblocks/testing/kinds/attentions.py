@@ -1,4 +1,8 @@
-"""Checks of attention parts: `attention(q, k, v, evict_at, position=, ..., cache=) -> read, cache`."""
+"""Checks of attention parts.
+
+An attention part is called as `prepare(q, k, position=) -> q, k`, where it has that method, and as
+`attention(q, keys) -> read`. The checks give it keys of whole sequences, or the keys of a cache.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from torch import Tensor
 
 from hamblocks.testing.budget import assert_bits, assert_same
 from hamblocks.testing.check import Check, Options
+from hamblocks.testing.common import EDGES, cases_of, common, edges_of
+from hamblocks.testing.comparing import prefixed
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import DIMS, PartInputs, part_inputs
-from hamblocks.testing.laws import EDGES, cases_of, common, edges_of, told
 from hamblocks.testing.subjects import AttentionSubject, Results
 
 
@@ -23,7 +28,7 @@ def _read(subject: AttentionSubject, inputs: dict[str, Tensor]) -> Results:
 
 
 def _unseen_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -> None:
-    """Keys, values and biases of tokens that were never stored change nothing."""
+    """Keys, values and biases of tokens that were never stored do not change the read."""
     subject = AttentionSubject(part, case)
     inputs = subject.inputs
     unseen = inputs["evict_at"] <= inputs["position"][..., None]
@@ -33,12 +38,12 @@ def _unseen_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -
         if name in inputs:
             mask = unseen if inputs[name].dim() == 3 else unseen[..., None]
             changed[name] = torch.where(mask, 100 * other[name], inputs[name])
-    with told("tokens that were never stored changed the read"):
+    with prefixed("tokens that were never stored changed the read"):
         assert_same(_read(subject, changed), _read(subject, inputs), lambda: _read(subject, inputs))
 
 
 def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -> None:
-    """Query t reads nothing of a token with evict_at <= t: its key and value change no later read."""
+    """Query t does not read a token with evict_at <= t: its key and value change no later read."""
     subject = AttentionSubject(part, case)
     if case.tokens == 0:
         return
@@ -60,14 +65,14 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
     def later(given: dict[str, Tensor]) -> Results:
         return {"read": _read(subject, given)["read"] * gone}
 
-    with told(
+    with prefixed(
         f"the token at position {j} is still read after its eviction at {until.flatten().tolist()}"
     ):
         assert_same(later(changed), later(inputs), lambda: later(inputs))
 
 
 def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> None:
-    """Query t reads every token with position <= t < evict_at, itself among them."""
+    """Query t reads every token with position <= t < evict_at, its own included."""
     subject = AttentionSubject(part, case)
     v = subject.inputs["v"].clone().requires_grad_()
     read = subject.run(subject.inputs | {"v": v})[0]["read"]
@@ -84,7 +89,8 @@ def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> N
         touched = torch.zeros_like(seen) if grad is None else grad.ne(0).any(-1)
         missed = (seen & ~touched).nonzero().tolist()
         assert not missed, (
-            f"query {t} does not read the token [row, position, head] = {missed[0]} that it sees"
+            f"query {t} does not read the token [sequence, position, head] = {missed[0]}, "
+            "which it sees"
         )
 
 
@@ -103,14 +109,14 @@ def _heads_are_grouped(part: Any, case: PartInputs, _options: Options) -> None:
         def elsewhere(inputs: dict[str, Tensor], others: list[int] = others) -> Results:
             return {"read": _read(subject, inputs)["read"][:, :, others]}
 
-        with told(f"key/value head {changing} is read by a query head that is not of its group"):
+        with prefixed(f"key/value head {changing} is read by a query head of another group"):
             assert_same(
                 elsewhere(changed), elsewhere(subject.inputs), lambda: elsewhere(subject.inputs)
             )
 
 
 def _seeing_nothing_is_zero(part: Any, case: PartInputs, _options: Options) -> None:
-    """Where nothing is stored the read is 0, not NaN, and so are its gradients."""
+    """Where nothing is stored the read and its gradients are 0, not NaN."""
     subject = AttentionSubject(part, case)
     nothing = (
         subject.inputs["position"][..., None].expand(subject.inputs["evict_at"].shape).contiguous()
@@ -132,7 +138,7 @@ def _seeing_nothing_is_zero(part: Any, case: PartInputs, _options: Options) -> N
 
 
 def _one_lifetime_serves_all_heads(part: Any, case: PartInputs, _options: Options) -> None:
-    """Lifetimes [B, T, 1] and biases [B, T, 1] are those of every head."""
+    """Lifetimes and biases [B, T, 1] hold for every head."""
     subject = AttentionSubject(part, case)
     one = dict(subject.inputs)
     for name in ("evict_at", "logit_bias"):
@@ -144,12 +150,12 @@ def _one_lifetime_serves_all_heads(part: Any, case: PartInputs, _options: Option
         for name in ("evict_at", "logit_bias")
         if name in one
     }
-    with told("one lifetime for all heads gives another result than the same one for each"):
+    with prefixed("[B, T, 1] gives another result than the same values for every head"):
         assert_same(_read(subject, one), _read(subject, every), lambda: _read(subject, every))
 
 
 def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
-    """With a cache, tokens at position -1 are padding: nothing reads them and they are not stored."""
+    """With a cache, tokens at position -1 are padding: they are neither read nor stored."""
     subject = AttentionSubject(part, case)
 
     @torch.no_grad()
@@ -164,9 +170,9 @@ def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
     padded["position"][:, case.tokens :] = -1
     with torch.no_grad():
         got, other = subject.run(padded, subject.start(case.batch))
-    with told("padding changed the reads"):
+    with prefixed("padding changed the reads"):
         assert_same({"read": got["read"][:, : case.tokens]}, plain, lambda: alone()[0])
-    with told("padding was stored"):
+    with prefixed("padding was stored"):
         assert_bits({"tokens": other.tokens}, {"tokens": cache.tokens})
 
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from hamblocks.testing.budget import assert_bits
 from hamblocks.testing.check import Check, Options
-from hamblocks.testing.inputs.draw import Draw
-from hamblocks.testing.inputs.scores import Scores, scores
-from hamblocks.testing.laws import (
+from hamblocks.testing.comparing import (
     assert_reads_what_was_written,
     assert_twice,
     compiled,
@@ -22,6 +20,8 @@ from hamblocks.testing.laws import (
     told,
     unchanged,
 )
+from hamblocks.testing.inputs.draw import Draw
+from hamblocks.testing.inputs.scores import Scores, scores
 
 
 def training(part: Any) -> Any:

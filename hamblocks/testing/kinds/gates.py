@@ -8,8 +8,8 @@ import torch
 
 from hamblocks.protocols import GateOutput, MemoryTrace
 from hamblocks.testing.check import Check, Options
+from hamblocks.testing.common import common, edges_of, first
 from hamblocks.testing.inputs.parts import PartInputs
-from hamblocks.testing.laws import common, edges_of, first
 from hamblocks.testing.subjects import GateSubject
 from hamblocks_ops.arguments import describe
 from hamblocks_ops.surprise import METRICS

@@ -1,4 +1,8 @@
-"""Checks of whole layers: `layer(x, state=, cu_seqlens=) -> y, state, stats`, or plainly `layer(x) -> y`."""
+"""Checks of whole layers.
+
+A layer is called as `layer(x, state=, cu_seqlens=) -> y, state, stats`, or as `layer(x) -> y`.
+Checks of streaming and packing apply to layers that accept `state` and `cu_seqlens`.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +22,17 @@ from hamblocks.layer import HAMLayer
 from hamblocks.selectors import Threshold
 from hamblocks.testing.budget import assert_bits, assert_same
 from hamblocks.testing.check import Check, Options
+from hamblocks.testing.common import EDGES, SPLIT, cases_of, common, edges_of, exact
+from hamblocks.testing.comparing import assert_never_longer, by_token, prefixed
 from hamblocks.testing.inputs.draw import borders
 from hamblocks.testing.inputs.parts import PartInputs, part_inputs
 from hamblocks.testing.kinds.selectors import at, thresholds
-from hamblocks.testing.laws import (
-    EDGES,
-    SPLIT,
-    assert_never_longer,
-    by_token,
-    cases_of,
-    common,
-    edges_of,
-    exact,
-    told,
-)
 from hamblocks.testing.subjects import LayerSubject, Results, made
 from hamblocks_ops import NEVER
 
 
-def takes(part: Any, name: str) -> bool:
-    """Whether a layer can be called with an argument of that name."""
+def accepts(part: Any, name: str) -> bool:
+    """Whether a layer accepts an argument of that name."""
     call = part.forward if isinstance(part, torch.nn.Module) else part
     parameters = inspect.signature(call).parameters
     return name in parameters or any(
@@ -46,7 +41,7 @@ def takes(part: Any, name: str) -> bool:
 
 
 def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> None:
-    """After every piece the cache holds, per key/value head, the tokens that one pass so far would still keep."""
+    """After every piece, each key/value head stores the tokens that one pass would still keep."""
     subject = LayerSubject(part, case)
     kv_heads = subject.part.dims.num_kv_heads
     with torch.no_grad():
@@ -57,27 +52,28 @@ def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> N
                 -1, -1, kv_heads
             )
             if state.cache.sizes is None:
-                assert end == 0, f"nothing was stored of {end} tokens, and nothing decided"
+                assert end == 0, f"nothing was decided or stored after {end} tokens"
                 continue
             stored, tokens = state.cache.stored(), state.cache.tokens
             for n, head in [(n, h) for n in range(case.batch) for h in range(kv_heads)]:
                 alive = (known[n, :, head] > end).nonzero()[:, 0]
-                row = head if stored.position.shape[2] > 1 else 0
-                there = stored.position[n, :, row] != NEVER
-                position, order = stored.position[n, there, row].sort()
-                until = stored.evict_at[n, there, row][order]
-                where = f"row {n}, head {head} after {end} tokens"
+                # one stream serves all heads where the gate decides for all of them
+                stream = head if stored.position.shape[2] > 1 else 0
+                there = stored.position[n, :, stream] != NEVER
+                position, order = stored.position[n, there, stream].sort()
+                until = stored.evict_at[n, there, stream][order]
+                where = f"sequence {n}, head {head} after {end} tokens"
                 assert position.tolist() == alive.tolist(), (
                     f"{where}: {position.tolist()} stored, {alive.tolist()} kept"
                 )
-                with told(where):
+                with prefixed(where):
                     assert_bits({"evict_at": until}, {"evict_at": known[n, alive, head]})
                 count = int(tokens[n, head if tokens.shape[1] > 1 else 0])
                 assert count == len(alive), f"{where}: {count} counted, {len(alive)} kept"
 
 
 def _forks_go_on_alone(part: Any, case: PartInputs, _options: Options) -> None:
-    """A fork of a state goes on as the state itself would have, whatever becomes of the other."""
+    """A fork goes on as its state would have, whatever happens to the state."""
     subject = LayerSubject(part, case)
     t = min(case.cuts[0], case.tokens)
     rest = by_token(subject.inputs, slice(t, None))
@@ -93,12 +89,12 @@ def _forks_go_on_alone(part: Any, case: PartInputs, _options: Options) -> None:
         state = reached()
         fork = state.fork()
         subject.run(other, state)
-        with told("a fork changed with what the other one went on with"):
+        with prefixed("a fork changed when its state went on with other tokens"):
             assert_same(subject.run(rest, fork)[0], plain(), plain)
 
 
 def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options) -> None:
-    """With a higher threshold no token lives longer: what is stored has no say in the scores."""
+    """A higher threshold ends no lifetime later: scores do not depend on what is stored."""
     subject = LayerSubject(part, case)
     kept = []
     for tau in (-math.inf, 0.3, 0.7, 1.0, math.inf):
@@ -110,7 +106,7 @@ def _raising_tau_never_keeps_more(part: Any, case: PartInputs, _options: Options
 
 
 def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> None:
-    """At tau = -inf everything is stored for good; at +inf nothing is, and the layer is its memory alone."""
+    """At tau = -inf every token is stored for good; at +inf none is, as in a memory alone."""
     subject = LayerSubject(part, case)
     position = case.position[..., None]
     for tau in (-math.inf, math.inf):
@@ -122,7 +118,7 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
             if tau < 0
             else position.expand_as(results["evict_at"])
         )
-        with told(f"at tau = {tau}"):
+        with prefixed(f"at tau = {tau}"):
             assert_bits({"evict_at": results["evict_at"]}, {"evict_at": right})
 
     @torch.no_grad()
@@ -131,12 +127,12 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
 
     del subject.part.attention
     subject.part.attention = _reads_nothing
-    with told("at tau = +inf the layer is not its memory alone"):
+    with prefixed("at tau = +inf the layer gives another result than its memory alone"):
         assert_same(results, alone(), alone)
 
 
 def _low_precision_streams(part: Any, case: PartInputs, _options: Options) -> None:
-    """Token by token in every dtype: finite, in the dtype of x."""
+    """Decoding token by token gives finite results in the dtype of x, for every dtype."""
     subject = LayerSubject(part, case)
     with torch.no_grad():
         state = subject.start(case.batch)
@@ -149,7 +145,7 @@ def _low_precision_streams(part: Any, case: PartInputs, _options: Options) -> No
 
 
 def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
-    """A bad argument is a ValueError that begins with its name and says what was expected and what came."""
+    """A bad argument raises a ValueError: its name, what was expected and what came."""
     subject = LayerSubject(part, case)
     x = subject.inputs["x"]
     calls: list[tuple[str, Callable[[], Any]]] = [
@@ -157,13 +153,13 @@ def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
         ("x", lambda: subject.part(x[0])),
         ("x", lambda: subject.part(x.long())),
     ]
-    if takes(part, "cu_seqlens"):
+    if accepts(part, "cu_seqlens"):
         whole = x.flatten(0, 1)[None]
         end = whole.shape[1]
         for ends in ([0, end - 1], [0, 3, 2, end]):
             cu_seqlens = torch.tensor(ends, dtype=torch.int32)
             calls.append(("cu_seqlens", partial(subject.part, whole, cu_seqlens=cu_seqlens)))
-    if takes(part, "state"):
+    if accepts(part, "state"):
         calls.append(("state", lambda: subject.part(x, state=subject.start(case.batch + 1))))
         calls.append(("state", lambda: subject.part(x, state=[1])))
     for name, call in calls:
@@ -172,7 +168,7 @@ def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
         except ValueError as error:
             text = str(error)
             right = text.startswith(name) and "expected" in text and "got" in text
-            assert right, f"the error is {text!r}, expected '{name}: expected ..., got ...'"
+            assert right, f"the message is {text!r}, expected '{name}: expected ..., got ...'"
         except Exception as error:
             raise AssertionError(
                 f"a bad {name} gave {type(error).__name__}: {error}, expected a ValueError"
@@ -182,13 +178,13 @@ def _refuses_bad_input(part: Any, case: PartInputs, _options: Options) -> None:
 
 
 def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) -> None:
-    """Ragged pieces of several sequences, packed into one row, give what each sequence gives in one pass."""
+    """Packed pieces of several sequences give what each sequence gives in one pass."""
     subject = LayerSubject(part, case)
-    rows = list(subject.inputs["x"])
-    # every row is cut at places of its own
+    sequences = list(subject.inputs["x"])
+    # every sequence is cut at other places
     own = [
         [0, *sorted((cut + 5 * n) % (case.tokens + 1) for cut in case.cuts), case.tokens]
-        for n in range(len(rows))
+        for n in range(len(sequences))
     ]
 
     @torch.no_grad()
@@ -196,39 +192,39 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
         return subject.run(subject.inputs)[0]
 
     with torch.no_grad():
-        state = subject.start(len(rows))
-        told_rows: list[list[Results]] = [[] for _ in rows]
+        state = subject.start(len(sequences))
+        results_of: list[list[Results]] = [[] for _ in sequences]
         for i in range(len(case.cuts) + 1):
-            parts = [row[ends[i] : ends[i + 1]] for row, ends in zip(rows, own, strict=True)]
+            parts = [x[ends[i] : ends[i + 1]] for x, ends in zip(sequences, own, strict=True)]
             packed = torch.cat(parts)[None] if parts else subject.inputs["x"].flatten(0, 1)[None]
             cu_seqlens = borders([len(one) for one in parts])
             results, state = subject.run({"x": packed}, state, cu_seqlens)
             if packed.shape[1] == 0 and case.tokens:
-                continue  # of no token nothing is decided, so the number of heads is open
+                continue  # an empty piece decides nothing, so its number of heads is undefined
             for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
-                told_rows[n].append(by_token(results, slice(begin, end)))
+                results_of[n].append(by_token(results, slice(begin, end)))
         exact = whole()
-        for n, told_pieces in enumerate(told_rows):
+        for n, of_pieces in enumerate(results_of):
             got = {
-                name: torch.cat([piece[name] for piece in told_pieces], 1)
-                for name in told_pieces[0]
+                name: torch.cat([piece[name] for piece in of_pieces], 1) for name in of_pieces[0]
             }
-            if "evict_at" in got:  # lowered later
+            if "evict_at" in got:  # a later piece may have lowered it
                 got["evict_at"] = torch.minimum(got["evict_at"], exact["evict_at"][n : n + 1])
-            with told(f"row {n}, cut at {own[n]}"):
-                assert_same(got, {name: x[n : n + 1] for name, x in exact.items()}, _rows(whole, n))
+            with prefixed(f"sequence {n}, cut at {own[n]}"):
+                assert_same(got, {name: x[n : n + 1] for name, x in exact.items()}, _only(whole, n))
 
 
-def _rows(run: Callable[[], Results], n: int) -> Callable[[], Results]:
+def _only(run: Callable[[], Results], n: int) -> Callable[[], Results]:
+    """The results of sequence `n`."""
     return lambda: {name: x[n : n + 1] for name, x in run().items()}
 
 
 def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:
-    return lambda part, _options: None if takes(part, name) else f"it {what}"
+    return lambda part, _options: None if accepts(part, name) else f"it {what}"
 
 
 def _reads_nothing(q: Tensor, keys: object) -> Tensor:
-    """An attention part that reads 0."""
+    """Returns 0 for every query."""
     return torch.zeros_like(q)
 
 
@@ -239,24 +235,24 @@ def _stores_nothing(part: Any, options: Options) -> str | None:
 
 
 def _no_ham_layer(part: Any, _options: Options) -> str | None:
-    return None if isinstance(part, HAMLayer) else "it is no HAMLayer"
+    return None if isinstance(part, HAMLayer) else "it is not a HAMLayer"
 
 
 def _no_threshold(part: Any, options: Options) -> str | None:
     if _no_ham_layer(part, options) is not None:
-        return "it is no HAMLayer"
+        return "it is not a HAMLayer"
     return None if thresholds(part) else "it has no threshold to set"
 
 
 def _no_fork(part: Any, options: Options) -> str | None:
-    if not takes(part, "state"):
-        return "it takes no state"
+    if not accepts(part, "state"):
+        return "it accepts no state"
     state = made(part, None, options.dtypes[0], 0).init_state(1)
     return None if hasattr(state, "fork") else "its states do not fork"
 
 
-STREAMS = _no_argument("state", "takes no state")
-PACKS = _no_argument("cu_seqlens", "takes no packed sequences")
+STREAMS = _no_argument("state", "accepts no state")
+PACKS = _no_argument("cu_seqlens", "accepts no packed sequences")
 CASES = cases_of(part_inputs)
 
 

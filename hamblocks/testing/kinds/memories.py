@@ -11,9 +11,10 @@ from hamblocks.protocols import MemoryTrace
 from hamblocks.state import leaves, tree_map
 from hamblocks.testing.budget import assert_same
 from hamblocks.testing.check import Check, Options
+from hamblocks.testing.common import EDGES, PACKED, SPLIT, cases_of, common, edges_of
+from hamblocks.testing.comparing import by_token, told
 from hamblocks.testing.inputs.draw import Draw, borders
 from hamblocks.testing.inputs.parts import PartInputs, packed_part_inputs, part_inputs
-from hamblocks.testing.laws import EDGES, PACKED, SPLIT, by_token, cases_of, common, edges_of, told
 from hamblocks.testing.subjects import MemorySubject, Results
 from hamblocks_ops import surprise
 from hamblocks_ops.arguments import describe

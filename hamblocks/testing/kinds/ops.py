@@ -12,6 +12,14 @@ from torch import Tensor
 import hamblocks_ops as ops
 from hamblocks.testing.budget import assert_bits, assert_close_to_reference, assert_same
 from hamblocks.testing.check import Options
+from hamblocks.testing.comparing import (
+    assert_never_longer,
+    assert_reads_what_was_written,
+    assert_twice,
+    compiled,
+    told,
+    unchanged,
+)
 from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
 from hamblocks.testing.inputs.ops import Calls, metric_of
 from hamblocks.testing.inputs.paged import PagedInputs
@@ -22,14 +30,6 @@ from hamblocks.testing.kinds.op_cases import (
     plain,
     refused_dtypes,
     whole,
-)
-from hamblocks.testing.laws import (
-    assert_never_longer,
-    assert_reads_what_was_written,
-    assert_twice,
-    compiled,
-    told,
-    unchanged,
 )
 from hamblocks.testing.ops import OpImplementation
 

@@ -20,22 +20,20 @@ from hamblocks.selectors import AllOf, AnyOf, Threshold, TopK, Window, is_causal
 from hamblocks.state import leaves
 from hamblocks.testing.budget import assert_bits
 from hamblocks.testing.check import Check, Options
-from hamblocks.testing.inputs.draw import pieces
-from hamblocks.testing.inputs.parts import PartInputs, part_inputs
-from hamblocks.testing.inputs.scores import ScorePieces, Scores, score_pieces, scores
-from hamblocks.testing.laws import (
-    SPLIT,
+from hamblocks.testing.common import SPLIT, cases_of, no_module
+from hamblocks.testing.comparing import (
     assert_never_longer,
     assert_reads_what_was_written,
     assert_twice,
-    cases_of,
     compiled,
-    composes,
-    no_module,
     reload,
     told,
     unchanged,
 )
+from hamblocks.testing.inputs.draw import pieces
+from hamblocks.testing.inputs.parts import PartInputs, part_inputs
+from hamblocks.testing.inputs.scores import ScorePieces, Scores, score_pieces, scores
+from hamblocks.testing.laws import composes
 from hamblocks.testing.subjects import made
 from hamblocks_ops import NEVER
 

@@ -9,7 +9,7 @@ from . import rejected_by
 
 
 class Attention(Built):
-    """Attention that is right: keys scaled by a weight, then the op over dense keys."""
+    """A correct attention part: keys scaled by a weight, then the op over dense keys."""
 
     def make(self, dims):
         self.scale = nn.Parameter(torch.ones(dims.head_dim))
@@ -39,7 +39,7 @@ class Attention(Built):
 
 @rejected_by("attention_has_its_shapes")
 class FlatHeads(Attention):
-    """Returns the heads side by side."""
+    """Returns the heads flattened into one dimension."""
 
     def attend(self, *args, **call):
         return super().attend(*args, **call).flatten(2)
@@ -55,7 +55,7 @@ class SeesTheNext(Attention):
 
 @rejected_by("attention_gradients_are_causal")
 class GradientOfTheMean(Attention):
-    """Centres values over the sequence, without changing them."""
+    """Adds the mean of the values minus itself, detached: only its gradient is left."""
 
     def attend(self, q, k, v, evict_at, **call):
         mean = v.mean(1, keepdim=True)
@@ -64,7 +64,7 @@ class GradientOfTheMean(Attention):
 
 @rejected_by("attention_rows_are_independent")
 class ScalesByTheBatch(Attention):
-    """The temperature is the largest norm of the batch."""
+    """Uses the largest norm of the batch as temperature."""
 
     def attend(self, q, k, v, evict_at, **call):
         return super().attend(
@@ -74,7 +74,7 @@ class ScalesByTheBatch(Attention):
 
 @rejected_by("attention_packed_is_one_by_one")
 class IgnoresBorders(Attention):
-    """A packed row is one sequence."""
+    """Treats a packed batch row as one sequence."""
 
     def attend(self, *args, cu_seqlens, **call):
         return super().attend(*args, **call)
@@ -82,7 +82,7 @@ class IgnoresBorders(Attention):
 
 @rejected_by("attention_any_split_is_one_pass")
 class ForgetsTheCache(Attention):
-    """Reads the new tokens alone."""
+    """Reads only the new tokens, and none of the cache."""
 
     def attend(self, q, k, v, evict_at, *, query_position, key_position, **call):
         begin = query_position.amin(1)[:, None, None]
@@ -94,7 +94,7 @@ class ForgetsTheCache(Attention):
 
 @rejected_by("attention_same_call_same_bits")
 class AttentionDropout(Attention):
-    """Dropout of values in eval mode."""
+    """Drops values out in eval mode too."""
 
     def attend(self, q, k, v, evict_at, **call):
         return super().attend(q, k, nn.functional.dropout(v, 0.1), evict_at, **call)
@@ -102,7 +102,7 @@ class AttentionDropout(Attention):
 
 @rejected_by("attention_nothing_given_changes")
 class ClampsInPlace(Attention):
-    """Ends of lifetimes are clamped in place."""
+    """Clamps lifetimes in place."""
 
     def attend(self, q, k, v, evict_at, **call):
         return super().attend(q, k, v, evict_at.clamp_(max=10**6), **call)
@@ -110,7 +110,7 @@ class ClampsInPlace(Attention):
 
 @rejected_by("attention_strides_do_not_matter")
 class DenseQueries(Attention):
-    """Takes queries to lie in one piece."""
+    """Assumes that queries are contiguous."""
 
     def attend(self, q, k, v, evict_at, **call):
         return super().attend(
@@ -120,7 +120,7 @@ class DenseQueries(Attention):
 
 @rejected_by("attention_reads_no_unwritten_memory")
 class AccumulatesIntoEmpty(Attention):
-    """Adds the read to memory that nobody wrote."""
+    """Adds the read to uninitialised memory."""
 
     def attend(self, q, k, v, evict_at, **call):
         return super().attend(q, k, v, evict_at, **call) + 0 * torch.empty_like(q)
@@ -128,7 +128,7 @@ class AccumulatesIntoEmpty(Attention):
 
 @rejected_by("attention_is_always_finite")
 class ExponentWithoutMaximum(Attention):
-    """A softmax that does not subtract the largest logit."""
+    """Computes a softmax without subtracting the largest logit."""
 
     def attend(self, q, k, v, evict_at, **call):
         out = super().attend(q, k, v, evict_at, **call)
@@ -137,7 +137,7 @@ class ExponentWithoutMaximum(Attention):
 
 @rejected_by("attention_gradients_are_right")
 class BiasWithoutGradient(Attention):
-    """The gradient of the logit bias is dropped."""
+    """Detaches the logit bias."""
 
     def attend(self, *args, logit_bias=None, **call):
         return super().attend(
@@ -147,7 +147,7 @@ class BiasWithoutGradient(Attention):
 
 @rejected_by("attention_state_dict_is_all_there_is")
 class LostTemperature(Attention):
-    """A temperature that is drawn and not saved."""
+    """Draws a temperature that the state dict does not contain."""
 
     def make(self, dims):
         super().make(dims)
@@ -159,7 +159,7 @@ class LostTemperature(Attention):
 
 @rejected_by("attention_compiled_is_eager")
 class CountsOnTheHost(Attention):
-    """Skips attention where nothing is stored."""
+    """Branches on values: skips attention where nothing is stored."""
 
     def attend(self, q, k, v, evict_at, **call):
         return (
@@ -171,7 +171,7 @@ class CountsOnTheHost(Attention):
 
 @rejected_by("attention_is_built_once")
 class BuiltAgain(Attention):
-    """A second layer takes the weights over."""
+    """Accepts a second build, so that two layers share weights."""
 
     def build(self, dims):
         self.make(dims)
@@ -179,7 +179,7 @@ class BuiltAgain(Attention):
 
 @rejected_by("attention_works_in_a_layer")
 class AnotherSignWhenDecoding(Attention):
-    """Queries that come alone, behind others, are negated."""
+    """Negates a query that comes alone and is not the first."""
 
     def forward(self, q, keys):
         alone = q.shape[1] == 1 and bool((keys.query_position > 0).any())
@@ -188,7 +188,7 @@ class AnotherSignWhenDecoding(Attention):
 
 @rejected_by("attention_unseen_tokens_do_not_leak")
 class SeesItselfAnyway(Attention):
-    """A token that was never stored still sees itself."""
+    """Lets a token that was never stored see itself."""
 
     def attend(self, q, k, v, evict_at, *, key_position, **call):
         own = key_position.clamp(max=NEVER - 1) + 1
@@ -198,7 +198,7 @@ class SeesItselfAnyway(Attention):
 
 @rejected_by("attention_evicted_tokens_do_not_leak")
 class OneQueryTooLong(Attention):
-    """The query at evict_at still sees the token."""
+    """Lets the query at evict_at still see the token."""
 
     def attend(self, q, k, v, evict_at, *, key_position, **call):
         late = (evict_at > key_position) & (evict_at < NEVER)
@@ -207,7 +207,7 @@ class OneQueryTooLong(Attention):
 
 @rejected_by("attention_stored_tokens_are_seen")
 class NotItself(Attention):
-    """A query does not see its own token."""
+    """Hides its own token from each query."""
 
     def attend(self, *args, query_position, **call):
         return super().attend(*args, query_position=query_position - 1, **call)
@@ -215,7 +215,7 @@ class NotItself(Attention):
 
 @rejected_by("attention_heads_are_grouped")
 class HeadsByModulo(Attention):
-    """Query head h reads key/value head h modulo Hkv."""
+    """Reads key/value head h modulo Hkv with query head h."""
 
     def attend(self, q, k, v, evict_at, **call):
         group = q.shape[2] // k.shape[2]
@@ -226,7 +226,7 @@ class HeadsByModulo(Attention):
 
 @rejected_by("attention_seeing_nothing_is_zero")
 class MeanOfNothing(Attention):
-    """A query that sees nothing reads the mean of all values."""
+    """Returns the mean of all values to a query that sees nothing."""
 
     def attend(self, q, k, v, evict_at, **call):
         out = super().attend(q, k, v, evict_at, **call)
@@ -236,7 +236,7 @@ class MeanOfNothing(Attention):
 
 @rejected_by("attention_one_lifetime_serves_all_heads")
 class LifetimeOfTheFirstHead(Attention):
-    """One lifetime for all heads is taken to be that of the first, the others keep everything."""
+    """Applies one lifetime for all heads to the first head; the other heads keep everything."""
 
     def attend(self, q, k, v, evict_at, **call):
         if evict_at.shape[2] == 1 and k.shape[2] > 1:
@@ -248,7 +248,7 @@ class LifetimeOfTheFirstHead(Attention):
 
 @rejected_by("attention_padding_is_ignored")
 class ReadsPadding(Attention):
-    """Looks at the ends of lifetimes alone, which padding has too."""
+    """Ignores positions, so that padding is visible until its evict_at."""
 
     def attend(self, *args, key_position, **call):
         return super().attend(*args, key_position=0 * key_position, **call)

@@ -8,7 +8,7 @@ from . import rejected_by
 
 
 class Combiner(hb.protocols.Built):
-    """A combiner that is right: the two reads side by side, projected out."""
+    """A correct combiner: concatenates the two reads and projects them."""
 
     def make(self, dims):
         self.out = nn.Linear(2 * dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
@@ -19,7 +19,7 @@ class Combiner(hb.protocols.Built):
 
 @rejected_by("combiner_has_its_shapes")
 class LeavesHeads(Combiner):
-    """Returns the heads as they are."""
+    """Returns heads without a projection, in another size than x."""
 
     def forward(self, x, memory_read, attention_read):
         return (memory_read + attention_read).flatten(2)[..., :-1]
@@ -36,7 +36,7 @@ class PoolsTime(Combiner):
 
 @rejected_by("combiner_gradients_are_causal")
 class GradientOverTime(Combiner):
-    """A running sum without its value."""
+    """Adds a sum over later tokens minus itself, detached: only its gradient is left."""
 
     def forward(self, x, memory_read, attention_read):
         later = memory_read.flip(1).cumsum(1).flip(1)
@@ -45,7 +45,7 @@ class GradientOverTime(Combiner):
 
 @rejected_by("combiner_rows_are_independent")
 class NormOverTheBatch(Combiner):
-    """Normalises over the batch."""
+    """Normalizes over the batch."""
 
     def forward(self, x, memory_read, attention_read):
         return super().forward(
@@ -55,7 +55,7 @@ class NormOverTheBatch(Combiner):
 
 @rejected_by("combiner_packed_is_one_by_one")
 class LooksBack(Combiner):
-    """Mixes the read of the token before."""
+    """Uses the attention read of the token before."""
 
     def forward(self, x, memory_read, attention_read):
         return super().forward(x, memory_read, F.pad(attention_read, [0, 0, 0, 0, 1, 0])[:, :-1])
@@ -63,7 +63,7 @@ class LooksBack(Combiner):
 
 @rejected_by("combiner_any_split_is_one_pass")
 class WeightsByPlace(Combiner):
-    """Fades the memory in along the piece."""
+    """Fades the memory in along each piece."""
 
     def forward(self, x, memory_read, attention_read):
         fade = torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[None, :, None, None]
@@ -72,7 +72,7 @@ class WeightsByPlace(Combiner):
 
 @rejected_by("combiner_same_call_same_bits")
 class AlwaysDropout(Combiner):
-    """Dropout in eval mode."""
+    """Applies dropout in eval mode too."""
 
     def forward(self, *reads):
         return F.dropout(super().forward(*reads), 0.1)
@@ -90,7 +90,7 @@ class AddsInPlace(Combiner):
 
 @rejected_by("combiner_strides_do_not_matter")
 class TrustsLayout(Combiner):
-    """Takes the read of attention to lie in one piece."""
+    """Assumes that the attention read is contiguous."""
 
     def forward(self, x, memory_read, attention_read):
         dense = torch.as_strided(
@@ -101,7 +101,7 @@ class TrustsLayout(Combiner):
 
 @rejected_by("combiner_reads_no_unwritten_memory")
 class EmptyBuffer(Combiner):
-    """Adds zero times memory that nobody wrote."""
+    """Adds zero times uninitialised memory."""
 
     def forward(self, x, memory_read, attention_read):
         return super().forward(x, memory_read + 0 * torch.empty_like(memory_read), attention_read)
@@ -109,7 +109,7 @@ class EmptyBuffer(Combiner):
 
 @rejected_by("combiner_is_always_finite")
 class NormWithoutEpsilon(Combiner):
-    """RMS norm without an epsilon."""
+    """Uses an RMS norm without an epsilon."""
 
     def forward(self, x, memory_read, attention_read):
         return super().forward(
@@ -119,7 +119,7 @@ class NormWithoutEpsilon(Combiner):
 
 @rejected_by("combiner_gradients_are_right")
 class HalfDetached(Combiner):
-    """The scale of a norm is detached."""
+    """Detaches the scale of a norm."""
 
     def forward(self, x, memory_read, attention_read):
         scale = (memory_read.square().mean(-1, keepdim=True) + 1e-6).rsqrt().detach()
@@ -128,7 +128,7 @@ class HalfDetached(Combiner):
 
 @rejected_by("combiner_state_dict_is_all_there_is")
 class UnsavedGate(Combiner):
-    """The weight of the memory is no buffer."""
+    """Draws a weight of the memory that is neither parameter nor buffer."""
 
     def make(self, dims):
         super().make(dims)
@@ -140,7 +140,7 @@ class UnsavedGate(Combiner):
 
 @rejected_by("combiner_compiled_is_eager")
 class BranchesOnValues(Combiner):
-    """Leaves attention out where it read nothing."""
+    """Branches on values: skips attention where it read nothing."""
 
     def forward(self, x, memory_read, attention_read):
         if not attention_read.detach().any():
@@ -150,7 +150,7 @@ class BranchesOnValues(Combiner):
 
 @rejected_by("combiner_is_built_once")
 class SharedProjection(Combiner):
-    """A second build is ignored."""
+    """Ignores a second build."""
 
     def build(self, dims):
         if not hasattr(self, "out"):
@@ -159,7 +159,7 @@ class SharedProjection(Combiner):
 
 @rejected_by("combiner_works_in_a_layer")
 class AssumesABatch(Combiner):
-    """Keeps what it read last, and smooths with it."""
+    """Smooths with the result of its last call, which it keeps."""
 
     last = 0
 

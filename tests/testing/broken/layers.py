@@ -17,7 +17,7 @@ def ham(**parts):
 
 
 class Layer(hb.HAMLayer):
-    """A layer that is right."""
+    """A correct layer."""
 
     def __init__(self, **parts):
         super().__init__(8, 2, num_kv_heads=1, **{"selector": hb.TopK(3) | hb.Window(2), **parts})
@@ -33,7 +33,7 @@ class Gate:
 
 @rejected_by("layer_has_its_shapes")
 class LosesADtype(Layer):
-    """Returns float32 whatever came in."""
+    """Returns float32 for inputs of lower precision."""
 
     def forward(self, x, **call):
         result = super().forward(x, **call)
@@ -42,7 +42,7 @@ class LosesADtype(Layer):
 
 @rejected_by("layer_is_causal")
 def looks_ahead():
-    """The gate of the layer looks one token ahead."""
+    """Its gate looks one token ahead."""
     return ham(
         gate=Gate(lambda x, trace: x.roll(-1, 1).mean(-1, keepdim=True)), selector=hb.Threshold(0.0)
     )
@@ -50,7 +50,7 @@ def looks_ahead():
 
 @rejected_by("layer_gradients_are_causal")
 class GradientFromLater(Layer):
-    """A mean over the sequence without its value."""
+    """Adds the mean over the sequence minus itself, detached: only its gradient is left."""
 
     def forward(self, x, **call):
         result = super().forward(x, **call)
@@ -68,7 +68,7 @@ class BatchMean(Layer):
 
 @rejected_by("layer_packed_is_one_by_one")
 class PacksBlindly(Layer):
-    """Takes packed sequences for one."""
+    """Treats packed sequences as one."""
 
     def forward(self, x, *, state=None, cu_seqlens=None):
         return super().forward(x, state=state, cu_seqlens=cu_seqlens if state is not None else None)
@@ -76,7 +76,7 @@ class PacksBlindly(Layer):
 
 @rejected_by("layer_any_split_is_one_pass")
 class RestartsPositions(Layer):
-    """Positions begin at 0 in every piece."""
+    """Forgets the memory between pieces."""
 
     def forward(self, x, *, state=None, cu_seqlens=None):
         result = super().forward(x, state=state, cu_seqlens=cu_seqlens)
@@ -87,7 +87,7 @@ class RestartsPositions(Layer):
 
 @rejected_by("layer_packed_pieces_are_one_pass")
 class SwapsPackedStates(Layer):
-    """Memories of packed sequences come back in reverse."""
+    """Returns the memories of packed sequences in reverse order."""
 
     def forward(self, x, *, state=None, cu_seqlens=None):
         result = super().forward(x, state=state, cu_seqlens=cu_seqlens)
@@ -99,7 +99,7 @@ class SwapsPackedStates(Layer):
 
 @rejected_by("layer_same_call_same_bits")
 def random_gate():
-    """Tokens are chosen at random, anew in every call."""
+    """Selects random tokens in every call."""
     return ham(gate=Gate(lambda x, trace: torch.rand(*x.shape[:2], 1)), selector=hb.Threshold(0.5))
 
 
@@ -115,7 +115,7 @@ class NormalizesInPlace(Layer):
 
 @rejected_by("layer_strides_do_not_matter")
 class DenseInput(Layer):
-    """Takes x to lie in one piece."""
+    """Assumes that x is contiguous."""
 
     def forward(self, x, **call):
         return super().forward(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), **call)
@@ -123,7 +123,7 @@ class DenseInput(Layer):
 
 @rejected_by("layer_reads_no_unwritten_memory")
 class AddsEmpty(Layer):
-    """Adds zero times memory that nobody wrote."""
+    """Adds zero times uninitialised memory."""
 
     def forward(self, x, **call):
         result = super().forward(x, **call)
@@ -132,7 +132,7 @@ class AddsEmpty(Layer):
 
 @rejected_by("layer_is_always_finite")
 class DividesByItsNorm(Layer):
-    """Divides by the norm of the input."""
+    """Divides x by its norm, which may be 0."""
 
     def forward(self, x, **call):
         return super().forward(x / x.norm(dim=-1, keepdim=True), **call)
@@ -140,7 +140,7 @@ class DividesByItsNorm(Layer):
 
 @rejected_by("layer_gradients_are_right")
 class DetachedResidual(Layer):
-    """A residual connection without its gradient."""
+    """Adds x as a residual connection, detached."""
 
     def forward(self, x, **call):
         result = super().forward(x, **call)
@@ -149,7 +149,7 @@ class DetachedResidual(Layer):
 
 @rejected_by("layer_state_dict_is_all_there_is")
 class RandomScale(Layer):
-    """A scale that depends on when the layer was made."""
+    """Scales weights when it loads a state dict."""
 
     def load_state_dict(self, state, **more):
         return super().load_state_dict({name: 1.5 * x for name, x in state.items()}, **more)
@@ -157,7 +157,7 @@ class RandomScale(Layer):
 
 @rejected_by("layer_compiled_is_eager")
 class BranchesOnX(Layer):
-    """Skips silent batches."""
+    """Branches on values: returns 0 for a batch of zeros."""
 
     def forward(self, x, **call):
         scale = 1.0 if x.detach().abs().sum() > 0 else 0.0
@@ -167,7 +167,7 @@ class BranchesOnX(Layer):
 
 @rejected_by("layer_stores_what_it_decided")
 class NeverEvicts(Layer):
-    """Tells lifetimes and stores everything for good."""
+    """Reports longer lifetimes than its cache has."""
 
     def forward(self, x, *, state=None, cu_seqlens=None):
         result = super().forward(x, state=state, cu_seqlens=cu_seqlens)
@@ -180,7 +180,7 @@ class NeverEvicts(Layer):
 
 @rejected_by("layer_forks_go_on_alone")
 class SharesTheMemory(Layer):
-    """The memory of a state is updated in place, so that forks share it."""
+    """Updates the memory of a state in place, so that a fork changes with it."""
 
     def forward(self, x, *, state=None, cu_seqlens=None):
         result = super().forward(x, state=state, cu_seqlens=cu_seqlens)
@@ -191,7 +191,7 @@ class SharesTheMemory(Layer):
 
 @rejected_by("layer_low_precision_streams")
 class FloatCache(Layer):
-    """One token at a time it answers in float32."""
+    """Returns float32 when it decodes one token."""
 
     def forward(self, x, **call):
         result = super().forward(x, **call)
@@ -201,7 +201,7 @@ class FloatCache(Layer):
 
 @rejected_by("layer_limits_of_the_threshold")
 class AlwaysSeesItself(Layer):
-    """Every token sees itself whatever the selector says."""
+    """Lets every token see itself, against the selector."""
 
     def forward(self, x, **call):
         given, self.selector = self.selector, hb.AnyOf(self.selector, hb.Window(1))
@@ -213,7 +213,7 @@ class AlwaysSeesItself(Layer):
 
 @rejected_by("layer_raising_tau_never_keeps_more")
 class Inverted(Layer):
-    """Stores what the memory predicted well."""
+    """Stores tokens whose score is at most the threshold."""
 
     def __init__(self):
         super().__init__(selector=Below())
