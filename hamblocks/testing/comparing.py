@@ -173,7 +173,3 @@ def prefixed(what: str) -> Iterator[None]:
         yield
     except (AssertionError, GradcheckError) as error:
         raise AssertionError(f"{what}: {plain(error)}") from error
-
-
-told = prefixed
-"""The former name of `prefixed`."""

@@ -16,8 +16,8 @@ from hamblocks.testing.comparing import (
     assert_reads_what_was_written,
     assert_twice,
     compiled,
+    prefixed,
     reload,
-    told,
     unchanged,
 )
 from hamblocks.testing.inputs.draw import Draw
@@ -82,7 +82,7 @@ def _tau_stays_float32(part: Any, case: Scores, _options: Options) -> None:
         assert tau.dtype == torch.float32, (
             f"tau: {tau.dtype} after to({dtype}), expected torch.float32"
         )
-        with told(f"to({dtype}) changed tau"):
+        with prefixed(f"to({dtype}) changed tau"):
             assert_bits({"tau": tau}, {"tau": before})
 
 
@@ -94,7 +94,7 @@ def _moves_only_in_step(part: Any, case: Scores, _options: Options) -> None:
     before = controller(score).clone()
     for _ in range(3):
         controller(score - 5)
-    with told("tau moved without a step"):
+    with prefixed("tau moved without a step"):
         assert_bits({"tau": controller(score)}, {"tau": before})
 
 
@@ -105,7 +105,7 @@ def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
     controller.eval()
     before = _held(controller)
     steps(controller, case)
-    with told("eval mode changed what the controller holds"):
+    with prefixed("eval mode changed what the controller holds"):
         assert_bits(_held(controller), before)
 
 
@@ -120,7 +120,7 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
         if nothing is not None:
             controller(nothing)
         controller.step()
-        with told(
+        with prefixed(
             "tau moved by "
             + ("nothing" if nothing is None else f"{list(nothing.shape)} scores of padding")
         ):
@@ -168,7 +168,7 @@ def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> N
     steps(controller, case)
     reload(controller, other)
     again = replace(case, seed=case.seed + 9)
-    with told("a copy that loaded the state dict continues with other thresholds"):
+    with prefixed("a copy that loaded the state dict continues with other thresholds"):
         assert_bits(steps(other, again), steps(controller, again))
 
 
@@ -196,7 +196,7 @@ def _compiled_is_eager(part: Any, case: Scores, _options: Options) -> None:
     with compiled(traced) as fast:
         for _ in range(2):
             score = case.tensors()["score"]
-            with told("compiled and eager differ"):
+            with prefixed("compiled and eager differ"):
                 assert_bits({"tau": fast(score)}, {"tau": eager(score)})
                 assert_bits(_held(traced), _held(eager))
             for one in (eager, traced):

@@ -12,7 +12,7 @@ from hamblocks.state import leaves, tree_map
 from hamblocks.testing.budget import assert_same
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.common import EDGES, PACKED, SPLIT, cases_of, common, edges_of
-from hamblocks.testing.comparing import by_token, told
+from hamblocks.testing.comparing import by_token, prefixed
 from hamblocks.testing.inputs.draw import Draw, borders
 from hamblocks.testing.inputs.parts import PartInputs, packed_part_inputs, part_inputs
 from hamblocks.testing.subjects import MemorySubject, Results
@@ -51,7 +51,7 @@ def _score_is_the_surprise_of_the_residual(part: Any, case: PartInputs, _options
             score = surprise(results["residual"], results["v"], metric=metric)
             return {"read": results["read"].detach(), "score": score.detach()}
 
-        with told(f"with metric {metric!r}"):
+        with prefixed(f"with metric {metric!r}"):
             assert_same(got, expected(), expected)
 
 
@@ -69,7 +69,7 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
         results, _ = subject.run(inputs)
         return {"prediction": (results["v"] - results["residual"])[:, : t + 1]}
 
-    with told(f"the prediction at position {t} changed with the value at {t}"):
+    with prefixed(f"the prediction at position {t} changed with the value at {t}"):
         # v - residual gives a small prediction the rounding of v, which differs between the values
         assert_same(
             prediction(changed), prediction(subject.inputs), lambda: prediction(subject.inputs)
@@ -94,7 +94,7 @@ def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -
 
         moved = {name: x[order] for name, x in rest.items()}
         got, _ = subject.run(moved, tree_map(lambda x: x[order], state))
-        with told("a reordered state gives another result than reordered sequences"):
+        with prefixed("a reordered state gives another result than reordered sequences"):
             assert_same(got, run(), run)
 
 
@@ -109,7 +109,7 @@ def _fresh_state_is_zero(part: Any, case: PartInputs, _options: Options) -> None
         return results | {f"state {i}": x for i, x in enumerate(leaves(after))}, after
 
     fresh, after = run(None)
-    with told("a state of zeros gives another result than state=None"):
+    with prefixed("a state of zeros gives another result than state=None"):
         assert_same(run(tree_map(torch.zeros_like, after))[0], fresh, lambda: run(None)[0])
 
 
@@ -144,7 +144,7 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
                 for name, x in got.items()
             }
 
-        with told("packed sequences that go on give another result than each alone"):
+        with prefixed("packed sequences that go on give another result than each alone"):
             assert_same(got, alone(), alone)
 
 

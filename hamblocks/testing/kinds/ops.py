@@ -17,7 +17,7 @@ from hamblocks.testing.comparing import (
     assert_reads_what_was_written,
     assert_twice,
     compiled,
-    told,
+    prefixed,
     unchanged,
 )
 from hamblocks.testing.inputs.draw import pieces, placing, ragged_lengths
@@ -76,7 +76,7 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
             early["result"] = early["result"].clamp(max=t)
         return early
 
-    with told(f"results before position {t} changed with the inputs from it on"):
+    with prefixed(f"results before position {t} changed with the inputs from it on"):
         assert_same(
             before(_results(part, case, changed)),
             before(_results(part, case, tensors)),
@@ -124,7 +124,7 @@ def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) 
                 [x.narrow(dim, 0, 0), *(results[name] for results in alone)], dim
             )
     got = {name: whole[name] for name in expected}
-    with told("a sequence alone gives another result than packed"):
+    with prefixed("a sequence alone gives another result than packed"):
         assert_same(
             got,
             expected,
@@ -148,7 +148,9 @@ def _any_split_is_one_pass(part: OpImplementation, case: Any, _options: Options)
         name: state if name == gives else torch.cat([one[name] for one in parts], 1)
         for name in whole
     }
-    with told(f"pieces of {cut} and {case.tokens - cut} tokens give another result than one pass"):
+    with prefixed(
+        f"pieces of {cut} and {case.tokens - cut} tokens give another result than one pass"
+    ):
         assert_same(got, whole, _noise(part, case, tensors, lambda results: results))
 
 
@@ -194,7 +196,7 @@ def _gradients_are_right(part: OpImplementation, case: Any, _options: Options) -
         )
 
     given = [problem.tensors[name].clone().requires_grad_() for name in names]
-    with told("gradients differ from finite differences"):
+    with prefixed("gradients differ from finite differences"):
         torch.autograd.gradcheck(run, given, fast_mode=True)
 
 
@@ -204,7 +206,7 @@ def _compiled_is_eager(part: OpImplementation, case: Any, _options: Options) -> 
     with compiled(part.run or part.like) as fast:
         traced = replace(part, run=fast if part.run is not None else _named(fast, part))
         results = traced.problem(case).run("it")
-    with told("compiled and eager differ"):
+    with prefixed("compiled and eager differ"):
         assert_same(results, eager.run("it"), lambda: eager.run("reference"))
 
 
@@ -217,7 +219,7 @@ def _unseen_keys_do_not_leak(part: OpImplementation, case: Any, _options: Option
     """Never stored, evicted before the first query, beyond key_lengths, hidden by -inf: it may hold anything."""
     if isinstance(case, PagedInputs):
         for garbage in (NAN, INF, 6e4):
-            with told(f"{garbage} where no query sees it changed the result"):
+            with prefixed(f"{garbage} where no query sees it changed the result"):
                 clean = part.problem(replace(case, garbage=None)).run("it")
                 assert_bits(part.problem(replace(case, garbage=garbage)).run("it"), clean)
         return
@@ -230,7 +232,7 @@ def _unseen_keys_do_not_leak(part: OpImplementation, case: Any, _options: Option
         return _results(part, case, tensors | filled, backward=True)
 
     for garbage in (NAN, INF, 1e30):
-        with told(f"{garbage} where no query sees it changed the result"):
+        with prefixed(f"{garbage} where no query sees it changed the result"):
             assert_bits(with_garbage(garbage), with_garbage(0.0))
 
 
@@ -277,7 +279,7 @@ def _score_is_the_surprise_of_the_residual(
     )
     assert not result.score.requires_grad, "score: carries a gradient, expected none"
     assert without.residual is None, "residual: written out, expected None"
-    with told("the score differs without the residual"):
+    with prefixed("the score differs without the residual"):
         assert_bits({"score": without.score}, {"score": result.score})
     if case.dtype in (torch.float64, torch.float32):
 
@@ -297,7 +299,7 @@ def _ignores_autocast(part: OpImplementation, case: Any, _options: Options) -> N
     expected = problem.run("it")
     with torch.autocast(torch.device(part.device).type, dtype=torch.bfloat16):
         results = problem.run("it")
-    with told("autocast changed the result"):
+    with prefixed("autocast changed the result"):
         assert_bits(results, expected)
 
 

@@ -26,8 +26,8 @@ from hamblocks.testing.comparing import (
     assert_reads_what_was_written,
     assert_twice,
     compiled,
+    prefixed,
     reload,
-    told,
     unchanged,
 )
 from hamblocks.testing.inputs.draw import pieces
@@ -111,7 +111,7 @@ def _is_causal(part: Any, case: ScorePieces, _options: Options) -> None:
     for t in range(score.shape[1]):
         changed = torch.cat([score[:, :t], other[:, t:]], 1)
         before, after = (selector(x).evict_at[:, :t].clamp(max=t) for x in (score, changed))
-        with told(f"lifetimes of tokens before {t} changed with the scores from {t} on"):
+        with prefixed(f"lifetimes of tokens before {t} changed with the scores from {t} on"):
             assert_bits({"evict_at": after}, {"evict_at": before})
 
 
@@ -128,7 +128,7 @@ def _any_split_is_one_pass(part: Any, case: ScorePieces, _options: Options) -> N
         for n in range(len(score)):
             end = int(step.end[n])
             evict_at[n, int(step.begin[n]) : end] = step.selection.evict_at[n, step.real[n]]
-            with told(f"sequence {n} after {end} tokens"):
+            with prefixed(f"sequence {n} after {end} tokens"):
                 whole = selector(score[n : n + 1, :end]).evict_at[0]
                 assert_bits({"evict_at": evict_at[n, :end]}, {"evict_at": whole})
 
@@ -140,7 +140,7 @@ def _only_lowers(part: Any, case: ScorePieces, _options: Options) -> None:
     for step in stream(selector, case):
         lowered = step.selection.lowered
         if lowered is not None:
-            with told("lowered.position differs from the positions in the ledger"):
+            with prefixed("lowered.position differs from the positions in the ledger"):
                 assert step.listed is not None, "the ledger was None"
                 assert_bits({"position": lowered.position}, {"position": step.listed})
             for n, slot, head in (lowered.position != EMPTY).nonzero().tolist():
@@ -180,7 +180,7 @@ def _packed_is_one_by_one(part: Any, case: Scores, _options: Options) -> None:
     score = call["score"]
     packed = selector(score, cu_seqlens=call["cu_seqlens"]).evict_at
     alone = [selector(score[:, own]).evict_at for own in pieces(case.packed or ())]
-    with told("a sequence alone gets other lifetimes than packed"):
+    with prefixed("a sequence alone gets other lifetimes than packed"):
         assert_bits({"evict_at": packed}, {"evict_at": torch.cat([packed[:, :0], *alone], 1)})
 
 
@@ -189,7 +189,7 @@ def _rows_are_independent(part: Any, case: Scores, _options: Options) -> None:
     selector, score = ready(part), case.tensors()["score"]
     together = selector(score).evict_at
     alone = [selector(one).evict_at for one in score.split(1)]
-    with told("a sequence alone gets other lifetimes than in a batch"):
+    with prefixed("a sequence alone gets other lifetimes than in a batch"):
         assert_bits({"evict_at": together}, {"evict_at": torch.cat([together[:0], *alone])})
 
 
@@ -206,7 +206,7 @@ def _padding_is_ignored(part: Any, case: Scores, _options: Options) -> None:
         where = torch.cat([(position, nowhere)[i] for i in order], 1)
         got = selector(padded, start(selector, batch, heads), position=where).evict_at
         real = slice(0, tokens) if name == "behind" else slice(2, None)
-        with told(f"padding {name} the tokens changed their lifetimes"):
+        with prefixed(f"padding {name} the tokens changed their lifetimes"):
             assert_bits({"evict_at": got[:, real]}, {"evict_at": plain})
 
 
@@ -251,12 +251,12 @@ def _or_and_and_are_a_lattice(part: Any, case: ScorePieces, _options: Options) -
             "a & (a | b) = a": (AllOf(a, AnyOf(a, b)), a),
         }
         for law, (left, right) in laws.items():
-            with told(f"{law} with b = {other}"):
+            with prefixed(f"{law} with b = {other}"):
                 assert_bits({"evict_at": left(score).evict_at}, {"evict_at": right(score).evict_at})
         assert bool((AnyOf(a, b)(score).evict_at >= alone).all()), "a | b keeps less than a"
         assert bool((AllOf(a, b)(score).evict_at <= alone).all()), "a & b keeps more than a"
         if isinstance(a, nn.Module) and hasattr(a, "__or__"):
-            with told("the operators | and & are AnyOf and AllOf"):
+            with prefixed("the operators | and & are AnyOf and AllOf"):
                 assert_bits(
                     {"evict_at": (a | b)(score).evict_at}, {"evict_at": AnyOf(a, b)(score).evict_at}
                 )
@@ -295,7 +295,7 @@ def _threshold_is_reached_by_equal_scores(part: Any, case: ScorePieces, _options
     for tau in [-math.inf, math.inf, *score.flatten()[:4].tolist()]:
         kept = at(part, tau)(score).evict_at
         right = torch.where((score >= tau) & (tau < math.inf), NEVER, position).to(torch.int32)
-        with told(f"at tau = {tau}"):
+        with prefixed(f"at tau = {tau}"):
             assert_bits({"evict_at": kept}, {"evict_at": right})
 
 
@@ -308,7 +308,7 @@ def _state_dict_is_all_there_is(part: Any, case: ScorePieces, _options: Options)
     for number, one in enumerate(thresholds(selector)):
         one.set_threshold(1.5 - number / 8)
     reload(selector, other)
-    with told("a copy that loaded the state dict makes other decisions"):
+    with prefixed("a copy that loaded the state dict makes other decisions"):
         assert_bits(
             {"evict_at": other(case.score).evict_at},
             {"evict_at": selector.eval()(case.score).evict_at},
@@ -323,7 +323,7 @@ def _compiled_is_eager(part: Any, case: ScorePieces, _options: Options) -> None:
     calls = [((score,), {}), ((score, start(selector, sequences, heads)), {"position": position})]
     with compiled(selector) as fast:
         for args, more in calls:
-            with told("compiled and eager differ"):
+            with prefixed("compiled and eager differ"):
                 assert_bits(
                     {"evict_at": fast(*args, **more).evict_at},
                     {"evict_at": selector(*args, **more).evict_at},
