@@ -38,7 +38,7 @@ def machine() -> dict[str, str]:
 
 
 def choices() -> dict[str, dict[str, dict[str, str]]]:
-    """For a call of every op, by what is called: each implementation and its answer, in the order of `auto`."""
+    """For one call of every op: each implementation and its answer, in the order of `auto`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         f"{case}, on {device}": {

@@ -1,7 +1,7 @@
-"""One declaration per op, from which its call, `explain`, `unchecked` and the choice of an implementation follow.
+"""One declaration per op: its call, `explain`, `unchecked` and the choice of an implementation.
 
-An op is a function with its real signature and docstring, decorated with `op` or, where there is a choice of
-implementations, with `op_with_choice`:
+An op is a function with its real signature and docstring, decorated with `op` or, where there is a
+choice of implementations, with `op_with_choice`:
 
     @op_with_choice(
         Implementation("triton", _run_triton, refuses=_refused_by_triton, passed_over=interpreted),
@@ -9,7 +9,7 @@ implementations, with `op_with_choice`:
         finish=finish,
         hints=Hints(differentiable=True),
     )
-    def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
+    def surprise(residual: Tensor, v: Tensor, *, metric="cosine", impl="auto") -> Tensor:
         '''What callers read.'''
         return surprise.request(SurpriseCall(residual, v, metric), impl)
 
@@ -17,8 +17,9 @@ implementations, with `op_with_choice`:
     def _check_surprise(residual, v, *, metric="cosine", impl="auto") -> None:
         check_tensor("v", v, "[B, T, H, V]", [None] * 4)
 
-The body only normalises its arguments into a call object, a NamedTuple. Every argument check stands in the function
-that `check` registers, so `unchecked` can leave them out. The parameters of both are compared by mypy.
+The body only normalises its arguments into a call object, a NamedTuple. Every argument check stands
+in the function that `check` registers, so `unchecked` can leave them out. The parameters of both
+are compared by mypy.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Holds = Literal[True] | str
 
 @dataclass(frozen=True)
 class Hints:
-    """What checks of an op have to know and cannot see in its signature. hamblocks.testing reads them.
+    """What hamblocks.testing has to know of an op and cannot see in its signature.
 
     Attributes:
         differentiable: whether the op promises gradients for its floating-point tensors.
@@ -75,8 +76,8 @@ class Hints:
 class Op(Generic[P, R]):
     """A public function of this package: checks its arguments, then runs its body.
 
-    An instance stands in the place of the function that it was declared with: it has its name, module, signature and
-    docstring, is pickled by name, and is traced by torch.compile.
+    An instance stands in the place of the function that it was declared with: it has its name,
+    module, signature and docstring, is pickled by name, and is traced by torch.compile.
 
     Attributes:
         hints: what checks of the op have to know.
@@ -109,13 +110,16 @@ class Op(Generic[P, R]):
         return self._body(*args, **kwargs)
 
     def check(self, function: Callable[P, None]) -> Callable[P, None]:
-        """Registers the argument checks: a function with the parameters of the op. Used as a decorator."""
+        """Registers the argument checks, a function with the parameters of the op; a decorator."""
         self._check = function
         return function
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """Names that `impl` takes, in the order in which "auto" tries them; empty where there is no choice."""
+        """Names that `impl` takes, in the order in which "auto" tries them.
+
+        Empty where there is no choice.
+        """
         return ()
 
     def __repr__(self) -> str:
@@ -127,7 +131,7 @@ class Op(Generic[P, R]):
 
 
 class _Request(NamedTuple):
-    """What the body of an op with a choice returns: the call, and which implementation is to run it."""
+    """What the body of an op with a choice returns: the call and the implementation asked for."""
 
     call: tuple[Any, ...]
     impl: str
@@ -152,9 +156,10 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         self._finish = finish
 
     def request(self, call: Call, impl: str) -> R:
-        """What the body returns. `__call__` and `unchecked` turn it into the result, `explain` reads the call off it.
+        """What the body returns: `__call__` makes the result of it, `explain` reads the call.
 
-        The annotated type is that of the result, because the annotation of the body is what callers read.
+        The annotated type is that of the result, because the annotation of the body is what callers
+        read.
         """
         return cast("R", _Request(call, impl))
 
@@ -170,7 +175,8 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         call, impl = cast("_Request", self._body(*args, **kwargs))
         run = pick(self.__name__, self.table, impl, cast("Call", call))
         device = call[0].device.type
-        # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more than asking
+        # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more
+        # than asking
         if not torch.is_autocast_enabled(device):
             return self._finish(cast("Call", call), run(cast("Call", call)))
         with torch.autocast(device_type=device, enabled=False):
@@ -187,7 +193,7 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         return cast("Call", cast("_Request", self._body(*args, **kwargs)).call)
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
-        """Every implementation with "yes", or the reason why it cannot run this call. Nothing is computed.
+        """Every implementation with "yes", or why it cannot run this call; nothing is computed.
 
         Raises:
             ValueError: a bad argument, as of the op itself.
@@ -212,7 +218,8 @@ def op_with_choice(
 
     Args:
         table: the implementations, in the order in which "auto" tries them.
-        finish: makes the result of what any implementation returns: rounds to the dtype of the inputs, names fields.
+        finish: makes the result of what any implementation returns: rounds to the dtype of the
+            inputs, names fields.
         hints: what checks of the op have to know.
     """
     return lambda body: OpWithChoice(body, hints, table, finish)

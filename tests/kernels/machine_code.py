@@ -1,4 +1,5 @@
-"""Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one JSON on stdout.
+"""Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one
+JSON on stdout.
 
     python tests/kernels/machine_code.py
 
@@ -37,7 +38,8 @@ BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
 
 class Build(NamedTuple):
-    """One kernel at one size. `types` are those of its arguments; of the others pointers are to int32."""
+    """One kernel at one size. `types` are those of its arguments; of the others pointers are to
+    int32."""
 
     kernel: Any
     width: int

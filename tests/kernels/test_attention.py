@@ -1,4 +1,4 @@
-"""What the Triton attention visits, and its kernels with tiles so small that every case has many."""
+"""What the Triton attention visits, and its kernels with tiles so small that cases have many."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def extremes(index: Tensor, time: lists.Times, block: int) -> lists.Blocks:
 
 
 class Visits:
-    """Which pairs of blocks a call visits, by queries and by keys, bool [R, NQ, NB] each, and which need no mask."""
+    """Which pairs of blocks a call visits, by queries and by keys, bool [R, NQ, NB] each, and which
+    need no mask."""
 
     def __init__(self, time: lists.Times, queries: int, keys: int) -> None:
         self.index, first = lists.list_keys(time, keys)

@@ -1,4 +1,5 @@
-"""FlexAttention, forward, for it has no backward on a CPU; and its mask of blocks, with blocks of a few tokens."""
+"""FlexAttention, forward, for it has no backward on a CPU; and its mask of blocks, with blocks of a
+few tokens."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class PagedInputs(Inputs):
         return sum(size for size, _ in self.slabs)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Arguments of `paged`. What no query sees is garbage: slots, and pages that no row lists."""
+        """Arguments of `paged`; what no query sees, and pages that nothing lists, hold garbage."""
         draw = Draw(self.seed, self.layout)
         heads = self.rows * self.together * self.group
         index = torch.int64 if self.seed % 2 else torch.int32
@@ -155,7 +155,8 @@ def paged_inputs(**fixed: object) -> st.SearchStrategy[PagedInputs]:
 def slabs_of(fields: dict[str, Tensor]) -> list[Pages]:
     """The slabs out of the fields k0, v0, ..., k1, ..."""
     numbers = sorted({int(re.sub(r"\D", "", name)) for name in fields})
-    return [Pages(**{name: fields.get(f"{name}{i}") for name in Pages._fields}) for i in numbers]  # type: ignore[arg-type]
+    named = ({name: fields.get(f"{name}{i}") for name in Pages._fields} for i in numbers)
+    return [Pages(**one) for one in named]  # type: ignore[arg-type]
 
 
 def paged(

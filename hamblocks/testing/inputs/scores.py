@@ -25,7 +25,7 @@ from hamblocks.testing.inputs.draw import (
 
 @dataclass(frozen=True, repr=False)
 class Scores(Sequences):
-    """Scores [B, T, H] with as many ties, infinities and NaN as `kind` says, and perhaps empty rows."""
+    """Scores `[B, T, H]` with ties, infinities and NaN as `kind` says, and perhaps padding."""
 
     tokens: int = 5
     batch: int = 2
@@ -78,7 +78,7 @@ def scores(**fixed: object) -> st.SearchStrategy[Scores]:
 
 @dataclass(frozen=True, repr=False)
 class ScorePieces(Inputs):
-    """Scores of sequences that come piece by piece: every row has its own length and is cut at its own places."""
+    """Scores that come piece by piece: every batch row has a length and cuts of its own."""
 
     lengths: tuple[int, ...] = (9, 6)
     cuts: tuple[tuple[int, int, int], ...] = (

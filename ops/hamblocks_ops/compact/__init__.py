@@ -44,8 +44,7 @@ def compact(
     capacity: int | None = None,
     impl: str = "auto",
 ) -> Compacted:
-    """Lists the tokens that are ever stored (evict_at > position), in order, for every batch row
-    and head.
+    """Lists the tokens that are ever stored (evict_at > position), for every batch row and head.
 
     Args:
         evict_at: int32 `[B, T, H]`.

@@ -1,9 +1,10 @@
-"""Streaming top-k lifetimes in O(T log T), without a loop over tokens and without reading a value on the host.
+"""Streaming top-k lifetimes in O(T log T), without a loop over tokens or a wait for the device.
 
-Let theta_t be the k-th best token seen by time t, in the total order (larger score, then earlier). It only ever
-improves, so token j leaves at the first t with theta_t better than j: one binary search, once theta is known. theta_t
-is the k-th smallest rank within a prefix, which a wavelet matrix over the ranks answers for all t at once, a bit of the
-rank at a time (Claude, Navarro and Ordonez, *The wavelet matrix*, 2015).
+Let theta_t be the k-th best token seen by time t, in the total order (larger score, then earlier).
+It only ever improves, so token j leaves at the first t with theta_t better than j: one binary
+search, once theta is known. theta_t is the k-th smallest rank within a prefix, which a wavelet
+matrix over the ranks answers for all t at once, a bit of the rank at a time (Claude, Navarro and
+Ordonez, *The wavelet matrix*, 2015).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
 
 
 def _rank(score: Tensor, position: Tensor) -> Tensor:
-    """Rank of every token in its row, 0 the best; ties to the earlier one, empty rows behind everything."""
+    """Rank of every token in its ranking, 0 the best; ties to the earlier token, padding last."""
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(
@@ -51,7 +52,7 @@ def _rank(score: Tensor, position: Tensor) -> Tensor:
 
 
 def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
-    """k-th smallest of rank[row, start[t] : t + 1] for every t; meaningless where the range is shorter than k."""
+    """k-th smallest of rank[:, start[t] : t + 1] for every t; undefined for shorter ranges."""
     rows, tokens = rank.shape
     low = start.expand(rows, tokens)
     high = torch.arange(1, tokens + 1, device=rank.device).expand(rows, tokens)

@@ -39,9 +39,9 @@ def _run_triton(call: SurpriseCall) -> Tensor:
 def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
     r"""Scores every token by its prediction error (Hybrid Associative Memories, arXiv 2603.22325).
 
-    With the prediction \(p = v - r\): `cosine` is \(1 - \cos(p, v)\), `relative_l2` is \(|r| / |v|\), `l2` is
-    \(|r|^2 / V\). Always finite: cosine is 1 with gradient 0 where the prediction or the value is zero, relative_l2 is
-    1 with gradient 0 where the value is zero.
+    With the prediction \(p = v - r\): `cosine` is \(1 - \cos(p, v)\), `relative_l2` is \(|r| /
+    |v|\), `l2` is \(|r|^2 / V\). Always finite: cosine is 1 with gradient 0 where the prediction or
+    the value is zero, relative_l2 is 1 with gradient 0 where the value is zero.
 
     Args:
         residual: `[B, T, H, V]`, floating: value minus prediction.
