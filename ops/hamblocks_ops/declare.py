@@ -6,8 +6,9 @@ choice of implementations, with `op_with_choice`:
     @op_with_choice(
         Implementation("triton", _run_triton, refuses=_refused_by_triton, passed_over=interpreted),
         Implementation("reference", reference.run),
-        finish=finish,
+        finish=lambda _call, score: score,
         hints=Hints(differentiable=True),
+        example=lambda x: ((x, x), {}),
     )
     def surprise(residual: Tensor, v: Tensor, *, metric="cosine", impl="auto") -> Tensor:
         '''What callers read.'''
@@ -37,6 +38,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Raw = TypeVar("Raw")
 Call = TypeVar("Call", bound=tuple[Any, ...])
+
+Example = Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]] | None]
+"""Makes the arguments of one plausible call out of x `[1, T, 2, 64]`; None if no such call exists,
+for example because x requires grad and the op has no gradient."""
 
 Holds = Literal[True] | str
 """True, or the reason why a property does not hold."""
@@ -142,6 +147,7 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
 
     Attributes:
         table: the implementations in the order in which "auto" tries them.
+        example: makes a call for `hamblocks info`, which explains the choice.
     """
 
     def __init__(
@@ -150,9 +156,11 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         hints: Hints,
         table: tuple[Implementation[Call, Any], ...],
         finish: Callable[[Call, Any], R],
+        example: Example,
     ) -> None:
         super().__init__(body, hints)
         self.table = table
+        self.example = example
         self._finish = finish
 
     def request(self, call: Call, impl: str) -> R:
@@ -212,7 +220,10 @@ def op(hints: Hints) -> Callable[[Callable[P, R]], Op[P, R]]:
 
 
 def op_with_choice(
-    *table: Implementation[Call, Raw], finish: Callable[[Call, Raw], R], hints: Hints
+    *table: Implementation[Call, Raw],
+    finish: Callable[[Call, Raw], R],
+    hints: Hints,
+    example: Example,
 ) -> Callable[[Callable[P, R]], OpWithChoice[P, R, Call]]:
     """Declares an op whose body returns `request(call, impl)`.
 
@@ -221,5 +232,6 @@ def op_with_choice(
         finish: makes the result of what any implementation returns: rounds to the dtype of the
             inputs, names fields.
         hints: what checks of the op have to know.
+        example: makes the arguments of one plausible call.
     """
-    return lambda body: OpWithChoice(body, hints, table, finish)
+    return lambda body: OpWithChoice(body, hints, table, finish, example)

@@ -28,7 +28,7 @@ from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import copy_kernel
-from hamblocks_ops.selected_attention.triton.launches import configs
+from hamblocks_ops.selected_attention.triton.sizes import configs
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 

@@ -27,10 +27,10 @@ LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 def small_tiles() -> Any:
-    launches = import_module("hamblocks_ops.selected_attention.triton.launches")
-    sizes = (16, 8, 4, 1), (8, 16, 4, 1), (16, 8, 4, 1)
-    tiles = tuple(launches.Config(*one) for one in sizes)
-    return patch.object(launches, "configs", lambda *_args, **_more: tiles)
+    sizes = import_module("hamblocks_ops.selected_attention.triton.sizes")
+    tiles = (16, 8, 4, 1), (8, 16, 4, 1), (16, 8, 4, 1)
+    configs = tuple(sizes.Config(*one) for one in tiles)
+    return patch.object(sizes, "configs", lambda *_args, **_more: configs)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def small(shares: int) -> Any:
     number."""
     return patch.multiple(
         triton,
-        LEAST_TILES=1,
+        MIN_SHARE_TILES=1,
         WAVES=shares,
         config=lambda _width, _dtype: triton.Config(16, 16, 4, 1),
     )

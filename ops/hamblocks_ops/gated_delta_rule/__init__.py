@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
     return run(call)
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    beta = torch.zeros(x.shape[:3], device=x.device)
+    return (x, x, x), {"beta": beta, "metric": "cosine", "output_residual": False}
+
+
 @op_with_choice(
     Implementation("fla", _run_fla, refused.refused, passed_over=interpreted),
     Implementation("chunked", chunked.run),
@@ -45,6 +52,7 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
         streams=("initial_state", "final_state"),
         by_sequence=("final_state",),
     ),
+    example=_example,
 )
 def gated_delta_rule(
     q: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ def _run_triton(call: PagedCall) -> tuple[Tensor, Tensor]:
     return run(call)
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if x.requires_grad:
+        return None
+    page = x.new_zeros(1, 16, 1, x.shape[3])
+    position = torch.zeros(1, 16, dtype=torch.int32, device=x.device)
+    table = torch.zeros(1, x.shape[2], 1, dtype=torch.int32, device=x.device)
+    pages = Pages(page, page, position, position, None)
+    return (x, [pages], table), {"query_position": position[:, : x.shape[1]]}
+
+
 @op_with_choice(
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
     Implementation("pages", pages.run),
@@ -55,6 +66,7 @@ def _run_triton(call: PagedCall) -> tuple[Tensor, Tensor]:
         traced="it plans on the host which pages it reads",
         attends=True,
     ),
+    example=_example,
 )
 def paged_attention(
     q: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,10 @@ def _is_the_baseline(_call: AttentionCall) -> str:
     return "it is the baseline, for it visits what is not stored"
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (x, x, x, torch.ones(x.shape[:3], dtype=torch.int32, device=x.device)), {}
+
+
 @op_with_choice(
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
     Implementation("gather", gather.run),
@@ -57,6 +63,7 @@ def _is_the_baseline(_call: AttentionCall) -> str:
         attends=True,
         by_token=("q", "k", "v", "evict_at", "logit_bias"),
     ),
+    example=_example,
 )
 def selected_attention(
     q: Tensor,

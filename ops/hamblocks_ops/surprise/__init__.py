@@ -35,6 +35,7 @@ def _run_triton(call: SurpriseCall) -> Tensor:
     hints=Hints(
         differentiable=True, packs="it takes no packed sequences", by_token=("residual", "v")
     ),
+    example=lambda x: ((x, x), {}),
 )
 def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
     r"""Scores every token by its prediction error (Hybrid Associative Memories, arXiv 2603.22325).

@@ -25,7 +25,7 @@ from hamblocks_ops.selected_attention.call import AttentionCall, learns
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import StoredKeys, dense, padded_dim
-from hamblocks_ops.selected_attention.triton.launches import Config, configs_of
+from hamblocks_ops.selected_attention.triton.sizes import Config, configs_of
 
 
 def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
