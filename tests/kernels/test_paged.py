@@ -33,7 +33,7 @@ def small(shares: int) -> Any:
     return patch.multiple(
         triton,
         MIN_SHARE_TILES=1,
-        WAVES=shares,
+        MAX_WAVES=shares,
         config=lambda _width, _dtype: triton.Config(16, 16, 4, 1),
     )
 
