@@ -183,7 +183,7 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         call, impl = cast("_Request", self._body(*args, **kwargs))
         run = pick(self.__name__, self.table, impl, cast("Call", call))
         device = call[0].device.type
-        # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more
+        # the dtypes of the inputs decide, also under autocast; entering the context costs more
         # than asking
         if not torch.is_autocast_enabled(device):
             return self._finish(cast("Call", call), run(cast("Call", call)))

@@ -154,7 +154,7 @@ def test_reasons() -> None:
     assert "TF32" in reason(dtype=torch.float32)
     assert "float16, which cannot hold it" in reason(dtype=torch.float16)
     assert reason(key_dim=257) == "its kernels hold keys of 1 to 256 entries, not 257"
-    assert reason(value_dim=16385) == "a tile holds rows of up to 16384 entries, not 16385"
+    assert reason(value_dim=16385) == "a tile holds vectors of up to 16384 entries, not 16385"
     if not torch.cuda.is_available():
         assert reason() == WHEN_NAMED + "Triton's interpreter is for tests"
         assert (

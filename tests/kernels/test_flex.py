@@ -96,7 +96,7 @@ def test_reasons() -> None:
     call = AttentionInputs(dtype=torch.float32).tensors()
     assert (
         explain(selected_attention, **call)["flex"]
-        == WHEN_NAMED + "it is the baseline, for it visits what is not stored"
+        == WHEN_NAMED + "it is the baseline: it visits keys that are not stored"
     )
     call["k"].requires_grad_()
     assert explain(selected_attention, **call)["flex"] == "FlexAttention has no backward on a CPU"

@@ -22,7 +22,7 @@ LAST = 40
 
 @dataclass(frozen=True, repr=False)
 class PagedInputs(Inputs):
-    """A call of paged_attention; slabs are (pages, page size)."""
+    """A call of paged_attention; `rows` is H, `together` W, `width` M, slabs are (pages, page size)."""
 
     queries: int = 1
     sequences: int = 2
@@ -89,7 +89,7 @@ class PagedInputs(Inputs):
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def table(self, draw: Draw) -> Tensor:
-        """Ragged: none may stand anywhere, and about every fifth row is empty."""
+        """Page tables with -1 anywhere; about every fifth stream lists no page."""
         shape = self.sequences, self.rows, self.width
         entries = self.sequences * self.rows * self.width
         if self.forked:
@@ -120,7 +120,7 @@ class PagedInputs(Inputs):
 
     @staticmethod
     def seen(table: Tensor, asks: Tensor, begin: int, position: Tensor, evict_at: Tensor) -> Tensor:
-        """Which slots [P, page] of a slab some query of some row sees."""
+        """Which slots of a slab any query of any stream sees, bool `[P, page]`."""
         seen = torch.zeros(position.shape, dtype=torch.bool)
         for n, times in enumerate(asks.tolist()):
             for page in (table[n].flatten() - begin).tolist():

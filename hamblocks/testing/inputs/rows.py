@@ -1,4 +1,4 @@
-"""Calls of `surprise`: residuals beside values, row by row."""
+"""Calls of `surprise`: residuals and values."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Scores(Sequences):
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
         if self.empty_rows:
-            # ascending but not consecutive, as a cache holds them; empty rows anywhere
+            # ascending but not consecutive, as a cache holds them; padding anywhere
             position = (3 * self.own[:, None] + draw.integers(0, 3, shape)).masked_fill(
                 draw.integers(0, 4, shape) == 0, -1
             )
@@ -84,7 +84,7 @@ class ScorePieces(Inputs):
     cuts: tuple[tuple[int, int, int], ...] = (
         (3, 2, 0),
         (5, 5, 1),
-    )  # of every piece, where it ends in each row
+    )  # where every piece ends in each batch row
     heads: int = 2
     kind: str = "ties"  # as in Scores
     seed: int = 0

@@ -107,7 +107,7 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
 
 
 def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Sequences packed into one row give what they give alone; empty ones change nothing."""
+    """Packed sequences give what each gives alone; empty sequences change nothing."""
     tensors, hints = case.tensors(), part.hints
     whole = _results(part, case, tensors)
     alone = []

@@ -1,14 +1,15 @@
 """The gated delta rule in chunks on plain torch: any device and floating dtype, differentiable.
 
-Within a chunk that starts with the state S, with G_i the decay summed up to token i and D_ij =
-exp(G_i - G_j), the residuals solve a unit lower triangular system (the WY form of arXiv 2406.06484,
-with its columns scaled by beta in place of its rows, so that the residual itself comes out and
-nothing is divided by beta):
+A chunk starts with the state S. Let G_i be the decay summed up to token i and D_ij = exp(G_i -
+G_j). The residuals of the chunk solve a unit lower triangular system:
 
     r_i + sum_{j<i} D_ij (k_i . k_j) beta_j r_j = v_i - exp(G_i) S^T k_i
 
-All chunks are solved at once for both right-hand sides, v and exp(G) k; only the state then goes
-from chunk to chunk. A packed batch is laid out so that every sequence starts its own chunk, with
+This is the WY form of arXiv 2406.06484 with one change: its columns are scaled by beta, not its
+rows. The solution is then the residual itself, and nothing is divided by beta.
+
+All chunks are solved at once for both right-hand sides, v and exp(G) k; only the state goes from
+chunk to chunk. A packed batch is laid out so that every sequence starts its own chunk, with
 shapes that depend on no value.
 """
 
@@ -109,7 +110,7 @@ def _lay_out(cu_seqlens: Tensor, tokens: int, size: int) -> _Layout:
     per_sequence = (lengths + size - 1).div(size, rounding_mode="floor")
     ends = per_sequence.cumsum(0)
     first = ends - per_sequence
-    # ceil(a) + ceil(b) + ... never exceeds this, whatever the lengths are
+    # an upper bound of ceil(a) + ceil(b) + ... for any lengths that sum to `tokens`
     total = tokens // size + min(lengths.shape[0], tokens)
     sequence = sequence_of(cu_seqlens, tokens)
     slot = first[sequence] * size + torch.arange(tokens, device=borders.device) - borders[sequence]

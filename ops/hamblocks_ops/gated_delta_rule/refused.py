@@ -68,7 +68,7 @@ def _by_size(call: DeltaRuleCall) -> str | None:
         sizes = f"{key_dim}, {value_dim}"
         return f"Triton miscompiles its kernels for an odd size of keys or values: {sizes}"
     if call.metric is not None and value_dim > MAX_COLUMNS:
-        return f"a tile holds rows of up to {MAX_COLUMNS} entries, not {value_dim}"
+        return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {value_dim}"
     return None
 
 

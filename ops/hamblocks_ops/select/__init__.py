@@ -85,7 +85,7 @@ def select_topk(
 
     When more than k tokens have been seen, the token with the smallest score leaves. evict_at[j] is
     the first position at which k seen tokens beat j: a larger score, or an equal one that came
-    earlier. O(T log T), whatever k is (HOLA, arXiv 2607.02303, keeps its cache this way).
+    earlier. O(T log T) for any k (HOLA, arXiv 2607.02303, keeps its cache this way).
 
     Args:
         score: `[B, T, H]`, floating; NaN counts as -inf.

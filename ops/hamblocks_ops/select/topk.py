@@ -20,18 +20,22 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     batch, tokens, heads = score.shape
     if tokens == 0 or k == 0:
         return position.clone()
-    # rows of independent rankings: [B * H, T]
+    # independent rankings side by side: [B * H, T]
     rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
     index = torch.arange(tokens, device=score.device)
     start = torch.zeros_like(index) if sequence is None else torch.searchsorted(sequence, sequence)
     worst = _kth_smallest(rank, start, k)
     # fewer than k tokens seen: nothing is beaten yet
     worst = torch.where(index - start + 1 >= k, worst, tokens)
+    # strength of theta_t, and of a token: tokens - rank. Token j leaves at the first t whose
+    # strength is larger.
     strength = tokens - worst  # never descends within a sequence
+    # one search serves all packed sequences: each gets a range of numbers of its own
     lane = torch.zeros_like(index) if sequence is None else sequence * (tokens + 1)
     lost = torch.searchsorted(
         (lane + strength).contiguous(), (lane + tokens - rank).contiguous(), right=True
     )
+    # a token cannot leave before it comes, and theta of another sequence says nothing about it
     lost = torch.maximum(lost, index)
     inside = (lost < tokens) & ((start[lost.clamp(max=tokens - 1)]) == start)
     lost = lost.view(batch, heads, tokens).transpose(1, 2)
@@ -59,11 +63,15 @@ def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
     wanted = torch.full_like(rank, k - 1)
     found = torch.zeros_like(rank)
     level = rank
+    # one level per bit of the rank, the highest first; a level sorts tokens stably by that bit. low
+    # and high bound the range of each prefix within the level: it holds the ranks that agree with
+    # `found` so far.
     for bit in reversed(range(max(tokens - 1, 1).bit_length())):
         one = (level >> bit) & 1
         zeros_before = torch.nn.functional.pad((1 - one).cumsum(1), [1, 0])
         zeros = zeros_before[:, -1:]
         low_zero, high_zero = zeros_before.gather(1, low), zeros_before.gather(1, high)
+        # if the zeros of the range are too few, the wanted rank has a one here, behind all of them
         right = wanted >= high_zero - low_zero
         wanted = torch.where(right, wanted - (high_zero - low_zero), wanted)
         low = torch.where(right, zeros + low - low_zero, low_zero)

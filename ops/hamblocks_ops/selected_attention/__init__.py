@@ -44,7 +44,7 @@ def _waits(_call: AttentionCall) -> str:
 
 
 def _is_the_baseline(_call: AttentionCall) -> str:
-    return "it is the baseline, for it visits what is not stored"
+    return "it is the baseline: it visits keys that are not stored"
 
 
 def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,12 +13,12 @@ from hamblocks_ops.surprise.call import METRICS, SurpriseCall
 __all__ = ["METRICS", "surprise"]
 
 MAX_COLUMNS = 16384
-"""Largest V of the Triton kernels: a tile holds whole rows."""
+"""Largest V of the Triton kernels: a tile holds whole vectors."""
 
 
 def _refused_by_triton(call: SurpriseCall) -> str | None:
     if call.v.shape[-1] > MAX_COLUMNS:
-        return f"a tile holds rows of up to {MAX_COLUMNS} entries, not {call.v.shape[-1]}"
+        return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {call.v.shape[-1]}"
     return without_triton(call.v)
 
 
