@@ -1,4 +1,4 @@
-"""Implementations of ops as parts that the kit checks: run by name, or a callable of a user's own."""
+"""Implementations of ops as parts that the kit checks: ours by name, or a user's own callable."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ OPS: dict[Callable[..., Any], Calls] = {op: CALLS[op.__name__] for op in ops.OPS
 
 @dataclass(frozen=True)
 class OpImplementation:
-    """One way to compute an op: an implementation of its table by name, or a callable of a user's own.
+    """One way to compute an op: an implementation by name, or a callable of a user's own.
 
     Attributes:
         like: the op of `hamblocks.ops` whose signature and mathematics it has.
         run: a callable with the op's signature, without `impl`; None: the op itself.
         impl: the implementation to be named, where `run` is None; "auto" is what the op would take.
-        device: where it runs; empty: the device that --hamblocks-device names, else the CPU. Inputs are moved there and
-            results back, so that they are compared with the reference on the CPU.
+        device: where it runs; empty: the device that --hamblocks-device names, else the CPU. Inputs
+            are moved there and results back, so that they are compared with the reference on the
+            CPU.
     """
 
     like: Callable[..., Any]
@@ -58,14 +59,16 @@ class OpImplementation:
     @property
     def hints(self) -> Hints:
         """What its op promises."""
-        hints: Hints = self.like.hints  # type: ignore[attr-defined]  # a callable to users, here one of OPS
+        like: Any = self.like  # any callable to users, but one of OPS since __post_init__
+        hints: Hints = like.hints
         return hints
 
     def __call__(self, **call: Any) -> Any:
         """Runs it on its device; results are on the CPU.
 
         Raises:
-            AssertionError: it changed an input on another device. On the CPU a check of its own looks for that.
+            AssertionError: it changed an input on another device. On the CPU a check of its own
+                looks for that.
         """
         if self.device == "cpu":
             return self._run(**call)

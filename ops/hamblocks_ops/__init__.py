@@ -1,7 +1,8 @@
-"""The ops of hamblocks: delta rule with its residual, surprise, token lifetimes, attention over stored tokens.
+"""The ops of hamblocks: delta rule, surprise, token lifetimes, attention over stored tokens.
 
-Each op checks its arguments, picks an implementation and explains the choice with `op.explain(...)`. `OPS` lists all
-ops. The letters in shapes (B, T, H, Hkv, ...) have one legend, docs/reference/shapes.md. Importing needs torch alone.
+Each op checks its arguments, picks an implementation and explains the choice with
+`op.explain(...)`. `OPS` lists all ops. The letters in shapes (B, T, H, Hkv, ...) have one legend,
+docs/reference/shapes.md. Importing needs torch alone.
 """
 
 from typing import Any

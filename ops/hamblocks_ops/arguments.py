@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: every failure names the argument, what was expected and what came."""
+"""Argument checks: every failure names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def value_checks() -> Iterator[None]:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of this tensor may be read for a check: never while tracing, on the CPU always."""
+    """Whether the values of a tensor may be read for a check: on a CPU, never while tracing."""
     if (
         torch.compiler.is_compiling()
         or tensor.numel() == 0
@@ -54,7 +54,10 @@ def values_are_checked(tensor: Tensor) -> bool:
 def check_tensor(
     name: str, value: object, layout: str, sizes: Sequence[int | None], like: Tensor | None = None
 ) -> None:
-    """Checks type, shape (None: any size) and, with `like`, the device. `layout` names the dimensions in the error."""
+    """Checks type, shape (None: any size) and, with `like`, the device.
+
+    `layout` names the dimensions in the error.
+    """
     if not isinstance(value, Tensor):
         raise wrong(name, f"a tensor {layout}", value)
     fits = value.dim() == len(sizes) and all(
@@ -84,7 +87,7 @@ def check_integer(name: str, value: Tensor) -> None:
 
 
 def check_range(name: str, value: Tensor, low: float, high: float) -> None:
-    """Checks low <= value <= high and that nothing is NaN, where values are checked (see `value_checks`)."""
+    """Checks low <= value <= high, which NaN is not, where values are checked (`value_checks`)."""
     if not values_are_checked(value):
         return
     least, most = (float(bound) for bound in value.detach().aminmax())
@@ -93,7 +96,7 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) -> None:
-    """Checks `[N+1]` integers from 0 to `tokens` that never descend, and that the batch is packed into one row."""
+    """Checks `[N+1]` ascending integers from 0 to `tokens`, and that there is one batch row."""
     if not isinstance(cu_seqlens, Tensor):
         raise wrong("cu_seqlens", "an int32 tensor [N+1]", cu_seqlens)
     check_integer("cu_seqlens", cu_seqlens)

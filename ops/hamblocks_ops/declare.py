@@ -1,15 +1,16 @@
-"""One declaration per op, from which its call, `explain`, `unchecked` and the choice of an implementation follow.
+"""One declaration per op: its call, `explain`, `unchecked` and the choice of an implementation.
 
-An op is a function with its real signature and docstring, decorated with `op` or, where there is a choice of
-implementations, with `op_with_choice`:
+An op is a function with its real signature and docstring, decorated with `op` or, where there is a
+choice of implementations, with `op_with_choice`:
 
     @op_with_choice(
         Implementation("triton", _run_triton, refuses=_refused_by_triton, passed_over=interpreted),
         Implementation("reference", reference.run),
-        finish=finish,
+        finish=lambda _call, score: score,
         hints=Hints(differentiable=True),
+        example=lambda x: ((x, x), {}),
     )
-    def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
+    def surprise(residual: Tensor, v: Tensor, *, metric="cosine", impl="auto") -> Tensor:
         '''What callers read.'''
         return surprise.request(SurpriseCall(residual, v, metric), impl)
 
@@ -17,8 +18,9 @@ implementations, with `op_with_choice`:
     def _check_surprise(residual, v, *, metric="cosine", impl="auto") -> None:
         check_tensor("v", v, "[B, T, H, V]", [None] * 4)
 
-The body only normalises its arguments into a call object, a NamedTuple. Every argument check stands in the function
-that `check` registers, so `unchecked` can leave them out. The parameters of both are compared by mypy.
+The body only normalises its arguments into a call object, a NamedTuple. Every argument check stands
+in the function that `check` registers, so `unchecked` can leave them out. The parameters of both
+are compared by mypy.
 """
 
 from __future__ import annotations
@@ -38,13 +40,17 @@ R = TypeVar("R")
 Raw = TypeVar("Raw")
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
+Example = Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]] | None]
+"""Makes the arguments of one plausible call out of x `[1, T, 2, 64]`; None if no such call exists,
+for example because x requires grad and the op has no gradient."""
+
 Holds = Literal[True] | str
 """True, or the reason why a property does not hold."""
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What checks of an op have to know and cannot see in its signature. hamblocks.testing reads them.
+    """What hamblocks.testing has to know of an op and cannot see in its signature.
 
     Attributes:
         differentiable: whether the op promises gradients for its floating-point tensors.
@@ -76,8 +82,8 @@ class Hints:
 class Op(Generic[P, R]):
     """A public function of this package: checks its arguments, then runs its body.
 
-    An instance stands in the place of the function that it was declared with: it has its name, module, signature and
-    docstring, is pickled by name, and is traced by torch.compile.
+    An instance stands in the place of the function that it was declared with: it has its name,
+    module, signature and docstring, is pickled by name, and is traced by torch.compile.
 
     Attributes:
         hints: what checks of the op have to know.
@@ -111,13 +117,16 @@ class Op(Generic[P, R]):
         return self._body(*args, **kwargs)
 
     def check(self, function: Callable[P, None]) -> Callable[P, None]:
-        """Registers the argument checks: a function with the parameters of the op. Used as a decorator."""
+        """Registers the argument checks, a function with the parameters of the op; a decorator."""
         self._check = function
         return function
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """Names that `impl` takes, in the order in which "auto" tries them; empty where there is no choice."""
+        """Names that `impl` takes, in the order in which "auto" tries them.
+
+        Empty where there is no choice.
+        """
         return ()
 
     def __repr__(self) -> str:
@@ -129,7 +138,7 @@ class Op(Generic[P, R]):
 
 
 class _Request(NamedTuple):
-    """What the body of an op with a choice returns: the call, and which implementation is to run it."""
+    """What the body of an op with a choice returns: the call and the implementation asked for."""
 
     call: tuple[Any, ...]
     impl: str
@@ -140,6 +149,7 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
 
     Attributes:
         table: the implementations in the order in which "auto" tries them.
+        example: makes a call for `hamblocks info`, which explains the choice.
     """
 
     def __init__(
@@ -148,15 +158,18 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         hints: Hints,
         table: tuple[Implementation[Call, Any], ...],
         finish: Callable[[Call, Any], R],
+        example: Example,
     ) -> None:
         super().__init__(body, hints)
         self.table = table
+        self.example = example
         self._finish = finish
 
     def request(self, call: Call, impl: str) -> R:
-        """What the body returns. `__call__` and `unchecked` turn it into the result, `explain` reads the call off it.
+        """What the body returns: `__call__` makes the result of it, `explain` reads the call.
 
-        The annotated type is that of the result, because the annotation of the body is what callers read.
+        The annotated type is that of the result, because the annotation of the body is what callers
+        read.
         """
         return cast("R", _Request(call, impl))
 
@@ -176,7 +189,8 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
             choices.append(Choice(self.__name__, impl, explanation))
         run = pick(self.__name__, self.table, impl, cast("Call", call))
         device = call[0].device.type
-        # "the dtypes of the inputs decide", whatever autocast says; entering the context costs more than asking
+        # the dtypes of the inputs decide, also under autocast; entering the context costs more
+        # than asking
         if not torch.is_autocast_enabled(device):
             return self._finish(cast("Call", call), run(cast("Call", call)))
         with torch.autocast(device_type=device, enabled=False):
@@ -193,7 +207,7 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         return cast("Call", cast("_Request", self._body(*args, **kwargs)).call)
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
-        """Every implementation with "yes", or the reason why it cannot run this call. Nothing is computed.
+        """Every implementation with "yes", or why it cannot run this call; nothing is computed.
 
         Raises:
             ValueError: a bad argument, as of the op itself.
@@ -212,13 +226,18 @@ def op(hints: Hints) -> Callable[[Callable[P, R]], Op[P, R]]:
 
 
 def op_with_choice(
-    *table: Implementation[Call, Raw], finish: Callable[[Call, Raw], R], hints: Hints
+    *table: Implementation[Call, Raw],
+    finish: Callable[[Call, Raw], R],
+    hints: Hints,
+    example: Example,
 ) -> Callable[[Callable[P, R]], OpWithChoice[P, R, Call]]:
     """Declares an op whose body returns `request(call, impl)`.
 
     Args:
         table: the implementations, in the order in which "auto" tries them.
-        finish: makes the result of what any implementation returns: rounds to the dtype of the inputs, names fields.
+        finish: makes the result of what any implementation returns: rounds to the dtype of the
+            inputs, names fields.
         hints: what checks of the op have to know.
+        example: makes the arguments of one plausible call.
     """
-    return lambda body: OpWithChoice(body, hints, table, finish)
+    return lambda body: OpWithChoice(body, hints, table, finish, example)

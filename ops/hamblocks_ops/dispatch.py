@@ -1,6 +1,7 @@
-"""How an op picks one of its implementations: an ordered table, a reason for every refusal, no silent fallback.
+"""How an op picks an implementation: an ordered table, reasons for refusals, no silent fallback.
 
-Also what refusals ask of the machine: which packages are installed, and whether Triton can compile or interprets.
+Also what refusals ask of the machine: which packages are installed, and whether Triton can compile
+or interprets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ Told = TypeVar("Told", covariant=True)
 
 
 class UnsupportedError(NotImplementedError):
-    """The named implementation, or with "auto" every one, cannot run this call; the message says why."""
+    """The named implementation, or with "auto" every one, cannot run this call.
+
+    The message says why.
+    """
 
 
 def always(_call: object) -> None:
@@ -40,7 +44,7 @@ class Implementation(Generic[Call, Raw]):
         name: what `impl` names it by.
         run: computes a call. It imports what needs more than torch when it is called, not before.
         refuses: why the implementation cannot run a call, or None when it can.
-        passed_over: why "auto" leaves a call to those who name the implementation, or None.
+        passed_over: why "auto" does not take the implementation, though it can run the call, or None.
     """
 
     name: str
@@ -56,8 +60,8 @@ WHEN_NAMED = "yes, when named: "
 class Explanation(dict[str, str]):
     """Implementation name -> "yes" or the reason why not, in the order in which `auto` tries them.
 
-    "yes, when named: ..." is the answer of an implementation that can run the call and that `auto` passes over, with
-    the reason.
+    "yes, when named: ..." is the answer of an implementation that can run the call and that `auto`
+    passes over, with the reason.
     """
 
     @property
@@ -83,7 +87,7 @@ def _answer_of(row: Implementation[Call, Any], call: Call) -> str:
 def pick(
     op: str, table: Sequence[Implementation[Call, Raw]], impl: str, call: Call
 ) -> Callable[[Call], Raw]:
-    """What runs `call`: the implementation named `impl`, or with "auto" the first that neither refuses nor yields.
+    """What runs `call`: the implementation `impl`, or with "auto" the first that takes the call.
 
     Raises:
         ValueError: `impl` is not a name of the table.
@@ -116,7 +120,10 @@ class Explains(Protocol[Told]):
 
 
 def implementations(op: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the implementations of `op`, in the order in which "auto" tries them; empty if it has no choice."""
+    """Names of the implementations of `op`, in the order in which "auto" tries them.
+
+    Empty if it has no choice.
+    """
     names: tuple[str, ...] = getattr(op, "implementations", ())
     return names
 
@@ -125,13 +132,14 @@ def explain(op: Explains[Told], /, *args: Any, **kwargs: Any) -> Told:
     """Which implementation would run `op(*args, **kwargs)`, and why not the others.
 
     Args:
-        op: an op of hamblocks.ops that takes `impl`, or anything else with a method `explain`, such as a layer.
+        op: an op of hamblocks.ops that takes `impl`, or anything else with a method `explain`, such
+            as a layer.
         *args: the arguments of the call, checked as the op checks them.
         **kwargs: the same, by name.
 
     Returns:
-        What `op.explain(*args, **kwargs)` returns; of an op an `Explanation`: every implementation with "yes", or the
-        reason why it cannot run the call. Nothing is computed.
+        What `op.explain(*args, **kwargs)` returns; of an op an `Explanation`: every implementation
+        with "yes", or the reason why it cannot run the call. Nothing is computed.
 
     Raises:
         ValueError: `op` has no implementations to choose from, or an argument is bad.
@@ -163,7 +171,8 @@ def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-# what torch.compiler.assume_constant_result does, without importing torch's compiler, which imports Triton
+# what torch.compiler.assume_constant_result does, without importing torch's compiler, which imports
+# Triton
 for _constant in (interpreting, installed):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
 
@@ -201,6 +210,7 @@ def launches(function: Callable[..., Any]) -> Callable[..., Any]:
         with torch.cuda.device(first.device):
             return function(*args, **kwargs)
 
-    # torch.library reads the types off the signature; names would be looked up in the globals of this module
+    # torch.library reads the types off the signature; names would be looked up in the globals of
+    # this module
     run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return run

@@ -1,4 +1,4 @@
-"""Where a token stands: its sequence, and its position within the sequence, in batches and packed batches."""
+"""Where a token stands: its sequence and its position within it, packed or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ NEVER = 2**31 - 1
 
 
 def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Index of the sequence of every packed token, int64 `[tokens]`; an empty sequence has no token."""
+    """Index of the sequence of every packed token, int64 `[tokens]`.
+
+    An empty sequence has no token.
+    """
     index = torch.arange(tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
 

@@ -1,4 +1,5 @@
-"""`pytest -m gpu`: a layer with the kernels that "auto" takes there, against the same layer in float64 on the CPU."""
+"""`pytest -m gpu`: a layer with the kernels that "auto" takes there, against the same layer in
+float64 on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`pytest -m gpu`: what the CPU proves of every implementation, on a GPU, and at the sizes that it is for."""
+"""`pytest -m gpu`: what the CPU proves of every implementation, on a GPU, and at the sizes that it
+is for."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ LARGE: dict[Any, list[Any]] = {
 def test_sizes_that_users_run(part: OpImplementation, dtype: torch.dtype) -> None:
     """Forward and backward, in every dtype that the implementation takes.
 
-    Errors of two orders of the same sums drift apart with their length: four times the reference's own are allowed.
+    Errors of two orders of the same sums drift apart with their length: four times the reference's
+    own are allowed.
     """
     for case in LARGE[part.like]:
         case = replace(case, dtype=dtype)

@@ -1,4 +1,5 @@
-"""Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one JSON on stdout.
+"""Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one
+JSON on stdout.
 
     python tests/kernels/machine_code.py
 
@@ -27,7 +28,7 @@ from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import copy_kernel
-from hamblocks_ops.selected_attention.triton.launches import configs
+from hamblocks_ops.selected_attention.triton.sizes import configs
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 
@@ -37,7 +38,8 @@ BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
 
 class Build(NamedTuple):
-    """One kernel at one size. `types` are those of its arguments; of the others pointers are to int32."""
+    """One kernel at one size. `types` are those of its arguments; of the others pointers are to
+    int32."""
 
     kernel: Any
     width: int

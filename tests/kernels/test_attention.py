@@ -1,4 +1,4 @@
-"""What the Triton attention visits, and its kernels with tiles so small that every case has many."""
+"""What the Triton attention visits, and its kernels with tiles so small that cases have many."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 def small_tiles() -> Any:
-    launches = import_module("hamblocks_ops.selected_attention.triton.launches")
-    sizes = (16, 8, 4, 1), (8, 16, 4, 1), (16, 8, 4, 1)
-    tiles = tuple(launches.Config(*one) for one in sizes)
-    return patch.object(launches, "configs", lambda *_args, **_more: tiles)
+    sizes = import_module("hamblocks_ops.selected_attention.triton.sizes")
+    tiles = (16, 8, 4, 1), (8, 16, 4, 1), (16, 8, 4, 1)
+    configs = tuple(sizes.Config(*one) for one in tiles)
+    return patch.object(sizes, "configs", lambda *_args, **_more: configs)
 
 
 @pytest.mark.slow
@@ -58,7 +58,8 @@ def extremes(index: Tensor, time: lists.Times, block: int) -> lists.Blocks:
 
 
 class Visits:
-    """Which pairs of blocks a call visits, by queries and by keys, bool [R, NQ, NB] each, and which need no mask."""
+    """Which pairs of blocks a call visits, by queries and by keys, bool [R, NQ, NB] each, and which
+    need no mask."""
 
     def __init__(self, time: lists.Times, queries: int, keys: int) -> None:
         self.index, first = lists.list_keys(time, keys)

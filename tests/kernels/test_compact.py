@@ -1,4 +1,5 @@
-"""Lists by a fused scan: more blocks than one, heads in groups, and nothing read back from the device."""
+"""Lists by a fused scan: more blocks than one, heads in groups, and nothing read back from the
+device."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def whole(case: DeltaRuleInputs) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["plain", "grouped", "packed", "float16"])
 def test_has_the_bits_of_fla(case: DeltaRuleInputs) -> None:
-    """Forward, and backward where no gradient comes through the residual and no beta is 0, for which 2**-64 stands."""
+    """Forward, and backward where no gradient comes through the residual and no beta is 0, for
+    which 2**-64 stands."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def run(through_fla: bool) -> list[Tensor]:
@@ -109,7 +110,8 @@ def test_residual_and_score_are_read_off_what_was_written(metric: str) -> None:
 
 @pytest.mark.slow
 def test_the_first_residual_is_the_value() -> None:
-    """v_new is beta * v rounded there: its quotient would be the value within a rounding, its cosine anything."""
+    """v_new is beta * v rounded there: its quotient would be the value within a rounding, its
+    cosine anything."""
     case = DeltaRuleInputs(tokens=66, state=False, heads=4, value_dim=64, write="any", dtype=BF16)
     result = gated_delta_rule(**case.tensors(), metric="cosine", impl="fla")
     assert torch.equal(result.residual[:, 0], case.tensors()["v"][:, 0])
@@ -118,7 +120,8 @@ def test_the_first_residual_is_the_value() -> None:
 
 @pytest.mark.slow
 def test_the_gradient_of_beta_does_not_drown_in_that_of_its_quotient() -> None:
-    """A residual does not depend on its own beta: for one token its gradient is 0, however small beta is."""
+    """A residual does not depend on its own beta: for one token its gradient is 0, however small
+    beta is."""
     tensors = DeltaRuleInputs(tokens=1, key_dim=16, value_dim=16, dtype=BF16).tensors()
     beta = torch.full_like(tensors["beta"], 2.0**-40).requires_grad_()
     result = gated_delta_rule(**tensors | {"beta": beta}, impl="fla")
@@ -151,7 +154,7 @@ def test_reasons() -> None:
     assert "TF32" in reason(dtype=torch.float32)
     assert "float16, which cannot hold it" in reason(dtype=torch.float16)
     assert reason(key_dim=257) == "its kernels hold keys of 1 to 256 entries, not 257"
-    assert reason(value_dim=16385) == "a tile holds rows of up to 16384 entries, not 16385"
+    assert reason(value_dim=16385) == "a tile holds vectors of up to 16384 entries, not 16385"
     if not torch.cuda.is_available():
         assert reason() == WHEN_NAMED + "Triton's interpreter is for tests"
         assert (

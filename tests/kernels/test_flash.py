@@ -1,4 +1,5 @@
-"""FlashAttention over ragged keys; it has no kernel for a CPU: a torch function of the same meaning stands for it."""
+"""FlashAttention over ragged keys; it has no kernel for a CPU: a torch function of the same meaning
+stands for it."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def ragged(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What FlashAttention computes: each sequence alone, causal from the bottom right; a row of none is 0 and +inf."""
+    """What FlashAttention computes: each sequence alone, causal from the bottom right; a row of
+    none is 0 and +inf."""
     outs, sums = [], []
     lengths = [x.diff().max() for x in (q_borders, k_borders)]
     assert most == (int(lengths[0]), int(lengths[1]))
@@ -93,7 +95,8 @@ def test_what_is_not_seen_does_not_leak(garbage: float) -> None:
 
 
 def kept(tokens: int, fraction: float, prefix: int = 0) -> dict[str, Any]:
-    """The queries are the stored tokens of a sequence of some length; `prefix` of the first ask nothing any more."""
+    """The queries are the stored tokens of a sequence of some length; `prefix` of the first ask
+    nothing any more."""
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(tokens)[None, torch.rand(tokens, generator=generator) < fraction]
     count = position.shape[1]

@@ -1,4 +1,5 @@
-"""FlexAttention, forward, for it has no backward on a CPU; and its mask of blocks, with blocks of a few tokens."""
+"""FlexAttention, forward, for it has no backward on a CPU; and its mask of blocks, with blocks of a
+few tokens."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def test_reasons() -> None:
     call = AttentionInputs(dtype=torch.float32).tensors()
     assert (
         explain(selected_attention, **call)["flex"]
-        == WHEN_NAMED + "it is the baseline, for it visits what is not stored"
+        == WHEN_NAMED + "it is the baseline: it visits keys that are not stored"
     )
     call["k"].requires_grad_()
     assert explain(selected_attention, **call)["flex"] == "FlexAttention has no backward on a CPU"

@@ -1,4 +1,4 @@
-"""A layer whose memory and attention are fused kernels: traced whole, and the same as with torch's."""
+"""A layer whose memory and attention are fused kernels: traced whole, same as torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every kernel compiles for the GPUs that users have, without one: no spills, within shared memory, tensor cores."""
+"""Every kernel compiles for the GPUs that users have, without one: no spills, within shared memory,
+tensor cores."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-"""Shared memory that one block may have, bytes (CUDA C++ Programming Guide, compute capabilities)."""
+"""Shared memory that one block may have, bytes (CUDA C++ Programming Guide, compute capabilities).
+"""
 TENSOR_CORES = {"sm_80": {"mma.sync"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05.mma", "mma.sync"}}
 DECODING = {"mma.sync"}
 """A tile of 16 queries is too small for what later chips have."""

@@ -1,4 +1,5 @@
-"""Attention to pages in Triton: cut into shares, blind to what is not seen, and without waiting for a device."""
+"""Attention to pages in Triton: cut into shares, blind to what is not seen, and without waiting for
+a device."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ CASES = [
 
 
 def small(shares: int) -> Any:
-    """Tiles of 16 slots, each share of at least one, and as many shares as that gives up to a number."""
+    """Tiles of 16 slots, each share of at least one, and as many shares as that gives up to a
+    number."""
     return patch.multiple(
         triton,
-        LEAST_TILES=1,
-        WAVES=shares,
+        MIN_SHARE_TILES=1,
+        MAX_WAVES=shares,
         config=lambda _width, _dtype: triton.Config(16, 16, 4, 1),
     )
 

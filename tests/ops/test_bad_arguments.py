@@ -64,7 +64,8 @@ def lifetimes() -> dict[str, Any]:
     return {"evict_at": torch.ones(1, 5, 2, dtype=torch.int32)}
 
 
-# of each tensor argument: the calls that take it; every one is tried with the wrong type, rank, size and dtype
+# of each tensor argument: the calls that take it; every one is tried with the wrong type, rank,
+# size and dtype
 CALLS: dict[Callable[..., Any], tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
     gated_delta_rule: (rule, {}),
     surprise: (rows, {}),
@@ -133,7 +134,8 @@ def test_tensors_of_another_kind(
 def bad(
     op: Callable[..., Any], name: str, value: Any, *, base: Any = None, got: str = "", at: str = ""
 ) -> Any:
-    """One row: `value`, or a function of the good value, for the argument `name`; the error starts with `at` or it."""
+    """One row: `value`, or a function of the good value, for the argument `name`; the error starts
+    with `at` or it."""
     return pytest.param(
         op,
         base or CALLS[op][0],

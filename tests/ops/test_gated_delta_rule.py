@@ -22,7 +22,8 @@ def problem(case: DeltaRuleInputs, **options: object) -> Problem:
 
 @given(case=delta_rule_inputs(tokens=st.integers(0, 7), packed=None, dtype=torch.float64, heads=1))
 def test_reference_is_the_recurrence(case: DeltaRuleInputs) -> None:
-    """Against loops over numbers that share no code with it; residual read after the decay and before the write."""
+    """Against loops over numbers that share no code with it; residual read after the decay and
+    before the write."""
     tensors = case.tensors()
     result = gated_delta_rule(**tensors, scale=0.5, impl="reference")
     q, k, v, beta = (tensors[name].numpy() for name in ("q", "k", "v", "beta"))

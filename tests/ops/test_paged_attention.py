@@ -380,7 +380,7 @@ def values_that_may_not_be_read() -> Iterator[None]:
 @example(case=PagedInputs(queries=3, garbage=NAN, bias="hidden"), way=IN_PLACE)
 @example(case=PagedInputs(queries=3, garbage=INF), way=ALL)
 def test_no_step_depends_on_values(case: PagedInputs, way: str) -> None:
-    """As a CUDA graph needs it; without a look at the result, what no query sees is always cleared."""
+    """As a CUDA graph needs it. Without a look at the result, unseen slots are always cleared."""
     call = problem(case, shared=False)
     expected = call.run("pages")
     with values_that_may_not_be_read(), path(way), NothingDependsOnValues():

@@ -40,7 +40,8 @@ def problem(case: AttentionInputs, **options: object) -> Problem:
 
 @contextmanager
 def in_blocks(size: int) -> Iterator[None]:
-    """Blocks of few queries, so that small cases have several, with tokens that last, pass and end within them."""
+    """Blocks of few queries, so that small cases have several, with tokens that last, pass and end
+    within them."""
     with ExitStack() as patches:
         patches.enter_context(patch.object(operands, "BLOCK_QUERIES", size))
         patches.enter_context(patch.object(plan, "EDGE_QUERIES", size // 3))
@@ -83,7 +84,8 @@ def test_in_small_blocks(check: Any, block: int) -> None:
 
 
 def test_bias_in_float32_beside_bfloat16() -> None:
-    """The gradient of a router's bias is float32 whatever q, k and v are: no rounding of theirs hides its error."""
+    """The gradient of a router's bias is float32 whatever q, k and v are: no rounding of theirs
+    hides its error."""
     call = AttentionInputs(tokens=130, policy="topk", bias="some", dtype=torch.bfloat16).tensors()
     call["logit_bias"] = call["logit_bias"].float()
     assert_close_to_reference(Problem(selected_attention, call), "gather")
@@ -227,7 +229,8 @@ def _floating(x: Tensor | None) -> bool:
 
 
 def ones(*logits: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """One query, the last, that asks 1 of keys that answer with these logits; the first value is 3, the others 0."""
+    """One query, the last, that asks 1 of keys that answer with these logits; the first value is 3,
+    the others 0."""
     k = torch.tensor(logits)[None, :, None, None].to(dtype)
     v = torch.zeros_like(k)
     v[:, 0] = 3

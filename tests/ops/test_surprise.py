@@ -57,7 +57,8 @@ def test_is_its_formula(
 @pytest.mark.parametrize("metric", METRICS)
 @given(scale=st.sampled_from([1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e19, 1e30]), seed=seeds)
 def test_directions_do_not_depend_on_size(metric: str, scale: float, seed: int) -> None:
-    """No square over- or underflows: cosine and relative_l2 of a row are those of the row times any power of two."""
+    """No square over- or underflows: cosine and relative_l2 of a row are those of the row times any
+    power of two."""
     draw = Draw(seed)
     v, residual = (
         draw.normal(1, 5, 2, 4, dtype=torch.float32),

@@ -25,7 +25,7 @@ policies: st.SearchStrategy[str] = st.sampled_from(POLICIES)
 
 
 def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
-    """evict_at as a policy would give it, int64 like `position`; "any" takes another policy for every token."""
+    """evict_at as a policy gives it, int64 like `position`; "any": one drawn for every token."""
     shape = tuple(position.shape)
     most = int(position.max()) + 2 if position.numel() else 1
     some = draw.integers(0, 2, shape).bool()
@@ -76,7 +76,7 @@ def evict_at(**fixed: object) -> st.SearchStrategy[EvictAt]:
 
 @dataclass(frozen=True, repr=False)
 class AttentionInputs(Sequences):
-    """A call of selected_attention: over its own keys, packed (lengths), or over a cache of `cache` keys."""
+    """A call of selected_attention over its own keys, packed ones, or a cache of `cache` keys."""
 
     tokens: int = 5
     batch: int = 2
@@ -110,7 +110,8 @@ class AttentionInputs(Sequences):
             result["cu_seqlens"] = borders(self.packed)
         position = own[:, None].expand(shape)
         if self.cache is not None and self.packed is None:
-            # a cache in another order than time, another one per head, of which the last keys may be padding
+            # a cache in another order than time, another one per head, of which the last keys may
+            # be padding
             shuffled = torch.rand(shape, generator=draw.generator).argsort(1)
             position = shuffled if self.seed % 2 else shuffled[..., :1]
             result["key_position"] = position.to(torch.int32)
@@ -135,7 +136,7 @@ class AttentionInputs(Sequences):
 
 
 def attention_inputs(**fixed: object) -> st.SearchStrategy[AttentionInputs]:
-    """Calls of selected_attention; `fixed` fields or strategies take the place of the drawn ones."""
+    """Calls of selected_attention; `fixed` fields or strategies replace the drawn ones."""
     fields = sequences() | {
         "cache": st.none() | st.integers(0, 40),
         "kv_heads": st.integers(1, 3),

@@ -27,7 +27,7 @@ DELTA, ATTEND, PAGED = DeltaRuleInputs, AttentionInputs, PagedInputs
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of one op, and what they should give. What the op itself promises stands in its `hints`.
+    """Calls of one op, and what they should give. The op's promises stand in its `hints`.
 
     Attributes:
         inputs: strategy of its calls.
@@ -35,8 +35,9 @@ class Calls:
         small: calls for the checks that run few; empty: the third of `edges`.
         options: arguments that are no tensors, out of the case's seed.
         reference: called like the op, without `impl`; None: the op with impl="reference".
-        yardsticks: for an implementation whose arithmetic in low precision differs from the reference's: by its name, a
-            callable with that arithmetic. The error of this callable is what the implementation may have.
+        yardsticks: for an implementation whose arithmetic in low precision differs from the
+            reference's: by its name, a callable with that arithmetic. The error of this callable is
+            what the implementation may have.
         dtypes: floating dtypes it takes.
         degenerate: calls out of zeros and infinities that must give finite results.
         call: how it is called with tensors by name; None: as the op is.
@@ -61,7 +62,7 @@ class Calls:
 def _through_chunks(
     *, metric: str | None = None, output_residual: bool = True, **call: Any
 ) -> ops.DeltaRuleOutput:
-    """The delta rule in chunks whose residual is read off beta * residual in the dtype of v, as fla keeps it."""
+    """The delta rule in chunks, with the residual read off a rounded beta * residual, as by fla."""
     beta, v = (
         torch.where(call["beta"] == 0, call["beta"] + 2.0**-64, call["beta"]),
         call["v"].detach(),

@@ -22,7 +22,7 @@ LAST = 40
 
 @dataclass(frozen=True, repr=False)
 class PagedInputs(Inputs):
-    """A call of paged_attention; slabs are (pages, page size)."""
+    """A call of paged_attention; `rows` is H, `together` W, `width` M, slabs are (pages, page size)."""
 
     queries: int = 1
     sequences: int = 2
@@ -46,7 +46,7 @@ class PagedInputs(Inputs):
         return sum(size for size, _ in self.slabs)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Arguments of `paged`. What no query sees is garbage: slots, and pages that no row lists."""
+        """Arguments of `paged`; what no query sees, and pages that nothing lists, hold garbage."""
         draw = Draw(self.seed, self.layout)
         heads = self.rows * self.together * self.group
         index = torch.int64 if self.seed % 2 else torch.int32
@@ -89,7 +89,7 @@ class PagedInputs(Inputs):
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def table(self, draw: Draw) -> Tensor:
-        """Ragged: none may stand anywhere, and about every fifth row is empty."""
+        """Page tables with -1 anywhere; about every fifth stream lists no page."""
         shape = self.sequences, self.rows, self.width
         entries = self.sequences * self.rows * self.width
         if self.forked:
@@ -120,7 +120,7 @@ class PagedInputs(Inputs):
 
     @staticmethod
     def seen(table: Tensor, asks: Tensor, begin: int, position: Tensor, evict_at: Tensor) -> Tensor:
-        """Which slots [P, page] of a slab some query of some row sees."""
+        """Which slots of a slab any query of any stream sees, bool `[P, page]`."""
         seen = torch.zeros(position.shape, dtype=torch.bool)
         for n, times in enumerate(asks.tolist()):
             for page in (table[n].flatten() - begin).tolist():
@@ -155,7 +155,8 @@ def paged_inputs(**fixed: object) -> st.SearchStrategy[PagedInputs]:
 def slabs_of(fields: dict[str, Tensor]) -> list[Pages]:
     """The slabs out of the fields k0, v0, ..., k1, ..."""
     numbers = sorted({int(re.sub(r"\D", "", name)) for name in fields})
-    return [Pages(**{name: fields.get(f"{name}{i}") for name in Pages._fields}) for i in numbers]  # type: ignore[arg-type]
+    named = ({name: fields.get(f"{name}{i}") for name in Pages._fields} for i in numbers)
+    return [Pages(**one) for one in named]  # type: ignore[arg-type]
 
 
 def paged(

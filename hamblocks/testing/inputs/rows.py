@@ -1,4 +1,4 @@
-"""Calls of `surprise`: residuals beside values, row by row."""
+"""Calls of `surprise`: residuals and values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hamblocks.testing.inputs.draw import Draw, Inputs, building, dtypes, layout
 
 EXTREMES = (0.0, 1e-45, 1e-38, -1e-38, 1e-20, 1.0, -1.0, 1e20, 1e30, -1e30)
 KINDS = ("normal", "zero", "right", "extreme")
+"""zero: v is 0 too; right: the residual is 0; extreme: numbers at the ends of float32."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +24,7 @@ class RowInputs(Inputs):
     tokens: int = 5
     heads: int = 2
     dim: int = 4
-    kind: str = "normal"  # normal | zero | right (nothing missed) | extreme (numbers at the ends of float32)
+    kind: str = "normal"  # one of KINDS
     dtype: torch.dtype = torch.float64
     layout: str = "contiguous"
     seed: int = 0

@@ -25,7 +25,7 @@ from hamblocks.testing.inputs.draw import (
 
 @dataclass(frozen=True, repr=False)
 class Scores(Sequences):
-    """Scores [B, T, H] with as many ties, infinities and NaN as `kind` says, and perhaps empty rows."""
+    """Scores `[B, T, H]` with ties, infinities and NaN as `kind` says, and perhaps padding."""
 
     tokens: int = 5
     batch: int = 2
@@ -56,7 +56,7 @@ class Scores(Sequences):
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
         if self.empty_rows:
-            # ascending but not consecutive, as a cache holds them; empty rows anywhere
+            # ascending but not consecutive, as a cache holds them; padding anywhere
             position = (3 * self.own[:, None] + draw.integers(0, 3, shape)).masked_fill(
                 draw.integers(0, 4, shape) == 0, -1
             )
@@ -78,13 +78,13 @@ def scores(**fixed: object) -> st.SearchStrategy[Scores]:
 
 @dataclass(frozen=True, repr=False)
 class ScorePieces(Inputs):
-    """Scores of sequences that come piece by piece: every row has its own length and is cut at its own places."""
+    """Scores that come piece by piece: every batch row has a length and cuts of its own."""
 
     lengths: tuple[int, ...] = (9, 6)
     cuts: tuple[tuple[int, int, int], ...] = (
         (3, 2, 0),
         (5, 5, 1),
-    )  # of every piece, where it ends in each row
+    )  # where every piece ends in each batch row
     heads: int = 2
     kind: str = "ties"  # as in Scores
     seed: int = 0

@@ -20,14 +20,15 @@ from hamblocks_ops.dispatch import interpreting
 INTERPRETED = ("triton", "fla")
 """Implementations that Triton's interpreter runs."""
 INTERPRETED_MAX_TOKENS = 32
-"""Triton's interpreter takes seconds for long cases by hand: there they are compared with the reference alone, and the
-other checks draw half as many cases."""
+"""Triton's interpreter takes seconds for long cases by hand: there they are compared with the
+reference alone, and the other checks draw half as many cases."""
 
 
 def refusal(part: OpImplementation, case: Any) -> str | None:
-    """Why a named implementation cannot run a case here, or None. Asked with gradients, which most checks compute."""
+    """Why a named implementation cannot run a case with gradients here, or None."""
     if part.run is None and part.impl != "auto" and ops.implementations(part.like):
-        asked: Callable[..., Any] = functools.partial(ops.explain, part.like)  # type: ignore[arg-type]
+        asked: Any = part.like
+        asked = asked.explain
         if part.op.call is not None:
             asked = functools.partial(part.op.call, asked, impl=part.impl)
         tensors = {
@@ -46,7 +47,7 @@ def _length(case: Any) -> int:
 
 @functools.cache
 def refused_dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
-    """The floating dtypes in which the implementation runs no case by hand, each with its reason."""
+    """The floating dtypes in which the implementation runs no case by hand, with reasons."""
     if "dtype" not in part.op.fields:
         return {}
     found = {}
@@ -59,7 +60,10 @@ def refused_dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
 
 @functools.cache
 def never_runs(part: OpImplementation) -> str | None:
-    """Why the implementation runs no case by hand, for example without a GPU; None if it runs one."""
+    """Why the implementation runs no case by hand, for example without a GPU.
+
+    None if it runs one.
+    """
     if computes_in(part):
         return None
     answers = [refusal(part, case) for case in part.op.edges]

@@ -1,4 +1,4 @@
-"""Checks of ops: each implementation against the reference, forward and backward, and what every call promises."""
+"""Checks of ops: each implementation against the reference, and what every call promises."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def _is_the_reference(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Every result and every gradient is as right as the reference in that dtype: see assert_close_to_reference."""
+    """Results and gradients are as right as the reference: see assert_close_to_reference."""
     assert_close_to_reference(part.problem(case), "it")
 
 
@@ -59,7 +59,7 @@ def _noise(
 
 
 def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Changing inputs from position t on changes no result before t, nor do results before t have a gradient there."""
+    """Inputs from position t on change no result before t, and get no gradient from one."""
     tensors = case.tensors()
     t = case.seed % (case.tokens + 1)
     other = replace(case, seed=case.seed + 1).tensors()
@@ -107,7 +107,7 @@ def _is_causal(part: OpImplementation, case: Any, _options: Options) -> None:
 
 
 def _packed_is_one_by_one(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Sequences packed into one row give what they give alone; empty ones change nothing."""
+    """Packed sequences give what each gives alone; empty sequences change nothing."""
     tensors, hints = case.tensors(), part.hints
     whole = _results(part, case, tensors)
     alone = []
@@ -172,7 +172,7 @@ def _reads_no_unwritten_memory(part: OpImplementation, case: Any, _options: Opti
 
 
 def _is_always_finite(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Out of zeros, of nothing kept and of everything forgotten come finite results and gradients (lse may be -inf)."""
+    """Zeros, nothing kept or all forgotten: results and gradients are finite (lse: or -inf)."""
     for name, x in part.problem(case).run("it").items():
         fine = x.isfinite() | (x == -INF) if name == "lse" else x.isfinite()
         assert bool(fine.all()), f"{name}: {float(x[~fine][0])} in {case.dtype}"
@@ -216,7 +216,7 @@ def _named(fast: Callable[..., Any], part: OpImplementation) -> Callable[..., An
 
 
 def _unseen_keys_do_not_leak(part: OpImplementation, case: Any, _options: Options) -> None:
-    """Never stored, evicted before the first query, beyond key_lengths, hidden by -inf: it may hold anything."""
+    """Keys that are never stored, evicted before the first query or hidden may be anything."""
     if isinstance(case, PagedInputs):
         for garbage in (NAN, INF, 6e4):
             with prefixed(f"{garbage} where no query sees it changed the result"):
@@ -269,7 +269,7 @@ def _seeing_nothing_is_zero(part: OpImplementation, case: Any, _options: Options
 def _score_is_the_surprise_of_the_residual(
     part: OpImplementation, case: Any, _options: Options
 ) -> None:
-    """The score is that of the residual before it is rounded, detached, with or without the residual written out."""
+    """The score is that of the unrounded residual, detached, also without the residual."""
     tensors = {
         name: x.clone().requires_grad_(x.is_floating_point()) for name, x in case.tensors().items()
     }
@@ -321,7 +321,8 @@ def _if(hint: str, reason: str = "") -> Callable[[Any, Options], str | None]:
 
 
 def _not_traced(part: OpImplementation, _options: Options) -> str | None:
-    # the length of a list depends on values, whoever makes it; other reasons are those of our implementations
+    # the length of a list depends on values, whoever makes it; other reasons are those of our
+    # implementations
     if part.hints.traced is not True and (part.run is None or part.hints.lists):
         return part.hints.traced
     return (

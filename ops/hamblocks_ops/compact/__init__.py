@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_integer, check_tensor, values_are_checked, wrong
@@ -24,6 +27,11 @@ def _run_triton(call: CompactCall) -> Compacted:
     return run(call)
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    evict_at = torch.ones(x.shape[:3], dtype=torch.int32, device=x.device)
+    return (evict_at,), {"capacity": x.shape[1]}
+
+
 @op_with_choice(
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
     Implementation("scatter", scatter.run),
@@ -35,6 +43,7 @@ def _run_triton(call: CompactCall) -> Compacted:
         by_sequence=("lengths",),
         lists=("index", "position", "evict_at"),
     ),
+    example=_example,
 )
 def compact(
     evict_at: Tensor,
@@ -44,8 +53,7 @@ def compact(
     capacity: int | None = None,
     impl: str = "auto",
 ) -> Compacted:
-    """Lists the tokens that are ever stored (evict_at > position), in order, for every batch row
-    and head.
+    """Lists the tokens that are ever stored (evict_at > position), for every batch row and head.
 
     Args:
         evict_at: int32 `[B, T, H]`.

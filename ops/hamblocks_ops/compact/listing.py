@@ -32,10 +32,10 @@ def place(values: Tensor, slot: Tensor, capacity: int, fill: int) -> Tensor:
 
 
 def marked(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a mask is True, row by row of its last dimension. Waits for the device.
+    """Where a mask is True, along its last dimension. Waits for the device.
 
     Returns:
-        The entries within their rows, int64, side by side without padding; and how many each row
-        has, int64 of the shape of `mask` without its last dimension.
+        The places in the last dimension, int64, of all lists side by side without padding; and the
+        length of each list, int64 of the shape of `mask` without its last dimension.
     """
     return mask.nonzero()[:, -1], mask.sum(-1)

@@ -16,7 +16,7 @@ def run(call: CompactCall) -> Compacted:
 
 
 def lists(evict_at: Tensor, position: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, T, H]` twice -> index, position and evict_at of stored tokens, int32 `[B, H, capacity]`."""
+    """`[B, T, H]` twice -> index, position, evict_at of stored tokens, int32 `[B, H, capacity]`."""
     tokens = evict_at.shape[1]
     stored = evict_at > position
     # the number of stored tokens before a token is its slot; a list that is full takes no more

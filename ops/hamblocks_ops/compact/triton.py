@@ -31,7 +31,7 @@ def stored_tile(
     evict_at, position, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, block, batch, group,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Lifetimes and positions of a block [TOKENS, HEADS], which are stored, and its tokens and heads.
+    """Lifetimes and positions [TOKENS, HEADS] of a block, which are stored, its tokens and heads.
 
     Positions may be expanded or int64, lifetimes of any strides: both come with their strides.
     """
@@ -89,7 +89,7 @@ def write_kernel(
     e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, blocks, capacity,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the stored tokens of a block, and the padding of the slots that have the block's numbers.
+    """Writes the stored tokens of a block, and the padding of the slots with the block's numbers.
 
     Programs beyond the last block of tokens write padding alone: a list may be longer than T.
     """
@@ -145,7 +145,7 @@ def write_kernel(
 def lists(
     evict_at: Tensor, position: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`[B, T, H]` twice -> index, position, evict_at, int32 `[B, H, capacity]`, and how many are stored `[B, H]`."""
+    """`[B, T, H]` twice -> index, position, evict_at, int32 `[B, H, capacity]`; counts `[B, H]`."""
     batch, tokens, heads = evict_at.shape
     found = [evict_at.new_empty(batch, heads, capacity, dtype=torch.int32) for _ in range(3)]
     totals = evict_at.new_zeros(batch, heads, dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
     return run(call)
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    beta = torch.zeros(x.shape[:3], device=x.device)
+    return (x, x, x), {"beta": beta, "metric": "cosine", "output_residual": False}
+
+
 @op_with_choice(
     Implementation("fla", _run_fla, refused.refused, passed_over=interpreted),
     Implementation("chunked", chunked.run),
@@ -45,6 +52,7 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
         streams=("initial_state", "final_state"),
         by_sequence=("final_state",),
     ),
+    example=_example,
 )
 def gated_delta_rule(
     q: Tensor,
@@ -62,7 +70,8 @@ def gated_delta_rule(
 ) -> DeltaRuleOutput:
     r"""Runs the gated delta rule over every token and returns the residual beside the output.
 
-    Per sequence and head, with state \(S\) of shape `[K, V]` (Gated Delta Networks, arXiv 2412.06464):
+    Per sequence and head, with state \(S\) of shape `[K, V]` (Gated Delta Networks, arXiv
+    2412.06464):
 
     \[
     \tilde S_t = e^{g_t} S_{t-1}, \quad r_t = v_t - \tilde S_t^\top k_t, \quad
@@ -70,20 +79,26 @@ def gated_delta_rule(
     \]
 
     Args:
-        q: `[B, T, H, K]`, any floating dtype. Keys are expected to be of unit length for a stable recurrence.
+        q: `[B, T, H, K]`, any floating dtype. Keys are expected to be of unit length for a stable
+            recurrence.
         k: `[B, T, H, K]`, same dtype.
-        v: `[B, T, HV, V]`, same dtype; HV is a multiple of H (value head h reads q and k of head h // (HV // H)).
+        v: `[B, T, HV, V]`, same dtype; HV is a multiple of H (value head h reads q and k of head h
+            // (HV // H)).
         beta: `[B, T, HV]`, floating, in [0, 2]: the write strength.
-        g: `[B, T, HV]`, floating, <= 0, natural log of the decay; -inf forgets everything. None: no decay.
+        g: `[B, T, HV]`, floating, <= 0, natural log of the decay; -inf forgets everything. None: no
+            decay.
         scale: factor of the read; None: K ** -0.5.
         initial_state: `[N, HV, K, V]`; None: zeros.
         cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row (B = 1).
         output_residual: whether to return the residual. It is differentiable.
-        metric: "cosine", "relative_l2" or "l2": return `surprise(residual, v, metric=metric)` as score, detached.
-        impl: "fla" (flash-linear-attention's kernels on a GPU; bfloat16 and float16, float32 for few tokens without a
-            gradient), "chunked" (torch, any device), "reference" (token by token), or "auto".
+        metric: "cosine", "relative_l2" or "l2": return `surprise(residual, v, metric=metric)` as
+            score, detached.
+        impl: "fla" (flash-linear-attention's kernels on a GPU; bfloat16 and float16, float32 for
+            few tokens without a gradient), "chunked" (torch, any device), "reference" (token by
+            token), or "auto".
 
-    States, g, beta and scores are computed in float32, in float64 for float64 inputs, also under autocast.
+    States, g, beta and scores are computed in float32, in float64 for float64 inputs, also under
+    autocast.
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.

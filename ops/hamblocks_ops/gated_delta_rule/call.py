@@ -28,7 +28,10 @@ class DeltaRuleOutput(NamedTuple):
 
 
 class DeltaRuleCall(NamedTuple):
-    """One call of `gated_delta_rule`; beta, g and initial_state are float32 or float64, and present."""
+    """One call of `gated_delta_rule`.
+
+    Beta, g and initial_state are float32 or float64, and present.
+    """
 
     q: Tensor
     k: Tensor
@@ -43,7 +46,7 @@ class DeltaRuleCall(NamedTuple):
 
 
 class DeltaRuleRaw(NamedTuple):
-    """What an implementation returns: unrounded or in the dtype of v, with a score if it has one."""
+    """What an implementation returns, unrounded or in the dtype of v; a score if it has one."""
 
     out: Tensor
     residual: Tensor

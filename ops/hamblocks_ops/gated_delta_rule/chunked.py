@@ -1,13 +1,16 @@
-"""The gated delta rule in chunks, on plain torch: any device, any floating dtype, differentiable in everything.
+"""The gated delta rule in chunks on plain torch: any device and floating dtype, differentiable.
 
-Within a chunk that starts with the state S, with G_i the decay summed up to token i and D_ij = exp(G_i - G_j), the
-residuals solve a unit lower triangular system (the WY form of arXiv 2406.06484, with its columns scaled by beta in
-place of its rows, so that the residual itself comes out and nothing is divided by beta):
+A chunk starts with the state S. Let G_i be the decay summed up to token i and D_ij = exp(G_i -
+G_j). The residuals of the chunk solve a unit lower triangular system:
 
     r_i + sum_{j<i} D_ij (k_i . k_j) beta_j r_j = v_i - exp(G_i) S^T k_i
 
-All chunks are solved at once for both right-hand sides, v and exp(G) k; only the state then goes from chunk to chunk.
-A packed batch is laid out so that every sequence starts its own chunk, with shapes that depend on no value.
+This is the WY form of arXiv 2406.06484 with one change: its columns are scaled by beta, not its
+rows. The solution is then the residual itself, and nothing is divided by beta.
+
+All chunks are solved at once for both right-hand sides, v and exp(G) k; only the state goes from
+chunk to chunk. A packed batch is laid out so that every sequence starts its own chunk, with
+shapes that depend on no value.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ def chunked(
     cu_seqlens: Tensor | None,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as in the op, q and k already with the heads of v; returns out, residual and final state unrounded."""
+    """Shapes as in the op, q and k already with the heads of v.
+
+    Returns out, residual and final state unrounded.
+    """
     wide = initial_state.dtype
     tokens = v.shape[1]
     if tokens == 0:
@@ -55,7 +61,7 @@ def chunked(
     packed = None if cu_seqlens is None else _lay_out(cu_seqlens, tokens, size)
 
     def chunks(x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [B, H, chunks, size, ...] in the wide dtype, zeros where no token stands."""
+        """`[B, T, H, ...]` -> `[B, H, chunks, size, ...]` in the wide dtype, zeros for padding."""
         x = x.to(wide)
         if packed is None:
             x = pad(x, [0, 0] * (x.dim() - 2) + [0, -tokens % size])
@@ -69,7 +75,8 @@ def chunked(
         x = x.movedim(1, 3).flatten(1, 2)
         return x[:, :tokens] if packed is None else x[:, packed.slot]
 
-    # g may be -inf (forget everything): sums of it are formed pairwise below, never a difference of two sums.
+    # g may be -inf (forget everything): sums of it are formed pairwise below, never a difference of
+    # two sums.
     step = _Chunks.prepare(chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g), scale)
     out, residual, state = _scan(step, initial_state, packed)
     return tokens_of(out), tokens_of(residual), state
@@ -103,7 +110,7 @@ def _lay_out(cu_seqlens: Tensor, tokens: int, size: int) -> _Layout:
     per_sequence = (lengths + size - 1).div(size, rounding_mode="floor")
     ends = per_sequence.cumsum(0)
     first = ends - per_sequence
-    # ceil(a) + ceil(b) + ... never exceeds this, whatever the lengths are
+    # an upper bound of ceil(a) + ceil(b) + ... for any lengths that sum to `tokens`
     total = tokens // size + min(lengths.shape[0], tokens)
     sequence = sequence_of(cu_seqlens, tokens)
     slot = first[sequence] * size + torch.arange(tokens, device=borders.device) - borders[sequence]
@@ -130,7 +137,8 @@ class _Chunks(NamedTuple):
     ) -> _Chunks:
         size = g.shape[-1]
         ones = torch.ones(size, size, dtype=torch.bool, device=g.device)
-        # sum of g over j < l <= i, as a sum of its own for every pair: exact where g is huge, NaN-free where it is -inf
+        # sum of g over j < l <= i, as a sum of its own for every pair: exact where g is huge,
+        # NaN-free where it is -inf
         between = g[..., :, None].expand(*g.shape, size).masked_fill(~ones.tril(-1), 0).cumsum(-2)
         decay = between.masked_fill(~ones.tril(), float("-inf")).exp()
         from_start = g.cumsum(-1).exp()[..., None]
@@ -157,7 +165,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = initial_state if packed is None else torch.zeros_like(initial_state[:1])
     outs, residuals, states = [], [], []
-    # unbind: taking one chunk at a time would have the backward pass write all chunks once per chunk
+    # unbind: taking one chunk at a time would have the backward pass write all chunks once per
+    # chunk
     for c, (solved_v, solved_k, read_state, read_residual, write, decay) in enumerate(
         zip(*(x.unbind(2) for x in step), strict=True)
     ):

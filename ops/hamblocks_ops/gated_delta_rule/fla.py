@@ -1,16 +1,19 @@
-"""The gated delta rule by the kernels of flash-linear-attention: https://github.com/fla-org/flash-linear-attention.
+"""The gated delta rule by the kernels of flash-linear-attention (fla).
 
-fla's public function does not return `v_new`, which is beta times the residual; the functions that it is made of do.
-`chunks` calls them in the same order, so that `out` has the bits of fla, and one more kernel (in `triton.py`) reads
-residual and score off v_new. In the backward pass the gradient of the residual is added to that of v_new before the
-gradient of the states is computed. Where beta is 0, 2**-64 takes its place: `out` stays the same to the bit, and the
-division by beta is defined.
+https://github.com/fla-org/flash-linear-attention
 
-Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`), which is called with two
-rows for each token: the first reads with the key and writes nothing, which gives the prediction; the second writes and
-reads with the query.
+fla's public function does not return `v_new`, which is beta times the residual; the functions that
+it is made of do. `chunks` calls them in the same order, so that `out` has the bits of fla, and one
+more kernel (in `triton.py`) reads residual and score off v_new. In the backward pass the gradient
+of the residual is added to that of v_new before the gradient of the states is computed. Where beta
+is 0, 2**-64 takes its place: `out` stays the same to the bit, and the division by beta is defined.
 
-Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it as one node.
+Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`),
+which is called with two entries for each token: the first reads with the key and writes nothing, which
+gives the prediction; the second writes and reads with the query.
+
+Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it
+as one node.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, residual_and
 MIN_BETA = 2.0**-64
 """What takes the place of a smaller beta where something is divided by it."""
 MIN_G = -128.0
-"""What takes the place of a smaller log decay: its exp is 0 in float32, and sums over a chunk are still precise. fla
-subtracts running sums of g, and a difference of two infinite sums is NaN."""
+"""What takes the place of a smaller log decay: its exp is 0 in float32, and sums over a chunk are
+still precise. fla subtracts running sums of g, and a difference of two infinite sums is NaN."""
 
 
 def run(call: DeltaRuleCall) -> DeltaRuleRaw:
@@ -42,9 +45,10 @@ def run(call: DeltaRuleCall) -> DeltaRuleRaw:
 
 
 def _packed(cu_seqlens: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
-    """Borders and chunks of a packed batch, and the same as arguments of fla's functions; None and {} without packing.
+    """Borders and chunks of a packed batch, also as arguments of fla; None and {} without packing.
 
-    fla takes `cu_seqlens` as int64, and for each chunk its sequence and its number within the sequence.
+    fla takes `cu_seqlens` as int64, and for each chunk its sequence and its number within the
+    sequence.
     """
     if cu_seqlens is None:
         return None, {}
@@ -80,9 +84,9 @@ def chunks(
         metric: the metric of the score; None writes no score.
 
     Returns:
-        out `[B, T, HV, V]`; residual, empty unless `writes`; the final state; score `[B, T, HV]`, empty without a
-        metric; and for the backward pass the running sums of the decay within each chunk, in base 2, and the inverse
-        of the triangular system of each chunk.
+        out `[B, T, HV, V]`; residual, empty unless `writes`; the final state; score `[B, T, HV]`,
+        empty without a metric; and for the backward pass the running sums of the decay within each
+        chunk, in base 2, and the inverse of the triangular system of each chunk.
     """
     made = _empty(v, g, initial_state, writes, metric)
     _, residual, state, score, _, _ = made
@@ -101,7 +105,8 @@ def chunks(
         beta = beta.clamp(min=MIN_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        # running sums of the decay within each chunk; fla's kernels take exp2, hence the factor 1 / ln 2
+        # running sums of the decay within each chunk; fla's kernels take exp2, hence the factor 1 /
+        # ln 2
         sums = chunk_local_cumsum(
             g.clamp(min=MIN_G).contiguous(), chunk_size=CHUNK, scale=RCP_LN2, **at
         )
@@ -175,9 +180,9 @@ def chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and initial_state, in this order.
 
-    `grad`, `grad_residual` and `grad_state` are the gradients of the results; None for a result that nothing depends
-    on. `sums` and `inverse` come from the forward pass. States and v_new are computed again rather than kept: they are
-    as large as all activations together.
+    `grad`, `grad_residual` and `grad_state` are the gradients of the results; None for a result
+    that nothing depends on. `sums` and `inverse` come from the forward pass. States and v_new are
+    computed again rather than kept: they are as large as all activations together.
     """
     if v.numel() == 0:
         dq, dk, dv, dbeta, dg, dh0 = (
@@ -212,8 +217,8 @@ def chunks_backward(
         if grad_residual is not None:
             # residual = v_new / beta, so its gradient reaches v_new divided by beta
             dv = (local + grad_residual / beta[..., None]).to(v.dtype)
-        # the gradient of the state after each chunk, from the last chunk to the first; dv also gets what reaches v_new
-        # through later chunks
+        # the gradient of the state after each chunk, from the last chunk to the first; dv also gets
+        # what reaches v_new through later chunks
         dh, dh0, dv = chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=w, g=sums, h0=initial_state, dht=dht, do=do, dv=dv, scale=scale, **sized
         )
@@ -228,8 +233,9 @@ def chunks_backward(
         # the gradient of a running sum, summed from the end of the chunk, is that of g
         dg = chunk_local_cumsum(dg.add_(dg_more), reverse=True, **sized)
         if grad_residual is not None:
-            # fla's dbeta is computed before the division of the residual by beta. The missing term nearly cancels it,
-            # so the sum of both is computed by a kernel of its own (see triton.py).
+            # fla's dbeta is computed before the division of the residual by beta. The missing term
+            # nearly cancels it, so the sum of both is computed by a kernel of its own (see
+            # triton.py).
             dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, MIN_BETA, packed)
     return dq, dk.add_(more), dv, dbeta, dg, dh0
 
@@ -256,7 +262,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     q, k, v, beta, g, initial_state, cu_seqlens, ctx.scale, _writes, _metric = inputs
     _out, residual, _state, score, sums, inverse = output
     ctx.save_for_backward(q, k, v, beta, initial_state, cu_seqlens, sums, inverse, g)
-    # gradients that nothing depends on stay None: no zeros are made, and no residual is differentiated for nothing
+    # gradients that nothing depends on stay None: no zeros are made, and no residual is
+    # differentiated for nothing
     ctx.set_materialize_grads(False)
     empty = () if residual.numel() else (residual,)
     ctx.mark_non_differentiable(score, sums, inverse, *empty)
@@ -292,9 +299,9 @@ def recurrent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, residual and final state, all in float32; it has no gradient.
 
-    fla's recurrent kernel decays the state, writes a token and then reads. A call with two rows for each token makes it
-    read before the write: the first row has the token's decay, beta = 0 and the key as its query; the second has no
-    decay, the token's beta and its query.
+    fla's recurrent kernel decays the state, writes a token and then reads. A call with two entries for
+    each token makes it read before the write: the first has the token's decay, beta = 0 and the
+    key as its query; the second has no decay, the token's beta and its query.
     """
     if v.numel() == 0:
         return v.to(g.dtype, copy=True), v.to(g.dtype, copy=True), initial_state.clone()
@@ -306,7 +313,7 @@ def recurrent(
 
     q, k, v = (x.to(g.dtype) for x in (q, k, v))
     with torch.autocast(device_type=q.device.type, enabled=False):
-        rows, state = fused_recurrent_gated_delta_rule_fwd(
+        read, state = fused_recurrent_gated_delta_rule_fwd(
             q=twice(k, scale * q),
             k=twice(k, k),
             v=twice(v, v),
@@ -317,7 +324,7 @@ def recurrent(
             output_final_state=True,
             cu_seqlens=None if cu_seqlens is None else 2 * cu_seqlens.long(),
         )
-    return rows[:, 1::2].contiguous(), v - rows[:, 0::2], state
+    return read[:, 1::2].contiguous(), v - read[:, 0::2], state
 
 
 @recurrent.register_fake

@@ -1,15 +1,16 @@
-"""The gated delta rule, token by token: the definition that every other implementation is compared with.
+"""The gated delta rule, token by token: the definition that others are compared with.
 
 For every sequence and head, with a state S of shape [K, V]:
 
-    S~_t = exp(g_t) S_{t-1}                  decay
-    r_t  = v_t - S~_t^T k_t                  residual: what the state did not predict, read before the write
-    S_t  = S~_t + k_t (beta_t r_t)^T         write
-    o_t  = scale S_t^T q_t                   read
+    S~_t = exp(g_t) S_{t-1}             decay
+    r_t  = v_t - S~_t^T k_t             residual: what the state did not predict, before the write
+    S_t  = S~_t + k_t (beta_t r_t)^T    write
+    o_t  = scale S_t^T q_t              read
 
-(Yang, Kautz and Hatamizadeh, *Gated Delta Networks*, arXiv 2412.06464.) Exact to rounding in float64. In lower
-precision the arithmetic is that of a tensor core: the operands of every product are rounded to the dtype of the inputs,
-sums and the state are float32. The error of this arithmetic is the measure of what other implementations may have.
+(Yang, Kautz and Hatamizadeh, *Gated Delta Networks*, arXiv 2412.06464.) Exact to rounding in
+float64. In lower precision the arithmetic is that of a tensor core: the operands of every product
+are rounded to the dtype of the inputs, sums and the state are float32. The error of this arithmetic
+is the measure of what other implementations may have.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def reference(
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as in the op, q and k already with the heads of v; returns out, residual and final state unrounded."""
+    """Shapes as in the op, q and k already with the heads of v.
+
+    Returns out, residual and final state unrounded.
+    """
     if cu_seqlens is None:
         return _batch([q, k, v, beta, g], scale, initial_state)
     borders = cu_seqlens.tolist()

@@ -1,4 +1,7 @@
-"""Which calls fla's kernels cannot run, and why. Neither fla nor Triton is imported for the answer."""
+"""Which calls fla's kernels cannot run, and why.
+
+Neither fla nor Triton is imported for the answer.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, learns
 from hamblocks_ops.surprise import MAX_COLUMNS
 
 SUPPORTED = "0.6.0"
-"""The release whose inner functions `fla.py` calls: they are not public and move between releases."""
+"""The release whose inner functions `fla.py` calls: not public, they move between releases."""
 
 RECURRENT_MAX_TOKENS = 16
-"""Most tokens for which the recurrent kernel takes less time than chunks do. A packed batch of one token for each
-sequence may have more."""
+"""Most tokens for which the recurrent kernel takes less time than chunks do. A packed batch of one
+token for each sequence may have more."""
 
 MAX_KEY_DIM = 256
 """Largest K that fla's kernels hold."""
@@ -45,8 +48,8 @@ def _by_dtype(call: DeltaRuleCall) -> str | None:
         return "it computes in float32 at the most"
     if call.v.dtype == torch.float32 and not recurs(call):
         return (
-            "flash-linear-attention computes products of float32 in TF32 and decays as differences of sums: not "
-            "float32's precision"
+            "flash-linear-attention computes products of float32 in TF32 and decays as differences "
+            "of sums: not float32's precision"
         )
     if (
         call.v.dtype == torch.float16
@@ -62,9 +65,10 @@ def _by_size(call: DeltaRuleCall) -> str | None:
     if not 1 <= key_dim <= MAX_KEY_DIM:
         return f"its kernels hold keys of 1 to {MAX_KEY_DIM} entries, not {key_dim}"
     if not interpreting() and (key_dim % 2 or value_dim % 2):
-        return f"Triton miscompiles its kernels for an odd size of keys or values: {key_dim}, {value_dim}"
+        sizes = f"{key_dim}, {value_dim}"
+        return f"Triton miscompiles its kernels for an odd size of keys or values: {sizes}"
     if call.metric is not None and value_dim > MAX_COLUMNS:
-        return f"a tile holds rows of up to {MAX_COLUMNS} entries, not {value_dim}"
+        return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {value_dim}"
     return None
 
 
@@ -74,7 +78,10 @@ def not_supported() -> str | None:
         return "flash-linear-attention is not installed (pip install hamblocks[gpu])"
     found = _release()
     if found != SUPPORTED:
-        return f"flash-linear-attention {found} is installed, {SUPPORTED} is supported (pip install hamblocks[gpu])"
+        return (
+            f"flash-linear-attention {found} is installed, {SUPPORTED} is supported "
+            "(pip install hamblocks[gpu])"
+        )
     return None
 
 
@@ -97,8 +104,9 @@ def wrong_on_hopper() -> str | None:
     if not (3, 4, 0) <= tuple(int(part) for part in parts[:3] if part.isdigit()) < (3, 7, 1):
         return None
     return (
-        "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg (see #640 of "
-        "flash-linear-attention). Please upgrade Triton to >= 3.7.1 or install tilelang: `pip install tilelang`"
+        "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results for gated "
+        "chunk_bwd_dqkwg (see #640 of flash-linear-attention). Please upgrade Triton to >= 3.7.1 "
+        "or install tilelang: `pip install tilelang`"
     )
 
 

@@ -1,15 +1,16 @@
-"""What fla does not compute for a chunk, in Triton: residual and score, and the gradient of beta without a division.
+"""What fla does not compute for a chunk: residual and score, and the gradient of beta.
 
-fla's kernels give v_new = beta * residual. `residual_kernel` divides by beta and scores the result. In the backward
-pass the gradient of a residual reaches v_new divided by beta. It also reaches beta through the same quotient, and the
-two contributions to the gradient of beta cancel almost, because a residual does not depend on its own beta: their
-difference is mostly rounding. `beta_grad_kernel` computes the gradient of beta directly instead. With g the running sum
-of the decay within the chunk in base 2, D_ij = exp2(g_i - g_j), and dr the gradients of the residuals from all sources,
+fla's kernels give v_new = beta * residual. `residual_kernel` divides by beta and scores the result.
+In the backward pass the gradient of a residual reaches v_new divided by beta. It also reaches beta
+through the same quotient, and the two contributions to the gradient of beta cancel almost, because
+a residual does not depend on its own beta: their difference is mostly rounding. `beta_grad_kernel`
+computes the gradient of beta directly instead. With g the running sum of the decay within the chunk
+in base 2, D_ij = exp2(g_i - g_j), and dr the gradients of the residuals from all sources,
 
     dbeta_i = residual_i . (local_i + exp2(g_last - g_i) dh^T k_i - sum_{j>i} D_ji (k_j . k_i) dr_j)
 
-where `local` is what reaches v_new through the outputs of its own chunk, and dh is the gradient of the state after the
-chunk.
+where `local` is what reaches v_new through the outputs of its own chunk, and dh is the gradient of
+the state after the chunk.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ CHUNK = 64
 
 @triton.jit
 def residual_kernel(
-    v_new, beta, v, residual, score, rows,
-    METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
-    MOST: tl.constexpr, LEAST: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr,
+    v_new, beta, v, residual, score, rows, METRIC: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr,
+    LEAST: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Residuals (WRITES) and scores (METRIC) of a block of vectors of the flattened `[B * T * HV, V]`.
+    """Residuals (WRITES) and scores (METRIC) of a block of vectors of `[B * T * HV, V]`.
 
-    Where v_new differs from beta * v by no more than its rounding (HALF, half a step between neighbouring numbers),
-    the state predicted nothing: the residual is the value itself, and the score that of no prediction. Without this
-    rule the rounding of v_new, divided by beta, would be taken for a prediction.
+    Where v_new differs from beta * v by no more than its rounding (HALF, half a step between
+    neighbouring numbers), the state predicted nothing: the residual is the value itself, and the
+    score that of no prediction. Without this rule the rounding of v_new, divided by beta, would be
+    taken for a prediction.
     """
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place, inside = (
@@ -57,13 +59,14 @@ def residual_kernel(
 
 @triton.jit
 def beta_grad_kernel(
-    k, dh, g, beta, v_new, local, dr, dbeta, cu_seqlens, chunk_indices, tokens,
-    HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    k, dh, g, beta, v_new, local, dr, dbeta, cu_seqlens, chunk_indices, tokens, HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, LEAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of beta for one chunk of one value head.
 
-    A program owns a chunk. K and V are walked in tiles of BK and BV, which bounds the registers for any head size.
+    A program owns a chunk. K and V are walked in tiles of BK and BV, which bounds the registers for
+    any head size.
     """
     chunk, stream = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = stream // VALUE_HEADS, stream % VALUE_HEADS
@@ -82,7 +85,8 @@ def beta_grad_kernel(
     number = (start + token) * VALUE_HEADS + head
     decay = tl.load(g + number, mask=inside, other=0.0)
     last = tl.load(g + (start + tl.minimum((chunk + 1) * CHUNK, tokens) - 1) * VALUE_HEADS + head)
-    # decay from a token to the end of the chunk; outside the sequence the difference would be garbage
+    # decay from a token to the end of the chunk; outside the sequence the difference would be
+    # garbage
     to_last = tl.exp2(tl.where(inside, last - decay, 0.0))
     place = ((start + token) * HEADS + key_head)[:, None] * K
     # phase 1: (k_j . k_i) D_ji for j > i, rows i, columns j
@@ -136,7 +140,7 @@ def residual_and_score(
     score: Tensor,
     metric: str | None,
 ) -> None:
-    """Writes residual `[B, T, HV, V]` unless it is empty, and with a metric score `[B, T, HV]`; all are contiguous.
+    """Writes residual `[B, T, HV, V]` unless it is empty, and with a metric score `[B, T, HV]`.
 
     `least` takes the place of a smaller beta.
     """
@@ -188,7 +192,8 @@ def beta_grad(
         for name, x in (("BK", key_dim), ("BV", value_dim))
     }
     beta_grad_kernel[(dh.shape[1], g.shape[0] * g.shape[2])](
-        k, dh, g, beta, v_new, local, dr, dbeta, *(packed or (None, None)), k.shape[1], HEADS=k.shape[2],
-        VALUE_HEADS=g.shape[2], K=key_dim, V=value_dim, CHUNK=CHUNK, **tiles, LEAST=least, PACKED=packed is not None,
+        k, dh, g, beta, v_new, local, dr, dbeta, *(packed or (None, None)), k.shape[1],
+        HEADS=k.shape[2], VALUE_HEADS=g.shape[2], K=key_dim, V=value_dim, CHUNK=CHUNK, **tiles,
+        LEAST=least, PACKED=packed is not None,
     )  # fmt: skip
     return dbeta

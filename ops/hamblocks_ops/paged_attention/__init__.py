@@ -1,8 +1,9 @@
-"""Softmax attention over a cache in pages, for decoding: few queries, sequences of unlike length."""
+"""Softmax attention over a cache in pages, for decoding: few queries, sequences of any length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ def _run_triton(call: PagedCall) -> tuple[Tensor, Tensor]:
     return run(call)
 
 
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if x.requires_grad:
+        return None
+    page = x.new_zeros(1, 16, 1, x.shape[3])
+    position = torch.zeros(1, 16, dtype=torch.int32, device=x.device)
+    table = torch.zeros(1, x.shape[2], 1, dtype=torch.int32, device=x.device)
+    pages = Pages(page, page, position, position, None)
+    return (x, [pages], table), {"query_position": position[:, : x.shape[1]]}
+
+
 @op_with_choice(
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
     Implementation("pages", pages.run),
@@ -55,6 +66,7 @@ def _run_triton(call: PagedCall) -> tuple[Tensor, Tensor]:
         traced="it plans on the host which pages it reads",
         attends=True,
     ),
+    example=_example,
 )
 def paged_attention(
     q: Tensor,
@@ -66,36 +78,42 @@ def paged_attention(
     shared: bool | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
-    r"""Attends from every query to the tokens in the pages of its stream that are stored at its time.
+    r"""Attends from every query to the tokens in its stream's pages that are stored at its time.
 
     \[
     o_t = \sum_{j:\; p_j \le t < \text{evict\_at}_j} \operatorname{softmax}_j
           (\text{scale} \cdot q_t^\top k_j + \text{logit\_bias}_j)\, v_j
     \]
 
-    A stream is one sequence with the W key/value heads that a page holds: Hkv = H * W, key/value head h * W + w. With
-    W = 1 every head stores tokens of its own; with H = 1 all heads store the same tokens. A query that sees nothing
-    reads 0 and has lse = -inf. Slots that no query sees may hold anything. The op is for inference: it has no gradient.
+    A stream is one sequence with the W key/value heads that a page holds: Hkv = H * W, key/value
+    head h * W + w. With W = 1 every head stores tokens of its own; with H = 1 all heads store the
+    same tokens. A query that sees nothing reads 0 and has lse = -inf. Slots that no query sees may
+    hold anything. The op is for inference: it has no gradient.
 
     Args:
-        q: `[N, T, Hq, D]`, any floating dtype; Hq is a multiple of Hkv (query head h reads head h // (Hq // Hkv)).
-        slabs: the pages, counted through all slabs; they may differ in their number of pages and their page size.
-        block_table: int32 or int64 `[N, H, M]`, the page table of every stream, -1 for no page. The order of pages does
-            not matter, and several streams may list the same page.
+        q: `[N, T, Hq, D]`, any floating dtype; Hq is a multiple of Hkv (query head h reads head h
+            // (Hq // Hkv)).
+        slabs: the pages, counted through all slabs; they may differ in their number of pages and
+            their page size.
+        block_table: int32 or int64 `[N, H, M]`, the page table of every stream, -1 for no page. The
+            order of pages does not matter, and several streams may list the same page.
         query_position: int `[N, T]`, within the sequence; -1 is padding, which sees nothing.
         scale: factor of the logits; None: D ** -0.5.
-        shared: whether a page may be listed twice. None: it is looked up, which waits for the device.
-        impl: "triton" (a GPU kernel over the listed pages; bfloat16, float16, float32, head sizes up to 256),
-            "pages" (reads pages where they lie, any device), "reference" (padded keys, dense mask), or "auto".
+        shared: whether a page may be listed twice. None: it is looked up, which waits for the
+            device.
+        impl: "triton" (a GPU kernel over the listed pages; bfloat16, float16, float32, head sizes
+            up to 256), "pages" (reads pages where they lie, any device), "reference" (padded keys,
+            dense mask), or "auto".
 
     Raises:
-        ValueError: a bad argument, or one that requires grad where grad is enabled; the message names it, what was
-            expected and what came.
+        ValueError: a bad argument, or one that requires grad where grad is enabled; the message
+            names it, what was expected and what came.
         UnsupportedError: `impl` cannot run this call.
     """
     call = PagedCall(
         q=q,
-        # without a slab every page table is empty; implementations still read sizes off the first slab
+        # without a slab every page table is empty; implementations still read sizes off the first
+        # slab
         slabs=slabs or [_no_pages(q)],
         block_table=block_table,
         query_position=torch.where(query_position < 0, NEVER, query_position).to(torch.int32),

@@ -15,15 +15,16 @@ from hamblocks_ops.packing import NEVER
 class Pages(NamedTuple):
     """P pages of keys and values, each for W key/value heads that are stored and evicted together.
 
-    Query t sees a slot iff position <= t < evict_at. A slot that no query sees may hold anything, NaN included. An
-    empty slot has evict_at = 0.
+    Query t sees a slot iff position <= t < evict_at. A slot that no query sees may hold anything,
+    NaN included. An empty slot has evict_at = 0.
 
     Attributes:
         k: `[P, page, W, D]`, any floating dtype.
         v: `[P, page, W, D]`, same dtype.
         position: int32 `[P, page]`.
         evict_at: int32 `[P, page]`.
-        logit_bias: `[P, page]`, float32 (float64 for float64 keys), added to the logits of a slot; -inf hides it.
+        logit_bias: `[P, page]`, float32 (float64 for float64 keys), added to the logits of a slot;
+            -inf hides it.
     """
 
     k: Tensor
@@ -52,7 +53,7 @@ class PagedRows(NamedTuple):
 
 
 class PagedCall(NamedTuple):
-    """One call of `paged_attention`: there is at least one slab, and query_position is int32, NEVER for padding."""
+    """One call of `paged_attention`: at least one slab; query_position is NEVER for padding."""
 
     q: Tensor
     slabs: Sequence[Pages]
@@ -68,8 +69,8 @@ def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
     Reads the block table on the host, which waits for its device.
 
     Args:
-        slabs: one or more; pages are counted through all of them. Where they differ in page size, shorter pages are
-            filled up as if the rest of the page were missing.
+        slabs: one or more; pages are counted through all of them. Where they differ in page size,
+            shorter pages are filled up as if the rest of the page were missing.
         block_table: int32 or int64 `[N, H, M]`, the page table of every stream, -1 for no page.
 
     Raises:
@@ -95,7 +96,8 @@ def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
             if whole is not None and part is not None:
                 whole[:, :size].index_copy_(0, entry, part.index_select(0, place).to(whole.dtype))
         begin += pages
-    return PagedRows(*(None if x is None else _by_sequence(x, block_table) for x in padded))  # type: ignore[arg-type]
+    result = (None if x is None else _by_sequence(x, block_table) for x in padded)
+    return PagedRows(*result)  # type: ignore[arg-type]
 
 
 def _by_sequence(x: Tensor, block_table: Tensor) -> Tensor:
@@ -105,7 +107,10 @@ def _by_sequence(x: Tensor, block_table: Tensor) -> Tensor:
 
 
 def users(table: Tensor, pages: int) -> Tensor:
-    """How many entries of the page tables list each page, int32 `[pages + 1]`; the last entry counts -1."""
+    """How many entries of the page tables list each page, int32 `[pages + 1]`.
+
+    The last entry counts -1.
+    """
     page = torch.where(table < 0, pages, table).flatten()
     return torch.zeros(pages + 1, dtype=torch.int32, device=table.device).index_add_(
         0, page, torch.ones_like(page, dtype=torch.int32)
@@ -118,7 +123,7 @@ def total(slabs: Sequence[Pages]) -> int:
 
 
 def check_slabs(slabs: object, like: Tensor | None = None) -> None:
-    """Checks type, shapes, dtypes and devices of slabs, and with `like`, `[..., D]`, that they agree with it."""
+    """Checks types, shapes, dtypes and devices of slabs, also against `like`, `[..., D]`."""
     if not isinstance(slabs, Sequence) or not all(isinstance(slab, Pages) for slab in slabs):
         raise wrong("slabs", "a sequence of Pages", slabs)
     for index, slab in enumerate(slabs):

@@ -1,11 +1,12 @@
-"""Attention to pages where they lie: each page is read on its own, and a stream merges what its pages give.
+"""Attention to pages where they lie: each page on its own, then a merge for each stream.
 
-The queries of a page are those of the stream that lists it. So all pages of a slab, also those that no stream lists,
-are one batch of small attentions over k and v as they lie in memory: no key is copied. No step depends on the value of
-a tensor, as a CUDA graph needs it, unless values are looked at (on a CPU) or `shared` is None.
+The queries of a page are those of the stream that lists it. So all pages of a slab, also those that
+no stream lists, are one batch of small attentions over k and v as they lie in memory: no key is
+copied. No step depends on the value of a tensor, as a CUDA graph needs it, unless values are looked
+at (on a CPU) or `shared` is None.
 
-Where several streams list the same page, the listed pages are gathered, once for each entry of the page tables. The
-log-sum-exp of a page is its weight when a stream merges its pages.
+Where several streams list the same page, the listed pages are gathered, once for each entry of the
+page tables. The log-sum-exp of a page is its weight when a stream merges its pages.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from hamblocks_ops.selected_attention.merge import merge_all
 from hamblocks_ops.selected_attention.sdpa import attend
 
 MAX_PAGES_PER_ENTRY = 3
-"""Most pages of a slab, for each entry of the page tables, with which the slab is read in place. In a larger slab most
-pages are listed by no stream, so the listed pages are copied and the copies read."""
+"""Most pages of a slab, for each entry of the page tables, with which the slab is read in place. In
+a larger slab most pages are listed by no stream, so the listed pages are copied and the copies
+read."""
 
 
 class _Queries(NamedTuple):
@@ -46,8 +48,8 @@ class _Part(NamedTuple):
 
     Attributes:
         pages: the pages.
-        owner: int64 `[U]`, the stream that lists each page. A page that no stream lists may have any: what it gives is
-            not merged.
+        owner: int64 `[U]`, the stream that lists each page. A page that no stream lists may have
+            any: what it gives is not merged.
     """
 
     pages: Pages
@@ -59,8 +61,9 @@ class _Plan(NamedTuple):
 
     Attributes:
         parts: ordered by the size of their pages.
-        which: int64 `[R, M + 1]`: for each entry of a page table the number of its page among the pages of all parts,
-            counted from 1; 0 for no page. The last column is 0, so that a stream without pages has something to merge.
+        which: int64 `[R, M + 1]`: for each entry of a page table the number of its page among the
+            pages of all parts, counted from 1; 0 for no page. The last column is 0, so that a
+            stream without pages has something to merge.
     """
 
     parts: list[_Part]
@@ -72,14 +75,18 @@ def run(call: PagedCall) -> tuple[Tensor, Tensor]:
     look = values_are_checked(call.q)
     queries, plan = _queries(call), _plan(call, look=look)
     out, lse = _read(queries, plan, call.scale, clean=not look)
-    # a slot that no query sees may hold anything, and 0 * inf is NaN. Looking is cheaper than zeroing it every time.
+    # a slot that no query sees may hold anything, and 0 * inf is NaN. Looking is cheaper than
+    # zeroing it every time.
     if look and not bool(out.isfinite().all()):
         out, lse = _read(queries, plan, call.scale, clean=True)
     return _by_sequence(out, call), _by_sequence(lse[..., None], call)[..., 0]
 
 
 def _queries(call: PagedCall) -> _Queries:
-    """The queries of a call by stream; those of a group go one behind the other, as more queries of one head."""
+    """The queries of a call by stream.
+
+    Those of a group go one behind the other, as more queries of one head.
+    """
     heads, together = call.block_table.shape[1], call.slabs[0].k.shape[2]
     q = call.q.to(wide(call.q)).unflatten(
         2, (heads, together, call.q.shape[2] // (heads * together))
@@ -97,7 +104,10 @@ def _by_sequence(x: Tensor, call: PagedCall) -> Tensor:
 
 
 def _plan(call: PagedCall, *, look: bool) -> _Plan:
-    """A slab is read in place where each page has one stream at most; otherwise its listed pages are gathered."""
+    """A slab is read in place where each page has one stream at most.
+
+    Otherwise its listed pages are gathered.
+    """
     table = call.block_table.flatten(0, 1).long()
     ends = list(itertools.accumulate(len(slab.k) for slab in call.slabs))
     count = ends[-1]
@@ -108,7 +118,8 @@ def _plan(call: PagedCall, *, look: bool) -> _Plan:
     owner.scatter_(0, page.flatten(), stream.flatten())
     often = users(table, count) > 1 if call.shared is None else None
     lasts = _last_listed(table, ends) if look else ends
-    # `place` is where a page that is read in place stands among all units, `copies` the same for entries with a copy
+    # `place` is where a page that is read in place stands among all units, `copies` the same for
+    # entries with a copy
     place, copies, parts, units = torch.zeros_like(owner), [], [], 1
     for slab, end, last in sorted(
         zip(call.slabs, ends, lasts, strict=True), key=lambda one: one[0].k.shape[1]
@@ -156,16 +167,21 @@ def _gathered(
 ) -> tuple[_Part, Tensor]:
     """Copies of the pages that the entries `inside` list, and the numbers of these entries.
 
-    Without a look at values the shape may not depend on them: the other entries then get a copy of page 0, unused.
+    Without a look at values the shape may not depend on them: the other entries then get a copy of
+    page 0, unused.
     """
     entry = inside.nonzero()[:, 0] if look else _count(inside)
     which = torch.where(inside, place, 0)[entry]
     k, v, position, evict_at, bias = (None if x is None else x.index_select(0, which) for x in slab)
-    return _Part(Pages(k, v, position, evict_at, bias), stream.flatten()[entry]), entry  # type: ignore[arg-type]
+    copies = Pages(k, v, position, evict_at, bias)  # type: ignore[arg-type]
+    return _Part(copies, stream.flatten()[entry]), entry
 
 
 def _last_listed(table: Tensor, ends: list[int]) -> list[int]:
-    """The end of the listed pages of every slab. A pool fills from below, so the pages behind it are free."""
+    """The end of the listed pages of every slab.
+
+    A pool fills from below, so the pages behind it are free.
+    """
     slab = torch.bucketize(table, torch.tensor(ends, device=table.device), right=True).flatten()
     begins = torch.tensor([0, *ends[:-1]], device=table.device)
     last: list[int] = begins.scatter_reduce(0, slab, table.flatten() + 1, "amax").tolist()
@@ -173,7 +189,10 @@ def _last_listed(table: Tensor, ends: list[int]) -> list[int]:
 
 
 def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple[Tensor, Tensor]:
-    """Out `[R, W, G * T, D]` and lse `[R, W, G * T]`; with `clean`, slots that no query sees are read as zeros."""
+    """Out `[R, W, G * T, D]` and lse `[R, W, G * T]`.
+
+    With `clean`, slots that no query sees are read as zeros.
+    """
     # unit 0: the result of no page
     none = queries.q.new_zeros(1, *queries.q.shape[1:])
     results = [(none, torch.full_like(none[..., 0], float("-inf")))]
@@ -190,10 +209,10 @@ def _read(queries: _Queries, plan: _Plan, scale: float, *, clean: bool) -> tuple
 def _attend(
     queries: _Queries, parts: list[_Part], scale: float, *, clean: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Out `[U, W, G * T, D]` and lse `[U, W, G * T]` of every part; 0 and -inf where nothing of a page is seen.
+    """Out `[U, W, G * T, D]` and lse `[U, W, G * T]` of every part; 0 and -inf for no key.
 
-    The pages of all parts are of one size. Everything but keys and values is small, so it is computed for all parts at
-    once.
+    The pages of all parts are of one size. Everything but keys and values is small, so it is
+    computed for all parts at once.
     """
     owner, position, evict_at, bias = (
         None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x)

@@ -1,4 +1,4 @@
-"""Attention over pages by its definition: the pages of every stream side by side, a dense mask and one softmax."""
+"""Attention over pages by its definition: all pages of a stream, a dense mask and one softmax."""
 
 from __future__ import annotations
 

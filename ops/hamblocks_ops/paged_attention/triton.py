@@ -1,10 +1,12 @@
-"""Attention to pages in Triton: keys and values are read where they lie, once for every stream that lists them.
+"""Attention to pages in Triton: keys and values are read where they lie, once for every stream.
 
-The slots of a stream, page after page, are cut into shares, and a program (`share_kernel`) walks one share in tiles of
-BLOCK_N slots. Tiles do not care where a page ends. Slots that no query sees are not loaded. `merge_kernel` then merges
-the shares of a query by their log-sum-exp, in one order, so the same call gives the same bits.
+The slots of a stream, page after page, are cut into shares, and a program (`share_kernel`) walks
+one share in tiles of BLOCK_N slots. Tiles do not care where a page ends. Slots that no query sees
+are not loaded. `merge_kernel` then merges the shares of a query by their log-sum-exp, in one order,
+so the same call gives the same bits.
 
-How many shares there are follows from shapes alone. Nothing waits for the device, as a CUDA graph needs it.
+How many shares there are follows from shapes alone. Nothing waits for the device, as a CUDA graph
+needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ NOT_YET = tl.constexpr(NEVER)
 
 
 class Config(NamedTuple):
-    """Sizes of a launch: the most queries of a tile, slots of a tile, warps, stages of the pipeline."""
+    """Sizes of a launch: most queries of a tile, slots of a tile, warps, pipeline stages."""
 
     queries: int
     slots: int
@@ -47,21 +49,21 @@ def config(width: int, dtype: torch.dtype) -> Config:
 
 @triton.jit
 def share_kernel(
-    q, k, v, position, evict_at, bias, table, asked, out, lse, scale,
-    k_p, k_s, k_w, v_p, v_s, v_w, begin, pages, columns, queries, per_share, first_share,
-    STREAMS: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    q, k, v, position, evict_at, bias, table, asked, out, lse, scale, k_p, k_s, k_w, v_p, v_s, v_w,
+    begin, pages, columns, queries, per_share, first_share, STREAMS: tl.constexpr,
+    TOGETHER: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Out and log-sum-exp (in base 2) of one share of the slots of a stream, in one slab.
 
-    The grid is [blocks of queries, shares, streams * TOGETHER]. STREAMS streams belong to one sequence; a page holds
-    TOGETHER key/value heads, and GROUP query heads read each.
+    The grid is [blocks of queries, shares, streams * TOGETHER]. STREAMS streams belong to one
+    sequence; a page holds TOGETHER key/value heads, and GROUP query heads read each.
     """
     block_m, share, which = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     stream, head = which // TOGETHER, which % TOGETHER
     sequence = stream // STREAMS
-    # phase 1: the tile of queries. The queries of a group go one behind the other, token after token, so that one tile
-    # of keys serves them all.
+    # phase 1: the tile of queries. The queries of a group go one behind the other, token after
+    # token, so that one tile of keys serves them all.
     member = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     token, inside_m = member // GROUP, member < queries * GROUP
     heads = STREAMS * TOGETHER * GROUP
@@ -183,7 +185,10 @@ def attend(
     query_position: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Out `[N, T, Hq, D]` in the dtype of q and lse `[N, T, Hq]` in float32; the fields of all slabs, bias or none."""
+    """Out `[N, T, Hq, D]` in the dtype of q and lse `[N, T, Hq]` in float32.
+
+    The fields of all slabs, bias or none.
+    """
     out, lse = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -213,10 +218,11 @@ def attend(
         # any pointer will do where there is no bias
         bias = logit_bias[i].contiguous() if logit_bias else parts
         share_kernel[(grid[0], number, grid[1])](
-            q, keys, values, position[i].contiguous(), evict_at[i].contiguous(), bias, table, asked, parts, sums, scale,
-            *keys.stride()[:3], *values.stride()[:3], begins[i], len(keys), columns, queries, per_share, first,
-            STREAMS=streams, TOGETHER=together, GROUP=group, PAGE=keys.shape[1], DIM=dim, WIDTH=width, BLOCK_M=block_m,
-            BLOCK_N=sizes.slots, HAS_BIAS=bool(logit_bias), num_warps=sizes.warps, num_stages=sizes.stages,
+            q, keys, values, position[i].contiguous(), evict_at[i].contiguous(), bias, table, asked,
+            parts, sums, scale, *keys.stride()[:3], *values.stride()[:3], begins[i], len(keys),
+            columns, queries, per_share, first, STREAMS=streams, TOGETHER=together, GROUP=group,
+            PAGE=keys.shape[1], DIM=dim, WIDTH=width, BLOCK_M=block_m, BLOCK_N=sizes.slots,
+            HAS_BIAS=bool(logit_bias), num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip
         first += number
     block = max(1, 1024 // width)
@@ -240,7 +246,7 @@ def _begins(k: Sequence[Tensor]) -> list[int]:
 
 
 def _shares(slots: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How many shares the slots of a stream are cut into, and how many tiles each has; by shapes alone."""
+    """How many shares a stream is cut into, and the tiles of each; by shapes alone."""
     wanted = MAX_WAVES * (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"

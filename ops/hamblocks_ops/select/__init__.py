@@ -1,4 +1,4 @@
-"""Scores to lifetimes: until when attention may read each token, as one int32 `evict_at` (docs: Concepts)."""
+"""Scores to lifetimes: until when attention may read each token, one int32 `evict_at`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def select_threshold(
 
     Args:
         score: `[B, T, H]`, floating; NaN is never stored.
-        tau: a number, or a floating tensor `[]` or `[H]`; compared in the wider of float32 and score's dtype.
-        position: int `[B, T]` or `[B, T, H]`, where the tokens stand within their sequences; -1 marks padding,
-            which gets evict_at = -1. None: counted from 0.
+        tau: a number, or a floating tensor `[]` or `[H]`; compared in the wider of float32 and
+            score's dtype.
+        position: int `[B, T]` or `[B, T, H]`, where the tokens stand within their sequences; -1
+            marks padding, which gets evict_at = -1. None: counted from 0.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
     Returns:
@@ -80,16 +81,17 @@ def _check_threshold(
 def select_topk(
     score: Tensor, k: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Keeps the k largest scores seen so far: the smallest leaves when a larger one comes. Of equal scores, the earlier
-    token stays.
+    """Keeps the k largest scores seen so far; of equal scores, the earlier token stays.
 
-    evict_at[j] is the first position at which k seen tokens beat j: a larger score, or an equal one that came earlier.
-    O(T log T), whatever k is (HOLA, arXiv 2607.02303, keeps its cache this way).
+    When more than k tokens have been seen, the token with the smallest score leaves. evict_at[j] is
+    the first position at which k seen tokens beat j: a larger score, or an equal one that came
+    earlier. O(T log T) for any k (HOLA, arXiv 2607.02303, keeps its cache this way).
 
     Args:
         score: `[B, T, H]`, floating; NaN counts as -inf.
         k: how many tokens of a sequence and head are stored at any time, >= 0.
-        position: as in `select_threshold`, ascending within a sequence; `evict_at` is one of these positions or NEVER.
+        position: as in `select_threshold`, ascending within a sequence; `evict_at` is one of these
+            positions or NEVER.
         cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
     Returns:
@@ -114,7 +116,7 @@ def _check_topk(
 def select_window(
     score: Tensor, width: int, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Sliding window: the queries j ... j + width - 1 see token j; with width = 1 a token sees itself alone.
+    """Sliding window: the queries j ... j + width - 1 see token j; with width = 1 itself alone.
 
     Args:
         score: `[B, T, H]`, floating; only its shape and device are used.
@@ -177,7 +179,7 @@ def _check_score(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | No
 
 
 def check_placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Checks positions `[B, T]` or `[B, T, H]` and borders of packed sequences beside tokens `[B, T, H]`."""
+    """Checks positions `[B, T]` or `[B, T, H]`, and borders of packed sequences."""
     batch, length, heads = tokens.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, length, tokens)
@@ -193,7 +195,7 @@ def check_placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | N
 def placed(
     tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions as int64 `[B, T, H]`, and in a packed batch the sequence of every token, int64 `[T]`."""
+    """Positions as int64 `[B, T, H]`, and of a packed batch the sequence of every token `[T]`."""
     batch, length, heads = tokens.shape
     sequence = None if cu_seqlens is None else sequence_of(cu_seqlens, length)
     if position is None:

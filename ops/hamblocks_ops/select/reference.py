@@ -1,6 +1,7 @@
-"""Token lifetimes by their definitions, one comparison per pair of tokens. The oracle of the select ops.
+"""Token lifetimes by their definitions: the oracle of the select ops.
 
-`score` is [B, T, H], `position` int64 [B, T, H] ascending within a sequence, `sequence` int64 [T] (packed) or None.
+`score` is [B, T, H], `position` int64 [B, T, H] ascending within a sequence, `sequence` int64 [T]
+(packed) or None.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from hamblocks_ops.packing import NEVER
 
 
 def threshold(score: Tensor, tau: float, position: Tensor) -> Tensor:
-    """For good iff the score reaches tau, nothing at +inf; NaN reaches nothing, an empty row (-1) is no token."""
+    """NEVER iff score >= tau and tau < inf; NaN and padding (-1) are not stored."""
     reached = (score >= tau) & (position >= 0) & (tau < float("inf"))
     return torch.where(reached, NEVER, position)
 

@@ -1,9 +1,10 @@
-"""Streaming top-k lifetimes in O(T log T), without a loop over tokens and without reading a value on the host.
+"""Streaming top-k lifetimes in O(T log T), without a loop over tokens or a wait for the device.
 
-Let theta_t be the k-th best token seen by time t, in the total order (larger score, then earlier). It only ever
-improves, so token j leaves at the first t with theta_t better than j: one binary search, once theta is known. theta_t
-is the k-th smallest rank within a prefix, which a wavelet matrix over the ranks answers for all t at once, a bit of the
-rank at a time (Claude, Navarro and Ordonez, *The wavelet matrix*, 2015).
+Let theta_t be the k-th best token seen by time t, in the total order (larger score, then earlier).
+It only ever improves, so token j leaves at the first t with theta_t better than j: one binary
+search, once theta is known. theta_t is the k-th smallest rank within a prefix, which a wavelet
+matrix over the ranks answers for all t at once, a bit of the rank at a time (Claude, Navarro and
+Ordonez, *The wavelet matrix*, 2015).
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     batch, tokens, heads = score.shape
     if tokens == 0 or k == 0:
         return position.clone()
-    # rows of independent rankings: [B * H, T]
+    # independent rankings side by side: [B * H, T]
     rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
     index = torch.arange(tokens, device=score.device)
     start = torch.zeros_like(index) if sequence is None else torch.searchsorted(sequence, sequence)
     worst = _kth_smallest(rank, start, k)
     # fewer than k tokens seen: nothing is beaten yet
     worst = torch.where(index - start + 1 >= k, worst, tokens)
+    # strength of theta_t, and of a token: tokens - rank. Token j leaves at the first t whose
+    # strength is larger.
     strength = tokens - worst  # never descends within a sequence
+    # one search serves all packed sequences: each gets a range of numbers of its own
     lane = torch.zeros_like(index) if sequence is None else sequence * (tokens + 1)
     lost = torch.searchsorted(
         (lane + strength).contiguous(), (lane + tokens - rank).contiguous(), right=True
     )
+    # a token cannot leave before it comes, and theta of another sequence says nothing about it
     lost = torch.maximum(lost, index)
     inside = (lost < tokens) & ((start[lost.clamp(max=tokens - 1)]) == start)
     lost = lost.view(batch, heads, tokens).transpose(1, 2)
@@ -40,7 +45,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
 
 
 def _rank(score: Tensor, position: Tensor) -> Tensor:
-    """Rank of every token in its row, 0 the best; ties to the earlier one, empty rows behind everything."""
+    """Rank of every token in its ranking, 0 the best; ties to the earlier token, padding last."""
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(
@@ -51,18 +56,22 @@ def _rank(score: Tensor, position: Tensor) -> Tensor:
 
 
 def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
-    """k-th smallest of rank[row, start[t] : t + 1] for every t; meaningless where the range is shorter than k."""
+    """k-th smallest of rank[:, start[t] : t + 1] for every t; undefined for shorter ranges."""
     rows, tokens = rank.shape
     low = start.expand(rows, tokens)
     high = torch.arange(1, tokens + 1, device=rank.device).expand(rows, tokens)
     wanted = torch.full_like(rank, k - 1)
     found = torch.zeros_like(rank)
     level = rank
+    # one level per bit of the rank, the highest first; a level sorts tokens stably by that bit. low
+    # and high bound the range of each prefix within the level: it holds the ranks that agree with
+    # `found` so far.
     for bit in reversed(range(max(tokens - 1, 1).bit_length())):
         one = (level >> bit) & 1
         zeros_before = torch.nn.functional.pad((1 - one).cumsum(1), [1, 0])
         zeros = zeros_before[:, -1:]
         low_zero, high_zero = zeros_before.gather(1, low), zeros_before.gather(1, high)
+        # if the zeros of the range are too few, the wanted rank has a one here, behind all of them
         right = wanted >= high_zero - low_zero
         wanted = torch.where(right, wanted - (high_zero - low_zero), wanted)
         low = torch.where(right, zeros + low - low_zero, low_zero)

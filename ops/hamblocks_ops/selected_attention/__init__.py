@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,11 @@ def _waits(_call: AttentionCall) -> str:
 
 
 def _is_the_baseline(_call: AttentionCall) -> str:
-    return "it is the baseline, for it visits what is not stored"
+    return "it is the baseline: it visits keys that are not stored"
+
+
+def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (x, x, x, torch.ones(x.shape[:3], dtype=torch.int32, device=x.device)), {}
 
 
 @op_with_choice(
@@ -57,6 +63,7 @@ def _is_the_baseline(_call: AttentionCall) -> str:
         attends=True,
         by_token=("q", "k", "v", "evict_at", "logit_bias"),
     ),
+    example=_example,
 )
 def selected_attention(
     q: Tensor,
@@ -79,24 +86,31 @@ def selected_attention(
           (\text{scale} \cdot q_t^\top k_j + \text{logit\_bias}_j)\, v_j
     \]
 
-    A query that sees nothing reads 0, has lse = -inf and passes no gradient. There is no implicit self-visibility.
+    A query that sees nothing reads 0, has lse = -inf and passes no gradient. There is no implicit
+    self-visibility.
 
     Args:
         q: `[B, Tq, H, D]`, any floating dtype.
-        k: `[B, Tk, Hkv, D]`, same dtype; H is a multiple of Hkv (query head h reads key head h // (H // Hkv)).
+        k: `[B, Tk, Hkv, D]`, same dtype; H is a multiple of Hkv (query head h reads key head h //
+            (H // Hkv)).
         v: `[B, Tk, Hkv, D]`, same dtype.
-        evict_at: int32 `[B, Tk, Hkv]` or `[B, Tk, 1]`: the first position that no longer sees token j.
+        evict_at: int32 `[B, Tk, Hkv]` or `[B, Tk, 1]`: the first position that no longer sees token
+            j.
         scale: factor of the logits; None: D ** -0.5.
-        logit_bias: `[B, Tk, Hkv]` or `[B, Tk, 1]`, floating, added to the logits of key j, differentiable;
-            -inf hides the key.
-        cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row (B = 1, Tq = Tk).
+        logit_bias: `[B, Tk, Hkv]` or `[B, Tk, 1]`, floating, added to the logits of key j,
+            differentiable; -inf hides the key.
+        cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row (B = 1, Tq =
+            Tk).
         query_position: int `[B, Tq]`, within the sequence; None: counted from 0.
-        key_position: int `[B, Tk]` or `[B, Tk, Hkv]`; None: counted from 0. With both, the keys are a cache.
-        key_lengths: int `[B]` or `[B, Hkv]`: the number of keys; what stands behind them is padding. None: no padding.
-        impl: "triton" (a GPU kernel over the stored keys; bfloat16, float16, float32, head sizes up to 256), "gather"
-            (SDPA over the stored keys, any device), "reference" (dense mask), or "auto", which takes one of these.
-            "flash": FlashAttention for ragged lengths on a GPU, where it is exact: decoding, inference, and queries
-            that are the stored tokens. "flex": FlexAttention over all keys, the baseline.
+        key_position: int `[B, Tk]` or `[B, Tk, Hkv]`; None: counted from 0. With both, the keys are
+            a cache.
+        key_lengths: int `[B]` or `[B, Hkv]`: the number of keys; what stands behind them is
+            padding. None: no padding.
+        impl: "triton" (a GPU kernel over the stored keys; bfloat16, float16, float32, head sizes up
+            to 256), "gather" (SDPA over the stored keys, any device), "reference" (dense mask), or
+            "auto", which takes one of these. "flash": FlashAttention for ragged lengths on a GPU,
+            where it is exact: decoding, inference, and queries that are the stored tokens. "flex":
+            FlexAttention over all keys, the baseline.
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.

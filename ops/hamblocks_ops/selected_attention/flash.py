@@ -1,13 +1,15 @@
 """FlashAttention for ragged lengths over the stored keys, where that is exact.
 
-FlashAttention knows two masks: none, and a causal one that is aligned at the bottom right. The stored keys of every
-stream (one batch row, one key/value head) are put side by side as one ragged sequence. Then there are two cases.
+FlashAttention knows two masks: none, and a causal one that is aligned at the bottom right. The
+stored keys of every stream (one batch row, one key/value head) are put side by side as one ragged
+sequence. Then there are two cases.
 
-- The queries see a staircase: each query sees one key more than the query before it, and the last query sees all keys.
-  This is so where the queries are the stored tokens, or the last of them. One causal call is exact, with gradients.
-- Otherwise queries go in blocks, without a gradient. The keys that a whole block sees take one call without a mask. The
-  keys that begin or end within the block are a small dense tile. Both are merged by their log-sum-exp. Decoding is a
-  block of one query.
+- The queries see a staircase: each query sees one key more than the query before it, and the last
+  query sees all keys. This is so where the queries are the stored tokens, or the last of them. One
+  causal call is exact, with gradients.
+- Otherwise queries go in blocks, without a gradient. The keys that a whole block sees take one call
+  without a mask. The keys that begin or end within the block are a small dense tile. Both are
+  merged by their log-sum-exp. Decoding is a block of one query.
 
 Which keys these are is read on the host, so every call waits for the device.
 """
@@ -63,7 +65,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def refused(call: AttentionCall) -> str | None:
-    """Why FlashAttention cannot run this call, or None. Whether it has a gradient is read on the host."""
+    """Why FlashAttention cannot run this call, or None; for a gradient it reads the lifetimes."""
     reason = without_flash(call.q)
     if reason is not None:
         return reason
@@ -176,9 +178,10 @@ def gathered(x: Tensor, keys: Ragged) -> Tensor:
 
 
 def staircase(time: Times) -> bool:
-    """Whether each query sees one stored key more than the query before it, and the last query sees all of them.
+    """Whether each query sees one stored key more than the one before it, and the last sees all.
 
-    Keys have to be stored in the order of time, too: FlashAttention's causal mask counts keys by where they stand.
+    Keys have to be stored in the order of time, too: FlashAttention's causal mask counts keys by
+    where they stand.
     """
     asked = time.asked.long()
     queries = asked.shape[1]
@@ -189,11 +192,13 @@ def staircase(time: Times) -> bool:
     # a key that is evicted before the last query would have to leave the staircase again
     if bool((stored & (time.evict_at <= asked[:, -1, None, None])).any()):
         return False
-    # the latest position among the stored keys up to each key: a stored key before it is out of order
+    # the latest position among the stored keys up to each key: a stored key before it is out of
+    # order
     where = torch.where(stored, time.position, -1).cummax(1).values
     if bool((stored[:, 1:] & (time.position[:, 1:] < where[:, :-1])).any()):
         return False
-    # how many keys each query sees, against how many a staircase that ends with all keys lets it see
+    # how many keys each query sees, against how many a staircase that ends with all keys lets it
+    # see
     moments = (
         torch.where(stored, time.position, NEVER).transpose(1, 2).contiguous().sort(2).values.long()
     )
@@ -276,7 +281,8 @@ def _tile(
         scale: factor of the logits.
 
     Returns:
-        out `[B, i, H, D]` and lse `[B, i, H]`, float32 or float64; 0 and -inf where nothing is seen.
+        out `[B, i, H, D]` and lse `[B, i, H]`, float32 or float64; 0 and -inf where nothing is
+        seen.
     """
     position, ends, edge = (
         x.index_select(1, token).permute(0, 2, 1) for x in (time.position, time.evict_at, edge)
@@ -303,12 +309,16 @@ def _tile(
 def _through(
     q: Tensor, k: Tensor, v: Tensor, keys: Ragged, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse of queries `[B, i, H, D]` over the keys of their stream; 0 and -inf where there are none."""
+    """Out and lse of queries `[B, i, H, D]` over the keys of their stream.
+
+    0 and -inf where there are none.
+    """
     batch, queries, _, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.unflatten(2, (kv_heads, -1)).permute(2, 0, 1, 3, 4)  # [Hkv, B, i, G, D]
     group = grouped.shape[3]
-    # without a mask it does not matter which query is which: those of a group count as more queries of one head
+    # without a mask it does not matter which query is which: those of a group count as more queries
+    # of one head
     flat = grouped.flatten(0, 2) if causal else grouped.flatten(0, 3)[:, None]
     each = queries if causal else queries * group
     borders = torch.arange(kv_heads * batch + 1, dtype=torch.int32, device=q.device) * each

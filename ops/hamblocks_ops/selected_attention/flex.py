@@ -1,8 +1,8 @@
-"""FlexAttention over all keys with a block mask, as the paper computes it: the baseline for the other implementations.
+"""FlexAttention over all keys with a block mask: the baseline for the other implementations.
 
-FlexAttention visits blocks of keys, not single ones. Which blocks of keys a block of queries sees, in part or whole,
-follows from the extremes of their positions and lifetimes, so no mask of queries by keys is made. On a GPU
-flex_attention is compiled; on a CPU torch runs it unfused.
+FlexAttention visits blocks of keys, not single ones. Which blocks of keys a block of queries sees,
+in part or whole, follows from the extremes of their positions and lifetimes, so no mask of queries
+by keys is made. On a GPU flex_attention is compiled; on a CPU torch runs it unfused.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def flex(
 
 
 def _attend(q: Tensor) -> Callable[..., Any]:
-    """flex_attention as this device runs it: compiled on a GPU, unless a caller is being compiled anyway."""
+    """flex_attention as this device runs it: on a GPU compiled, unless it is being traced."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if torch.compiler.is_compiling():
@@ -122,7 +122,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _unfused(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """flex_attention without the warning that it runs unfused, which naming it on a CPU asks for."""
+    """flex_attention without the warning that it runs unfused: naming it on a CPU asks for that."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -133,7 +133,7 @@ def _unfused(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _block_mask(time: Times, group: int, seen: Callable[..., Tensor]) -> Any:
-    """FlexAttention's block mask: the blocks of keys that a block of queries sees in part, and those seen whole."""
+    """FlexAttention's block mask: the blocks of keys seen in part, and those seen whole."""
     from torch.nn.attention.flex_attention import BlockMask
 
     some, whole = (x.repeat_interleave(group, 1) for x in visited(time))
@@ -148,11 +148,12 @@ def _block_mask(time: Times, group: int, seen: Callable[..., Tensor]) -> Any:
 
 
 def visited(time: Times) -> tuple[Tensor, Tensor]:
-    """Which blocks of keys a block of queries may see, and which it sees whole: bool `[B, Hkv, NQ, NK]` each."""
+    """Blocks of keys that a block of queries may see, and sees whole: bool `[B, Hkv, NQ, NK]`."""
     low, high = (x[:, None, :, None] for x in query_blocks(time.asked, BLOCK))
     stored = time.evict_at > time.position
-    # smallest position, largest evict_at, largest position and smallest evict_at of the stored keys of a block. A key
-    # that is not stored gets the fill, which changes no bound, or keeps its block from being seen whole.
+    # smallest position, largest evict_at, largest position and smallest evict_at of the stored keys
+    # of a block. A key that is not stored gets the fill, which changes no bound, or keeps its block
+    # from being seen whole.
     extremes = []
     for x, fill, largest in (
         (time.position, NEVER, False),
@@ -172,13 +173,13 @@ def visited(time: Times) -> tuple[Tensor, Tensor]:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys are marked for each block of queries; and all blocks, the marked ones first in order."""
+    """How many blocks of keys are marked for each block of queries; and all, marked ones first."""
     order = blocks.to(torch.int8).argsort(dim=3, descending=True, stable=True)
     return blocks.sum(3, dtype=torch.int32), order.to(torch.int32)
 
 
 def _seen_at_all(time: Times) -> Tensor:
-    """Whether any query sees a key, bool `[B, Tk, Hkv]`: one asks at or after its position and before evict_at."""
+    """Whether any query sees a key, bool `[B, Tk, Hkv]`: asks in position <= t < evict_at."""
     moments = time.asked.sort(1).values[:, None].contiguous()
     begin, end = (
         torch.searchsorted(
@@ -190,7 +191,7 @@ def _seen_at_all(time: Times) -> Tensor:
 
 
 def _sees_at_all(time: Times, group: int) -> Tensor:
-    """Whether a query sees any key, bool `[B, Tq, H]`: if not, as many stored keys have ended as have begun."""
+    """Whether a query sees any key, bool `[B, Tq, H]`: more have begun than have ended."""
     stored = time.evict_at > time.position
     asked = time.asked[:, None].expand(-1, stored.shape[2], -1).contiguous()
     begun, ended = (

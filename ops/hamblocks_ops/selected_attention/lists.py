@@ -1,21 +1,24 @@
 """Lists of stored keys, and which blocks of them a block of queries has to visit.
 
-The Triton kernels do not walk all keys. The stored keys of every stream (one batch row, one key/value head) are put
-side by side into one list, and the list is cut into blocks of a fixed size:
+The Triton kernels do not walk all keys. The stored keys of every stream (one batch row, one
+key/value head) are put side by side into one list, and the list is cut into blocks of a fixed size:
 
-    first part      | keys that outlive every query, in their order                | padded to a whole block
-    second part     | keys that are evicted before the last query, in their order  | padded
+    first part      | keys that outlive every query, in their order                | padded to a
+    whole block second part     | keys that are evicted before the last query, in their order  |
+    padded
 
-The parts are apart because their visits differ. A query block sees everything in the first part up to its own position,
-and most of that without a mask. Of the second part it sees the few keys whose lifetimes reach it: with a sliding window
-that is a short run, which would be spread over the whole list if both kinds stood mixed.
+The parts are apart because their visits differ. A query block sees everything in the first part up
+to its own position, and most of that without a mask. Of the second part it sees the few keys whose
+lifetimes reach it: with a sliding window that is a short run, which would be spread over the whole
+list if both kinds stood mixed.
 
-Each block knows the smallest and largest position and evict_at of its keys. Keys need not stand in the order of time (a
-cache may hold them in any order), so positions in a list may go up and down. Running extremes along the list never go
-down, and a binary search in those tells the first and the last block that any query of a block can see.
+Each block knows the smallest and largest position and evict_at of its keys. Keys need not stand in
+the order of time (a cache may hold them in any order), so positions in a list may go up and down.
+Running extremes along the list never go down, and a binary search in those tells the first and the
+last block that any query of a block can see.
 
-Packed sequences are put on one clock: the time of a sequence begins where that of the one before it ended, and what a
-sequence stores is evicted at its end. One list then serves the whole batch row.
+Packed sequences are put on one clock: the time of a sequence begins where that of the one before it
+ended, and what a sequence stores is evicted at its end. One list then serves the whole batch row.
 
 Nothing here waits for the device: lists have the largest length that the shapes allow.
 """
@@ -49,7 +52,8 @@ class Times(NamedTuple):
         asked: int32 `[B, Tq]`, the time of each query.
         position: int32 `[B, Tk, Hkv]`, the time from which a key is seen.
         evict_at: int32 `[B, Tk, Hkv]`, the time from which it no longer is.
-        lasting: bool `[B, Tk, Hkv]`, keys that are stored and outlive every query of their sequence.
+        lasting: bool `[B, Tk, Hkv]`, keys that are stored and outlive every query of their
+            sequence.
     """
 
     asked: Tensor
@@ -73,8 +77,8 @@ class Lists(NamedTuple):
 class Blocks(NamedTuple):
     """Extremes of every block of a list, int32 `[R, NB]` each.
 
-    Padding counts as position NEVER, so that a block with padding is never taken for one that needs no mask. It does
-    not count for evict_at.
+    Padding counts as position NEVER, so that a block with padding is never taken for one that needs
+    no mask. It does not count for evict_at.
     """
 
     least_position: Tensor
@@ -89,10 +93,9 @@ def times(
     """Positions `[B, Tq]`, `[B, Tk, Hkv]` and lifetimes `[B, Tk, Hkv]`, all int32, on one clock."""
     if cu_seqlens is not None:
         return _packed_times(query_position, key_position, evict_at, cu_seqlens)
+    end = evict_at.new_zeros(1, 1, 1)
     if query_position.shape[1]:
         end = query_position.amax(1)[:, None, None] + 1
-    else:
-        end = evict_at.new_zeros(1, 1, 1)
     begun = key_position < end
     lasting = begun & (evict_at > key_position) & (evict_at >= end)
     return Times(query_position, key_position, evict_at, lasting)
@@ -108,7 +111,8 @@ def _packed_times(
     unset = both.new_zeros(cu_seqlens.shape[0] - 1)
     low = unset.scatter_reduce(0, sequence, both.amin(1), "amin", include_self=False)
     end = unset.scatter_reduce(0, sequence, both.amax(1), "amax", include_self=False) + 1
-    # end + offset is the running sum of lengths, end - low, so sequences neither overlap nor leave a gap
+    # end + offset is the running sum of lengths, end - low, so sequences neither overlap nor leave
+    # a gap
     offset = ((end - low).cumsum(0) - end)[sequence]
     end = end[sequence][None, :, None]
     lasting = (evict_at > key_position) & (evict_at >= end)
@@ -116,14 +120,18 @@ def _packed_times(
     return Times(
         (query_position + offset).to(torch.int32),
         (key_position + shift).to(torch.int32),
-        # a key that outlives its sequence is evicted at the end of the sequence, before the next one begins
+        # a key that outlives its sequence is evicted at the end of the sequence, before the next
+        # one begins
         (torch.minimum(evict_at.long(), end) + shift).to(torch.int32),
         lasting,
     )
 
 
 def stored_by_the_end(time: Times) -> Tensor:
-    """Which keys are ever stored, bool `[B, Tk, Hkv]`; keys behind the last query are not, for nothing reads them."""
+    """Which keys are ever stored, bool `[B, Tk, Hkv]`.
+
+    Keys behind the last query are not, for nothing reads them.
+    """
     stored = time.evict_at > time.position
     if time.asked.shape[1]:
         stored &= time.position <= time.asked.amax(1)[:, None, None]
@@ -153,7 +161,10 @@ def list_keys(time: Times, block: int) -> Lists:
 
 
 def query_blocks(asked: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest time in every block of queries, int32 `[B, NQ]` each; asked is `[B, Tq]`."""
+    """Smallest and largest time in every block of queries, int32 `[B, NQ]` each.
+
+    Asked is `[B, Tq]`.
+    """
     short = -asked.shape[1] % block
     # the last block is filled up with its last query, which changes no extreme
     whole = torch.cat([asked, asked[:, -1:].expand(-1, short)], 1).unflatten(1, (-1, block))
@@ -170,7 +181,8 @@ def plan_queries(blocks: Blocks, first: Tensor, low: Tensor, high: Tensor) -> Te
         high: int32 `[B, NQ]`, the latest.
 
     Returns:
-        int32 `[R, NQ, FIELDS]`. The ranges are bounds: a block within may still be seen by no query.
+        int32 `[R, NQ, FIELDS]`. The ranges are bounds: a block within may still be seen by no
+        query.
     """
     number = torch.arange(blocks.least_position.shape[1], device=first.device)
     second = number >= first[:, None]
@@ -182,8 +194,9 @@ def plan_queries(blocks: Blocks, first: Tensor, low: Tensor, high: Tensor) -> Te
         """How many of the first blocks are at or before a moment."""
         return torch.searchsorted(ascending.contiguous(), moment, right=True)
 
-    # First part. In each search the blocks of the second part get a value that does not move the result.
-    # visited: behind the run of blocks whose keys have all ended by `low`, before those that begin after `high`
+    # First part. In each search the blocks of the second part get a value that does not move the
+    # result. visited: behind the run of blocks whose keys have all ended by `low`, before those
+    # that begin after `high`
     begin = count(_running_max(blocks.most_evict_at.masked_fill(second, NEVER)), low)
     end = count(_suffix_min(blocks.least_position.masked_fill(second, NEVER)), high)
     end = torch.minimum(end, border)
@@ -216,7 +229,8 @@ def plan_keys(blocks: Blocks, low: Tensor, high: Tensor) -> Tensor:
     group = blocks.least_position.shape[0] // max(low.shape[0], 1)
     running_high = _running_max(high).repeat_interleave(group, 0)
     running_low = _suffix_min(low).repeat_interleave(group, 0).contiguous()
-    # visited: from the first query at or after the earliest key, to the last before the last key ends
+    # visited: from the first query at or after the earliest key, to the last before the last key
+    # ends
     begin = torch.searchsorted(running_high, blocks.least_position)
     end = torch.maximum(torch.searchsorted(running_low, blocks.most_evict_at), begin)
     # without a mask: from the last key's position on, until the first key ends

@@ -1,8 +1,9 @@
-"""Softmax attention over stored tokens with a dense mask: what every other implementation is compared with.
+"""Softmax attention over stored tokens with a dense mask: what others are compared with.
 
-Query t of a sequence sees token j iff position_j <= t < evict_at_j. Its weights are
-softmax(scale q_t . k_j + logit_bias_j) over the tokens that it sees. A query that sees nothing reads 0 and has lse = -inf. In low precision the
-operands of both products are rounded to the dtype of the inputs, as on a tensor core; sums are float32.
+Query t of a sequence sees token j iff position_j <= t < evict_at_j. Its weights are softmax(scale
+q_t . k_j + logit_bias_j) over the tokens that it sees. A query that sees nothing reads 0 and has
+lse = -inf. In low precision the operands of both products are rounded to the dtype of the inputs,
+as on a tensor core; sums are float32.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def reference(
     key_position: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, Tq, H, D]`, k and v `[B, Tk, Hkv, D]`, the rest `[B, Tk, Hkv]`; returns out and lse, unrounded."""
+    """q `[B, Tq, H, D]`, k and v `[B, Tk, Hkv, D]`, the rest `[B, Tk, Hkv]`.
+
+    Returns out and lse, unrounded.
+    """
     dtype = wide(q)
     queries, heads = q.shape[1:3]
     kv_heads = k.shape[2]
@@ -62,8 +66,8 @@ def reference(
     if logit_bias is not None:
         logits = logits + logit_bias.to(dtype).transpose(1, 2)[:, :, None, None]
     logits = logits.masked_fill(~mask.permute(0, 3, 1, 2)[:, :, None], float("-inf"))
-    # subtracting a finite maximum keeps queries that see nothing at exp(-inf) = 0, forward and backward;
-    # one more column, because there may be no key at all
+    # subtracting a finite maximum keeps queries that see nothing at exp(-inf) = 0, forward and
+    # backward; one more column, because there may be no key at all
     peak = pad(logits.detach(), [0, 1], value=float("-inf")).amax(-1, keepdim=True)
     weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
     total = weight.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Softmax attention over one part of the keys, with its log-sum-exp, so that parts can be merged."""
+"""Softmax attention over one part of the keys, with the log-sum-exp that merging takes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attend_backward(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """With the numbers of a head side by side: torch's kernel takes that for granted and does not check it."""
+    """With a contiguous last dimension, which torch's kernel takes for granted without a check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

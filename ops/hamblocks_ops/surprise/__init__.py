@@ -13,12 +13,12 @@ from hamblocks_ops.surprise.call import METRICS, SurpriseCall
 __all__ = ["METRICS", "surprise"]
 
 MAX_COLUMNS = 16384
-"""Largest V of the Triton kernels: a tile holds whole rows."""
+"""Largest V of the Triton kernels: a tile holds whole vectors."""
 
 
 def _refused_by_triton(call: SurpriseCall) -> str | None:
     if call.v.shape[-1] > MAX_COLUMNS:
-        return f"a tile holds rows of up to {MAX_COLUMNS} entries, not {call.v.shape[-1]}"
+        return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {call.v.shape[-1]}"
     return without_triton(call.v)
 
 
@@ -35,13 +35,14 @@ def _run_triton(call: SurpriseCall) -> Tensor:
     hints=Hints(
         differentiable=True, packs="it takes no packed sequences", by_token=("residual", "v")
     ),
+    example=lambda x: ((x, x), {}),
 )
 def surprise(residual: Tensor, v: Tensor, *, metric: str = "cosine", impl: str = "auto") -> Tensor:
     r"""Scores every token by its prediction error (Hybrid Associative Memories, arXiv 2603.22325).
 
-    With the prediction \(p = v - r\): `cosine` is \(1 - \cos(p, v)\), `relative_l2` is \(|r| / |v|\), `l2` is
-    \(|r|^2 / V\). Always finite: cosine is 1 with gradient 0 where the prediction or the value is zero, relative_l2 is
-    1 with gradient 0 where the value is zero.
+    With the prediction \(p = v - r\): `cosine` is \(1 - \cos(p, v)\), `relative_l2` is \(|r| /
+    |v|\), `l2` is \(|r|^2 / V\). Always finite: cosine is 1 with gradient 0 where the prediction or
+    the value is zero, relative_l2 is 1 with gradient 0 where the value is zero.
 
     Args:
         residual: `[B, T, H, V]`, floating: value minus prediction.

@@ -10,7 +10,7 @@ METRICS = ("cosine", "relative_l2", "l2")
 
 
 class SurpriseCall(NamedTuple):
-    """One call of `surprise`: residual and v `[B, T, H, V]` of one floating dtype, and one of METRICS."""
+    """One call of `surprise`: residual and v `[B, T, H, V]` of one dtype, and one of METRICS."""
 
     residual: Tensor
     v: Tensor

@@ -4,8 +4,9 @@
     relative_l2  |r| / |v|         1 with gradient 0 where v is zero
     l2           |r|^2 / V
 
-Vectors are scaled by their largest entry first, so that no square over- or underflows. A vector whose largest entry is
-below the smallest normal number counts as zero. Results above the largest finite number are clamped to it.
+Vectors are scaled by their largest entry first, so that no square over- or underflows. A vector
+whose largest entry is below the smallest normal number counts as zero. Results above the largest
+finite number are clamped to it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         prediction, value = _Scaled(v - residual), _Scaled(v)
         cosine = (prediction.scaled * value.scaled).sum(-1) / (prediction.norm * value.norm)
-        # rounding must not push a perfect prediction below 0, where the minimum and its gradient lie
+        # rounding must not push a perfect prediction below 0, where the minimum and its gradient
+        # lie
         return (1 - cosine.masked_fill(prediction.zero | value.zero, 0)).clamp(min=0)
     if metric == "relative_l2":
         error, value = _Scaled(residual), _Scaled(v)

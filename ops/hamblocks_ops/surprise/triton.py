@@ -1,7 +1,7 @@
 """Surprise in Triton: one kernel forward and one backward, each reads residual and value once.
 
-A program owns a block of vectors: BLOCK rows of DIM entries of the flattened `[B * T * H, V]`, padded to WIDTH columns.
-The arithmetic is that of `tiles.rows`, in float32 or float64.
+A program owns a block of vectors: BLOCK rows of DIM entries of the flattened `[B * T * H, V]`,
+padded to WIDTH columns. The arithmetic is that of `tiles.rows`, in float32 or float64.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from hamblocks_ops.tiles.rows import launch, surprise_grad, surprise_of
 
 @triton.jit
 def surprise_kernel(
-    residual, v, score, rows,
-    METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
-    MOST: tl.constexpr,
+    residual, v, score, rows, METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of vectors."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
@@ -44,9 +43,8 @@ def surprise_kernel(
 
 @triton.jit
 def surprise_grad_kernel(
-    residual, v, wanted, d_residual, dv, rows,
-    METRIC: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
-    MOST: tl.constexpr,
+    residual, v, wanted, d_residual, dv, rows, METRIC: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of residual and v for a block of vectors; nothing is kept from the forward pass."""
     row, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)

@@ -1,4 +1,4 @@
-"""Tiles of attention: which keys a query sees, one step of an online softmax, and the share of a tile in gradients.
+"""Tiles of attention: visibility, one step of an online softmax, and its gradient.
 
 Logits are in base 2 throughout, because the hardware computes exp2. A tile is [M queries, N keys].
 """
@@ -23,7 +23,7 @@ def logits(q, k, bias, scale):
 
 @triton.jit
 def new_peak(top, logit):
-    """The larger of two logits [M], and what to subtract before exp2: 0 for queries that have seen nothing yet.
+    """The larger of two logits [M], and what to subtract before exp2: 0 where both are -inf.
 
     Their logits then stay at exp2(-inf) = 0, where exp2(-inf - -inf) would be NaN.
     """
@@ -35,8 +35,8 @@ def new_peak(top, logit):
 def softmax_step(logit, v, out, top, total):
     """Adds a tile to the running sums of an online softmax.
 
-    out [M, D] and total [M] are sums of weights relative to 2 ** top [M]. When a tile raises the peak, both are scaled
-    down first. Hidden logits are -inf. Returns out, top and total.
+    out [M, D] and total [M] are sums of weights relative to 2 ** top [M]. When a tile raises the
+    peak, both are scaled down first. Hidden logits are -inf. Returns out, top and total.
     """
     higher, base = new_peak(top, tl.max(logit, 1))
     weight = tl.exp2(logit - base[:, None])
@@ -47,9 +47,10 @@ def softmax_step(logit, v, out, top, total):
 
 @triton.jit
 def softmax_grad(logit, lse, wanted, v, delta):
-    """Weights and the gradient of the natural logits, both [M, N], of a softmax whose log-sum-exp is known.
+    """Weights and the gradient of the natural logits [M, N] of a softmax with a known lse.
 
-    lse [M] is in base 2, +inf for queries that saw nothing; wanted is the gradient of out, delta its product with out.
+    lse [M] is in base 2, +inf for queries that saw nothing; wanted is the gradient of out, delta
+    its product with out.
     """
     weight = tl.exp2(logit - lse[:, None])
     return weight, weight * (tl.dot(wanted, tl.trans(v), input_precision="ieee") - delta[:, None])

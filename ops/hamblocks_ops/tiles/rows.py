@@ -1,7 +1,9 @@
-"""Tiles of vectors: how far predictions missed values, and its gradient; as `hamblocks_ops.surprise.reference`.
+"""Tiles of vectors: how far predictions missed values, and the gradient of that.
 
-A tile is [R vectors, C columns], with zeros beyond the last column, in float32 or float64. Every vector is scaled by
-its largest entry before it is squared, so that no square over- or underflows.
+The definition is `hamblocks_ops.surprise.reference`.
+
+A tile is [R vectors, C columns], with zeros beyond the last column, in float32 or float64. Every
+vector is scaled by its largest entry before it is squared, so that no square over- or underflows.
 """
 
 from typing import Any
@@ -30,7 +32,7 @@ def launch(dim: int, metric: str | None, dtype: torch.dtype) -> dict[str, Any]:
 
 @triton.jit
 def scaled(x, TINY: tl.constexpr):
-    """Vectors as peak * norm * unit: unit [R, C] of length 1, norm [R] in [1, sqrt(C)], peak [R]; and which count as zero."""
+    """Vectors as peak [R] * norm [R] * unit [R, C], |unit| = 1; and which count as zero."""
     peak = tl.max(tl.abs(x), 1)
     zero = peak < TINY
     peak = tl.where(zero, 1.0, peak)

@@ -1,11 +1,11 @@
-"""Attention over the stored keys at the cost of the stored keys, on plain torch: gather them, then SDPA over blocks.
+"""Attention at the cost of the stored keys, on plain torch: gather them, then SDPA over blocks.
 
-`plan` decides which parts of the keys a block of queries reads, `operands` gathers them, `forward` reads the parts and
-merges them by their log-sum-exp, `backward` adds up the share of every part in the gradients. Sums are float32 or
-float64 whatever the dtype of the inputs.
+`plan` decides which parts of the keys a block of queries reads, `operands` gathers them, `forward`
+reads the parts and merges them by their log-sum-exp, `backward` adds up the share of every part in
+the gradients. Sums are float32 or float64 for every dtype of the inputs.
 
-How much work there is depends on the values of evict_at, so the host reads them. torch.compile sees one opaque operator
-with output shapes that depend on input shapes alone.
+How much work there is depends on the values of evict_at, so the host reads them. torch.compile sees
+one opaque operator with output shapes that depend on input shapes alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backward pass of `gather`.
 
-SDPA's backward pass, given the out and lse of all parts together, yields the share of one part in the gradients. The
-plan is made again rather than kept: it depends on integers alone.
+SDPA's backward pass, given the out and lse of all parts together, yields the share of one part in
+the gradients. The plan is made again rather than kept: it depends on integers alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hamblocks_ops.selected_attention.sdpa import attend_backward
 def backward(
     grad: Tensor, call: Batch, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias (empty without one), from the gradient of out `[B, Tq, H, D]`."""
+    """Gradients of q, k, v and the bias (empty without one) from that of out `[B, Tq, H, D]`."""
     q, k, _, _, logit_bias, *_ = call
     operands = Operands(call, scale)
     # with a bias, q and k have one more column than out
@@ -31,7 +31,8 @@ def backward(
             pad(operands.by_stream(x[:, block].to(operands.q.dtype)), bias_column)
             for x in (grad, out)
         )
-        # a query that sees nothing has lse = -inf. With HIDDEN / 2 in its place its weights are exp(HIDDEN / 2) = 0.
+        # a query that sees nothing has lse = -inf. With HIDDEN / 2 in its place its weights are
+        # exp(HIDDEN / 2) = 0.
         read_lse = operands.by_stream(lse[:, block]).clamp(min=HIDDEN / 2)
         change = torch.zeros_like(asked, memory_format=torch.contiguous_format)
         for part in parts:
@@ -67,5 +68,8 @@ def backward(
 
 
 def _add_keys(whole: Tensor, tokens: Tokens, share: Tensor) -> None:
-    """Adds `[R, 1, n, width]` to the keys `tokens`; the share of padding is zero, wherever it is added."""
+    """Adds `[R, 1, n, width]` to the keys `tokens`.
+
+    The share of padding is zero, wherever it is added.
+    """
     whole.index_add_(0, tokens.flat.flatten(), share.flatten(0, 2))

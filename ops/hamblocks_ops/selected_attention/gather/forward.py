@@ -12,11 +12,14 @@ from hamblocks_ops.selected_attention.merge import merge_into
 from hamblocks_ops.selected_attention.sdpa import attend
 
 DIRECT_MAX_QUERIES = 8
-"""With so many queries or fewer, as in decoding, all keys are read where they lie: gathering would cost more."""
+"""Most queries for which all keys are read where they lie: gathering would cost more."""
 
 
 def empty(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Out and lse, uninitialised; out is float32 or float64, because the backward pass reads it again."""
+    """Out and lse, uninitialised.
+
+    Out is float32 or float64, because the backward pass reads it again.
+    """
     return q.new_empty(q.shape, dtype=wide(q)), q.new_empty(q.shape[:3], dtype=wide(q))
 
 
@@ -53,7 +56,8 @@ def forward(call: Batch, scale: float) -> tuple[Tensor, Tensor]:
 def direct(call: Batch, scale: float) -> tuple[Tensor, Tensor]:
     """The same for few queries: one call with a mask over all keys, where they lie.
 
-    The queries of a group go one behind the other, so that SDPA reads each key once for all of them.
+    The queries of a group go one behind the other, so that SDPA reads each key once for all of
+    them.
     """
     q, k, v, scale = widened(call, scale)
     kv_heads, dim = call.k.shape[2:]
@@ -75,7 +79,8 @@ def direct(call: Batch, scale: float) -> tuple[Tensor, Tensor]:
         return have, have_lse.view(asked.shape[:-1]).masked_fill(blind, float("-inf"))
 
     have, have_lse = read(k, v)
-    # a key that is not stored may hold anything, and 0 * inf is NaN. Looking is cheaper than zeroing it every time.
+    # a key that is not stored may hold anything, and 0 * inf is NaN. Looking is cheaper than
+    # zeroing it every time.
     if not bool(have.isfinite().all()):
         unseen = ~visible.any(2).mT[..., None]
         have, have_lse = read(*(x.masked_fill(unseen, 0) for x in (k, v)))

@@ -23,8 +23,9 @@ from hamblocks_ops.selected_attention.gather.plan import (
 def widened(call: Batch, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """q, k, v in float32 or float64, and the scale of their logits.
 
-    A bias becomes one more column of k, beside a column of ones in q, so that SDPA computes its gradient too. The scale
-    then is multiplied into q: otherwise the bias would have to be divided by it.
+    A bias becomes one more column of k, beside a column of ones in q, so that SDPA computes its
+    gradient too. The scale then is multiplied into q: otherwise the bias would have to be divided
+    by it.
     """
     dtype = wide(call.q)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
@@ -72,7 +73,10 @@ class Operands:
             yield block, QueryBlock(self.stored, self.time[:, block], self.q.dtype).parts()
 
     def _keys(self, tokens: Tokens) -> list[Tensor]:
-        """k and v of some keys, `[R, 1, n, width]` each; padding is zero, because a key that is not stored may hold NaN."""
+        """k and v of some keys, `[R, 1, n, width]` each.
+
+        Padding is zero, because a key that is not stored may hold NaN.
+        """
         shape = *tokens.flat.shape, self.width
         keys = [x.index_select(0, tokens.flat.flatten()).view(shape) for x in self.flat]
         if tokens.filled is not None:

@@ -1,15 +1,15 @@
 """Which parts of the stored keys a block of queries reads, each key once.
 
-The keys of a stream (one batch row, one key/value head) are of two kinds: those stored for good, and those that will be
-evicted. A block of BLOCK_QUERIES queries reads
+The keys of a stream (one batch row, one key/value head) are of two kinds: those stored for good,
+and those that will be evicted. A block of BLOCK_QUERIES queries reads
 
 1. what it sees whole of the keys stored for good: a slice of one list, without a mask;
 2. what it sees whole of the others: gathered for the block, without a mask;
-3. what is left, which differs from query to query. Smaller blocks of EDGE_QUERIES queries repeat 1 and 2 with it, and
-   the few keys that begin or end within one of those take a mask.
+3. what is left, which differs from query to query. Smaller blocks of EDGE_QUERIES queries repeat 1
+   and 2 with it, and the few keys that begin or end within one of those take a mask.
 
-Each of these is a `Part`, one call of SDPA. Streams that store about as many keys share a part, so that no stream is
-charged for the keys of another.
+Each of these is a `Part`, one call of SDPA. Streams that store about as many keys share a part, so
+that no stream is charged for the keys of another.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BLOCK_QUERIES = 1024
 EDGE_QUERIES = 256
 """Queries of a smaller block: a mask is cheapest on few."""
 SMALL_PART_KEYS = 160
-"""A block with so many keys to mask, or fewer, is not cut into smaller ones. So many keys that need no mask, or fewer,
-are masked with the rest: a call of their own would cost more."""
+"""A block with so many keys to mask, or fewer, is not cut into smaller ones. So many keys that need
+no mask, or fewer, are masked with the rest: a call of their own would cost more."""
 HIDDEN = -(2.0**96)
-"""Largest logit of a key that a query does not see. Times any difference of two positions it is still finite."""
+"""Largest logit of an unseen key; finite even times any difference of two positions."""
 
 
 class Batch(NamedTuple):
@@ -56,7 +56,8 @@ class Tokens(NamedTuple):
     """Keys by number.
 
     Attributes:
-        flat: int64 `[R, n]`, where in `[B, Tk, Hkv]` flattened a key stands: (b * Tk + j) * Hkv + h.
+        flat: int64 `[R, n]`, where in `[B, Tk, Hkv]` flattened a key stands: (b * Tk + j) * Hkv +
+            h.
         filled: bool `[R, n]`, False for padding; None without padding.
     """
 
@@ -81,7 +82,7 @@ class Part(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether no part before it has any of its queries, so that there is nothing to merge with."""
+        """Whether no part before it has any of its queries: there is nothing to merge with."""
         return self.queries == slice(None) and isinstance(self.keys, slice) and self.keys.start == 0
 
     @property
@@ -91,11 +92,11 @@ class Part(NamedTuple):
 
 
 class Stored:
-    """The keys that are ever stored: for each stream those stored for good, then the others, each kind padded apart.
+    """The keys that are ever stored: of each stream those stored for good, then the others.
 
     Attributes:
-        order: int64 `[R]`, the streams by how much they store for good, which is the order of all lists below. None if
-            the streams store about as much and keep their order.
+        order: int64 `[R]`, the streams by how much they store for good, which is the order of all
+            lists below. None if the streams store about as much and keep their order.
         position: int32 `[R, P + S]`; padding is never visible.
         until: int32 `[R, P + S]`, the lifetimes.
         token: int64 `[R, P + S]`, as `Tokens.flat`.
@@ -125,7 +126,8 @@ class Stored:
                 lengths = stored.lengths.flatten()
                 alike = len(list(runs(lengths.tolist()))) == 1
                 self.order = None if alike else lengths.argsort(descending=True)
-                # a cache may hold its keys in another order than time; `by` searches in ascending positions
+                # a cache may hold its keys in another order than time; `by` searches in ascending
+                # positions
                 if bool((position.diff(dim=1) < 0).any()):
                     position, by_time = position.sort(dim=1)
                     token, until = token.gather(1, by_time), until.gather(1, by_time)
@@ -182,7 +184,8 @@ class QueryBlock:
 
     def __init__(self, stored: Stored, time: Tensor, dtype: torch.dtype) -> None:
         self.stored, self.dtype = stored, dtype
-        # the earliest and the latest query of each smaller block; the last one is filled up with its last query
+        # the earliest and the latest query of each smaller block; the last one is filled up with
+        # its last query
         edges = torch.cat([time, time[:, -1:].expand(-1, -time.shape[1] % EDGE_QUERIES)], 1)
         self.first, self.last = edges.unflatten(1, (-1, EDGE_QUERIES)).aminmax(dim=2)
         self.origin = self.first.amin(1, keepdim=True)
@@ -191,8 +194,8 @@ class QueryBlock:
     def since(self, moment: Tensor, streams: slice) -> Tensor:
         """Time since the first query of a stream, times -HIDDEN.
 
-        A key that begins n steps after a query then has the mask min(0, asked - begins) = n * HIDDEN, and one that has
-        begun has 0: a mask is one difference, clamped.
+        A key that begins n steps after a query then has the mask min(0, asked - begins) = n *
+        HIDDEN, and one that has begun has 0: a mask is one difference, clamped.
         """
         passed: Tensor = moment.long() - self.origin[streams]
         return passed.to(self.dtype).mul_(-HIDDEN)
@@ -221,7 +224,7 @@ class QueryBlock:
                 yield from self._seen_by_some(span, rest)
 
     def _seen_by_all(self, span: Span, rest: Rest) -> Generator[Part, None, Rest]:
-        """Yields the parts that every query of the span sees, which need no mask; returns what they leave."""
+        """Yields the parts that every query of the span sees, without a mask; returns the rest."""
         stored, begin = self.stored, rest.begin
         if span.begun > begin + SMALL_PART_KEYS:
             begin = span.begun
@@ -244,7 +247,7 @@ class QueryBlock:
         return Rest(begin, rest.others & ~seen)
 
     def _seen_by_some(self, span: Span, rest: Rest) -> Iterator[Part]:
-        """Yields the parts that some queries of the span see, with a mask; nothing visible is left."""
+        """Yields the parts that some queries of the span see, with a mask."""
         stored, streams, asked = self.stored, span.streams, self.asked[:, span.queries, None]
         if span.ended > rest.begin:
             slots = slice(rest.begin, span.ended)
@@ -293,8 +296,8 @@ def packed(alive: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor | 
         first: the number of the first stream.
 
     Yields:
-        The streams of a run, numbered from `first` on; their slots, int64 `[R, n]`; and which of these are no padding,
-        bool `[R, n]`, or None if none is.
+        The streams of a run, numbered from `first` on; their slots, int64 `[R, n]`; and which of
+        these are no padding, bool `[R, n]`, or None if none is.
     """
     counts = alive.sum(1)
     for streams, size in runs(counts.tolist()):

@@ -1,15 +1,15 @@
 """Attention over the stored keys in Triton, forward and backward, at the cost of what is stored.
 
-1. `lists` puts the stored keys of every stream into one list, and finds for each block of queries which blocks of the
-   list it visits.
+1. `lists` puts the stored keys of every stream into one list, and finds for each block of queries
+   which blocks of the list it visits.
 2. `keys.copy_kernel` copies these keys side by side and writes the extremes of every block.
-3. `forward.forward_kernel`: a block of queries visits blocks that it sees whole, without a mask, then a few that it
-   sees in part.
+3. `forward.forward_kernel`: a block of queries visits blocks that it sees whole, without a mask,
+   then a few that it sees in part.
 4. `backward`: one kernel for the gradient of q, one for those of k, v and the bias.
 
-Every program owns what it writes and adds it up in one order, so the same call gives the same bits. If there will be a
-backward pass, out is kept in float32 beside the rounded one: the gradient of a softmax is a difference that the
-rounding would spoil.
+Every program owns what it writes and adds it up in one order, so the same call gives the same bits.
+If there will be a backward pass, out is kept in float32 beside the rounded one: the gradient of a
+softmax is a difference that the rounding would spoil.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hamblocks_ops.selected_attention.call import AttentionCall, learns
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import StoredKeys, dense, padded_dim
-from hamblocks_ops.selected_attention.triton.launches import Config, configs_of
+from hamblocks_ops.selected_attention.triton.sizes import Config, configs_of
 
 
 def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
@@ -58,7 +58,10 @@ def attend(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as in `reference`; returns out in the dtype of q, lse, and out in float32 (empty unless `keep`)."""
+    """Shapes as in `reference`.
+
+    Returns out in the dtype of q, lse, and out in float32 (empty unless `keep`).
+    """
     out, lse, exact = _empty(q, keep)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf")), exact.zero_()
@@ -69,9 +72,9 @@ def attend(
     plan = lists.plan_queries(keys.extremes, keys.first, low, high)
     q = dense(q)
     forward_kernel[(plan.shape[1], q.shape[0] * q.shape[2])](
-        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at, time.asked.contiguous(), low, high,
-        plan, out, exact, lse, *q.stride()[:3], scale, q.shape[1], keys.slots,
-        **_shape(q, k), **_tile(config), HAS_BIAS=keys.has_bias, KEEP=keep,
+        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at,
+        time.asked.contiguous(), low, high, plan, out, exact, lse, *q.stride()[:3], scale,
+        q.shape[1], keys.slots, **_shape(q, k), **_tile(config), HAS_BIAS=keys.has_bias, KEEP=keep,
     )  # fmt: skip
     return out, lse, exact
 
@@ -117,8 +120,8 @@ def attend_backward(
     plan = lists.plan_queries(keys.extremes, keys.first, low, high)
     delta = torch.empty_like(lse)
     queries_grad_kernel[(plan.shape[1], q.shape[0] * q.shape[2])](
-        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at, asked, low, high, plan,
-        grad, exact, lse, delta, dq, *q.stride()[:3], scale, q.shape[1], keys.slots,
+        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at, asked, low,
+        high, plan, grad, exact, lse, delta, dq, *q.stride()[:3], scale, q.shape[1], keys.slots,
         **_shape(q, k), **_tile(of_queries), HAS_BIAS=keys.has_bias,
     )  # fmt: skip
     # the blocks of a list have the size of the tile, which may differ from kernel to kernel

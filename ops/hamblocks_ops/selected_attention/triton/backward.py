@@ -1,7 +1,7 @@
-"""The backward kernels: one owns a block of queries and writes the gradient of q, one a block of keys and writes theirs.
+"""The backward kernels: one writes the gradient of q, the other those of k, v and the bias.
 
-Both compute the weights again from the log-sum-exp. Each program owns what it writes and adds it up in one order, so
-there are no atomics and the same call gives the same bits.
+Both compute the weights again from the log-sum-exp. Each program owns what it writes and adds it up
+in one order, so there are no atomics and the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_grad, visible
 
 @triton.jit
 def queries_grad_kernel(
-    q, k_list, v_list, bias_list, position_list, evict_list, least_position, most_evict_at, asked, low, high, plan,
-    wanted, exact, lse, delta, dq, q_b, q_t, q_h, scale, queries, slots,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    q, k_list, v_list, bias_list, position_list, evict_list, least_position, most_evict_at, asked,
+    low, high, plan, wanted, exact, lse, delta, dq, q_b, q_t, q_h, scale, queries, slots,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, and delta = wanted . out for `keys_grad_kernel`.
 
-    The grid is that of the forward kernel. wanted (the gradient of out), exact (out in float32) and dq are contiguous.
+    The grid is that of the forward kernel. wanted (the gradient of out), exact (out in float32) and
+    dq are contiguous.
     """
     blocks = tl.num_programs(0)
     block_m, batch_head = blocks - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -44,8 +45,9 @@ def queries_grad_kernel(
         exact, batch, head, block_m, queries, own_b, own_t, DIM, DIM, WIDTH, BLOCK_M
     )
     place = (batch * queries + query) * HEADS + head
-    # the gradient of a softmax is weight * (wanted . v - wanted . out): the last product is the same for every key. Out
-    # in float32, because the difference loses what rounding of out has taken away.
+    # the gradient of a softmax is weight * (wanted . v - wanted . out): the last product is the
+    # same for every key. Out in float32, because the difference loses what rounding of out has
+    # taken away.
     pull = tl.sum(asking.to(tl.float32) * read, 1)
     tl.store(delta + place, pull, mask=query < queries)
     sums = tl.load(lse + place, mask=query < queries, other=float("inf"))
@@ -92,15 +94,16 @@ def queries_grad_kernel(
 
 @triton.jit
 def keys_grad_kernel(
-    q, k_list, v_list, bias_list, position_list, evict_list, index, asked, plan, wanted, lse, delta, dk, dv, dbias,
-    q_b, q_t, q_h, scale, queries, tokens, slots,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k_list, v_list, bias_list, position_list, evict_list, index, asked, plan, wanted, lse, delta,
+    dk, dv, dbias, q_b, q_t, q_h, scale, queries, tokens, slots, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block of stored keys, added up over the queries that see it and the heads of its group.
+    """The gradients of a block of stored keys, over all queries and the heads of its group.
 
-    The grid is [blocks of a list, B * Hkv lists]. The plan names the blocks of queries (see `lists.plan_keys`). Results
-    are written where the keys came from; keys that are not stored keep the zeros that the launch put there.
+    The grid is [blocks of a list, B * Hkv lists]. The plan names the blocks of queries (see
+    `lists.plan_keys`). Results are written where the keys came from; keys that are not stored keep
+    the zeros that the launch put there.
     """
     blocks = tl.num_programs(0)
     block, stream = tl.program_id(0), tl.program_id(1).to(tl.int64)

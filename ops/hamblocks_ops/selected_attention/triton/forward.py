@@ -16,14 +16,15 @@ from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_step, visible
 
 @triton.jit
 def forward_kernel(
-    q, k_list, v_list, bias_list, position_list, evict_list, least_position, most_evict_at, asked, low, high, plan,
-    out, exact, lse, q_b, q_t, q_h, scale, queries, slots,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k_list, v_list, bias_list, position_list, evict_list, least_position, most_evict_at, asked,
+    low, high, plan, out, exact, lse, q_b, q_t, q_h, scale, queries, slots, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Out and log-sum-exp of a block of queries, and out in float32 (KEEP) if there will be a backward pass.
+    """Out and log-sum-exp of a block of queries; with KEEP out in float32 for the backward pass.
 
-    The grid is [blocks of queries, B * HEADS]. out, exact and lse are contiguous; lse is natural, all else in base 2.
+    The grid is [blocks of queries, B * HEADS]. out, exact and lse are contiguous; lse is natural,
+    all else in base 2.
     """
     blocks = tl.num_programs(0)
     # late queries see the most keys; starting with them, the last programs to run are short ones
@@ -47,7 +48,8 @@ def forward_kernel(
         bias = bias_of_keys(bias_list, stream, block, slots, BLOCK_N, HAS_BIAS)
         v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
         have, top, total = softmax_step(logits(tile, k, bias, scale), v, have, top, total)
-    # phase 2: blocks that are seen in part. The plan's ranges are bounds, so extremes decide once more.
+    # phase 2: blocks that are seen in part. The plan's ranges are bounds, so extremes decide once
+    # more.
     extremes = stream * (slots // BLOCK_N)
     for index in range(full_begin - begin + end - full_end + other_end - other_begin):
         block = in_part(index, begin, full_begin, full_end, end, other_begin)
@@ -64,7 +66,8 @@ def forward_kernel(
             # a key that no query of the block sees may hold NaN, and 0 * NaN is NaN
             v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
             have, top, total = softmax_step(logit, v, have, top, total)
-    # phase 3: normalise and write; a query that saw nothing has have = total = 0 and writes 0 and -inf
+    # phase 3: normalise and write; a query that saw nothing has have = total = 0 and writes 0 and
+    # -inf
     have = have / tl.where(total == 0, 1.0, total)[:, None]
     dim = tl.arange(0, WIDTH)
     place = (batch * queries + query) * HEADS + head

@@ -1,7 +1,7 @@
 """Stored keys of a call, copied side by side, and how kernels read tiles of them.
 
-Keys are copied once so that the other kernels read whole blocks of consecutive memory, which no gather in a kernel
-comes near. What is copied is the stored keys alone.
+Keys are copied once so that the other kernels read whole blocks of consecutive memory, which no
+gather in a kernel comes near. What is copied is the stored keys alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ MIN_DIM = 16
 
 @triton.jit
 def copy_kernel(
-    k, v, bias, position, evict_at, index,
-    k_list, v_list, bias_list, position_list, evict_list,
-    least_position, most_position, least_evict_at, most_evict_at,
-    k_b, k_t, k_h, v_b, v_t, v_h, tokens, slots,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    k, v, bias, position, evict_at, index, k_list, v_list, bias_list, position_list, evict_list,
+    least_position, most_position, least_evict_at, most_evict_at, k_b, k_t, k_h, v_b, v_t, v_h,
+    tokens, slots, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Copies a block of one list, and finds its extremes.
 
-    The grid is [blocks of a list, B * Hkv lists]. k and v come with their strides; bias, position and evict_at are
-    contiguous [B, Tk, Hkv]. The lists are [B * Hkv, slots, ...].
+    The grid is [blocks of a list, B * Hkv lists]. k and v come with their strides; bias, position
+    and evict_at are contiguous [B, Tk, Hkv]. The lists are [B * Hkv, slots, ...].
     """
     block, stream = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = stream // HEADS, stream % HEADS
@@ -84,10 +83,10 @@ def tile_of_keys(
 
 @triton.jit
 def tile_of_queries(
-    x, batch, head, block, queries, stride_b, stride_t, stride_h, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, batch, head, block, queries, stride_b, stride_t, stride_h, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of q, or of a tensor like it, [BLOCK, WIDTH]; zeros beyond the last query and the head size."""
+    """A block [BLOCK, WIDTH] of q or a tensor like it; zeros beyond the last query and DIM."""
     query, dim, start = tl.arange(0, BLOCK), tl.arange(0, WIDTH), block * BLOCK
     here = x + batch * stride_b + head * stride_h + start.to(tl.int64) * stride_t
     here += query[:, None] * stride_t + dim[None, :]
@@ -106,7 +105,8 @@ def bias_of_keys(bias_list, stream, block, slots, BLOCK: tl.constexpr, HAS_BIAS:
 def in_part(index, begin, full_begin, full_end, end, other_begin):
     """The index-th block that takes a mask.
 
-    Counted through are the blocks before those seen whole, the blocks behind them, then those of the second part.
+    Counted through are the blocks before those seen whole, the blocks behind them, then those of
+    the second part.
     """
     before, after = full_begin - begin, end - full_end
     block = tl.where(index < before, begin + index, full_end + index - before)
@@ -143,8 +143,8 @@ class StoredKeys:
         k, v = (dense(x) for x in (k, v))
         copy_kernel[(count, streams)](
             k, v, self.bias if bias is None else bias.contiguous(), time.position.contiguous(),
-            time.evict_at.contiguous(), self.index, self.k, self.v, self.bias, self.position, self.evict_at,
-            *self.extremes, *k.stride()[:3], *v.stride()[:3], tokens, self.slots,
+            time.evict_at.contiguous(), self.index, self.k, self.v, self.bias, self.position,
+            self.evict_at, *self.extremes, *k.stride()[:3], *v.stride()[:3], tokens, self.slots,
             HEADS=heads, DIM=dim, WIDTH=padded_dim(dim), BLOCK=block, HAS_BIAS=self.has_bias,
         )  # fmt: skip
 

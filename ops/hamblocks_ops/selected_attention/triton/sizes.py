@@ -34,16 +34,17 @@ SM100 = {
     128: (Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
 }
-"""Launches of forward, gradient of q, and gradients of k and v, by padded head size. They are chosen so that the compiled
-kernels spill no register up to 128, and next to none at 256 (docs: Kernels). No GPU has timed them yet."""
+"""Launches of forward, gradient of q, and gradients of k and v, by padded head size. They are
+chosen so that the compiled kernels spill no register up to 128, and next to none at 256 (docs:
+Kernels). No GPU has timed them yet."""
 WITH_BIAS_OR_GROUPS = {
     (8, 64): {2: Config(64, 32, 8, 2)},
     (8, 128): {2: Config(64, 64, 8, 1)},
     (10, 64): {0: Config(128, 32, 8, 3), 2: Config(64, 64, 8, 1)},
     (10, 128): {2: Config(64, 64, 8, 1)},
 }
-"""Launches that a bias or grouped queries would make spill, by major compute capability and padded head size: for the
-number of a kernel in the tuple above, the launch that takes its place."""
+"""Launches that a bias or grouped queries would make spill, by major compute capability and padded
+head size: for the number of a kernel in the tuple above, the launch that takes its place."""
 FLOAT32 = (Config(32, 32, 4, 1),) * 3
 """float32 inputs: `tl.dot` runs on CUDA cores, so small tiles are faster."""
 
@@ -70,7 +71,10 @@ def configs(
 
 
 def configs_of(q: Tensor, k: Tensor, logit_bias: Tensor | None) -> tuple[Config, Config, Config]:
-    """Launches for a call. The interpreter takes those of SM90: sizes do not change results there."""
+    """Launches for a call.
+
+    The interpreter takes those of SM90: sizes do not change results there.
+    """
     major = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
     return configs(
         padded_dim(q.shape[3]),
