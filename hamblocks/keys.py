@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from hamblocks_ops.dispatch import WHEN_NAMED
 from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.precision import wide
 from hamblocks_ops.selected_attention import AttentionOutput
+
+Result = TypeVar("Result")
 
 PAGED_MAX_QUERIES = 8
 """With up to this many queries per sequence, "auto" reads pages where they lie. With more, a padded
@@ -66,7 +68,7 @@ class Keys(ABC):
 
     @abstractmethod
     def explain(self, q: Tensor, *, scale: float | None = None) -> Explanation:
-        """Every way to run `attend(q)`, in the order of "auto", with "yes" or the reason why not."""
+        """Every way to run `attend(q)`, in the order of "auto", with "yes" or a reason why not."""
 
     @abstractmethod
     def dense(self) -> DenseKeys:
@@ -78,8 +80,8 @@ class DenseKeys(Keys):
     """Keys as plain tensors, for arithmetic of one's own.
 
     Query t sees key j iff `position[j] <= query_position[t] < evict_at[j]` and both are of one
-    sequence. `logits`, `softmax` and `read` are the three steps of attention, so that a part changes
-    the one it is about:
+    sequence. `logits`, `softmax` and `read` are the three steps of attention, so that a part
+    changes only the step it is about:
 
         dense = keys.dense()
         weights = dense.softmax(dense.logits(q) - slope * dense.distance(q.shape[2]))
@@ -114,32 +116,24 @@ class DenseKeys(Keys):
         self, q: Tensor, *, scale: float | None = None, impl: str = "auto"
     ) -> AttentionOutput:
         """See `Keys.attend`."""
-        return selected_attention(
-            q,
-            self.k,
-            self.v,
-            self.evict_at,
-            scale=scale,
-            logit_bias=self.logit_bias,
-            cu_seqlens=self.cu_seqlens,
-            query_position=self.query_position,
-            key_position=self.position,
-            impl=impl,
-        )
+        return self._run(selected_attention, q, scale=scale, impl=impl)
 
     def explain(self, q: Tensor, *, scale: float | None = None) -> Explanation:
         """See `Keys.explain`."""
-        return explain(
-            selected_attention,
+        return self._run(selected_attention.explain, q, scale=scale)
+
+    def _run(self, run: Callable[..., Result], q: Tensor, **more: object) -> Result:
+        """Calls what takes the arguments of `selected_attention`."""
+        return run(
             q,
             self.k,
             self.v,
             self.evict_at,
-            scale=scale,
             logit_bias=self.logit_bias,
             cu_seqlens=self.cu_seqlens,
             query_position=self.query_position,
             key_position=self.position,
+            **more,
         )
 
     def dense(self) -> DenseKeys:
@@ -167,7 +161,7 @@ class DenseKeys(Keys):
         return _for_queries(seen, num_heads)
 
     def distance(self, num_heads: int | None = None) -> Tensor:
-        """How many tokens a key lies behind a query, int32, shape as of `visible`; 0 where unseen."""
+        """How many tokens a key lies behind a query, int32, shaped as `visible`; 0 where unseen."""
         back = self.query_position[:, None, :, None] - _by_head(self.position)[:, :, None]
         return _for_queries(torch.where(self.visible(), back, 0), num_heads)
 
@@ -211,14 +205,14 @@ class DenseKeys(Keys):
         return weight if null is None else weight[..., :-1]
 
     def read(self, weights: Tensor) -> Tensor:
-        """The weighted sum of values: weights `[B, H, T, L]` -> `[B, T, H, D]` in the dtype of v."""
+        """The weighted sum of values: weights `[B, H, T, L]` -> `[B, T, H, D]`, dtype of v."""
         kv_heads = self.v.shape[2]
         grouped = weights.unflatten(1, (kv_heads, -1))
         values = self._seen(self.v).to(weights.dtype)
         return torch.einsum("bhgtl,blhd->bthgd", grouped, values).flatten(2, 3).to(self.v.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """k or v with zeros where no query sees the key: it may hold anything, and 0 * NaN is NaN."""
+        """k or v with zeros where no query sees the key: it may hold NaN, and 0 * NaN is NaN."""
         seen = self.visible().any(2).mT[..., None]
         return x.masked_fill(~seen, 0)
 

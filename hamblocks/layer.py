@@ -1,4 +1,4 @@
-"""The HAM layer: a memory, a gate, a selector, attention and a combiner, and the cache between them."""
+"""The HAM layer: memory, gate, selector, attention and combiner, and the cache between them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class HAMLayer(nn.Module):
             if isinstance(part, Buildable):
                 part.build(self.dims)
             setattr(self, name, part)
-        # modules that plain parts hold: train(), to(), parameters() and state_dict() reach them here
+        # modules that plain parts hold: train(), to() and state_dict() reach them here
         hidden = {
             f"{name}.{path}".replace(".", "_"): module
             for name, part in parts.items()
@@ -216,7 +216,7 @@ class HAMLayer(nn.Module):
     def prefill(
         self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> LayerOutput:
-        """`forward` with a state, a new one where none is given: the next piece of every sequence."""
+        """`forward` with a state, a new one if none is given: the next piece of every sequence."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
@@ -300,8 +300,8 @@ class HAMLayer(nn.Module):
     ) -> LayerExplanation:
         """Which implementation each op takes in a call of this layer, and why not the others.
 
-        The layer runs once, in eval mode; no controller counts and the state stays as it is. Whether
-        gradients are asked for is as in the call: wrap it in `torch.no_grad()` for inference.
+        The layer runs once, in eval mode. No controller counts and the state stays as it is. Under
+        `torch.no_grad()` the answers are those for inference.
 
         Args:
             x: as in `forward`.
@@ -373,7 +373,7 @@ class HAMLayer(nn.Module):
         return result
 
     def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
-        """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a key/value head, and bias."""
+        """Scores `[B, T, Hkv or 1]`, averaged over query heads of a key/value head, and bias."""
         if self.gate is None:
             return torch.zeros(*x.shape[:2], 1, device=x.device), None
         result: GateOutput = self._call("gate", x, trace)

@@ -29,7 +29,7 @@ class LayerStats(NamedTuple):
     cu_seqlens: Tensor | None
 
     def keep_fraction(self) -> Tensor:
-        """Fraction of the call's tokens still stored at its end, float32 `[]`; 0 without a token."""
+        """Fraction of the call's tokens stored at its end, float32 `[]`; 0 without a token."""
         if self.evict_at is None or self.position.numel() == 0:
             return torch.zeros((), dtype=torch.float32, device=self.position.device)
         if self.cu_seqlens is None:

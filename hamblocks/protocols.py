@@ -230,7 +230,7 @@ class Controller(Protocol):
     """Sets a threshold. `step_controllers` calls `step()` once per optimizer step, to move it."""
 
     def __call__(self, score: Tensor) -> Tensor:
-        """Takes score `[B, T, H]` (NaN: no token), returns tau, float32 `[]`. In training it counts."""
+        """Takes score `[B, T, H]` (NaN: no token), returns tau, float32 `[]`; counts in training."""
         ...
 
     def step(self) -> None:

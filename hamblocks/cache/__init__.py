@@ -1,4 +1,4 @@
-"""The selected KV cache: ragged streams of fixed-size pages, changed in place and in transactions."""
+"""The selected KV cache: streams of fixed-size pages, changed in place and in transactions."""
 
 from hamblocks.cache.changes import cache_transaction, dry_run
 from hamblocks.cache.extension import Extension, Stored

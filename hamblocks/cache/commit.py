@@ -1,4 +1,4 @@
-"""One change of a cache: what stays where, what goes where, and how many pages that takes or frees."""
+"""One change of a cache: what stays where, what goes where, and the pages that takes or frees."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Commit:
         width: columns of the page table afterwards.
         moves: tokens that move into holes, so that pages at the end become free; or None.
         place: int64 `[R, count]`, where in its stream a new token goes, -1 for nowhere.
-        copies: bool `[R, width]`, pages to be copied first because another cache lists them; or None.
+        copies: bool `[R, width]`, pages to copy first because another cache lists them; or None.
     """
 
     def __init__(

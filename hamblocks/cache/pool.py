@@ -38,9 +38,9 @@ class Tokens(NamedTuple):
 class Pool:
     """Pages of one layer, in slabs that never move: growing copies no key and no value.
 
-    A page holds `page_size` tokens of a stream: one key/value head of a sequence, or all heads where
-    the layer decides for its heads together. A slot is a place in a page: page * page_size + offset.
-    Positions and lifetimes (8 bytes a slot) stand in tensors that span all slabs.
+    A page holds `page_size` tokens of a stream: one key/value head of a sequence, or all heads
+    where the layer decides for its heads together. A slot is a place in a page: page * page_size +
+    offset. Positions and lifetimes (8 bytes a slot) stand in tensors that span all slabs.
 
     Two extra pages stand at the end of those tensors, so that shapes never depend on values: an
     all-zero page that streams without a page point to, and a scratch page that absorbs masked

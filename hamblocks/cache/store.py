@@ -1,4 +1,4 @@
-"""The KV cache of a layer: what is stored of every sequence and key/value head, in pages of a pool."""
+"""The KV cache of a layer: what is stored of every sequence and head, in pages of a pool."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: pages that streams list, each once, and the tables. Waits for the device."""
+        """Bytes in use: the pages of streams, each once, and the tables. Waits for the device."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return 0
@@ -137,14 +137,14 @@ class KVCache:
 
     @property
     def capacity_nbytes(self) -> int:
-        """Bytes allocated: all slabs of the pool, with free pages and those of forks, and the tables."""
+        """Bytes allocated: all slabs of the pool, free pages and forks included, and the tables."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return 0
         return own.pool.nbytes + own.lease.table.nbytes + own.seen.nbytes
 
     def stored(self) -> Stored:
-        """All that is stored, as padded tensors: a copy. No head and no slot before the first token."""
+        """All that is stored, as padded tensors: a copy. It has no head before the first token."""
         own = self._newest()
         if not isinstance(own, Unallocated):
             return stored(own)

@@ -46,7 +46,7 @@ def arguments_are_checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded_choices() -> Iterator[list[Choice]]:
-    """Within this context every op with a choice of implementations records what it chooses from."""
+    """Within this context every op that chooses an implementation records what it chooses from."""
     choices: list[Choice] = []
     token = CHOICES.set(choices)
     try:
