@@ -125,14 +125,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return import_module(f"hamblocks.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"hamblocks.{_HOME[name]}"), name)
-    globals()[name] = value  # the next use finds it without this function
-    return value
+if not TYPE_CHECKING:  # type checkers would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(f"hamblocks.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(import_module(f"hamblocks.{_HOME[name]}"), name)
+        globals()[name] = value  # the next use finds it without this function
+        return value
 
 
 def __dir__() -> list[str]:
