@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         if getattr(getattr(check, "part", None), "impl", None) in (*INTERPRETED, "flex"):
             item.add_marker(pytest.mark.slow)
+        if getattr(getattr(check, "check", None), "law", None) == "works_in_a_layer":
+            item.add_marker(pytest.mark.slow)  # the checks of layers run the same laws
 
 
 @pytest.fixture(autouse=True)
