@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    if find_spec(f"hamblocks.{name}") is not None:
-        return import_module(f"hamblocks.{name}")
-    public = import_module("hamblocks.public")
-    if name != "__all__" and name not in public.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(public, name)
-    globals()[name] = value  # the next use finds it without this function
-    return value
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
 
+    def __getattr__(name: str) -> object:
+        if find_spec(f"hamblocks.{name}") is not None:
+            return import_module(f"hamblocks.{name}")
+        public = import_module("hamblocks.public")
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(public, name)
+        globals()[name] = value  # the next use finds it without this function
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[misc]
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -1,4 +1,4 @@
-"""One thread per worker; every test runs with a hypothesis profile of hamblocks and with poisoned memory."""
+"""One thread per worker; hypothesis profiles of hamblocks and poisoned memory for every test."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks checks of Triton kernels as slow, and deselects tests that need a GPU where there is none."""
+    """Marks checks of interpreted Triton kernels as slow; without a GPU, deselects tests for one."""
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(
             items=[item for item in items if item.get_closest_marker("gpu")]
@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         if getattr(getattr(check, "part", None), "impl", None) in (*INTERPRETED, "flex"):
             item.add_marker(pytest.mark.slow)
+        if getattr(getattr(check, "check", None), "law", None) == "works_in_a_layer":
+            item.add_marker(pytest.mark.slow)  # the checks of layers run the same laws
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What an import costs and needs: no torch before it is used, extras named where missing, no cycle."""
+"""Imports: no torch before it is used, a missing extra is named, and no cycle."""
 
 from __future__ import annotations
 
@@ -77,7 +77,11 @@ def test_the_command_names_its_extra_in_one_line(tmp_path, missing):
 
 
 def test_the_command_without_the_extra_for_checks_names_it(tmp_path):
-    code = "sys.argv = ['hamblocks', 'check', 'gate', 'm:G']\nfrom hamblocks.__main__ import main\nmain()"
+    code = (
+        "sys.argv = ['hamblocks', 'check', 'gate', 'm:G']\n"
+        "from hamblocks.__main__ import main\n"
+        "main()"
+    )
     done = run(code, missing=("hypothesis",), path=tmp_path)
     assert done.returncode == 2
     assert "hamblocks[test]" in " ".join(done.stderr.replace("│", " ").split())

@@ -37,14 +37,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require("hf", f"hamblocks.models.{name}", "transformers")
-    # `modeling` registers the models with the Auto classes, whichever name is used first
-    import_module("hamblocks.models.modeling")
-    value: object = getattr(import_module(f"hamblocks.models.{_HOME[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # type checkers would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        require("hf", f"hamblocks.models.{name}", "transformers")
+        # `modeling` registers the models with the Auto classes, whichever name is used first
+        import_module("hamblocks.models.modeling")
+        value: object = getattr(import_module(f"hamblocks.models.{_HOME[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

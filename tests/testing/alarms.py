@@ -1,4 +1,7 @@
-"""How often the checks reject what is right: the ci profile over all sound parts, under 20 seeds. `make alarms`."""
+"""How often checks reject sound parts: the ci profile over all of them under 20 seeds.
+
+Run by `make alarms`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SEEDS = 20
 
 
 def checks() -> list[Any]:
-    """Every check of every sound part that draws cases."""
+    """Every check that draws cases, for every sound part."""
     import test_ours
 
     tests = [one for name, one in vars(test_ours).items() if name.startswith("test_")]
@@ -23,7 +26,7 @@ def checks() -> list[Any]:
 
 
 def under(seed: int) -> tuple[int, int, list[str]]:
-    """Seed, how many checks ran, and what failed."""
+    """Runs all checks with a seed: the seed, how many checks ran, and the failures."""
     torch.set_num_threads(1)
     failed = []
     for one in checks():
@@ -48,7 +51,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for seed, ran, failed in pool.imap_unordered(under, range(1, SEEDS + 1)):
             print(
-                f"seed {seed}: {ran} checks, {len(failed)} failed, {time.perf_counter() - begin:.0f} s",
+                f"seed {seed}: {ran} checks, {len(failed)} failed, "
+                f"{time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
             alarms += len(failed)

@@ -93,7 +93,12 @@ def outcomes(kind: str, part: Any, **given: Any) -> dict[str, str]:
         ("gate", gates.CrossesBorders(), "check_gate_packed_is_one_by_one"),
         ("gate", gates.LeaksThroughTheBias(), "check_gate_gradients_are_causal"),
         ("memory", memories.ReturnsNoState(), "check_memory_can_be_called"),
-        ("memory", memories.ForgetsItsState(), "check_memory_any_split_is_one_pass"),
+        pytest.param(
+            "memory",
+            memories.ForgetsItsState(),
+            "check_memory_any_split_is_one_pass",
+            marks=pytest.mark.slow,
+        ),
         ("selector", selectors.FailsOnNothing(), "check_selector_has_its_shapes"),
         ("selector", selectors.RandomTies(), "check_selector_same_call_same_bits"),
     ],

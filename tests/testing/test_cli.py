@@ -1,4 +1,4 @@
-"""`hamblocks check` and `hamblocks record`: tables, JSON, exit codes, golden files that notice changes."""
+"""`hamblocks check` and `hamblocks record`: tables, JSON, exit codes, golden files."""
 
 from __future__ import annotations
 
@@ -78,6 +78,16 @@ def test_a_table_tells_what_passed_failed_and_does_not_apply() -> None:
     assert bad.exit_code == 1
     assert re.search(r"check_gate_is_causal +fail", bad.output)
     assert "again: check_gate_is_causal(Peeks(), PartInputs(" in bad.output
+
+
+def test_a_check_that_needs_a_failed_one_is_not_run() -> None:
+    needs = ("--only", "check_gate_packed_is_one_by_one")
+    result = run("check", "gate", "mine:Peeks", *FEW, *needs)
+    assert result.exit_code == 1
+    line = r"check_gate_packed_is_one_by_one +not run +needs check_gate_is_causal, which fails"
+    assert re.search(line, result.output)
+    assert "0 passed, 1 failed, 1 not applicable, 1 not run" in result.output
+    assert run("check", "gate", "mine:Peeks", *needs).exit_code == 1
 
 
 def test_json_is_all_there_is_on_stdout() -> None:
@@ -217,7 +227,7 @@ def test_what_was_recorded_is_what_is_said_again(tmp_path: Path, kind: str, targ
 
 
 def changed(value: Any) -> Any:
-    """Another number, by more than rounding explains."""
+    """Another number, which differs by more than rounding."""
     return (
         7
         if isinstance(value, int)

@@ -1,4 +1,7 @@
-"""What runs elsewhere is compared on the CPU. "cpu:0" is elsewhere enough: tensors are copied there and back."""
+"""Ops on another device are compared on the CPU.
+
+The device "cpu:0" serves for that: tensors are copied there and back.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def test_inputs_that_change_there_are_noticed() -> None:
 
 @pytest.mark.usefixtures("_uncached")
 def test_what_runs_nowhere_here_is_not_applicable() -> None:
-    """Without a GPU and without the interpreter, Triton is refused in every case, and no check fails for that."""
+    """Without a GPU and the interpreter, Triton refuses every case, and no check fails."""
     with patch("hamblocks_ops.dispatch.interpreting", lambda: False):
         run = CliRunner().invoke(
             app, ["check", "op", "hamblocks.ops:surprise", "--impl", "triton", "--json"]

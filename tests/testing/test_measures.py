@@ -1,4 +1,4 @@
-"""What the checks measure with: budgets, moved arithmetic, filled memory, and inputs whose repr makes them again."""
+"""What the checks measure with: budgets, moved arithmetic, filled memory, reprs of inputs."""
 
 from __future__ import annotations
 

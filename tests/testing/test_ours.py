@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import parts_cases
+import pytest
 from parts_cases import CASES, AtLeast, Loudness, Parity, Size, Smallest, Sum
 
 import hamblocks as hb
@@ -86,8 +87,22 @@ def test_a_combiner_of_one_width(check: Any) -> None:
     check()
 
 
+QUICK = ("threshold", "delta-relative-topk", "router-and", "users-loudness")
+"""Layers that `make quick` runs too: both memories, a ledger, a logit bias, parts of a user."""
+
+
+def layers(names: Any) -> dict[str, hb.HAMLayer]:
+    return {name: parts_cases.build(name, Size(0, 2, 6, (2, 1))) for name in names}
+
+
+@pytest.mark.slow
+@parametrize_with_checks(layers=layers(name for name in CASES if name not in QUICK))
+def test_layers_of_every_part(check: Any) -> None:
+    check()
+
+
 @parametrize_with_checks(
-    layers={case: parts_cases.build(case, Size(0, 2, 6, (2, 1))) for case in CASES}
+    layers=layers(QUICK)
     | {
         "no-memory": hb.HAMLayer(8, 2, memory=None),
         "no-attention": hb.HAMLayer(8, 2, attention=None),

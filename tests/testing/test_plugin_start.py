@@ -48,7 +48,7 @@ def test_a_suite_runs_without_hypothesis(tmp_path):
 
 @pytest.mark.slow
 def test_an_empty_suite_is_collected_as_fast_as_without_the_plugin(tmp_path):
-    """Within 50 ms. The fastest of interleaved runs is the one that other processes disturb least."""
+    """Within 50 ms. Of interleaved runs the fastest is disturbed least by other processes."""
     seconds: dict[tuple[str, ...], list[float]] = {(): [], ("-p", "no:hamblocks"): []}
     for _ in range(9):
         for options, measured in seconds.items():

@@ -1,4 +1,4 @@
-"""The kit inside pytest suites of users: three lines for a part, expected failures, options of the plugin."""
+"""The checks in pytest suites of users: tests of a part, expected failures, options."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def test_expected_failures_fail_as_expected(suite: pytest.Pytester) -> None:
 
 def test_an_expected_failure_that_passes_is_an_error(suite: pytest.Pytester) -> None:
     suite.makepyfile(
-        PART
-        + "\n@parametrize_with_checks(gates=[Written()], expected_failures={'check_gate_is_causal': 'why'})\n"
+        PART + "\n@parametrize_with_checks("
+        "gates=[Written()], expected_failures={'check_gate_is_causal': 'why'})\n"
         "def test_mine(check):\n    check()\n"
     )
     result = suite.runpytest()
