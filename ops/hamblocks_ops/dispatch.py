@@ -44,7 +44,8 @@ class Implementation(Generic[Call, Raw]):
         name: what `impl` names it by.
         run: computes a call. It imports what needs more than torch when it is called, not before.
         refuses: why the implementation cannot run a call, or None when it can.
-        passed_over: why "auto" does not take the implementation, though it can run the call, or None.
+        passed_over: why "auto" does not take the implementation, though it can run the call, or
+            None.
     """
 
     name: str

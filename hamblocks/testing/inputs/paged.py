@@ -22,7 +22,7 @@ LAST = 40
 
 @dataclass(frozen=True, repr=False)
 class PagedInputs(Inputs):
-    """A call of paged_attention; `rows` is H, `together` W, `width` M, slabs are (pages, page size)."""
+    """A call of paged_attention: `rows` is H, `together` W, `width` M; slabs are (pages, size)."""
 
     queries: int = 1
     sequences: int = 2

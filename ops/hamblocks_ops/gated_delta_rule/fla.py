@@ -9,8 +9,8 @@ of the residual is added to that of v_new before the gradient of the states is c
 is 0, 2**-64 takes its place: `out` stays the same to the bit, and the division by beta is defined.
 
 Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`),
-which is called with two entries for each token: the first reads with the key and writes nothing, which
-gives the prediction; the second writes and reads with the query.
+which is called with two entries for each token: the first reads with the key and writes nothing,
+which gives the prediction; the second writes and reads with the query.
 
 Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it
 as one node.
@@ -299,8 +299,8 @@ def recurrent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, residual and final state, all in float32; it has no gradient.
 
-    fla's recurrent kernel decays the state, writes a token and then reads. A call with two entries for
-    each token makes it read before the write: the first has the token's decay, beta = 0 and the
+    fla's recurrent kernel decays the state, writes a token and then reads. A call with two entries
+    for each token makes it read before the write: the first has the token's decay, beta = 0 and the
     key as its query; the second has no decay, the token's beta and its query.
     """
     if v.numel() == 0:

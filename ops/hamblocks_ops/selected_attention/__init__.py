@@ -18,7 +18,7 @@ from hamblocks_ops.arguments import (
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted
 from hamblocks_ops.packing import positions
-from hamblocks_ops.selected_attention import flash, flex, gather, reference
+from hamblocks_ops.selected_attention import flash, flex, reference
 from hamblocks_ops.selected_attention.call import (
     AttentionCall,
     AttentionOutput,
@@ -39,6 +39,13 @@ def _run_triton(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return run(call)
 
 
+def _run_gather(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    # imported when used: registering its operators takes longer than importing all other ops
+    from hamblocks_ops.selected_attention.gather import run
+
+    return run(call)
+
+
 def _waits(_call: AttentionCall) -> str:
     return "it waits for the device to tell which keys are stored"
 
@@ -53,7 +60,7 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @op_with_choice(
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
-    Implementation("gather", gather.run),
+    Implementation("gather", _run_gather),
     Implementation("flash", flash.run, flash.refused, passed_over=_waits),
     Implementation("flex", flex.run, flex.refused, passed_over=_is_the_baseline),
     Implementation("reference", reference.run),
