@@ -23,7 +23,7 @@ test: $(READY) lint docs
 
 # the inner loop
 quick: $(READY) lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not hamblocks_slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not hamblocks_slow" --hamblocks-profile dev
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,16 +13,15 @@ INTERPRETED = ("triton", "fla")
 if not torch.cuda.is_available():  # Triton reads it once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-import hamblocks.testing  # noqa: E402, F401 - it registers the profiles with hypothesis
+from hamblocks.testing import settings  # noqa: E402 - it registers the profiles with hypothesis
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not (
-        config.getoption("hypothesis_profile", None) or config.getoption("--hamblocks-profile")
-    ):
-        hypothesis.settings.load_profile(
-            "hamblocks-ci" if os.environ.get("CI") else "hamblocks-dev"
-        )
+    given = config.getoption("--hamblocks-profile")
+    if not (given or config.getoption("hypothesis_profile", None)):
+        # the same cases on every machine: what fails for one fails for all
+        hypothesis.settings.load_profile("hamblocks-ci")
+        settings.choose(settings.chosen()._replace(profile="ci"))
     from hamblocks_ops.dispatch import interpreting
 
     if interpreting():
