@@ -1,11 +1,11 @@
 """Lists of stored keys, and which blocks of them a block of queries has to visit.
 
 The Triton kernels do not walk all keys. The stored keys of every stream (one batch row, one
-key/value head) are put side by side into one list, and the list is cut into blocks of a fixed size:
+key/value head) are put side by side into one list, which is cut into blocks of a fixed size. A list
+has two parts, each padded to a whole block:
 
-    first part      | keys that outlive every query, in their order                | padded to a
-    whole block second part     | keys that are evicted before the last query, in their order  |
-    padded
+1. keys that outlive every query, in their order;
+2. keys that are evicted before the last query, in their order.
 
 The parts are apart because their visits differ. A query block sees everything in the first part up
 to its own position, and most of that without a mask. Of the second part it sees the few keys whose
