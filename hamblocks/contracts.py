@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hamblocks.cache import CacheSizes
@@ -65,8 +66,7 @@ def check_selection(result: object, score: Tensor) -> None:
     is_right = (
         isinstance(evict_at, Tensor)
         and evict_at.shape == score.shape
-        and evict_at.dtype.is_signed
-        and not evict_at.is_floating_point()
+        and evict_at.dtype == torch.int32
     )
     if not is_right:
         expected = f"evict_at int32 {list(score.shape)}, positions and no mask"

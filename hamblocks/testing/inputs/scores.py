@@ -37,6 +37,11 @@ class Scores(Sequences):
     layout: str = "contiguous"
     seed: int = 0
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is a token in any batch row."""
+        return all(self.rows)
+
     def tensors(self) -> dict[str, Tensor]:
         """The arguments by name."""
         draw = Draw(self.seed)

@@ -79,7 +79,7 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
 def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -> None:
     """The state is a tree of tensors `[N, ...]`: reordering it reorders what its sequences get."""
     subject = MemorySubject(part, case)
-    t = min(case.cuts[0], case.tokens)
+    t = max(1, min(case.cuts[0], case.tokens - 1))
     order = torch.arange(case.batch).flip(0)
     with torch.no_grad():
         _, state = subject.run(by_token(subject.inputs, slice(0, t)))
@@ -87,6 +87,8 @@ def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -
             assert x.shape[:1] == (case.batch,), (
                 f"tensor {number} of the state: {list(x.shape)}, expected [N, ...]"
             )
+        if t == case.tokens:
+            return  # one token: nothing follows the state
         rest = by_token(subject.inputs, slice(t, None))
 
         def run() -> Results:
@@ -124,6 +126,8 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
     second = [slice(half, end) for (_, end), half in zip(spans, halves, strict=True)]
 
     def packed(parts: list[slice], state: Any) -> tuple[Results, Any]:
+        if not any(own.stop > own.start for own in parts):
+            return {}, state  # no part is called without a token
         inputs = {
             name: torch.cat([x[:, :0], *(x[:, own] for own in parts)], 1)
             for name, x in subject.inputs.items()
@@ -137,8 +141,11 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
         def alone() -> Results:
             found = []
             for before, after in zip(first, second, strict=True):
-                _, past = subject.run(by_token(subject.inputs, before))
-                found.append(subject.run(by_token(subject.inputs, after), past)[0])
+                past = None
+                if before.stop > before.start:
+                    _, past = subject.run(by_token(subject.inputs, before))
+                if after.stop > after.start:
+                    found.append(subject.run(by_token(subject.inputs, after), past)[0])
             return {
                 name: torch.cat([x[:, :0], *(one[name] for one in found)], 1)
                 for name, x in got.items()

@@ -49,14 +49,6 @@ class LongLifetimes(Threshold):
         return hb.Selection(super().forward(*args, **call).evict_at.long())
 
 
-@rejected_by("selector_has_its_shapes")
-class FailsOnNothing(Threshold):
-    """The largest score of a sequence without tokens."""
-
-    def kept(self, score):
-        return super().kept(score) | (score == score.max())
-
-
 @rejected_by("selector_is_causal")
 class AboveTheMean(Threshold):
     """Stores what is above the mean of the sequence."""
