@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from typing import Any, Final, Literal
 
 from torch import nn
@@ -22,7 +23,8 @@ from hamblocks.protocols import (
     check_count,
     check_part,
 )
-from hamblocks.selectors import not_causal
+from hamblocks.reachable import find_controllers
+from hamblocks.selectors import ignores_score, not_causal
 from hamblocks_ops.arguments import wrong
 
 
@@ -49,6 +51,18 @@ def is_own(part: object) -> bool:
         for x in held
         if callable(x) and not isinstance(x, type)
     )
+
+
+def warn_of_unsaved(name: str, part: object) -> None:
+    """Warns of a controller in a part that is stepped, but whose threshold is not saved."""
+    for controller in find_controllers(part):
+        if not isinstance(controller, nn.Module):
+            warnings.warn(
+                f"{name}: expected controllers that are torch.nn.Module, got "
+                f"{type(controller).__name__}: it is stepped, but the model neither saves nor "
+                "moves its threshold",
+                stacklevel=3,
+            )
 
 
 def dims_of(
@@ -101,6 +115,10 @@ def parts_of(
             raise wrong("gate", f"{expected} where memory=None", gate)
         gate = None if gate is DEFAULT else gate
         selector = None if selector is DEFAULT else selector
+    chosen = None if selector is DEFAULT else selector
+    if gate is None and chosen is not None and not ignores_score(chosen):
+        expected = "a gate, for a selector that reads scores, e.g. LearnedRouter()"
+        raise wrong("gate", expected, f"None beside {selector}")
     if selector is DEFAULT:
         expected = "a selector, e.g. Threshold(TargetFraction(0.25)) | Window(64)"
         raise wrong("selector", f"{expected}, or None to store every token", "none")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.cache import CacheSizes
-from hamblocks.protocols import GateOutput, LayerDims, MemoryTrace, Selection
+from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_tensor, wrong
 
@@ -68,6 +68,12 @@ def check_selection(result: object, score: Tensor) -> None:
         and evict_at.shape == score.shape
         and evict_at.dtype == torch.int32
     )
+    if result.lowered is not None and not isinstance(result.lowered, Lifetimes):
+        raise wrong(
+            "selector", "lowered: Lifetimes(position, evict_at) or None", _kind(result.lowered)
+        )
+    if result.ledger is not None and not hasattr(result.ledger, "position"):
+        raise wrong("selector", "a ledger with a field position, or None", _kind(result.ledger))
     if not is_right:
         expected = f"evict_at int32 {list(score.shape)}, positions and no mask"
         raise wrong("selector", expected, _kind(evict_at))

@@ -315,7 +315,7 @@ class PagedKeys(Keys):
     def _refused(self, q: Tensor) -> str | None:
         """Why pages cannot be read where they lie, or None."""
         if torch.is_grad_enabled() and (q.requires_grad or self._learns):
-            return "attention over pages has no gradient (torch.no_grad() asks for none)"
+            return "attention over pages has no gradient (call it under torch.no_grad())"
         return self._not_in_place
 
     def _passed_over(self) -> str | None:

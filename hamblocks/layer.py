@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks import contracts
-from hamblocks.assembly import DEFAULT, OrDefault, dims_of, is_own, parts_of
+from hamblocks.assembly import (
+    DEFAULT,
+    OrDefault,
+    dims_of,
+    is_own,
+    parts_of,
+    warn_of_unsaved,
+)
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.ledger import EMPTY
@@ -105,8 +112,9 @@ class HAMLayer(nn.Module):
             num_heads: query heads, and heads of the memory.
             selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`. None
                 stores every token. It must be given where the layer has a memory and attention.
-            gate: what a token's score is. Default: `PredictionError("cosine")`. None: every score
-                is 0, for selectors that do not look at scores, and in a layer without a memory.
+            gate: what a token's score is. Default: `PredictionError("cosine")`, and None in a layer
+                without a memory. None: every score is 0, which is allowed for selectors that decide
+                by position alone (`Window`, `FirstTokens`).
             memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has none.
             attention: Default: `SelectedAttention()`. None: the layer has none, and no cache.
             combiner: Default: `GatedSum()`.
@@ -137,6 +145,8 @@ class HAMLayer(nn.Module):
         }
         if hidden:
             self.part_modules = nn.ModuleDict(hidden)
+        for name, part in parts.items():
+            warn_of_unsaved(name, part)
         self._is_own: dict[str, tuple[object, bool]] = {}
 
     # states
@@ -323,7 +333,13 @@ class HAMLayer(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        return LayerExplanation({choice.op: choice.explanation for choice in reversed(choices)})
+        answers = {choice.op: choice.explanation for choice in choices}
+        kinds = ("memory", "gate", "selector", "attention", "combiner")
+        parts = {kind: getattr(self, kind) for kind in kinds}
+        names = {kind: "none" if x is None else type(x).__name__ for kind, x in parts.items()}
+        how = "whole sequences" if state is None else "the next piece of each sequence of a state"
+        learns = "with" if torch.is_grad_enabled() else "without"
+        return LayerExplanation(answers, f"{how}, x {list(x.shape)}, {learns} gradients", names)
 
     def _of_no_token(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None

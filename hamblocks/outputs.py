@@ -55,11 +55,25 @@ class LayerOutput(NamedTuple):
 
 
 class LayerExplanation(dict[str, Explanation]):
-    """By op, what every implementation answers to a call of a layer; see `HAMLayer.explain`."""
+    """By op, what every implementation answers to one call of a layer; see `HAMLayer.explain`.
+
+    Attributes:
+        call: the kind of call, in words.
+        parts: by kind, the class of each part of the layer.
+    """
+
+    def __init__(self, answers: dict[str, Explanation], call: str, parts: dict[str, str]) -> None:
+        super().__init__(answers)
+        self.call, self.parts = call, parts
+
+    @property
+    def chosen(self) -> dict[str, str | None]:
+        """By op, the implementation that "auto" takes; None if nothing can run the call."""
+        return {op: answers.chosen for op, answers in self.items()}
 
     def __str__(self) -> str:
-        lines = []
+        lines = [self.call, *(f"{kind}: {name}" for kind, name in self.parts.items())]
         for op, answers in self.items():
-            lines.append(f"{op}: {answers.chosen or 'nothing'}")
+            lines.append(f"op {op}: {answers.chosen or 'nothing'}")
             lines += [f"    {name}: {answer}" for name, answer in answers.items()]
         return "\n".join(lines)

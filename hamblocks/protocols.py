@@ -226,6 +226,13 @@ class HasCausality(Protocol):
 
 
 @runtime_checkable
+class IgnoresScore(Protocol):
+    """A selector that decides by position alone, and so needs no gate: `ignores_score` is True."""
+
+    ignores_score: bool
+
+
+@runtime_checkable
 class Controller(Protocol):
     """Sets a threshold. `step_controllers` calls `step()` once per optimizer step, to move it."""
 

@@ -16,6 +16,7 @@ from hamblocks.packed import per_sequence
 from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
 from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
+from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
@@ -56,6 +57,7 @@ __all__ = [
     "TopK",
     "Window",
     "cache_transaction",
+    "explain",
     "hook_controllers",
     "ops",
     "per_sequence",

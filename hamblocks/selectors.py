@@ -27,6 +27,7 @@ from hamblocks.protocols import (
     Controller,
     HasCausality,
     HasLedger,
+    IgnoresScore,
     Lifetimes,
     Selection,
     Selector,
@@ -69,6 +70,11 @@ def not_causal(selector: Selector) -> Selector | None:
         found = not_causal(selector.left)
         return not_causal(selector.right) if found is None else found
     return None if is_causal(selector) else selector
+
+
+def ignores_score(selector: Selector) -> bool:
+    """Whether a selector decides by position alone; one that does has `ignores_score = True`."""
+    return isinstance(selector, IgnoresScore) and bool(selector.ignores_score)
 
 
 class Composable(nn.Module):
@@ -142,6 +148,8 @@ class Threshold(Composable):
 class Window(Composable):
     """Sliding window: a token is seen by itself and by the next `width - 1` queries."""
 
+    ignores_score = True
+
     def __init__(self, width: int) -> None:
         """Makes the selector.
 
@@ -170,6 +178,8 @@ class Window(Composable):
 @final
 class FirstTokens(Composable):
     """Stores the first `n` tokens of each sequence for good (attention sinks, arXiv 2309.17453)."""
+
+    ignores_score = True
 
     def __init__(self, n: int) -> None:
         """Makes the selector.
@@ -271,6 +281,11 @@ class Combined(Composable):
     def causal(self) -> bool:
         """Whether both sides are causal."""
         return is_causal(self.left) and is_causal(self.right)
+
+    @property
+    def ignores_score(self) -> bool:
+        """Whether neither side looks at scores."""
+        return ignores_score(self.left) and ignores_score(self.right)
 
     def combine(self, left: Tensor, right: Tensor) -> Tensor:
         """Combines the lifetimes of the two sides, int32 of any one shape."""

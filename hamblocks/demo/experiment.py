@@ -245,7 +245,10 @@ def _measure(name: str, model: Decoder, settings: Settings, corpus: Corpus, seco
         kept.append(fmean(float(stats.keep_fraction()) for stats in result.stats))
         seen += len(tokens) * settings.length
         for state in result.state or []:
-            per_token = 2 * state.cache.head_dim * state.cache.dtype.itemsize
+            sizes = None if state.cache is None else state.cache.sizes
+            if state.cache is None or sizes is None:
+                continue  # a layer without attention stores nothing
+            per_token = 2 * sizes.head_dim * sizes.dtype.itemsize
             stored_bytes += float(state.cache.tokens.sum()) * per_token
     return Run(name, fmean(losses) / math.log(2), fmean(kept), stored_bytes / seen, seconds)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks import contracts
 from hamblocks.attention import SelectedAttention
 from hamblocks.cache import KVCache
 from hamblocks.combiners import GatedSum
@@ -22,6 +23,7 @@ from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
 from hamblocks.protocols import LayerDims, MemoryTrace
+from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import PartInputs
@@ -49,12 +51,13 @@ def made(part: Any, dims: LayerDims | None, dtype: torch.dtype, seed: int) -> An
         build = getattr(part, "build", None)
         if build is not None and dims is not None:
             build(dims)
-        if isinstance(part, nn.Module):
+        # modules in a plain part are moved and cast as the layer that registers them does it
+        for module in [part] if isinstance(part, nn.Module) else hidden_modules(part).values():
             with torch.no_grad():
-                for weight in part.parameters():
+                for weight in module.parameters():
                     if weight.is_floating_point():
                         weight.add_(torch.randn_like(weight), alpha=0.2)
-            part = part.to(dtype).eval()
+            module.to(dtype).eval()
     return part
 
 
@@ -286,7 +289,9 @@ class CombinerSubject(Subject):
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
         """Results: y."""
-        return {"y": self.part(*inputs.values())}, None
+        y = self.part(*inputs.values())
+        contracts.check_combiner(y, inputs["x"])
+        return {"y": y}, None
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """y has the shape and dtype of x."""

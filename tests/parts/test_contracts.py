@@ -76,6 +76,14 @@ WRONG = {
         "selector",
         {"selector": selected(lambda s: hb.Selection(torch.full_like(s[..., :1], NEVER).int()))},
     ),
+    "selector that lowers by a tensor": (
+        "selector",
+        {"selector": selected(lambda s: hb.Selection(s.int(), lowered=s.int()))},
+    ),
+    "selector with a ledger of its own kind": (
+        "selector",
+        {"selector": selected(lambda s: hb.Selection(s.int(), ledger=(s,)))},
+    ),
     "attention that returns its log-sum-exp too": (
         "attention",
         {"attention": Attention(lambda q, keys: keys.attend(q))},
@@ -217,3 +225,20 @@ def test_weights_of_a_plain_gate_are_trained():
 
     layer = hb.HAMLayer(32, 4, gate=Gate(), selector=hb.TopK(4))
     assert layer.gate.score.weight in set(layer.parameters())
+
+
+def test_a_controller_whose_threshold_is_not_saved_warns():
+    class Mine:
+        tau = torch.tensor(0.5)
+
+        def __call__(self, score):
+            return self.tau
+
+        def step(self):
+            self.tau = self.tau + 0.01
+
+    with pytest.warns(UserWarning, match=r"^selector: expected controllers .* got Mine: .*saves"):
+        layer = hb.HAMLayer(32, 4, selector=hb.Threshold(Mine()))
+    layer(torch.randn(1, 4, 32))
+    hb.step_controllers(layer)
+    assert float(layer.selector.controller.tau) == pytest.approx(0.51)

@@ -290,7 +290,14 @@ def test_a_layer_explains_every_op_it_calls():
     assert set(explanation) == {"gated_delta_rule", "surprise", "attention"}
     assert explanation["gated_delta_rule"].chosen == "chunked"
     assert explanation["attention"].chosen == "paged_attention pages"
-    assert "attention: paged_attention pages\n    paged_attention triton: " in str(explanation)
+    assert explanation.chosen["attention"] == "paged_attention pages"
+    assert explanation.parts["selector"] == "Threshold"
+    lines = str(explanation).splitlines()
+    assert lines[0] == (
+        "the next piece of each sequence of a state, x [2, 1, 16], without gradients"
+    )
+    assert lines[1] == "memory: GatedDeltaMemory"
+    assert "op attention: paged_attention pages" in lines
     # the state goes on as if nobody had asked
     close(layer.prefill(x, state).y, layer.prefill(x, twin).y)
 

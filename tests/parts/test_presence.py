@@ -152,6 +152,8 @@ WRONG = {
     "gate without attention": {"attention": None, "gate": hb.PeriodicGate(2)},
     "selector without attention": {"attention": None, "selector": hb.Window(2)},
     "gate without a memory": {"memory": None, "gate": hb.PredictionError()},
+    "gate for a selector that reads scores": {"memory": None, "selector": hb.Threshold(0.9)},
+    "gate for a side that reads scores": {"gate": None, "selector": hb.Window(2) | hb.TopK(2)},
     "attention": {"memory": None, "attention": None},
 }
 

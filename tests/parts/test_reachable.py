@@ -257,6 +257,7 @@ def test_what_is_a_controller():
     assert find_controllers([annealed]) == model_controllers(nn.Sequential(annealed)) == [annealed]
 
 
+@pytest.mark.filterwarnings("ignore:.*expected controllers:UserWarning")
 def test_a_controller_inside_another_is_stepped_by_it_alone():
     class PlainAnnealed(Plain):
         """No module, around a module."""
@@ -291,6 +292,7 @@ def stepped(model, *controllers):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*expected controllers:UserWarning")
 def test_step_controllers_finds_what_the_parts_of_layers_hold():
     plain, moved, free = Plain(), Mine(), hb.TargetFraction(0.5)
 

@@ -164,6 +164,9 @@ def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
 
 def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> None:
     """The state dict holds everything: a copy that loads it continues with the same thresholds."""
+    assert isinstance(part, nn.Module), (
+        f"{type(part).__name__} is no torch.nn.Module: a model neither saves nor moves its threshold"
+    )
     controller, other = training(part), training(part)
     steps(controller, case)
     reload(controller, other)
@@ -264,7 +267,7 @@ CHECKS = [
         applies=_no_threshold,
         alone=True,
     ),
-    _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, applies=_no_module, share=2),
+    _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, share=2),
     _check("same_call_same_bits", _same_call_same_bits, share=2),
     _check("nothing_given_changes", _nothing_given_changes, share=2),
     _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, share=2),

@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hamblocks import contracts
 from hamblocks.controllers import step_controllers
 from hamblocks.ledger import EMPTY
 from hamblocks.protocols import Selection
@@ -98,7 +99,7 @@ def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
     selector, call = ready(part), case.tensors()
     call.pop("position", None)
     selection = selector(**call)
-    assert isinstance(selection, Selection), f"{type(selection).__name__}, expected a Selection"
+    contracts.check_selection(selection, call["score"])
     shape, dtype = selection.evict_at.shape, selection.evict_at.dtype
     assert shape == call["score"].shape, (
         f"evict_at: shape {list(shape)}, expected {list(call['score'].shape)}"

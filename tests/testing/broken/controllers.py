@@ -153,3 +153,17 @@ class ReadsTau(Controller):
 
     def forward(self, score):
         return super().forward(score) if self.count.item() < 1e9 else self.tau
+
+
+@rejected_by("controller_state_dict_is_all_there_is")
+class PlainSchedule:
+    """A schedule in a plain object, which no model saves."""
+
+    def __init__(self):
+        self.tau = torch.tensor(0.0)
+
+    def __call__(self, score):
+        return self.tau
+
+    def step(self):
+        self.tau = self.tau + 0.01
