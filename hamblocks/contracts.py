@@ -1,4 +1,4 @@
-"""Checks at the layer's border: what each part returned, and whether a state fits the layer."""
+"""Checks what each part of a layer returned, and whether a state fits the layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     """Checks what the gate returned for x `[B, T, hidden_size]`.
 
     Raises:
-        ValueError: it is no GateOutput, or has a wrong number of tokens or heads.
+        ValueError: it is not a GateOutput, or has a wrong number of tokens or heads.
     """
     if not isinstance(result, GateOutput):
         raise wrong("gate", "GateOutput(score, logit_bias) from its call", _kind(result))
@@ -58,7 +58,7 @@ def check_selection(result: object, score: Tensor) -> None:
     """Checks what the selector returned for scores `[B, T, heads]`.
 
     Raises:
-        ValueError: it is no Selection, or its lifetimes are no int32 tensor of the score's shape.
+        ValueError: it is not a Selection, or its lifetimes are not int32 of the score's shape.
     """
     if not isinstance(result, Selection):
         raise wrong("selector", "Selection(evict_at, ...) from its call", _kind(result))
@@ -83,7 +83,7 @@ def check_prepared(result: object, q: Tensor, k: Tensor) -> None:
     """Checks what `prepare` of the attention part returned.
 
     Raises:
-        ValueError: it is not (q, k) in their shapes and dtypes.
+        ValueError: it is not (q, k) with the given shapes and dtypes.
     """
     if not isinstance(result, tuple) or len(result) != 2:
         raise wrong("attention", "(q, k) from prepare", _kind(result))
@@ -97,7 +97,7 @@ def check_attention(read: object, q: Tensor) -> None:
     """Checks what the attention part returned for queries `[B, T, H, D]`.
 
     Raises:
-        ValueError: it is no tensor of the shape of q.
+        ValueError: it is not a tensor of the shape of q.
     """
     _check_read("attention", read, q)
 
@@ -106,7 +106,7 @@ def check_combiner(y: object, x: Tensor) -> None:
     """Checks what the combiner returned for x `[B, T, hidden_size]`.
 
     Raises:
-        ValueError: it is no tensor of the shape of x.
+        ValueError: it is not a tensor of the shape of x.
     """
     if not isinstance(y, Tensor) or y.shape != x.shape:
         expected = f"y [B, T, hidden_size] = {list(x.shape)} from its call"
@@ -114,10 +114,10 @@ def check_combiner(y: object, x: Tensor) -> None:
 
 
 def check_state(state: object, dims: LayerDims, sequences: int) -> None:
-    """Checks that a layer of these sizes can go on from a state with `sequences` sequences.
+    """Checks that a layer of sizes `dims` can continue `sequences` sequences from a state.
 
     Raises:
-        ValueError: it is no HAMState, is spent, or is of another layer or batch size.
+        ValueError: it is not a HAMState, is spent, or belongs to another layer or batch size.
     """
     if not isinstance(state, HAMState):
         raise wrong("state", "a HAMState", type(state).__name__)
@@ -139,10 +139,11 @@ def check_state(state: object, dims: LayerDims, sequences: int) -> None:
 def check_cache(
     sizes: CacheSizes | None, k: Tensor, score: Tensor, logit_bias: Tensor | None
 ) -> None:
-    """Checks that a cache of these sizes can take keys, decided and biased like these.
+    """Checks that a cache can store tokens with these keys, scores and biases.
 
     Raises:
-        ValueError: another dtype, another number of deciding heads, or a bias on one side only.
+        ValueError: dtype, device or the number of heads of scores and biases differ from the cache,
+            or only one of the two has logit biases.
     """
     if sizes is None:
         return
@@ -177,7 +178,7 @@ def _check_shape(name: str, value: object, sizes: list[int | None]) -> None:
 
 
 def _kind(value: object) -> str:
-    """What came, short: a tensor by dtype and shape, a tuple by its entries, else the type."""
+    """Short form of a value for messages: dtype and shape, the entries of a tuple, or the type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, tuple) and not hasattr(value, "_fields"):

@@ -1,7 +1,8 @@
-"""Keys: all that attention may read in one call, whether it lies in dense tensors or in pages.
+"""Keys: all keys and values that attention may read in one call, in dense tensors or in pages.
 
-An attention part gets `(q, keys)` and cannot tell which kind it has. `attend` is the one place that
-chooses an implementation; `explain` shows that choice with its reasons.
+An attention part gets `(q, keys)`. `DenseKeys` and `PagedKeys` have the same interface, so the part
+runs unchanged with either. `attend` chooses the implementation; `explain` shows that choice and the
+reasons for it.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from hamblocks_ops.selected_attention import AttentionOutput
 Result = TypeVar("Result")
 
 PAGED_MAX_QUERIES = 8
-"""With up to this many queries per sequence, "auto" reads pages where they lie. With more, a padded
-copy of the pages costs less than reading every page once per query."""
+"""With up to this many queries per sequence, "auto" reads pages in place. With more, copying the
+pages into padded tensors once costs less than reading every page once per query."""
 
 
 class Keys(ABC):
-    """What may be read in one call.
+    """The keys and values that may be read in one call.
 
     Attributes:
-        query_position: int32 `[B, T]`, position of each query within its sequence, -1 for padding,
-            which sees nothing.
+        query_position: int32 `[B, T]`, position of each query within its sequence; -1 for padding.
+            A padding query sees no key.
     """
 
     query_position: Tensor
@@ -55,11 +56,11 @@ class Keys(ABC):
             q: `[B, T, H, D]`.
             scale: factor of the logits; None: D ** -0.5.
             impl: an implementation of `selected_attention` or, for keys in pages, of
-                `paged_attention`; "auto": the first in `explain(q)` that answers "yes".
+                `paged_attention`; "auto": the first one whose entry in `explain(q)` is "yes".
 
         Returns:
-            out `[B, T, H, D]` in the dtype of q, 0 where a query sees nothing, and lse
-            `[B, T, H]`, -inf there.
+            out `[B, T, H, D]` in the dtype of q, and lse `[B, T, H]`. For a query that sees no
+            key, out is 0 and lse is -inf.
 
         Raises:
             UnsupportedError: `impl` cannot run this call.
@@ -68,7 +69,10 @@ class Keys(ABC):
 
     @abstractmethod
     def explain(self, q: Tensor, *, scale: float | None = None) -> Explanation:
-        """Every way to run `attend(q)`, in the order of "auto", with "yes" or a reason why not."""
+        """Lists every implementation of `attend(q)` with "yes" or the reason why it cannot run.
+
+        The order is the one in which "auto" tries them.
+        """
 
     @abstractmethod
     def dense(self) -> DenseKeys:
@@ -77,11 +81,11 @@ class Keys(ABC):
 
 @final
 class DenseKeys(Keys):
-    """Keys as plain tensors, for arithmetic of one's own.
+    """Keys as plain tensors, for attention parts that compute attention themselves.
 
-    Query t sees key j iff `position[j] <= query_position[t] < evict_at[j]` and both are of one
-    sequence. `logits`, `softmax` and `read` are the three steps of attention, so that a part
-    changes only the step it is about:
+    Query t sees key j iff `position[j] <= query_position[t] < evict_at[j]` and both belong to the
+    same sequence. `logits`, `softmax` and `read` are the three steps of attention; a part can
+    replace one of them and reuse the others:
 
         dense = keys.dense()
         weights = dense.softmax(dense.logits(q) - slope * dense.distance(q.shape[2]))
@@ -123,7 +127,7 @@ class DenseKeys(Keys):
         return self._run(selected_attention.explain, q, scale=scale)
 
     def _run(self, run: Callable[..., Result], q: Tensor, **more: object) -> Result:
-        """Calls what takes the arguments of `selected_attention`."""
+        """Calls `run` with these keys as the arguments of `selected_attention`."""
         return run(
             q,
             self.k,
@@ -137,20 +141,20 @@ class DenseKeys(Keys):
         )
 
     def dense(self) -> DenseKeys:
-        """Itself."""
+        """Returns self."""
         return self
 
-    # the steps of attention
+    # the three steps of attention, and the mask that they use
 
     def visible(self, num_heads: int | None = None) -> Tensor:
         """Which query sees which key, bool.
 
         Args:
-            num_heads: H, to repeat what several key/value heads decided for their query heads.
+            num_heads: H, to repeat the mask of each key/value head for its query heads.
 
         Returns:
-            `[B, H, T, L]`; without `num_heads` `[B, Hkv, T, L]`. `[B, 1, T, L]` where all heads see
-            the same.
+            `[B, H, T, L]`, or `[B, Hkv, T, L]` without `num_heads`. `[B, 1, T, L]` if position and
+            evict_at are the same for all heads.
         """
         asked = self.query_position[:, None, :, None]
         begins, ends = (_by_head(x)[:, :, None] for x in (self.position, self.evict_at))
@@ -161,19 +165,19 @@ class DenseKeys(Keys):
         return _for_queries(seen, num_heads)
 
     def distance(self, num_heads: int | None = None) -> Tensor:
-        """How many tokens a key lies behind a query, int32, shaped as `visible`; 0 where unseen."""
+        """query_position - key position, int32, shape as `visible`; 0 where the key is not seen."""
         back = self.query_position[:, None, :, None] - _by_head(self.position)[:, :, None]
         return _for_queries(torch.where(self.visible(), back, 0), num_heads)
 
     def logits(self, q: Tensor, *, scale: float | None = None) -> Tensor:
-        """scale * q k^T + logit_bias, for every key, seen or not: `softmax` hides what is unseen.
+        """scale * q k^T + logit_bias for every key. The mask is applied later, in `softmax`.
 
         Args:
             q: `[B, T, H, D]`; query head h reads key/value head h // (H // Hkv).
             scale: factor of the products; None: D ** -0.5.
 
         Returns:
-            `[B, H, T, L]`, float32, float64 for float64 q.
+            `[B, H, T, L]`, float32, or float64 for float64 q.
         """
         dtype, group = wide(q), q.shape[2] // self.k.shape[2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -184,11 +188,12 @@ class DenseKeys(Keys):
         return logits.flatten(1, 2)
 
     def softmax(self, logits: Tensor, *, null: Tensor | None = None) -> Tensor:
-        """Weights of the keys that a query sees: 0, and not NaN, where it sees none.
+        """Softmax over the keys that each query sees; all 0, not NaN, if it sees no key.
 
         Args:
             logits: `[B, H, T, L]`.
-            null: `[H]`, logits of one more key, whose value is 0: with it a query may read nothing.
+            null: `[H]`, logits of an extra key whose value is 0, which lets a query read nothing.
+                Its weight is not returned, so the weights of a query may sum to less than 1.
 
         Returns:
             `[B, H, T, L]`.
@@ -198,28 +203,33 @@ class DenseKeys(Keys):
         if null is not None:
             null = null.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, null], -1)
+        # the shift by the maximum cancels in the quotient, so it needs no gradient
         peak = logits.detach().amax(-1, keepdim=True)
+        # a query without keys has peak -inf, and -inf - -inf would be NaN: shift by 0 instead
         weight = (logits - peak.masked_fill(peak == float("-inf"), 0)).exp()
-        total = weight.sum(-1, keepdim=True)
+        total = weight.sum(-1, keepdim=True)  # 0 for a query without keys
         weight = weight / total.masked_fill(total == 0, 1)
         return weight if null is None else weight[..., :-1]
 
     def read(self, weights: Tensor) -> Tensor:
-        """The weighted sum of values: weights `[B, H, T, L]` -> `[B, T, H, D]`, dtype of v."""
+        """Sums the values with weights `[B, H, T, L]`; returns `[B, T, H, D]` in the dtype of v."""
         kv_heads = self.v.shape[2]
         grouped = weights.unflatten(1, (kv_heads, -1))
         values = self._seen(self.v).to(weights.dtype)
         return torch.einsum("bhgtl,blhd->bthgd", grouped, values).flatten(2, 3).to(self.v.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """k or v with zeros where no query sees the key: it may hold NaN, and 0 * NaN is NaN."""
+        """Zeros the entries of k or v that no query sees.
+
+        Such an entry may hold NaN. Its weight is 0, but 0 * NaN is NaN.
+        """
         seen = self.visible().any(2).mT[..., None]
         return x.masked_fill(~seen, 0)
 
 
 @final
 class PagedKeys(Keys):
-    """The pages of a cache, together with the tokens of the call.
+    """The pages of a cache, and the new tokens of the call.
 
     Attributes:
         query_position: int32 `[N, T]`.
@@ -235,15 +245,16 @@ class PagedKeys(Keys):
         not_in_place: str | None,
         copy: Callable[[], DenseKeys],
     ) -> None:
-        """Made by the cache.
+        """Called by the cache only.
 
         Args:
             query_position: int32 `[N, T]`.
-            pages: gives the slabs and the page table that `paged_attention` takes.
-            shared: whether a page may be listed twice, as `paged_attention` takes it.
+            pages: returns the slabs and the page table that `paged_attention` takes.
+            shared: the argument `shared` of `paged_attention`: whether two streams may list the
+                same page; None: not known.
             learns: whether a tensor of the new tokens requires a gradient.
-            not_in_place: why the pages cannot be read where they lie, or None.
-            copy: gives the same keys as padded tensors.
+            not_in_place: why the pages cannot be read in place, or None.
+            copy: returns the same keys as padded tensors.
         """
         self.query_position = query_position
         self._pages, self._copy = pages, copy
@@ -258,7 +269,8 @@ class PagedKeys(Keys):
             return self._attend(q, scale, impl)
         before = len(choices)
         result = self._attend(q, scale, impl)
-        # one choice among all ways to read, in place of that of the op that was called
+        # The op that ran recorded a choice among its own implementations. Callers of `explain` need
+        # one entry that lists the implementations of both ops, so that entry replaces it.
         choices[before:] = [Choice("attention", impl, self.explain(q, scale=scale))]
         return result
 
@@ -277,7 +289,7 @@ class PagedKeys(Keys):
         )
 
     def explain(self, q: Tensor, *, scale: float | None = None) -> Explanation:
-        """See `Keys.explain`: first the implementations that read pages, then those over a copy."""
+        """See `Keys.explain`: first the implementations that read pages, then those that copy."""
         refused, passed_over = self._refused(q), self._passed_over()
         answers: dict[str, str] = {}
         if refused is None:
@@ -298,28 +310,32 @@ class PagedKeys(Keys):
         return Explanation(answers)
 
     def dense(self) -> DenseKeys:
-        """The pages and the new tokens as padded tensors: a copy. New tokens carry gradient."""
+        """Copies the pages and the new tokens into padded tensors.
+
+        Gradients flow to the new tokens only.
+        """
         return self._copy()
 
     def _reads_pages(self, q: Tensor, impl: str) -> bool:
-        """Whether pages are read where they lie; else a copy is."""
+        """Whether `attend` reads the pages in place; otherwise it reads a padded copy."""
         refused = self._refused(q)
         if impl == "auto":
             return refused is None and self._passed_over() is None
         if impl not in implementations(paged_attention):
-            return False
+            return False  # selected_attention runs it, or raises if it does not know the name
+        # a name that both ops know, such as "reference", runs on a copy if pages are refused
         if refused is not None and impl not in implementations(selected_attention):
             raise UnsupportedError(f"attention cannot run with impl={impl!r} here: {refused}")
         return refused is None
 
     def _refused(self, q: Tensor) -> str | None:
-        """Why pages cannot be read where they lie, or None."""
+        """Why pages cannot be read in place, or None."""
         if torch.is_grad_enabled() and (q.requires_grad or self._learns):
             return "attention over pages has no gradient (call it under torch.no_grad())"
         return self._not_in_place
 
     def _passed_over(self) -> str | None:
-        """Why "auto" reads a copy though pages could be read in place."""
+        """Why "auto" reads a copy although pages could be read in place, or None."""
         queries = self.query_position.shape[1]
         if queries <= PAGED_MAX_QUERIES:
             return None
@@ -334,7 +350,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _for_queries(x: Tensor, num_heads: int | None) -> Tensor:
-    """`[B, Hkv, T, L]` -> `[B, H, T, L]`; one head for all stays one."""
+    """`[B, Hkv, T, L]` -> `[B, H, T, L]`; a size of 1, which serves all heads, stays 1."""
     if num_heads is None or x.shape[1] in (1, num_heads):
         return x
     return x.repeat_interleave(num_heads // x.shape[1], 1)

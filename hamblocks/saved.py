@@ -1,4 +1,4 @@
-"""Saved states: how the tensors of a file become the state of a layer again."""
+"""Builds the state of a layer from a saved state."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def load(
     selector: Selector | None,
     device: torch.device | str | None,
 ) -> HAMState:
-    """The state that `HAMState.state_dict()` saved.
+    """Builds the state that `HAMState.state_dict()` saved.
 
     Args:
         saved: the saved state.
-        memory: the memory of the layer; a memory that offers `state_type` gets its state as such.
-        selector: the selector of the layer, which gives the ledger its form.
-        device: where the state is to be; None: where the saved tensors are.
+        memory: the memory of the layer; if it has `state_type`, its state becomes one.
+        selector: the selector of the layer; it determines the tree structure of the ledger.
+        device: device of the state; None: the device of the saved tensors.
 
     Raises:
-        ValueError: the memory's state or the ledger has another number of entries.
+        ValueError: the memory's state or the ledger has a wrong number of entries.
     """
 
     def moved(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def load(
 
 
 def _ledger(selector: Selector | None, tensors: list[Tensor]) -> Any:
-    """The ledger whose leaves are `tensors`, in the form that the selector gives it."""
+    """The ledger with leaves `tensors`, in the tree structure of the selector's ledgers."""
     if not tensors:
         return None
     empty = None if selector is None else start(selector, 0, 1)
@@ -58,7 +58,7 @@ def _ledger(selector: Selector | None, tensors: list[Tensor]) -> Any:
 
 
 def _typed(memory: object, saved: Any) -> Any:
-    """A saved state of the memory: its outermost tuple as the memory's own NamedTuple."""
+    """Converts the outermost tuple of a saved memory state to the memory's NamedTuple."""
     if saved is None or not isinstance(memory, HasStateType):
         return saved
     fields = getattr(memory.state_type, "_fields", ())

@@ -1,4 +1,4 @@
-"""What a layer remembers between two calls, and what can be done with it."""
+"""The state of a layer between two calls, and the operations on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         key: name of the point, or None.
-        state: the state there, without checkpoints.
+        state: the state at that point, without checkpoints.
     """
 
     key: int | None
@@ -25,19 +25,20 @@ class Checkpoint(NamedTuple):
 
 
 class HAMState(NamedTuple):
-    """All that a layer remembers between two calls: explicit, in and out.
+    """The state of a layer between two calls. Calls take it as an argument and return the next one.
 
-    A state begins empty and takes dtype, device and shapes from the first tokens. A call that is
-    given a state spends it: the cache changes in place, and only the returned state may go on. Fork
-    a state to go on from it twice. A call without a token returns the state that it was given.
+    A state is empty at first and takes dtype, device and shapes from the first tokens. A call
+    spends the state that it is given: the cache changes in place, so only the returned state can be
+    used afterwards. To continue from the same state twice, `fork` it before the call. A call
+    without tokens returns the given state.
 
     Attributes:
         position: int32 `[N]`, tokens seen so far.
         memory: the state of the memory, a tree of tuples, lists, dicts and tensors `[N, ...]`; None
             before the first token and in a layer without a memory.
         ledger: the selector's ledger, a tree of the same kind; None before the first token and for
-            a selector that never revises a lifetime.
-        cache: what is stored for attention; None in a layer without attention.
+            a selector that never lowers a lifetime later.
+        cache: keys and values that are stored for attention; None in a layer without attention.
         checkpoints: points to `crop` back to, oldest first.
     """
 
@@ -49,25 +50,25 @@ class HAMState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: memory, ledger, pages and tables of the cache. Checkpoints come on top."""
+        """Bytes in use: memory, ledger, pages and tables of the cache, without checkpoints."""
         trees = self.position, self.memory, self.ledger
         stored = 0 if self.cache is None else self.cache.nbytes
         return stored + sum(tensor.nbytes for tensor in leaves(trees))
 
     def fork(self) -> HAMState:
-        """A second state to go on from; both share all pages until one of them changes a page."""
+        """A second, independent state; a page is shared until one of the two states changes it."""
         cache = None if self.cache is None else self.cache.fork()
         points = tuple(Checkpoint(key, state.fork()) for key, state in self.checkpoints)
         return self._replace(cache=cache, checkpoints=points)
 
     def reorder(self, index: Tensor) -> HAMState:
-        """The state of sequences index[0], index[1], ..., as beam search wants; this one is spent.
+        """The state of sequences index[0], index[1], ..., for beam search; this state is spent.
 
         Args:
-            index: int `[K]`, of sequences; any may come several times or not at all.
+            index: int `[K]`, indices of sequences; repeated and missing ones are allowed.
 
         Raises:
-            ValueError: no such sequence.
+            ValueError: an index is out of range.
         """
         check_tensor("index", index, "[K]", [None])
         check_integer("index", index)
@@ -79,22 +80,24 @@ class HAMState(NamedTuple):
         return HAMState(position, memory, ledger, cache, points)
 
     def checkpoint(self, key: int | None = None) -> HAMState:
-        """This state with a record of itself, to `crop` back to; it goes on where this one is.
+        """This state with a checkpoint of itself added, to `crop` back to later.
+
+        The returned state takes the place of this one; the position does not change.
 
         Args:
-            key: a name for the point, for `crop(key=key)`.
+            key: name of the checkpoint, for `crop(key=key)`.
         """
         point = Checkpoint(key, self._replace(checkpoints=()).fork())
         return self._replace(checkpoints=(*self.checkpoints, point))
 
     def crop(self, position: int | Tensor | None = None, *, key: int | None = None) -> HAMState:
-        """The state as it was at a recorded checkpoint; the newest one counts.
+        """The state as it was at a checkpoint; the newest one if several match.
 
-        A recurrence and evictions cannot be undone to any other point.
+        Only checkpoints can be restored, because a recurrence and evictions cannot be undone.
 
         Args:
-            position: tokens seen there, of all sequences alike or int `[N]`.
-            key: the name of the checkpoint, in place of the position.
+            position: tokens seen at the checkpoint: one int for all sequences, or int `[N]`.
+            key: name of the checkpoint, instead of the position.
 
         Raises:
             ValueError: no checkpoint was recorded there.
@@ -119,7 +122,7 @@ class HAMState(NamedTuple):
             self.cache.reserve(steps)
 
     def to(self, device: torch.device | str) -> HAMState:
-        """A copy of its own on a device."""
+        """An independent copy on a device."""
         trees = self.position, self.memory, self.ledger
         position, memory, ledger = tree_map(lambda x: x.to(device), trees)
         cache = None
@@ -129,9 +132,9 @@ class HAMState(NamedTuple):
         return HAMState(position, memory, ledger, cache, points)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, lists and plain tuples, for `torch.save` and `HAMLayer.load_state`.
+        """The state as tensors, numbers, lists and plain tuples, without checkpoints.
 
-        Checkpoints are left out.
+        `torch.save` can store it, and `HAMLayer.load_state` takes it.
         """
         return {
             "position": self.position,
@@ -160,7 +163,7 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def tree_map(change: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
-    """The tree with every tensor changed, beside those of other trees of the same form."""
+    """Applies `change` to every tensor of a tree, and to those at the same place in `others`."""
     if isinstance(tree, Tensor):
         return change(tree, *others)
     if isinstance(tree, dict):
@@ -175,7 +178,7 @@ def tree_map(change: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
 
 
 def plain(tree: Any) -> Any:
-    """The tree with plain tuples in place of NamedTuples, which a file cannot hold."""
+    """The tree with plain tuples for NamedTuples, which `torch.load(weights_only=True)` refuses."""
     if isinstance(tree, dict):
         return {name: plain(branch) for name, branch in tree.items()}
     if isinstance(tree, (tuple, list)):

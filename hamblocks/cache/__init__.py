@@ -1,4 +1,4 @@
-"""The selected KV cache: streams of fixed-size pages, changed in place and in transactions."""
+"""The KV cache for selected tokens: paged, changed in place, with transactions."""
 
 from hamblocks.cache.changes import cache_transaction, dry_run
 from hamblocks.cache.extension import Extension, Stored

@@ -1,4 +1,4 @@
-"""Changes of several caches that take effect together or not at all."""
+"""Transactions: changes of several caches that are applied together or not at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 
 
 class Change(Protocol):
-    """A change that was checked, has all that it needs, and can no longer fail."""
+    """A planned change: it was checked and its pages are reserved, so applying it cannot fail."""
 
     def apply(self) -> None:
         """Makes the change."""
         ...
 
     def drop(self) -> None:
-        """Gives back what the change was promised."""
+        """Releases the pages that were reserved for the change."""
         ...
 
 
@@ -25,11 +25,12 @@ _open: ContextVar[list[Change] | None] = ContextVar("open_transaction", default=
 
 @contextlib.contextmanager
 def cache_transaction() -> Iterator[None]:
-    """Within this context caches do not change; all changes are made at its end.
+    """Context in which changes of caches are delayed, and applied together at its end.
 
-    If the context ends by an exception, no change is made. A model wraps the run over its layers in
-    it, so that an error in the third layer leaves the caches of the first two as they were. Inside
-    an open transaction it does nothing: the outermost one decides. A cache may change once in it.
+    If the context ends with an exception, no change is applied. A model runs its layers inside it,
+    so that an error in the third layer leaves the caches of the first two unchanged. A transaction
+    inside another one has no effect of its own: changes are applied at the end of the outermost
+    one. Each cache can change at most once in a transaction.
     """
     if _open.get() is not None:
         yield
@@ -50,7 +51,7 @@ def cache_transaction() -> Iterator[None]:
 
 @contextlib.contextmanager
 def dry_run() -> Iterator[None]:
-    """Within this context changes of caches are planned as ever, and dropped at its end."""
+    """Context in which changes of caches are planned as usual, and dropped at its end."""
     changes: list[Change] = []
     token = _open.set(changes)
     try:

@@ -1,4 +1,4 @@
-"""A cache with the tokens of one call, before they are stored: what attention reads."""
+"""A cache together with the new tokens of a call, which attention reads before they are stored."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Stored(NamedTuple):
-    """What a cache holds, padded to the fullest head.
+    """The tokens in a cache, padded to the head with the most slots.
 
     Attributes:
         k: `[N, L, Hkv, D]`, keys as attention reads them (normalised, rotated).
         v: `[N, L, Hkv, D]`.
-        position: int32 `[N, L, Hkv]`, in no order; NEVER where there is no token, so that no query
-            sees it.
+        position: int32 `[N, L, Hkv]`, in any order; NEVER where there is no token, so that no query
+            sees the entry.
         evict_at: int32 `[N, L, Hkv]`, 0 where there is no token.
         logit_bias: float32 `[N, L, Hkv]`, or None.
     """
@@ -44,8 +44,8 @@ class Stored(NamedTuple):
 class Extension:
     """A cache together with the new tokens and the lowered lifetimes of one call.
 
-    Nothing has changed yet: `commit` stores it, and an extension that is dropped leaves the cache
-    as it was. Made by `KVCache.extend`.
+    `KVCache.extend` makes it. The cache does not change until `commit`; an extension that is never
+    committed leaves the cache as it was.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class Extension:
         check: Callable[[], None],
         following: Callable[[Streams], KVCache],
     ) -> None:
-        """Used by the cache.
+        """Called by the cache only.
 
         Args:
-            streams: what is stored.
-            new: the new tokens, position NEVER where there is padding.
-            until: int32 `[R, S]`, lifetimes of what is stored; None: as they are.
+            streams: the stored tokens.
+            new: the new tokens; padding has position NEVER.
+            until: int32 `[R, S]`, lowered lifetimes of the stored tokens; None: unchanged.
             query_position: int32 `[N, T]`, -1 for padding.
-            origin: what the streams were made from, if nothing was stored yet.
-            check: raises where the cache's handle is spent.
-            following: makes the handle behind the commit.
+            origin: the `Unallocated` that the streams were made from, if nothing was stored yet.
+            check: raises if the handle that was extended is spent.
+            following: makes the handle that `commit` returns.
         """
         self._check, self._following = check, following
         self._streams, self._new, self._until, self._origin = streams, new, until, origin
@@ -76,12 +76,13 @@ class Extension:
 
     @property
     def keys(self) -> PagedKeys:
-        """What attention reads: the stored tokens and the new ones."""
+        """The keys that attention reads: the stored tokens and the new ones."""
         self._check()
         new = self._new
         return PagedKeys(
             self._query_position,
             pages=self._pages,
+            # None lets `paged_attention` find out from the page table
             shared=False if self._streams.private else None,
             learns=any(x is not None and x.requires_grad for x in (new.k, new.v, new.logit_bias)),
             not_in_place=self._not_in_place(),
@@ -89,7 +90,7 @@ class Extension:
         )
 
     def stored(self) -> Stored:
-        """All that is stored with its lowered lifetimes, and the new tokens: a padded copy."""
+        """A padded copy of the stored tokens, with lowered lifetimes, and of the new tokens."""
         self._check()
         old, new = stored(self._streams, self._until), self._new
         k, v, position, until = (
@@ -102,16 +103,16 @@ class Extension:
 
     @lasting
     def commit(self, seen: Tensor) -> KVCache:
-        """Stores the new tokens and lifetimes, without what no query from `seen` on sees.
+        """Stores the new tokens and lifetimes; tokens that no query from `seen` on sees are freed.
 
         Args:
-            seen: int32 `[N]`, tokens seen of every sequence.
+            seen: int32 `[N]`, tokens of every sequence that were seen, those of this call included.
 
         Returns:
             The next handle; the handle that was extended is spent.
 
         Raises:
-            ValueError: `max_pages` does not allow it; the cache is as it was.
+            ValueError: the pool would exceed `max_pages`; the cache is as it was.
         """
         self._check()
         if not CHECKED.get():
@@ -120,11 +121,14 @@ class Extension:
         k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
         bias = None if bias is None else bias.detach().flatten()
         tokens = Tokens(k, v, position, evict_at, bias)
+        # The handle is made before the change is applied, because a transaction may apply it later.
         following = self._following(self._streams)
         apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
         return following
 
     def _not_in_place(self) -> str | None:
+        # A page has one lifetime per slot. Two streams that list the same page cannot have different
+        # lifetimes in it, as a selector may give them.
         if self._until is None or self._streams.private:
             return None
         return (
@@ -133,13 +137,15 @@ class Extension:
         )
 
     def _pages(self) -> tuple[list[Pages], Tensor]:
-        """The pool's slabs and, as the last slab, the new tokens: one page for each stream."""
+        """Slabs and page table: the slabs of the pool, then one of new tokens, a page per stream."""
         streams, pool = self._streams, self._streams.pool
         evict_at = None
+        # a clone, since the pool must not change before the commit
         if self._until is not None:
             evict_at = streams.put_back(self._until, pool.evict_at.clone())
         slabs = [*pool.slabs(evict_at), self._by_stream()]
         table = streams.table
+        # pages are numbered through all slabs, so those of the new tokens follow those of the pool
         own = torch.arange(
             pool.pages, pool.pages + len(table), dtype=torch.int32, device=table.device
         )
@@ -147,7 +153,7 @@ class Extension:
         return slabs, table.view(streams.sequences, streams.heads, table.shape[1])
 
     def _by_stream(self) -> Pages:
-        """The new tokens, one page for each stream; made once, for attention and for the commit."""
+        """The new tokens, one page per stream; computed once, for attention and for the commit."""
         if self._page is None:
             streams, new = self._streams, self._new
             k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
@@ -168,15 +174,16 @@ class Extension:
 
 
 def stored(streams: Streams, until: Tensor | None = None) -> Stored:
-    """What streams hold: a padded copy.
+    """A padded copy of the tokens that streams hold.
 
     Args:
         streams: the streams.
-        until: int32 `[R, S]`, lifetimes in place of those stored.
+        until: int32 `[R, S]`, lifetimes to use instead of the stored ones.
     """
     table = streams.table.view(streams.sequences, streams.heads, streams.width)
     k, v, _, _, bias = unpage(streams.pool.slabs(), table)
     until = streams.lifetimes() if until is None else until
+    # a hole keeps the position and lifetime of its last token: hide it from queries
     alive = streams.alive(until)
     position, until = (
         streams.for_heads(streams.by_sequence(x))

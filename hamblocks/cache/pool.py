@@ -1,4 +1,4 @@
-"""Fixed-size pages that the streams of a cache take from a common pool and return to it."""
+"""The pool of fixed-size pages that the streams of a cache take from and return to."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
 
 SLAB_MIN_PAGES = 16
-"""Pages of the smallest slab: fewer are not worth an allocation of their own."""
+"""Pages of the smallest slab. Smaller slabs would cost too many allocations."""
 
 
 class Tokens(NamedTuple):
-    """A list of K tokens of any streams, without holes.
+    """K tokens of any streams, as flat tensors.
 
     Attributes:
-        k: `[K, W, D]`, the W heads of a stream.
+        k: `[K, W, D]`, for the W key/value heads of a stream.
         v: `[K, W, D]`.
         position: int32 `[K]`.
         evict_at: int32 `[K]`.
@@ -36,20 +36,22 @@ class Tokens(NamedTuple):
 
 @final
 class Pool:
-    """Pages of one layer, in slabs that never move: growing copies no key and no value.
+    """Pages of one layer, in slabs. A slab never moves, so growing copies no keys or values.
 
-    A page holds `page_size` tokens of a stream: one key/value head of a sequence, or all heads
-    where the layer decides for its heads together. A slot is a place in a page: page * page_size +
-    offset. Positions and lifetimes (8 bytes a slot) stand in tensors that span all slabs.
+    A page holds `page_size` tokens of one stream: of one key/value head of a sequence, or of all
+    heads if the layer decides for its heads together. A slot is an index into all pages:
+    page * page_size + offset. Positions, lifetimes and biases are small, so each of them is one
+    tensor that spans all slabs; growing the pool copies it.
 
-    Two extra pages stand at the end of those tensors, so that shapes never depend on values: an
+    These tensors have two extra pages at the end, so that shapes never depend on values: an
     all-zero page that streams without a page point to, and a scratch page that absorbs masked
-    writes. Each slab of keys and values has a scratch page of its own as its last page.
+    writes. Each slab of keys and values has its own scratch page as its last page.
 
     Attributes:
         users: int32 `[P + 2]`, how many streams list a page.
-        promised: pages that reservations keep (see `Reservation`).
-        returned: page tables `[R, C + 1]` whose pages, all but those of the last column, go back.
+        promised: number of free pages that are reserved (see `Reservation`).
+        returned: page tables `[R, C + 1]` of dead caches, whose pages `collect` returns. The last
+            column is not part of the table.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class Pool:
             heads: key/value heads in a page (W).
             head_dim: D.
             like: any tensor of the dtype and on the device of the keys.
-            logit_bias: tokens carry a bias.
-            max_pages: the most pages it may grow to; None: no limit.
+            logit_bias: whether tokens have a logit bias.
+            max_pages: upper limit of pages; None: no limit.
         """
         self.page_size, self.heads, self.head_dim, self.max_pages = (
             page_size,
@@ -101,7 +103,7 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slabs and of the tensors beside them."""
+        """Bytes of all slabs, and of positions, lifetimes, biases and user counts."""
         tables = (self.position, self.evict_at, self.users, self.bias)
         beside = sum(x.nbytes for x in tables if x is not None)
         return beside + sum(k.nbytes + v.nbytes for k, v in self.keys)
@@ -113,18 +115,19 @@ class Pool:
         return 2 * self.heads * self.head_dim * self.dtype.itemsize + 8 + bias
 
     def listed(self, table: Tensor) -> Tensor:
-        """Pages of a page table, int64; the all-zero page where there is none."""
+        """Page indices of a page table, int64; -1 becomes the index of the all-zero page."""
         return torch.where(table < 0, self.pages, table).long()
 
     def slabs(self, evict_at: Tensor | None = None) -> list[Pages]:
-        """Every slab as `paged_attention` takes it; one without a page if there is none.
+        """The slabs as `paged_attention` takes them; an empty pool has one slab without pages.
 
         Args:
-            evict_at: lifetimes `[P + 2, page_size]` in place of the pool's own.
+            evict_at: lifetimes `[P + 2, page_size]` to use instead of those of the pool.
         """
         slabs, begin = [], 0
         evict_at = self.evict_at if evict_at is None else evict_at
         for k, v in self.keys or [self._slab(0)]:
+            # without the scratch page of the slab, which the tensors of positions do not have
             own = slice(begin, begin + k.shape[0] - 1)
             bias = None if self.bias is None else self.bias[own]
             slabs.append(Pages(k[:-1], v[:-1], self.position[own], evict_at[own], bias))
@@ -132,30 +135,31 @@ class Pool:
         return slabs
 
     def collect(self) -> bool:
-        """Takes back the pages of dead caches; whether there were any."""
+        """Takes back the pages of dead caches, and returns whether there were any."""
         some = bool(self.returned)
         while self.returned:
             self.count_users(self.returned.pop()[:, :-1], -1)
         return some
 
     def used(self) -> int:
-        """How many pages some stream lists. Waits for the device."""
+        """Number of pages that at least one stream lists. Waits for the device."""
         self.collect()
         return int((self.users[:-2] > 0).sum())
 
     def ensure(self, pages: int) -> None:
-        """Makes sure that this many pages are free beyond those promised. Waits for the device.
+        """Grows the pool until `pages` pages are free and not reserved. Waits for the device.
 
         Raises:
-            ValueError: `max_pages` does not allow it.
+            ValueError: the pool would exceed `max_pages`.
         """
-        used = self.used() + self.promised
+        used = self.used() + self.promised  # reserved pages are free, but not available
         missing = used + pages - self.pages
         if missing <= 0:
             return
         if self.max_pages is not None and used + pages > self.max_pages:
             expected = f"at least {used + pages} pages ({used} in use and {pages} more)"
             raise wrong("max_pages", expected, str(self.max_pages))
+        # growing by half keeps the number of slabs, and of copies of the spanning tensors, small
         grown = max(missing, self.pages // 2, SLAB_MIN_PAGES)
         if self.max_pages is not None:
             grown = min(grown, self.max_pages - self.pages)
@@ -169,19 +173,22 @@ class Pool:
 
     def _slab(self, pages: int) -> tuple[Tensor, Tensor]:
         shape = pages + 1, self.page_size, self.heads, self.head_dim
-        # zeros: a slot that never held a token takes part in sums, with weight 0
+        # Kernels multiply slots that never held a token by weight 0. Zeros, because uninitialised
+        # memory may hold NaN, and 0 * NaN is NaN.
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return k, v
 
     def _widened(self, x: Tensor, pages: int) -> Tensor:
+        # the two extra pages stay last
         return torch.cat([x[:-2], x.new_zeros(pages, *x.shape[1:]), x[-2:]])
 
     def shrink(self) -> None:
-        """Gives empty slabs at the end back to the system. Waits for the device.
+        """Frees empty slabs at the end of the pool. Waits for the device.
 
-        A slab goes only while two thirds of what then remains stay free, so that a pool whose use
-        goes up and down does not allocate again and again.
+        A slab is freed only if at least two thirds of the remaining pages are free, so that a pool
+        with varying load does not allocate and free the same slab repeatedly.
         """
+        # Reserved pages are counted but not chosen, so no slab is known to be free of them.
         while self.keys and self.promised == 0:
             rest = self.pages - (self.keys[-1][0].shape[0] - 1)
             if bool((self.users[rest:-2] > 0).any()) or (rest and 3 * self.used() > rest):
@@ -194,12 +201,16 @@ class Pool:
                 self.bias = torch.cat([self.bias[:rest], self.bias[-2:]])
 
     def free(self, turn: Tensor) -> Tensor:
-        """The turn-th free pages (from 0), int64; lower pages first, so that upper slabs empty."""
+        """The turn-th free pages (from 0), int64.
+
+        Pages with a low index come first, so that the last slabs become empty and can be freed.
+        """
+        # rank[p] counts the free pages up to and including p
         rank = (self.users[:-2] == 0).cumsum(0)
         return torch.searchsorted(rank, turn + 1)
 
     def count_users(self, pages: Tensor, change: int) -> None:
-        """Adds `change` to the users of pages; -1 is no page (the scratch page absorbs it)."""
+        """Adds `change` to the user counts of pages; the scratch page absorbs entries of -1."""
         some = torch.where(pages < 0, self.scratch, pages).flatten()
         self.users.index_add_(0, some.long(), torch.full_like(some, change, dtype=torch.int32))
 
@@ -210,7 +221,7 @@ class Pool:
         )
 
     def gather(self, slot: Tensor) -> Tokens:
-        """A copy of the tokens in slots, int64 `[K]`. Waits for the device."""
+        """Copies the tokens in slots, int64 `[K]`. Waits for the device."""
         shape = len(slot), self.heads, self.head_dim
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for own, place, k_slab, v_slab in self._places(slot):
@@ -219,13 +230,14 @@ class Pool:
         return Tokens(k, v, self.position.flatten()[slot], self.evict_at.flatten()[slot], bias)
 
     def scatter(self, slot: Tensor, tokens: Tokens, *, wait: bool) -> None:
-        """Writes tokens into slots, int64 `[K]`, no two the same; -1 is nowhere.
+        """Writes tokens into slots.
 
         Args:
-            slot: int64 `[K]`.
+            slot: int64 `[K]`, all different except for -1; tokens with slot -1 are not stored.
             tokens: K tokens.
-            wait: whether the device may be waited for; if not, every slab is written, and what
-                belongs elsewhere goes to its scratch page.
+            wait: whether to wait for the device, so that each token is written to its slab only. If
+                not, all tokens are written to every slab, and those of other slabs go to its
+                scratch page.
         """
         for own, place, k_slab, v_slab in self._places(slot) if wait else self._all_places(slot):
             k_slab.index_copy_(0, place, tokens.k[own])
@@ -241,7 +253,7 @@ class Pool:
                 table.view(-1).index_copy_(0, anywhere, values)
 
     def _places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """For each slab that has some of the slots: which, where in the slab, and its k and v."""
+        """For each slab with some of the slots: their indices, slots in the slab, and its k and v."""
         begin = 0
         for k, v in self.keys:
             end = begin + (k.shape[0] - 1) * self.page_size
@@ -251,7 +263,10 @@ class Pool:
             begin = end
 
     def _all_places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """The same without reading values: slots of other slabs go to this slab's scratch page."""
+        """As `_places`, without reading values, so that it can run in a CUDA graph.
+
+        Every slab gets all tokens. Those of other slabs go to the first slot of its scratch page.
+        """
         begin = 0
         for k, v in self.keys:
             end = begin + (k.shape[0] - 1) * self.page_size
@@ -262,23 +277,23 @@ class Pool:
 
 @final
 class Reservation:
-    """Pages of a pool kept for one owner: the next tokens of a cache, or a change to be applied.
+    """A number of pages reserved for the next tokens of a cache, or for a planned change.
 
     Attributes:
-        pages: pages kept now; `Pool.promised` is the sum over all reservations.
-        steps: this many more tokens per sequence fit into them without waiting for the device.
+        pages: reserved pages; `Pool.promised` is the sum over all reservations.
+        steps: tokens per sequence that can still be stored without waiting for the device.
     """
 
     def __init__(self, pool: Pool) -> None:
         self.pool, self.pages, self.steps = pool, 0, 0
 
     def take(self, pages: int, steps: int = 0) -> None:
-        """Keeps pages, in place of those kept before; the caller has called `Pool.ensure`."""
+        """Reserves pages, instead of those reserved before. Call `Pool.ensure` first."""
         self.release()
         self.pages, self.steps = pages, steps
         self.pool.promised += pages
 
     def release(self) -> None:
-        """Keeps nothing any more."""
+        """Ends the reservation."""
         self.pool.promised -= self.pages
         self.pages = self.steps = 0

@@ -1,4 +1,4 @@
-"""The KV cache of a layer: what is stored of every sequence and head, in pages of a pool."""
+"""The KV cache of a layer: the stored tokens of every sequence and head, in pages of a pool."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hamblocks_ops.context import CHECKED
 
 
 class CacheSizes(NamedTuple):
-    """Shapes of a cache, known from the first token on.
+    """Shapes of a cache, known after the first token.
 
     Attributes:
         num_kv_heads: Hkv.
         head_dim: D.
-        streams: streams per sequence (H): 1 where the layer decides for its heads together, else
+        streams: streams per sequence (H): 1 if the layer decides for its heads together, else
             num_kv_heads.
         page_size: tokens in a page.
         token_nbytes: bytes of one stored token of one stream.
-        logit_bias: whether tokens carry a bias.
-        dtype: of keys and values.
-        device: of the pages.
+        logit_bias: whether tokens have a logit bias.
+        dtype: dtype of keys and values.
+        device: device of the pages.
     """
 
     num_kv_heads: int
@@ -51,31 +51,32 @@ class CacheSizes(NamedTuple):
 
 @final
 class KVCache:
-    """Stored tokens of N sequences, ragged, in fixed-size pages; attention reads them in place.
+    """Stored tokens of N sequences of different lengths, in fixed-size pages.
 
-    A cache begins empty and takes dtype, device and shapes from the first tokens. It is a handle:
-    `extend` shows the cache with the tokens of a call, `Extension.commit` stores them in place and
-    returns the next handle, which spends this one. Any failure before that leaves the cache as it
-    was (see `cache_transaction`). What is stored carries no gradient.
+    A cache is empty at first and takes dtype, device and shapes from the first tokens. A `KVCache`
+    is a handle. `extend` gives the cache together with the tokens of a call; `Extension.commit`
+    stores them in place and returns the next handle. The old handle is then spent: using it raises
+    an error. A failure before the commit leaves the cache as it was (see `cache_transaction`).
+    Stored tokens have no gradient.
 
-    A token that dies leaves a hole that the next one fills. Once the holes of a stream are worth a
-    page, its last tokens move into them and the page goes back to the pool.
+    An evicted token leaves a hole, which the next new token fills. If the remaining tokens of a
+    stream fit into fewer pages, the last ones move into holes and the pages return to the pool.
 
-    Users read `tokens`, `nbytes` and `stored()`; states and layers do the rest.
+    Users read `tokens`, `nbytes` and `stored()`. States and layers call the other methods.
     """
 
     def __init__(
         self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
     ) -> None:
-        """Makes a cache without a token.
+        """Makes an empty cache.
 
         Args:
             batch_size: N.
             page_size: tokens in a page.
-            max_pages: the most pages that the pool may grow to; None: no limit.
+            max_pages: upper limit of pages in the pool; None: no limit.
 
         Raises:
-            ValueError: a size is no integer or too small.
+            ValueError: a size is not an integer, or too small.
         """
         check_count("batch_size", batch_size)
         check_count("page_size", page_size, 1)
@@ -86,12 +87,17 @@ class KVCache:
 
     @staticmethod
     def _of(own: Streams | Unallocated, turn: int | None = None) -> KVCache:
-        """A handle of what exists already; of the next turn after a change."""
+        """A handle of existing streams.
+
+        Args:
+            own: what the handle refers to.
+            turn: the turn at which the handle is valid; None: the current one.
+        """
         cache = KVCache.__new__(KVCache)
         cache._own, cache._turn = own, own.turn if turn is None else turn
         return cache
 
-    # what users ask
+    # for users
 
     @property
     def batch_size(self) -> int:
@@ -118,7 +124,7 @@ class KVCache:
 
     @property
     def tokens(self) -> Tensor:
-        """How many tokens are stored, int64 `[N, Hkv]`; `[N, 0]` before the first token."""
+        """Number of stored tokens, int64 `[N, Hkv]`; `[N, 0]` before the first token."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return torch.zeros(own.sequences, 0, dtype=torch.int64, device="cpu")
@@ -127,7 +133,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: the pages of streams, each once, and the tables. Waits for the device."""
+        """Bytes in use: pages (a shared page counts once) and tables. Waits for the device."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return 0
@@ -137,14 +143,14 @@ class KVCache:
 
     @property
     def capacity_nbytes(self) -> int:
-        """Bytes allocated: all slabs of the pool, free pages and forks included, and the tables."""
+        """Bytes allocated: tables, and the slabs of the pool with free pages and those of forks."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return 0
         return own.pool.nbytes + own.lease.table.nbytes + own.seen.nbytes
 
     def stored(self) -> Stored:
-        """All that is stored, as padded tensors: a copy. It has no head before the first token."""
+        """A copy of the stored tokens as padded tensors; before the first token, with 0 heads."""
         own = self._newest()
         if not isinstance(own, Unallocated):
             return stored(own)
@@ -153,18 +159,19 @@ class KVCache:
         return Stored(keys, keys, times, times, None)
 
     def keys(self, query_position: Tensor) -> PagedKeys:
-        """What attention reads of the stored tokens alone.
+        """The keys that attention reads: the stored tokens only.
 
         Args:
             query_position: int32 `[N, T]`, position of each query within its sequence.
 
         Raises:
-            ValueError: nothing was stored yet, or a bad argument.
+            ValueError: no token was ever stored, or a bad argument.
         """
         own, sizes = self._newest(), self.sizes
         if isinstance(own, Unallocated) or sizes is None:
             raise wrong("cache", "one that has taken a token", "an empty one")
         check_tensor("query_position", query_position, "[N, T]", [own.sequences, None])
+        # an extension by no tokens
         k = torch.empty(own.sequences, 0, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype).to(
             sizes.device
         )
@@ -175,13 +182,13 @@ class KVCache:
             own, new, None, query_position, None, check=self.check, following=_following
         ).keys
 
-    # what a layer does with it
+    # for layers and states
 
     def check(self) -> None:
-        """Makes sure that this is the newest handle.
+        """Checks that this is the newest handle.
 
         Raises:
-            ValueError: a later call went on from it, or an open transaction has still to change it.
+            ValueError: the handle is spent, or an open transaction has already planned a change.
         """
         self._newest()
 
@@ -195,18 +202,18 @@ class KVCache:
         logit_bias: Tensor | None = None,
         lowered: Lifetimes | None = None,
     ) -> Extension:
-        """The cache with the tokens of a call, and with lowered lifetimes; nothing changes yet.
+        """The cache with new tokens and lowered lifetimes; it changes only at the commit.
 
         Args:
             k: `[N, T, Hkv, D]`, as attention reads them.
             v: `[N, T, Hkv, D]`.
-            position: int32 `[N, T]`, not before what was seen; -1 for padding.
+            position: int32 `[N, T]`, at least the number of tokens seen; -1 for padding.
             evict_at: int32 `[N, T, H]` or `[N, T, 1]`.
-            logit_bias: `[N, T, Hkv]` or `[N, T, 1]`; with it all tokens of the cache carry a bias.
-            lowered: `[N, L, H]` or `[N, L, 1]`, what the selector lowered.
+            logit_bias: `[N, T, Hkv]` or `[N, T, 1]`; either all tokens of a cache have one or none.
+            lowered: `[N, L, H]` or `[N, L, 1]`, lifetimes that the selector lowered.
 
         Raises:
-            ValueError: a bad argument, or one that does not fit what is stored.
+            ValueError: a bad argument, or one that does not fit the stored tokens.
         """
         own = self._newest()
         if not CHECKED.get():
@@ -220,6 +227,7 @@ class KVCache:
         until = None if lowered is None else _lowered(streams, lowered)
         kv_heads = k.shape[2]
         evict_at = evict_at.to(torch.int32).expand(-1, -1, streams.heads)
+        # position NEVER: no query sees padding, and the commit does not store it
         where = torch.where(position < 0, NEVER, position).to(torch.int32)
         bias = None
         if logit_bias is not None and streams.pool.bias is not None:
@@ -233,14 +241,14 @@ class KVCache:
 
     @lasting
     def reserve(self, steps: int) -> None:
-        """Takes the pages that `steps` more tokens per sequence need at the worst.
+        """Reserves the pages that `steps` more tokens per sequence need at most.
 
-        Until they are used up, a call neither fails nor waits for the device: its shapes depend on
-        no value. Slabs and tables stay where they are, as a CUDA graph needs it. Before the first
-        token the pages are taken together with those of the first call.
+        Until these pages are used up, a call cannot run out of pages and does not wait for the
+        device, because its shapes depend on no values. Slabs and tables keep their addresses, which
+        a CUDA graph needs. In an empty cache the pages are reserved by the first call.
 
         Raises:
-            ValueError: `max_pages` does not allow it; the cache is as it was.
+            ValueError: the pool would exceed `max_pages`; the cache is as it was.
         """
         check_count("steps", steps)
         own = self._newest()
@@ -251,10 +259,12 @@ class KVCache:
 
     @lasting
     def fork(self) -> KVCache:
-        """A second cache with the same tokens; a page is copied when one of the two changes it."""
+        """A second cache with the same tokens; pages are shared until one of the two changes them."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return KVCache._of(own.copy())
+        # A reservation promises not to wait, but a shared page must be copied before it changes,
+        # and finding such pages waits for the device.
         own.reservation.release()
         own.private = False
         own.pool.count_users(own.table, 1)
@@ -262,13 +272,13 @@ class KVCache:
 
     @lasting
     def reorder(self, index: Tensor) -> KVCache:
-        """The cache of sequences index[0], index[1], ..., as beam search wants; this one is spent.
+        """The cache of sequences index[0], index[1], ..., for beam search; this handle is spent.
 
         Args:
-            index: int `[K]`, of sequences; any may come several times or not at all.
+            index: int `[K]`, indices of sequences; repeated and missing ones are allowed.
 
         Raises:
-            ValueError: no such sequence.
+            ValueError: an index is out of range.
         """
         own = self._newest()
         like = None if isinstance(own, Unallocated) else own.table
@@ -280,6 +290,8 @@ class KVCache:
             return KVCache._of(own.copy(len(index)))
         index = index.long()
         table = own.table.unflatten(0, (own.sequences, own.heads))[index].flatten(0, 1)
+        # The new table counts its pages first. `end` puts the old table into a queue, and the next
+        # `Pool.collect` returns the pages that only the old table lists.
         own.pool.count_users(table, 1)
         own.end()
         own.turn += 1
@@ -287,10 +299,10 @@ class KVCache:
 
     @lasting
     def reset(self, sequences: Tensor) -> KVCache:
-        """The cache after some sequences forgot everything; this handle is spent.
+        """The cache after all tokens of some sequences were dropped; this handle is spent.
 
         Args:
-            sequences: bool `[N]`.
+            sequences: bool `[N]`, the sequences to empty.
 
         Raises:
             ValueError: a bad argument.
@@ -301,6 +313,7 @@ class KVCache:
         if sequences.dtype != torch.bool:
             raise wrong("sequences", "dtype bool", sequences)
         if isinstance(own, Streams):
+            # by masks instead of indices, so that it does not wait for the device
             gone = sequences.repeat_interleave(own.heads)[:, None]
             own.pool.count_users(torch.where(gone, own.table, -1), -1)
             own.table.masked_fill_(gone, -1)
@@ -309,7 +322,7 @@ class KVCache:
         return KVCache._of(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is stored, without holes, as tensors and numbers: for `torch.save` and `load`."""
+        """The stored tokens as flat tensors, and sizes as numbers, for `torch.save` and `load`."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return {
@@ -319,6 +332,7 @@ class KVCache:
             }
         alive = own.alive(own.lifetimes())
         count = alive.sum(1)
+        # living tokens first, in order of position; holes last
         order = own.position().where(alive, NEVER).argsort(dim=1, stable=True)
         stream, place = ranked(count, order)
         tokens = own.pool.gather(own.slots(stream, place))
@@ -333,16 +347,16 @@ class KVCache:
     @staticmethod
     @lasting
     def load(state: dict[str, Any], device: torch.device | str | None = None) -> KVCache:
-        """A cache of its own from `state_dict()`.
+        """Makes a cache from `state_dict()`.
 
         Args:
             state: the saved state.
-            device: where the cache is to be; None: where its tensors are.
+            device: device of the cache; None: the device of the saved tensors.
 
         Raises:
-            ValueError: `max_pages` is less than it takes.
+            ValueError: the tokens need more than `max_pages` pages.
         """
-        if "seen" not in state:
+        if "seen" not in state:  # the cache was saved before its first token
             return KVCache(**state)
         state = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
         k, lengths, bias = state["k"], state["lengths"], state.get("logit_bias")
@@ -359,10 +373,12 @@ class KVCache:
         total, most = (int(pages.sum()), int(pages.max())) if len(pages) else (0, 0)
         pool.ensure(total)
         table = torch.full((len(pages), most), -1, dtype=torch.int32, device=k.device)
+        # the pool is new, so its pages 0, 1, ... are free: streams take them in order
         taken = torch.arange(most, device=k.device) < pages[:, None]
         table[taken] = torch.arange(total, dtype=torch.int32, device=k.device)
         pool.count_users(table, 1)
         streams = Streams(pool, table, state["seen"].clone(), lengths.shape[1])
+        # saved tokens have no holes between them: they fill the first slots of their stream
         slots = torch.arange(most * pool.page_size, device=k.device).expand(len(pages), -1)
         stream, place = ranked(counts, slots)
         tokens = Tokens(k, state["v"], state["position"], state["evict_at"], bias)
@@ -381,7 +397,7 @@ class KVCache:
     def _check_fit(
         self, k: Tensor, v: Tensor, position: Tensor, evict_at: Tensor, logit_bias: Tensor | None
     ) -> None:
-        """Checks that the tokens of a call fit each other and what is stored."""
+        """Checks that the tensors of a call fit each other and the stored tokens."""
         own = self._own
         if isinstance(own, Streams):
             _check_keys(own, k, v)
@@ -390,7 +406,7 @@ class KVCache:
             _check_decisions(own, evict_at, logit_bias)
 
     def _newest(self) -> Streams | Unallocated:
-        """What the handle is of; see `check`."""
+        """What the handle refers to; raises as `check` does."""
         if self._own.pending:
             raise ValueError(
                 "state: expected one call that changes it in a transaction, got a second"
@@ -405,15 +421,16 @@ class KVCache:
 
 
 def _following(streams: Streams) -> KVCache:
-    """The handle that a commit returns: valid once the change is made."""
+    """The handle that a commit returns; it is valid once the change is applied."""
     return KVCache._of(streams, streams.turn + 1)
 
 
 @lasting
 def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor | None) -> Streams:
-    """Streams without a page, for tokens like these."""
+    """Makes streams without pages, with the sizes, dtype and device of these tokens."""
     kv_heads, head_dim = k.shape[2:]
     bias_heads = 1 if logit_bias is None else logit_bias.shape[2]
+    # one stream serves all heads if neither lifetimes nor biases differ between heads
     heads = 1 if max(evict_at.shape[2], bias_heads) == 1 else kv_heads
     pool = Pool(
         own.page_size,
@@ -437,7 +454,7 @@ def _check_tokens(
     logit_bias: Tensor | None,
     sequences: int,
 ) -> None:
-    """Checks that the tokens of a call fit each other."""
+    """Checks that the tensors of a call fit each other."""
     check_tensor("k", k, "[N, T, Hkv, D]", [sequences, None, None, None])
     tokens, kv_heads = k.shape[1:3]
     check_tensor("v", v, "[N, T, Hkv, D]", [*k.shape], like=k)
@@ -452,7 +469,7 @@ def _check_tokens(
 
 
 def _check_keys(streams: Streams, k: Tensor, v: Tensor) -> None:
-    """Checks that keys and values fit what is stored."""
+    """Checks that keys and values fit the stored ones."""
     pool = streams.pool
     sizes = [streams.sequences, None, streams.heads * pool.heads, pool.head_dim]
     check_tensor("k", k, "[N, T, Hkv, D]", sizes)
@@ -464,7 +481,7 @@ def _check_keys(streams: Streams, k: Tensor, v: Tensor) -> None:
 
 
 def _check_decisions(streams: Streams, evict_at: Tensor, logit_bias: Tensor | None) -> None:
-    """Checks that lifetimes and biases are of as many heads as what is stored."""
+    """Checks that lifetimes and biases have as many heads as the cache has streams, or one."""
     has_bias = streams.pool.bias is not None
     for name, value in (("evict_at", evict_at), ("logit_bias", logit_bias)):
         if value is not None and value.shape[2] not in (1, streams.heads):
@@ -475,7 +492,7 @@ def _check_decisions(streams: Streams, evict_at: Tensor, logit_bias: Tensor | No
 
 
 def _check_order(position: Tensor, seen: Tensor) -> None:
-    """Checks that no token stands before those that were seen."""
+    """Checks that no new token has the position of a token that was seen already."""
     early = (position >= 0) & (position < seen[:, None])
     if bool(early.any()):
         n, t = (int(i) for i in early.nonzero()[0])
@@ -490,7 +507,7 @@ def _lowered(streams: Streams, lowered: Lifetimes) -> Tensor:
         raise wrong("lowered", f"{streams.heads} heads, as the cache", got)
     lowered = Lifetimes(*(x.expand(-1, -1, streams.heads) for x in lowered))
     until = streams.lifetimes()
-    # a hole still names the token that it held
+    # a hole keeps the position of its last token, which must not match a lowered one
     position = streams.position().where(streams.alive(until), EMPTY)
     changed = lower(streams.by_sequence(position), streams.by_sequence(until), lowered)
     return changed.mT.flatten(0, 1)

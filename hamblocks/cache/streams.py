@@ -1,7 +1,7 @@
-"""The streams of a cache: which pages each has, and what stands in them.
+"""The streams of a cache: which pages each has, and the tokens in them.
 
-A stream is one sequence with the heads that decide together: a (sequence, key/value head) pair, or
-a whole sequence where the layer decides for all heads at once. R = N * H streams, S slots each.
+A stream is a (sequence, key/value head) pair, or a whole sequence if the layer decides for all
+heads together. There are R = N * H streams with S slots each.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ T = TypeVar("T")
 
 
 def lasting(function: Callable[P, T]) -> Callable[P, T]:
-    """Runs a function without gradient and out of inference mode.
+    """Runs a function without gradients and outside of inference mode.
 
-    A tensor made in inference mode could not be changed in place outside of it later.
+    A tensor that was made in inference mode cannot be changed in place outside of it later.
     """
     return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @final
 class Lease:
-    """The pages that the streams of one cache hold, given back when the last handle is gone.
+    """The pages of the streams of one cache, returned when the last handle is gone.
 
     Attributes:
-        table: int32 `[R, C + 1]`, the page table: first the pages a stream has, then -1. The last
+        table: int32 `[R, C + 1]`, the page table: first the pages of a stream, then -1. The last
             column absorbs masked writes.
-        reservation: pages of the pool kept for the next tokens.
+        reservation: pages of the pool reserved for the next tokens.
     """
 
     def __init__(self, pool: Pool, table: Tensor) -> None:
@@ -43,17 +43,17 @@ class Lease:
         self.reservation = Reservation(pool)
 
     def widen(self, columns: int) -> None:
-        """Makes room for this many columns in the table."""
+        """Widens the table to at least this many columns."""
         missing = columns - (self.table.shape[1] - 1)
         if missing > 0:
             room = max(missing, self.table.shape[1] // 2) + 1
             self.table = pad(self.table[:, :-1], [0, room], value=-1)
 
     def end(self) -> None:
-        """Gives everything back when the pool next looks.
+        """Ends the reservation, and queues the table so that `Pool.collect` returns its pages.
 
-        No tensor is touched: the garbage collector calls this at any time, also while a CUDA graph
-        is captured or another function is traced.
+        It touches no tensor, because the garbage collector may call it at any time, also while a
+        CUDA graph is captured or a function is traced.
         """
         self.reservation.release()
         self.pool.returned.append(self.table)
@@ -61,17 +61,17 @@ class Lease:
 
 @final
 class Streams:
-    """What all handles of a cache share.
+    """The data that all handles of a cache share.
 
     Attributes:
-        seen: int32 `[N]`, tokens seen. A token that lives no longer than that leaves a hole, which
-            is filled again.
+        seen: int32 `[N]`, tokens seen. A token with evict_at <= seen is a hole, which a new token
+            may fill.
         heads: H, streams per sequence.
         width: columns of the page table that may hold a page; S = width * page_size.
-        private: whether it is known that no page has another user.
-        pending: whether a transaction has still to change them.
-        turn: counts the changes; a handle of another turn is spent.
-        end: gives all pages back; called once, at the latest with the last handle.
+        private: True if each page is known to be listed by one stream only.
+        pending: whether an open transaction has planned a change of these streams.
+        turn: number of changes; a handle that was made for another turn is spent.
+        end: returns all pages; called once, at the latest when the last handle is gone.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Streams:
 
         Args:
             pool: the pages.
-            table: int32 `[R, M]`, of pages whose users already count these streams.
+            table: int32 `[R, M]`, a page table that the pool's user counts already include.
             seen: int32 `[N]`.
             heads: H.
             private: see the attributes.
@@ -112,24 +112,24 @@ class Streams:
 
     @property
     def reservation(self) -> Reservation:
-        """Pages kept for the next tokens."""
+        """Pages reserved for the next tokens."""
         return self.lease.reservation
 
     def position(self) -> Tensor:
-        """Of every slot, `[R, S]`; a hole still names the token that it held."""
+        """Position in every slot, `[R, S]`; a hole keeps the position of its last token."""
         return self.pool.position[self.pool.listed(self.table)].flatten(1)
 
     def lifetimes(self) -> Tensor:
-        """Of every slot, `[R, S]`; 0 where there is no page."""
+        """Lifetime in every slot, `[R, S]`; 0 where there is no page."""
         return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
 
     def put_back(self, until: Tensor, evict_at: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Writes lifetimes of streams into those of the pool.
+        """Writes lifetimes by stream into a tensor of lifetimes by page, and returns it.
 
         Args:
             until: `[R, S]`.
             evict_at: `[P + 2, page_size]`, written in place.
-            keep: int64 `[R]`, write the first `keep` pages of a stream only; None: all.
+            keep: int64 `[R]`, write only the first `keep` pages of a stream; None: all.
         """
         there = self.table >= 0
         if keep is not None:
@@ -138,18 +138,18 @@ class Streams:
         return evict_at.index_copy_(0, page, until.reshape(-1, self.pool.page_size))
 
     def alive(self, until: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Which lifetimes `[R, ...]` reach the query after those seen."""
+        """Which lifetimes `[R, ...]` are later than `seen`, so that the next query sees the token."""
         seen = self.seen if seen is None else seen
         return until > seen.repeat_interleave(self.heads)[:, None]
 
     def common(self) -> Tensor:
-        """Which pages have another user, bool `[R, width]`."""
+        """Which pages another stream lists too, bool `[R, width]`."""
         if self.private:
             return torch.zeros_like(self.table, dtype=torch.bool)
         return (self.pool.users[self.pool.listed(self.table)] > 1) & (self.table >= 0)
 
     def slots(self, stream: Tensor, place: Tensor) -> Tensor:
-        """Slots of the pool at places of streams, any shape, int64; -1 stays -1."""
+        """Converts slots of streams to slots of the pool, int64, any shape; -1 stays -1."""
         if self.width == 0:
             return torch.full_like(place, -1)
         size = self.pool.page_size
@@ -157,7 +157,7 @@ class Streams:
         return torch.where(place < 0, -1, page * size + place % size)
 
     def unshare(self, copies: Tensor) -> None:
-        """Replaces some pages, bool `[R, width]`, by copies of their own. Waits for the device."""
+        """Replaces some pages, bool `[R, width]`, by private copies. Waits for the device."""
         if not bool(copies.any()):
             return
         pool, old = self.pool, self.table[copies]
@@ -168,14 +168,15 @@ class Streams:
         pool.count_users(old, -1)
 
     def reserve(self, steps: int) -> None:
-        """Takes the pages that `steps` more tokens per sequence need at the worst.
+        """Reserves the pages that `steps` more tokens per sequence need at most.
 
         Raises:
-            ValueError: `max_pages` does not allow it; nothing changed.
+            ValueError: the pool would exceed `max_pages`; nothing changed.
         """
-        each = -(-steps // self.pool.page_size)
+        each = -(-steps // self.pool.page_size)  # rounded up
         wanted, common = each * len(self.table), self.common()
         self.pool.ensure(wanted + int(common.sum()) - self.reservation.pages)
+        # copy all shared pages now, since finding them later would wait for the device
         self.reservation.release()
         self.unshare(common)
         self.private = True
@@ -184,7 +185,7 @@ class Streams:
         self.width = most + each
         self.reservation.take(wanted, steps)
 
-    # by stream [R, S, ...], by sequence [N, S, H, ...]
+    # conversions between tensors by stream [R, S, ...] and by sequence [N, S, H, ...]
 
     def by_stream(self, x: Tensor) -> Tensor:
         """`[N, T, Hkv, ...]` -> `[R, T, W, ...]`."""
@@ -203,13 +204,13 @@ class Streams:
 
 @final
 class Unallocated:
-    """What handles of a cache share before the first token: sizes that need no activations.
+    """The data that all handles of a cache share before the first token, when shapes are unknown.
 
     Attributes:
         sequences: N.
         page_size: tokens in a page.
-        max_pages: the most pages that the pool may grow to; None: no limit.
-        steps: tokens per sequence to reserve pages for when the pool is made.
+        max_pages: upper limit of pages in the pool; None: no limit.
+        steps: number of tokens per sequence to reserve pages for when the pool is made.
         pending: as in `Streams`.
         turn: as in `Streams`.
     """
@@ -228,7 +229,15 @@ class Unallocated:
 
 
 def ranked(counts: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Stream and entry of the first counts[stream] entries of every stream of `order`, as lists."""
+    """Flattens the first counts[r] entries of every stream `order[r]`.
+
+    Args:
+        counts: int64 `[R]`.
+        order: int64 `[R, S]`.
+
+    Returns:
+        The stream of every entry, and the entry, int64 `[sum(counts)]` each.
+    """
     stream, rank = (
         (torch.arange(order.shape[1], device=order.device) < counts[:, None]).nonzero().unbind(1)
     )
