@@ -1,4 +1,4 @@
-"""How a layer's sizes and parts are checked and completed before it is built."""
+"""Checks the sizes and parts of a layer, and fills in defaults, before the layer is built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hamblocks_ops.arguments import wrong
 
 
 class Default(enum.Enum):
-    """Stands for a part that is not given, where None stands for one that is absent."""
+    """Value of an argument that was not given; None means that the layer has no such part."""
 
     DEFAULT = "default"
 
@@ -42,7 +42,7 @@ OrDefault = Literal[Default.DEFAULT]
 
 
 def is_own(part: object) -> bool:
-    """Whether a part, and every part inside it, is one of hamblocks' own."""
+    """Whether a part and everything callable inside it come from hamblocks or torch."""
     modules = part.modules() if isinstance(part, nn.Module) else (part,)
     held = [x for module in modules for x in (module, *getattr(module, "__dict__", {}).values())]
     ours = ("hamblocks", "hamblocks_ops", "torch")
@@ -54,7 +54,7 @@ def is_own(part: object) -> bool:
 
 
 def warn_of_unsaved(name: str, part: object) -> None:
-    """Warns of a controller in a part that is stepped, but whose threshold is not saved."""
+    """Warns about controllers that are stepped, but whose threshold is not saved with the model."""
     for controller in find_controllers(part):
         if not isinstance(controller, nn.Module):
             warnings.warn(
@@ -99,10 +99,10 @@ def parts_of(
     attention: Attention | OrDefault | None,
     combiner: Combiner | None,
 ) -> dict[str, Any]:
-    """The parts of a layer by name, defaults made, absent ones None.
+    """The parts of a layer by name, with defaults filled in; None for parts it does not have.
 
     Raises:
-        ValueError: something is no part, or a part needs an absent one.
+        ValueError: something is not a part, or a part needs another one that the layer lacks.
     """
     if attention is None:
         for name, part in (("gate", gate), ("selector", selector)):

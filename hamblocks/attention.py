@@ -14,7 +14,7 @@ from hamblocks_ops.precision import wide
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated as in transformers.
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), with `rotate_half` of transformers.
 
     Args:
         x: `[B, T, H, D]`, D even.
@@ -22,7 +22,7 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
         theta: base of the wavelengths.
 
     Returns:
-        The shape and dtype of x; angles are computed in float32 (float64 for float64).
+        Shape and dtype as x. Angles are computed in float32, or float64 for float64 x.
     """
     return _turned(x, *_angles(x, position, theta))
 
@@ -43,9 +43,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @final
 class SelectedAttention(Built):
-    """Softmax attention over the stored tokens, at their original positions.
+    """Softmax attention over the stored tokens.
 
-    Keys are normalised and rotated before they are stored.
+    Keys are normalised and rotated by their position in the sequence before they are stored.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SelectedAttention(Built):
         """Makes the part.
 
         Args:
-            rope_theta: base of the rotary wavelengths; None: no positions.
+            rope_theta: base of the rotary wavelengths; None: no rotary positions.
             qk_norm: RMSNorm of queries and keys, per head.
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
         """

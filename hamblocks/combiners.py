@@ -1,4 +1,4 @@
-"""Combiners: they join the read of the memory and the read of attention."""
+"""Combiners, which join the read of the memory and the read of attention."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hamblocks.protocols import Built, LayerDims
 
 
 class _Mix(Built):
-    """Each read is normalised per head and weighted per head by a gate of x; the sum is projected.
+    """Normalises each read per head, weights it per head by a gate on x, and projects the sum.
 
-    In a layer with one read there is one norm and one gate.
+    A layer with only one read has one norm and one gate.
     """
 
     def make(self, dims: LayerDims) -> None:
@@ -41,7 +41,7 @@ class _Mix(Built):
             reads.append(normalised(attention_read, self.attention_norm))
         logits = self.gate_proj(x).unflatten(-1, (-1, self.reads))
         weights = self.weights(logits).to(x.dtype)
-        # slices and no unbind: inductor of torch 2.13 gets the gradients of unbind wrong here
+        # slices instead of unbind: inductor in torch 2.13 computes wrong gradients of unbind here
         mixed = weights[..., :1] * reads[0]
         if len(reads) == 2:
             mixed = mixed + weights[..., 1:] * reads[1]
@@ -51,10 +51,10 @@ class _Mix(Built):
 
 @final
 class GatedSum(_Mix):
-    """Joins the reads with one sigmoid gate each, independent of the other."""
+    """Joins the reads with one sigmoid gate each; the gates are independent."""
 
     def weights(self, logits: Tensor) -> Tensor:
-        """Each in (0, 1)."""
+        """Sigmoid: each weight is in (0, 1)."""
         return logits.sigmoid()
 
 

@@ -44,7 +44,7 @@ from hamblocks_ops.packing import positions, sequence_of
 
 
 class _Call(NamedTuple):
-    """What attention is about: the tokens of one call, as projected, prepared and scored."""
+    """The projected and prepared tokens of one call, with their scores."""
 
     q: Tensor
     k: Tensor
@@ -56,14 +56,14 @@ class _Call(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What a call with a state read, and what it will store.
+    """The attention read of a call with a state, and the changes that it will store.
 
     Attributes:
         read: `[B, T, H, D]`.
         evict_at: int32 `[B, T, Hkv or 1]`.
-        ledger: the selector's, behind the call.
+        ledger: the selector's ledger after the call.
         extension: the cache with the call's tokens.
-        seen: int32 `[N]`, tokens seen behind the call.
+        seen: int32 `[N]`, tokens seen after the call.
     """
 
     read: Tensor
@@ -76,14 +76,14 @@ class _Step(NamedTuple):
 class HAMLayer(nn.Module):
     """Sequence mixer of Hybrid Associative Memories (arXiv 2603.22325).
 
-    Every token is projected to q, k, v and seen by the memory. The gate scores how badly the memory
-    predicted it, the selector turns scores into lifetimes in the cache, softmax attention runs over
-    what is stored, and the combiner joins both reads.
+    Every token is projected to q, k, v and goes through the memory. The gate scores how badly the
+    memory predicted it. The selector turns scores into lifetimes in the cache. Softmax attention
+    runs over the stored tokens, and the combiner joins both reads.
 
         HAMLayer(512, 8, selector=Threshold(TargetFraction(0.5)) | Window(64))
-        HAMLayer(512, 8, attention=None)  # the memory alone: no cache, no norms of attention
-        HAMLayer(512, 8, memory=None)  # attention alone, over every token
-        HAMLayer(512, 8, memory=None, selector=FirstTokens(4) | Window(64))  # over some
+        HAMLayer(512, 8, attention=None)  # only the memory: no cache, no attention norms
+        HAMLayer(512, 8, memory=None)  # only attention, over all tokens
+        HAMLayer(512, 8, memory=None, selector=FirstTokens(4) | Window(64))  # some tokens
     """
 
     memory: Memory | None
@@ -110,21 +110,23 @@ class HAMLayer(nn.Module):
         Args:
             hidden_size: width of x.
             num_heads: query heads, and heads of the memory.
-            selector: scores to lifetimes, e.g. `Threshold(TargetFraction(0.5)) | Window(64)`. None
-                stores every token. It must be given where the layer has a memory and attention.
-            gate: what a token's score is. Default: `PredictionError("cosine")`, and None in a layer
-                without a memory. None: every score is 0, which is allowed for selectors that decide
-                by position alone (`Window`, `FirstTokens`).
-            memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has none.
-            attention: Default: `SelectedAttention()`. None: the layer has none, and no cache.
+            selector: turns scores into lifetimes, e.g.
+                `Threshold(TargetFraction(0.5)) | Window(64)`. None stores every token. Required in
+                a layer with a memory and attention.
+            gate: computes the score of a token. Default: `PredictionError("cosine")`, or None in a
+                layer without a memory. None: every score is 0, which is allowed for selectors that
+                use the position only (`Window`, `FirstTokens`).
+            memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has no memory.
+            attention: Default: `SelectedAttention()`. None: the layer has no attention or cache.
             combiner: Default: `GatedSum()`.
-            num_kv_heads: key/value heads, a divisor of num_heads; each decides for itself what it
-                stores. None: num_heads.
+            num_kv_heads: key/value heads, a divisor of num_heads; each may store other tokens.
+                None: num_heads.
             head_dim: None: hidden_size // num_heads.
 
         Raises:
-            ValueError: sizes that do not divide, a selector that is not causal, a part that another
-                layer owns, something that is no part, or parts that need an absent one.
+            ValueError: sizes that do not divide, a selector that is not causal, a part that already
+                belongs to another layer, something that is not a part, or a part that needs one
+                that the layer does not have.
         """
         super().__init__()
         self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, memory, attention)
@@ -137,7 +139,8 @@ class HAMLayer(nn.Module):
             if isinstance(part, Buildable):
                 part.build(self.dims)
             setattr(self, name, part)
-        # modules that plain parts hold: train(), to() and state_dict() reach them here
+        # register modules that are hidden in plain Python objects, so that train(), to() and
+        # state_dict() reach them
         hidden = {
             f"{name}.{path}".replace(".", "_"): module
             for name, part in parts.items()
@@ -154,17 +157,17 @@ class HAMLayer(nn.Module):
     def init_state(
         self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
     ) -> HAMState:
-        """The state before the first token, to call the layer piece by piece.
+        """The empty state before the first token, to call the layer piece by piece.
 
-        It is empty: dtype, device and shapes come from the first call.
+        Dtype, device and shapes are taken from the first call.
 
         Args:
-            batch_size: sequences, N.
+            batch_size: number of sequences, N.
             page_size: tokens in a page of the cache.
-            max_pages: the most pages that the cache's pool may grow to; None: no limit.
+            max_pages: upper limit of pages in the cache's pool; None: no limit.
 
         Raises:
-            ValueError: a size is no integer or too small.
+            ValueError: a size is not an integer, or too small.
         """
         cache = KVCache(batch_size, page_size=page_size, max_pages=max_pages)
         return HAMState(
@@ -173,13 +176,13 @@ class HAMLayer(nn.Module):
         )
 
     def reset(self, state: HAMState, sequences: Tensor) -> HAMState:
-        """The state after some sequences began anew, so that others may take their place.
+        """The state with some sequences emptied, so that new sequences can take their place.
 
         Checkpoints are dropped.
 
         Args:
-            state: it is spent.
-            sequences: bool `[N]`.
+            state: the state; it is spent.
+            sequences: bool `[N]`, the sequences to empty.
 
         Raises:
             ValueError: a bad argument.
@@ -205,14 +208,14 @@ class HAMLayer(nn.Module):
     def load_state(
         self, saved: Mapping[str, Any], device: torch.device | str | None = None
     ) -> HAMState:
-        """The state that `HAMState.state_dict()` saved of this layer.
+        """Makes a state from `HAMState.state_dict()` of a state of this layer.
 
         Args:
             saved: the saved state.
-            device: where the state is to be; None: where the saved tensors are.
+            device: device of the state; None: the device of the saved tensors.
 
         Raises:
-            ValueError: the state is of another layer.
+            ValueError: the state belongs to another layer.
         """
         state = load(saved, self.memory, self.selector, device)
         contracts.check_state(state, self.dims, len(state.position))
@@ -226,7 +229,7 @@ class HAMLayer(nn.Module):
     def prefill(
         self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> LayerOutput:
-        """`forward` with a state, a new one if none is given: the next piece of every sequence."""
+        """`forward` with a state for the next piece of every sequence; None: a new state."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
@@ -237,13 +240,13 @@ class HAMLayer(nn.Module):
 
         Args:
             x: `[N, hidden_size]`.
-            state: from `init_state`, `prefill` or the last call; it is spent.
+            state: state from `init_state`, `prefill` or the last call; it is spent.
 
         Returns:
             y `[N, hidden_size]`, the next state, stats.
 
         Raises:
-            ValueError: a bad argument, a missing state among them.
+            ValueError: a bad argument, or the state is missing.
         """
         check_tensor("x", x, "[N, hidden]", [None, self.dims.hidden_size])
         if state is None:
@@ -259,14 +262,14 @@ class HAMLayer(nn.Module):
 
         Args:
             x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`.
-            state: from `init_state(N)` or the last call, to go on where it ended; it is spent (see
-                `HAMState`). What earlier calls stored passes no gradient, the memory does. None:
-                whole sequences.
+            state: state from `init_state(N)` or the last call, to continue from; it is spent (see
+                `HAMState`). Gradients flow to earlier calls through the memory, but not through
+                stored tokens. None: `x` holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row.
 
         Raises:
-            ValueError: a bad argument, or a part that returned something else than its protocol
-                says; the message names it, what was expected and what came.
+            ValueError: a bad argument, or a part returned a value that its protocol does not allow.
+                The message names the argument or part, what was expected and what it got.
         """
         self._check(x, state, cu_seqlens)
         batch, tokens = x.shape[:2]
@@ -299,7 +302,7 @@ class HAMLayer(nn.Module):
             return LayerOutput(y, None, LayerStats(score, evict_at, *where))
         step = self._read_stored(call, state, begin)
         y = self._combined(x, memory_read, step.read)
-        # the one thing that changes in place, when nothing can fail any more
+        # The only change in place, and the last step: an error above leaves the cache as it was.
         with arguments_are_checked():
             cache = step.extension.commit(step.seen)
         after = HAMState(step.seen, memory, step.ledger, cache, state.checkpoints)
@@ -308,10 +311,10 @@ class HAMLayer(nn.Module):
     def explain(
         self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
     ) -> LayerExplanation:
-        """Which implementation each op takes in a call of this layer, and why not the others.
+        """Lists which implementation each op of a call uses, and why the others are not used.
 
-        The layer runs once, in eval mode. No controller counts and the state stays as it is. Under
-        `torch.no_grad()` the answers are those for inference.
+        The layer runs once in eval mode. Controllers count no scores, and the state does not
+        change. Call it under `torch.no_grad()` to get the choices for inference.
 
         Args:
             x: as in `forward`.
@@ -319,8 +322,8 @@ class HAMLayer(nn.Module):
             cu_seqlens: as in `forward`.
 
         Returns:
-            By name of the op, every implementation with "yes" or a reason. "attention" stands for
-            all ways to read keys that lie in pages.
+            For each op by name, every implementation with "yes" or a reason. The entry "attention"
+            lists all implementations that read keys in pages.
 
         Raises:
             ValueError: a bad argument, as in `forward`.
@@ -344,19 +347,20 @@ class HAMLayer(nn.Module):
     def _of_no_token(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
     ) -> LayerOutput:
-        """No part is called, the state stays as it is."""
+        """The result for x without tokens: no part is called, and the state does not change."""
         if self.attention is None:
             return LayerOutput(x.clone(), state, LayerStats(None, None, position, cu_seqlens))
         evict_at = position[..., None].expand(-1, -1, self.dims.num_kv_heads)
         score = torch.zeros(evict_at.shape, device=x.device)
         return LayerOutput(x.clone(), state, LayerStats(score, evict_at, position, cu_seqlens))
 
-    # the steps of a call, each checked at the layer's border
+    # the steps of a call; each checks what its part returned
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a part. Ops inside hamblocks' own parts check nothing again: the layer has checked.
+        """Calls a part.
 
-        A part of a user's own calls ops with arguments that nobody has checked.
+        The layer has checked the arguments, so the ops inside parts of hamblocks do not check them
+        again. A user-defined part may call ops with other arguments, so its ops do check them.
         """
         part = getattr(self, name)
         if torch.compiler.is_compiling():  # checks cost nothing at run time then
@@ -379,7 +383,7 @@ class HAMLayer(nn.Module):
         past: Any,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, MemoryTrace, Any]:
-        """What the memory reads, its trace and its next state."""
+        """The read of the memory, its trace and its next state; without a memory, only a trace."""
         if self.memory is None:
             group = self.dims.num_heads // self.dims.num_kv_heads
             k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
@@ -391,7 +395,7 @@ class HAMLayer(nn.Module):
         return result
 
     def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
-        """Scores `[B, T, Hkv or 1]`, averaged over query heads of a key/value head, and bias."""
+        """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""
         if self.gate is None:
             return torch.zeros(*x.shape[:2], 1, device=x.device), None
         result: GateOutput = self._call("gate", x, trace)
@@ -404,7 +408,7 @@ class HAMLayer(nn.Module):
     def _selected(
         self, score: Tensor, ledger: Any, position: Tensor, cu_seqlens: Tensor | None
     ) -> Selection:
-        """Lifetimes; position -1 is padding."""
+        """The lifetimes of the selector; position -1 is padding."""
         if self.selector is None:
             kept = torch.where(position < 0, EMPTY, NEVER).to(torch.int32)
             return Selection(kept[..., None].expand(score.shape))
@@ -414,7 +418,7 @@ class HAMLayer(nn.Module):
         return result
 
     def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they are attended to and stored."""
+        """Queries and keys after `prepare` of the attention part."""
         prepare = getattr(self.attention, "prepare", None)  # PreparesKeys
         if prepare is None:
             return q, k
@@ -423,7 +427,7 @@ class HAMLayer(nn.Module):
         return prepared
 
     def _read_whole(self, call: _Call) -> tuple[Tensor, Tensor]:
-        """What attention reads of whole sequences, and lifetimes."""
+        """The attention read of whole sequences, and lifetimes."""
         where = call.position, call.cu_seqlens
         evict_at = self._selected(call.score, None, *where).evict_at
         keys = DenseKeys(
@@ -438,13 +442,13 @@ class HAMLayer(nn.Module):
         return self._attended(call.q, keys), evict_at
 
     def _read_stored(self, call: _Call, state: HAMState, begin: Tensor) -> _Step:
-        """What attention reads of the cache with the tokens of the call; nothing changes yet."""
+        """The attention read of the cache and the new tokens; the cache does not change yet."""
         assert state.cache is not None
         contracts.check_cache(state.cache.sizes, call.k, call.score, call.logit_bias)
         pieces = Pieces(call.cu_seqlens, len(begin), call.q.shape[1])
         position, score = pieces.apart(call.position, EMPTY), pieces.apart(call.score, 0)
         ledger = state.ledger
-        if ledger is None:
+        if ledger is None:  # the first call
             ledger = self._ledger(len(begin), score.shape[2], score.device)
         selection = self._selected(score, ledger, position, None)
         with arguments_are_checked():

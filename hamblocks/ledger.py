@@ -1,8 +1,8 @@
 """Ledgers of selectors: lists of the tokens whose lifetimes may still be lowered.
 
-A ledger has L slots for every sequence and head. A slot holds the position of one token; the
-positions ascend, and empty slots (position -1) come first. Shapes: N sequences, L slots, M tokens
-that are looked up, H heads.
+A ledger has L slots for every sequence and head. A slot holds the position of one token. Positions
+are in ascending order, and empty slots (position -1) come first. Shapes: N sequences, L slots, M
+tokens to look up, H heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EMPTY = -1
 
 
 class Ledger(Protocol):
-    """What the ledgers of all selectors have in common."""
+    """The interface of all ledgers."""
 
     @property
     def position(self) -> Tensor:
@@ -28,7 +28,7 @@ class Ledger(Protocol):
 
 
 class TopKLedger(NamedTuple):
-    """The tokens that a `TopK` stores now, in order of time.
+    """The tokens that a `TopK` stores now, in order of position.
 
     Attributes:
         position: int32 `[N, k, H]`, -1 for empty slots.
@@ -54,7 +54,7 @@ class CombinedLedger(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Which of a ledger's candidates fill its slots.
+    """The candidates that a ledger lists in its slots.
 
     Attributes:
         candidate: int64 `[N, L, H]`, the candidate that each slot lists.
@@ -70,13 +70,13 @@ class Slots(NamedTuple):
 
 
 def last_slots(listed: Tensor, size: int) -> Slots:
-    """Slots for the last `size` of the listed candidates, in order, behind the empty slots.
+    """Slots for the last `size` listed candidates, in order. Empty slots come before them.
 
     Args:
         listed: bool `[N, M, H]`, which candidates are to be listed.
         size: L, the number of slots; M is at least L.
     """
-    # a stable sort puts the listed candidates last and keeps their order in time
+    # a stable sort puts the listed candidates last and keeps their order
     order = listed.to(torch.int8).argsort(dim=1, stable=True)
     candidate = order[:, order.shape[1] - size :]
     return Slots(candidate, listed.gather(1, candidate))
@@ -132,7 +132,7 @@ def lower(position: Tensor, evict_at: Tensor, changes: Lifetimes | None) -> Tens
         changes: what the selector returned as `lowered`; None changes nothing.
 
     Returns:
-        int32, same shape: the lifetime in `changes` of every token that it lists.
+        int32, same shape: the lifetime in `changes` for tokens listed there, else `evict_at`.
     """
     if changes is None or changes.position.shape[1] == 0:
         return evict_at

@@ -1,4 +1,4 @@
-"""RMSNorm of reads, queries and keys, which autocast must not narrow."""
+"""RMSNorm of reads, queries and keys, computed in the dtype of its weight even under autocast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import Tensor, nn
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """norm(x) in the dtype of the norm's weight, which is wider than x under autocast."""
+    """norm(x), with x cast to the dtype of the weight first; under autocast x is narrower."""
     y: Tensor = norm(x.to(norm.weight.dtype))
     return y

@@ -1,4 +1,4 @@
-"""What a layer returns and explains."""
+"""Types of what `HAMLayer.forward` and `HAMLayer.explain` return."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from hamblocks_ops.packing import sequence_of
 
 
 class LayerStats(NamedTuple):
-    """What a layer decided about every token of the call.
+    """Scores and lifetimes of the tokens of a call.
 
     Attributes:
-        score: `[B, T, Hkv or 1]`, what the selector was given; None in a layer without attention.
-        evict_at: int32, same shape, lifetimes as decided by the end of the call; None in a layer
-            without attention.
+        score: `[B, T, Hkv or 1]`, the scores that the selector got; None in a layer without
+            attention.
+        evict_at: int32, same shape, lifetimes at the end of the call; None in a layer without
+            attention.
         position: int32 `[B, T]`, position of each token within its sequence.
         cu_seqlens: int32 `[N+1]`, or None.
     """
@@ -29,7 +30,7 @@ class LayerStats(NamedTuple):
     cu_seqlens: Tensor | None
 
     def keep_fraction(self) -> Tensor:
-        """Fraction of the call's tokens stored at its end, float32 `[]`; 0 without a token."""
+        """Fraction of the call's tokens that are stored at its end, float32 `[]`; 0 if T is 0."""
         if self.evict_at is None or self.position.numel() == 0:
             return torch.zeros((), dtype=torch.float32, device=self.position.device)
         if self.cu_seqlens is None:
@@ -46,7 +47,7 @@ class LayerOutput(NamedTuple):
     Attributes:
         y: `[B, T, hidden_size]`, dtype of x.
         state: for the next call; None unless a state was given.
-        stats: what was decided.
+        stats: scores and lifetimes of the tokens.
     """
 
     y: Tensor
@@ -55,11 +56,11 @@ class LayerOutput(NamedTuple):
 
 
 class LayerExplanation(dict[str, Explanation]):
-    """By op, what every implementation answers to one call of a layer; see `HAMLayer.explain`.
+    """For each op, which implementations can run a call of a layer; see `HAMLayer.explain`.
 
     Attributes:
-        call: the kind of call, in words.
-        parts: by kind, the class of each part of the layer.
+        call: description of the call.
+        parts: class name of each part of the layer, by kind.
     """
 
     def __init__(self, answers: dict[str, Explanation], call: str, parts: dict[str, str]) -> None:
@@ -68,7 +69,7 @@ class LayerExplanation(dict[str, Explanation]):
 
     @property
     def chosen(self) -> dict[str, str | None]:
-        """By op, the implementation that "auto" takes; None if nothing can run the call."""
+        """For each op, the implementation that "auto" takes; None if none can run the call."""
         return {op: answers.chosen for op, answers in self.items()}
 
     def __str__(self) -> str:

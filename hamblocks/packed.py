@@ -1,4 +1,4 @@
-"""Packed batches for functions that know nothing of packing."""
+"""Runs functions that do not support packed batches over packed batches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def per_sequence(
     cu_seqlens: Tensor | None = None,
     state: State | None = None,
 ) -> tuple[Outputs, State]:
-    """Runs a function of whole sequences over a batch, packed or not.
+    """Runs a function of unpacked sequences over a batch, which may be packed.
 
-    With it a memory of your own supports `cu_seqlens` and `state` in one line:
+    With it, a custom memory supports `cu_seqlens` and `state` in one line:
 
         (read, residual), state = per_sequence(run, q, k, v, cu_seqlens=cu_seqlens, state=state)
 
     Without `cu_seqlens` this is `run(*tensors, state)`, called once for the whole batch. With
     `cu_seqlens` the sequences run one by one, which costs one call per sequence.
 
-    `run` is never called without a token. An empty sequence keeps its state, or gets a state of
-    zeros if it is fresh. If the whole batch has no token, `run` is called once, without gradients
-    and with no state, on a single token of zeros. Its results are thrown away except for their
-    shapes and dtypes, in which the empty outputs and the states of zeros are returned.
+    `run` always gets at least one token. An empty sequence keeps its state, or gets a state of
+    zeros if it is fresh. If the whole batch has no tokens, `run` is called once on a single token
+    of zeros, without gradients and without a state. Only the shapes and dtypes of its results are
+    used, for the empty outputs and the states of zeros.
 
     Args:
         run: `run(*tensors, state) -> (outputs, state)`. It gets tensors `[B, T, ...]` with B and T
@@ -49,7 +49,7 @@ def per_sequence(
 
     Raises:
         ValueError: `tensors` differ in `[B, T]`, `cu_seqlens` do not fit them, `state` has another
-            number of sequences, or `run` returns something else than stated above.
+            number of sequences, or `run` does not return what is stated above.
     """
     rows, tokens = _check_tensors(tensors)
     if cu_seqlens is None:
@@ -92,7 +92,7 @@ def _without_tokens(
     state: State | None,
     sequences: int,
 ) -> tuple[Outputs, State]:
-    """Empty outputs, and the state as it was or zeros, in the shapes that a made-up token shows."""
+    """Empty outputs, and the given state or zeros. A call on a token of zeros gives the shapes."""
     with torch.no_grad():
         made_up = [x.new_zeros(1, 1, *x.shape[2:]) for x in tensors]
         outputs, fresh = _call(run, made_up, None)

@@ -1,4 +1,4 @@
-"""Pieces of several sequences, packed into one batch row or padded."""
+"""Converts pieces of sequences between packed and padded form."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hamblocks_ops.packing import sequence_of
 
 @final
 class Pieces:
-    """Packed pieces `[1, sum(T), ...]` and the same padded, `[N, max(T), ...]`.
+    """Converts tensors between packed `[1, sum(T), ...]` and padded form `[N, max(T), ...]`.
 
-    Pieces of a batch that is not packed stay as they are.
+    Without `cu_seqlens` the batch is not packed, and both conversions return their argument.
     """
 
     def __init__(self, cu_seqlens: Tensor | None, sequences: int, tokens: int) -> None:

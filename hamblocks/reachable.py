@@ -1,7 +1,7 @@
-"""Finds controllers and modules wherever they sit in a model, in plain Python objects too.
+"""Finds controllers and modules anywhere in a model, also inside plain Python objects.
 
 A part may be any callable: a module, a plain object, a closure, a bound method. PyTorch looks for
-modules only in the attributes of modules, so whatever a plain object holds is invisible to it. The
+modules only in the attributes of modules, so it misses modules that a plain object holds. The
 functions here follow plain attributes, containers and closures as well.
 """
 
@@ -23,19 +23,19 @@ Edge = tuple[str, object]
 """A dotted path from the root of a walk, and the object at its end."""
 
 Enter = Callable[[str, object], bool]
-"""Sees every object of a walk, by path, and says whether the walk goes on to what it holds."""
+"""Called with the path and value of every object; returns whether to walk into the object."""
 
 CAPTURED = "<captured>"
-"""Step of a path that leads to what a closure captured, or to the object of a bound method."""
+"""Path component for a variable that a closure captured, or the object of a bound method."""
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 """Attributes that every module has: parameters, buffers, children and hooks."""
 
 ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None))
-"""Types of objects that a walk does not look into."""
+"""Types of objects that a walk skips."""
 
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, functools.partial, types.SimpleNamespace)
-"""Types of the standard library that hold objects of a user's own."""
+"""Types of the standard library that may hold user-defined objects."""
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
 """Top-level packages whose objects hold no part: dtypes, optimizers, loggers, locks, ..."""
@@ -44,9 +44,9 @@ LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
 def is_controller(value: object) -> TypeGuard[Controller]:
     """Whether an object is a `hamblocks.protocols.Controller` that can be stepped.
 
-    It can be called, and its own class (or the object itself) has a method `step` that needs no
-    argument. So a recurrent module with `step(x, state)` is no controller, and neither is a wrapper
-    that only forwards `step` to the module inside.
+    It is callable, and its class or its `__dict__` has a method `step` that needs no argument. A
+    recurrent module with `step(x, state)` is not a controller, and neither is a wrapper that
+    forwards `step` to the wrapped module by `__getattr__`.
     """
     has_step = hasattr(type(value), "step") or "step" in getattr(value, "__dict__", {})
     if not has_step or isinstance(value, type) or not isinstance(value, Controller):
@@ -72,8 +72,8 @@ def find_controllers(root: object) -> list[Controller]:
     closures, defaults and attributes of functions. It does not look into tensors, Python modules,
     classes, or objects of torch, numpy and the standard library.
 
-    A controller that another one holds belongs to it and is not listed: the `step()` of the outer
-    one steps what it wraps.
+    A controller inside another one is not listed, because the `step()` of the outer one steps the
+    inner one.
     """
     found: list[Controller] = []
 
@@ -92,8 +92,8 @@ def model_controllers(model: nn.Module) -> list[Controller]:
 
     These are the modules of `model` that are controllers, and what `find_controllers` finds in the
     parts of its layers. A layer is any module with an attribute `selector`. Elsewhere plain
-    attributes are not followed: they may lead to a trainer or a data set. `model` itself is never
-    in the list, for a model may have a method `step` of its own.
+    attributes are not followed, because they may lead to a trainer or a data set. `model` itself is
+    never in the list, because it may have an unrelated method `step`.
     """
     found: list[Controller] = []
     parts: list[object] = []
@@ -113,7 +113,8 @@ def model_controllers(model: nn.Module) -> list[Controller]:
         return True
 
     def enter_part(path: str, value: object) -> bool:
-        # a part may refer to the model that it belongs to, whose layers are walked on their own
+        # A part may refer to the model that it belongs to. The layers of the model are walked
+        # separately, so the walk does not enter it from here.
         return enter(value) and (is_plain or not _holds_layer(value, holders))
 
     _walk([("", model)], enter_module, _children)
@@ -123,7 +124,7 @@ def model_controllers(model: nn.Module) -> list[Controller]:
 
 
 def _outermost(found: list[Controller]) -> list[Controller]:
-    """Leaves out the controllers that others hold; of two that hold each other the first stays."""
+    """Drops controllers that are inside others; of two that hold each other, keeps the first."""
     contents: list[dict[int, object]] = []
     for controller in found:
         held: dict[int, object] = {}
@@ -141,15 +142,15 @@ def _outermost(found: list[Controller]) -> list[Controller]:
 
 
 def hidden_modules(part: object) -> dict[str, nn.Module]:
-    """The modules in a part that PyTorch does not see, by dotted path from the part.
+    """The modules in a part that PyTorch does not find, by dotted path from the part.
 
     `.train()`, `.to()`, `.parameters()` and `.state_dict()` of the layer do not reach them unless
-    the layer registers them. A module inside a module listed here is not listed. A module that a
-    closure captured, or that a bound method belongs to, is listed only if it is a controller: it
-    may be the model that the layer will be a part of.
+    the layer registers them. Submodules of a listed module are not listed. A module that a closure
+    captured, or that a bound method belongs to, is listed only if it is a controller, because it
+    may be the model that will contain the layer.
 
     Returns:
-        For example `{"tau_source": TargetFraction(...)}`; empty for a part that hides nothing.
+        For example `{"tau_source": TargetFraction(...)}`; empty if PyTorch finds all modules.
     """
     found: dict[str, nn.Module] = {}
     registered = set(map(id, part.modules())) if isinstance(part, nn.Module) else set()
@@ -173,7 +174,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _holds_layer(value: object, holders: dict[int, bool]) -> bool:
-    """Whether a module is a layer or has one inside; `holders` remembers the answers by id."""
+    """Whether a module is a layer or contains one; `holders` caches the answers by id."""
     if not isinstance(value, nn.Module):
         return False
     answer = holders.get(id(value))
@@ -185,7 +186,7 @@ def _holds_layer(value: object, holders: dict[int, bool]) -> bool:
 
 
 def _parts(value: object) -> list[object]:
-    """The parts of a layer, and the controller of a selector that stands without a layer."""
+    """The parts of a layer, or the controller of a selector that is used without a layer."""
     if not isinstance(value, nn.Module):
         return []
     names = ["controller"]
@@ -202,10 +203,10 @@ def _walk(
     *,
     seen: dict[int, object] | None = None,
 ) -> None:
-    """Depth first from the roots, every object once, parents before what they hold.
+    """Walks depth first from the roots. Visits every object once, before the objects it holds.
 
-    `seen` maps the ids of visited objects to the objects, which keeps them alive: an id may be used
-    again once its object is gone.
+    `seen` maps ids of visited objects to the objects. This keeps them alive, because Python may
+    reuse the id of an object that is gone.
     """
     seen = {} if seen is None else seen
     edges = _edges if edges is None else edges
@@ -226,7 +227,7 @@ def _walk(
 
 @functools.lru_cache(maxsize=4096)
 def _is_atomic(kind: type) -> bool:
-    """Whether objects of a type hold nothing that a walk looks for."""
+    """Whether a walk skips objects of this type."""
     if issubclass(kind, ATOMS):
         return True
     if issubclass(kind, (nn.Module, types.FunctionType, types.MethodType)):
@@ -248,7 +249,7 @@ def _children(value: object) -> Iterable[Edge]:
 
 
 def _edges(value: object) -> Iterator[Edge]:
-    """What an object holds, by name."""
+    """The objects that an object holds, by name."""
     if isinstance(value, nn.Module):
         yield from value._modules.items()
     elif isinstance(value, types.FunctionType):
@@ -274,7 +275,7 @@ def _numbered(values: Iterable[object]) -> Iterator[Edge]:
 
 
 def _captured(function: types.FunctionType) -> Iterator[Edge]:
-    """What a function keeps: variables of its closure and defaults of its arguments."""
+    """The variables in the closure of a function, and the defaults of its arguments."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield CAPTURED + name, cell.cell_contents
@@ -306,7 +307,7 @@ def _slots(kind: type) -> list[tuple[str, types.MemberDescriptorType]]:
 
 
 def _order(value: object) -> tuple[str, str]:
-    """A key to sort a set by, the same in every process: sets iterate in the order of addresses."""
+    """Sort key for members of a set. Sets iterate in an order that differs between processes."""
     kind = type(value)
     shown = "" if kind.__repr__ is object.__repr__ else repr(value)
     return f"{kind.__module__}.{kind.__qualname__}", shown

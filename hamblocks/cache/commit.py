@@ -50,7 +50,7 @@ class Commit:
             seen: int32 `[N]`, tokens seen after the change.
             until: int32 `[R, S]`, lifetimes after a selector lowered some; None: unchanged.
             new: R * T tokens, stream after stream; padding has position NEVER.
-            origin: the `Unallocated` that the streams were made from, if this is the first change.
+            origin: the `Unallocated` that became the streams, if this is their first change.
 
         Raises:
             ValueError: the pool would exceed `max_pages`; nothing was changed.
@@ -71,8 +71,8 @@ class Commit:
         self.copies = None if streams.private else self._changed_pages() & streams.common()
         self.kept = Reservation(self.pool)
         if self.wait:
-            # Pages are reserved now, so that applying cannot fail. The reservation of the streams is
-            # released when the change is applied, so its pages count as available.
+            # Pages are reserved now, so that applying cannot fail. The reservation of the streams
+            # is released when the change is applied, so its pages count as available.
             need = int(self.more.sum())
             need += 0 if self.copies is None else int(self.copies.sum())
             if need > streams.reservation.pages:

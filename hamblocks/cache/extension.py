@@ -121,14 +121,14 @@ class Extension:
         k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
         bias = None if bias is None else bias.detach().flatten()
         tokens = Tokens(k, v, position, evict_at, bias)
-        # The handle is made before the change is applied, because a transaction may apply it later.
+        # made before the change is applied, because a transaction may apply it later
         following = self._following(self._streams)
         apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
         return following
 
     def _not_in_place(self) -> str | None:
-        # A page has one lifetime per slot. Two streams that list the same page cannot have different
-        # lifetimes in it, as a selector may give them.
+        # A page has one lifetime per slot, so two streams that list the same page cannot have
+        # different lifetimes in it.
         if self._until is None or self._streams.private:
             return None
         return (
@@ -137,7 +137,7 @@ class Extension:
         )
 
     def _pages(self) -> tuple[list[Pages], Tensor]:
-        """Slabs and page table: the slabs of the pool, then one of new tokens, a page per stream."""
+        """Slabs and page table: the pool's slabs, then a slab of new tokens, one page a stream."""
         streams, pool = self._streams, self._streams.pool
         evict_at = None
         # a clone, since the pool must not change before the commit

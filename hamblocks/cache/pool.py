@@ -188,7 +188,7 @@ class Pool:
         A slab is freed only if at least two thirds of the remaining pages are free, so that a pool
         with varying load does not allocate and free the same slab repeatedly.
         """
-        # Reserved pages are counted but not chosen, so no slab is known to be free of them.
+        # a reservation does not say which pages it will take, so none is freed while there is one
         while self.keys and self.promised == 0:
             rest = self.pages - (self.keys[-1][0].shape[0] - 1)
             if bool((self.users[rest:-2] > 0).any()) or (rest and 3 * self.used() > rest):
@@ -253,7 +253,7 @@ class Pool:
                 table.view(-1).index_copy_(0, anywhere, values)
 
     def _places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """For each slab with some of the slots: their indices, slots in the slab, and its k and v."""
+        """For each slab that has some of the slots: which ones, where in the slab, its k and v."""
         begin = 0
         for k, v in self.keys:
             end = begin + (k.shape[0] - 1) * self.page_size

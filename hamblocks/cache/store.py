@@ -259,7 +259,7 @@ class KVCache:
 
     @lasting
     def fork(self) -> KVCache:
-        """A second cache with the same tokens; pages are shared until one of the two changes them."""
+        """A second cache with the same tokens; a page is shared until one of the two changes it."""
         own = self._newest()
         if isinstance(own, Unallocated):
             return KVCache._of(own.copy())

@@ -138,7 +138,7 @@ class Streams:
         return evict_at.index_copy_(0, page, until.reshape(-1, self.pool.page_size))
 
     def alive(self, until: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Which lifetimes `[R, ...]` are later than `seen`, so that the next query sees the token."""
+        """Which lifetimes `[R, ...]` are later than `seen`: the next query sees these tokens."""
         seen = self.seen if seen is None else seen
         return until > seen.repeat_interleave(self.heads)[:, None]
 

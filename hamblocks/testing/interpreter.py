@@ -1,16 +1,16 @@
-"""Repairs of Triton's interpreter, so that kernels run on a CPU with right results.
+"""Patches Triton's interpreter, so that kernels run on a CPU with correct results.
 
-With TRITON_INTERPRET=1 set before anything imports Triton, kernels run in numpy, those of
-flash-linear-attention among them. Five things are wrong in the interpreter of Triton 3.7. `mend`
-repairs them, once, before fla is imported:
+If TRITON_INTERPRET=1 is set before anything imports Triton, kernels run in numpy, including those
+of flash-linear-attention. The interpreter of Triton 3.7 has five problems. Call `mend` once, before
+fla is imported, to fix them:
 
-- An autotuner needs a driver to time its configurations: it now takes the first one.
+- An autotuner needs a GPU driver to time its configurations. Fixed: it takes the first one.
 - The loop variable of a `range` is a tensor in a compiled kernel, but a Python int in the
   interpreter, without `.to`.
-- bfloat16 is stored as its bits in uint16, and arithmetic, products and reductions are done on
-  these bits.
-- A cast to bfloat16 truncates, where a GPU rounds to the nearest.
-- numpy warns of infinities and NaN, where a GPU is silent.
+- bfloat16 is stored as its bits in uint16, and arithmetic, products and reductions treat these bits
+  as integers.
+- A cast to bfloat16 truncates, while a GPU rounds to the nearest value.
+- numpy warns about infinities and NaN, while a GPU does not.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _mended = False
 
 
 def mend() -> None:
-    """Repairs the interpreter in this process. A second call does nothing.
+    """Patches the interpreter in this process. A second call does nothing.
 
     Raises:
-        RuntimeError: Triton compiles its kernels, or is not installed.
+        RuntimeError: Triton is not installed, or runs without its interpreter.
     """
     global _mended
     if not interpreting():
@@ -118,7 +118,7 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
         return handle(rounded(x.data), tl.bfloat16)
 
     def in_float32(own: Callable[..., Any], operands: int) -> Callable[..., Any]:
-        """The method, run in float32 where one of its first `operands` arguments is bfloat16.
+        """Wraps a method to run in float32 if one of its first `operands` arguments is bfloat16.
 
         These arguments are widened, and the result is rounded to bfloat16.
         """
@@ -175,7 +175,7 @@ def _compute_bfloat16(interpreter: Any, tl: Any) -> None:
 
 
 def _reducing_float32(own: Any, tl: Any, wide: Any, narrow: Any) -> Any:
-    """The method of a reduction or scan, run in float32 where an input is bfloat16."""
+    """Wraps the method of a reduction or scan to run in float32 if an input is bfloat16."""
 
     def apply_impl(self: Any, inputs: Any) -> Any:
         if not any(x.dtype.scalar == tl.bfloat16 for x in inputs):

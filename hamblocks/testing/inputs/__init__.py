@@ -1,1 +1,1 @@
-"""What checks draw: sizes, kinds and a seed, from which tensors are made."""
+"""The inputs that checks draw: sizes, kinds and a seed, from which tensors are made."""

@@ -1,4 +1,4 @@
-"""Calls of `selected_attention`, and lifetimes of every policy."""
+"""Draws calls of `selected_attention`, and lifetimes as selectors produce them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ policies: st.SearchStrategy[str] = st.sampled_from(POLICIES)
 
 
 def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
-    """evict_at as a policy gives it, int64 like `position`; "any": one drawn for every token."""
+    """evict_at under a policy, int64 like `position`; "any": a random policy for each token."""
     shape = tuple(position.shape)
     most = int(position.max()) + 2 if position.numel() else 1
     some = draw.integers(0, 2, shape).bool()
@@ -39,7 +39,7 @@ def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
     }
     if policy != "any":
         return kinds[policy]
-    # beside them what no policy gives: ends before the token itself, or below 0
+    # also values that no policy produces: lifetimes that end before the token, or below 0
     return draw.choice(
         shape, *(x.double() for x in kinds.values()), draw.integers(-2, most, shape).double()
     ).long()
@@ -47,7 +47,7 @@ def lifetimes(policy: str, draw: Draw, position: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class EvictAt(Sequences):
-    """Lifetimes `[B, T, H]` of whole sequences, as a policy would give them."""
+    """Lifetimes `[B, T, H]` of whole sequences under a policy."""
 
     tokens: int = 5
     batch: int = 2
@@ -57,7 +57,7 @@ class EvictAt(Sequences):
     seed: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """evict_at int32 `[B, T, H]`, and cu_seqlens where packed."""
+        """evict_at int32 `[B, T, H]`, and cu_seqlens if packed."""
         position = self.own[:, None].expand(*self.rows, self.heads)
         result = {"evict_at": lifetimes(self.policy, Draw(self.seed), position).to(torch.int32)}
         if self.packed is not None:
@@ -66,7 +66,7 @@ class EvictAt(Sequences):
 
 
 def evict_at(**fixed: object) -> st.SearchStrategy[EvictAt]:
-    """Lifetimes; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of lifetimes; `fixed` fields or strategies replace the drawn ones."""
     fields = sequences() | {
         "heads": st.integers(1, 3),
         "policy": policies,
@@ -76,7 +76,7 @@ def evict_at(**fixed: object) -> st.SearchStrategy[EvictAt]:
 
 @dataclass(frozen=True, repr=False)
 class AttentionInputs(Sequences):
-    """A call of selected_attention over its own keys, packed ones, or a cache of `cache` keys."""
+    """A call of selected_attention: a batch, packed sequences, or queries over `cache` keys."""
 
     tokens: int = 5
     batch: int = 2
@@ -110,8 +110,7 @@ class AttentionInputs(Sequences):
             result["cu_seqlens"] = borders(self.packed)
         position = own[:, None].expand(shape)
         if self.cache is not None and self.packed is None:
-            # a cache in another order than time, another one per head, of which the last keys may
-            # be padding
+            # keys in random order, different for each head; the last keys may be padding
             shuffled = torch.rand(shape, generator=draw.generator).argsort(1)
             position = shuffled if self.seed % 2 else shuffled[..., :1]
             result["key_position"] = position.to(torch.int32)
@@ -136,7 +135,7 @@ class AttentionInputs(Sequences):
 
 
 def attention_inputs(**fixed: object) -> st.SearchStrategy[AttentionInputs]:
-    """Calls of selected_attention; `fixed` fields or strategies replace the drawn ones."""
+    """Strategy of calls of selected_attention; `fixed` fields or strategies replace drawn ones."""
     fields = sequences() | {
         "cache": st.none() | st.integers(0, 40),
         "kv_heads": st.integers(1, 3),

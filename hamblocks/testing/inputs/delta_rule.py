@@ -1,4 +1,4 @@
-"""Calls of `gated_delta_rule`."""
+"""Draws calls of `gated_delta_rule`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hamblocks.testing.inputs.draw import (
 
 @dataclass(frozen=True, repr=False)
 class DeltaRuleInputs(Sequences):
-    """A call of gated_delta_rule; with `packed` (lengths) in place of `batch` and `tokens`."""
+    """A call of gated_delta_rule; `packed` (lengths) replaces `batch` and `tokens`."""
 
     tokens: int = 5
     batch: int = 2
@@ -78,7 +78,7 @@ class DeltaRuleInputs(Sequences):
 
 
 def delta_rule_inputs(**fixed: object) -> st.SearchStrategy[DeltaRuleInputs]:
-    """Calls of gated_delta_rule; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of calls of gated_delta_rule; `fixed` fields or strategies replace drawn ones."""
     fields = sequences() | {
         "heads": st.integers(1, 2),
         "group": st.integers(1, 2),

@@ -33,9 +33,9 @@ def ragged_lengths(
     """Strategy of the lengths of packed sequences, in tokens. Many are 0 or 1.
 
     Args:
-        longest: the longest length drawn, apart from those that `chunk` adds.
-        most: most sequences; 0 sequences are drawn too.
-        chunk: chunk size of a kernel: it adds this length, one more and one less.
+        longest: the longest length, apart from those that `chunk` adds.
+        most: the largest number of sequences; the smallest is 0.
+        chunk: chunk size of a kernel. The lengths chunk - 1, chunk and chunk + 1 are drawn too.
     """
     special = [0, 0, 1] + ([] if chunk is None else [chunk - 1, chunk, chunk + 1])
     return st.lists(
@@ -44,14 +44,14 @@ def ragged_lengths(
 
 
 def lengths(longest: int = 40, chunk: int = 64) -> st.SearchStrategy[int]:
-    """Strategy of the length of one sequence, in tokens; often 0, 1, or about `chunk`."""
+    """Strategy of the length of one sequence, in tokens; often 0, 1 or close to `chunk`."""
     return st.one_of(
         st.sampled_from([0, 1, 2, chunk - 1, chunk, chunk + 1]), st.integers(0, longest)
     )
 
 
 class Inputs:
-    """Base of all inputs: frozen dataclasses of sizes, kinds and a seed. `eval(repr(x))` is x."""
+    """Base of all inputs: frozen dataclasses of sizes, kinds and a seed. `eval(repr(x)) == x`."""
 
     def __repr__(self) -> str:
         """Shows only the fields that differ from the defaults."""
@@ -122,7 +122,7 @@ class Draw:
         return torch.randint(low, high, tuple(shape), generator=self.generator)
 
     def choice(self, shape: Sequence[int], *options: Tensor | float) -> Tensor:
-        """Every element from one of the options, chosen at random; float64."""
+        """Takes each element from a random one of the options; float64."""
         which = self.integers(0, len(options), shape)
         result = torch.zeros(tuple(shape), dtype=torch.float64)
         for index, option in enumerate(options):
@@ -131,12 +131,12 @@ class Draw:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides.
+    """Copies a tensor to other strides.
 
     Args:
         x: the values.
         layout: "contiguous"; "transposed", dimensions 1 and 2 swapped in memory; or "strided", with
-            a NaN behind every element, or a 7 for integers.
+            a NaN (7 for integers) after every element in memory.
     """
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -153,7 +153,7 @@ def borders(lengths: Sequence[int]) -> Tensor:
 
 
 def placing(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of every packed token the position in its sequence, and which sequence: int64 `[T]` each."""
+    """The position in its sequence and the sequence of every packed token, int64 `[T]` each."""
     own = torch.tensor([t for length in lengths for t in range(length)], dtype=torch.int64)
     sequence = torch.tensor(
         [n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64

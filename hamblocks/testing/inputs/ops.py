@@ -1,4 +1,4 @@
-"""The table of ops: for every op by name how its calls are drawn, and its definition."""
+"""The table of ops: how calls of each op are drawn, and its reference implementation."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ DELTA, ATTEND, PAGED = DeltaRuleInputs, AttentionInputs, PagedInputs
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of one op, and what they should give. The op's promises stand in its `hints`.
+    """Calls of one op and their expected results. The `hints` of the op say what it promises.
 
     Attributes:
-        inputs: strategy of its calls.
-        edges: calls by hand: degenerate sizes and borders.
-        small: calls for the checks that run few; empty: the third of `edges`.
-        options: arguments that are no tensors, out of the case's seed.
+        inputs: strategy of calls.
+        edges: fixed calls with degenerate sizes and boundary cases.
+        small: calls for the checks that run only a few; empty: the third one of `edges`.
+        options: makes the arguments that are not tensors from the seed of the case.
         reference: called like the op, without `impl`; None: the op with impl="reference".
-        yardsticks: for an implementation whose arithmetic in low precision differs from the
-            reference's: by its name, a callable with that arithmetic. The error of this callable is
-            what the implementation may have.
-        dtypes: floating dtypes it takes.
-        degenerate: calls out of zeros and infinities that must give finite results.
-        call: how it is called with tensors by name; None: as the op is.
+        yardsticks: by name of the implementation, a callable that has the same low-precision
+            arithmetic, where this differs from the reference. The implementation may have an error
+            as large as that of the callable.
+        dtypes: floating dtypes that the op accepts.
+        degenerate: calls with zeros and infinities whose results must be finite.
+        call: calls the op with tensors by name; None: the op itself.
     """
 
     inputs: Callable[..., st.SearchStrategy[Any]]
@@ -62,7 +62,10 @@ class Calls:
 def _through_chunks(
     *, metric: str | None = None, output_residual: bool = True, **call: Any
 ) -> ops.DeltaRuleOutput:
-    """The delta rule in chunks, with the residual read off a rounded beta * residual, as by fla."""
+    """The chunked delta rule, with the residual computed as in fla: (beta * residual) / beta.
+
+    beta * residual is rounded to the dtype of v.
+    """
     beta, v = (
         torch.where(call["beta"] == 0, call["beta"] + 2.0**-64, call["beta"]),
         call["v"].detach(),
@@ -76,7 +79,7 @@ def _through_chunks(
 
 
 def metric_of(case: Any) -> dict[str, Any]:
-    """A metric out of the case's seed."""
+    """A metric that depends on the seed of the case."""
     return {"metric": METRICS[case.seed % len(METRICS)]}
 
 
@@ -95,7 +98,7 @@ def _count(name: str) -> Callable[[Any], dict[str, Any]]:
 def placed(
     like: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Position int64 `[B, T, H]` and, packed, sequence `[T]` of every token, by loops."""
+    """Position int64 `[B, T, H]` of every token and, if packed, its sequence `[T]`, by loops."""
     batch, tokens, heads = like.shape
     lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
     own, sequence = placing(lengths)
@@ -120,7 +123,7 @@ def _by_definition(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def compact_by_definition(
     evict_at: Tensor, *, position: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> ops.Compacted:
-    """Lists by loops over tokens."""
+    """The lists of `compact`, by loops over tokens."""
     where, sequence = placed(evict_at, position, cu_seqlens)
     batch, tokens, heads = evict_at.shape
     kept = [

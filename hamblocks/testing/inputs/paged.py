@@ -1,4 +1,4 @@
-"""Calls of `paged_attention`."""
+"""Draws calls of `paged_attention`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from hamblocks_ops import NEVER, Pages, paged_attention
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 LAST = 40
-"""Positions are drawn below it, queries a little beyond it."""
+"""Upper bound of the drawn positions of keys. Positions of queries may be slightly higher."""
 
 
 @dataclass(frozen=True, repr=False)
 class PagedInputs(Inputs):
-    """A call of paged_attention: `rows` is H, `together` W, `width` M; slabs are (pages, size)."""
+    """A call of paged_attention.
+
+    `rows` is H, `together` is W and `width` is M. A slab is (number of pages, page size).
+    """
 
     queries: int = 1
     sequences: int = 2
@@ -46,7 +49,7 @@ class PagedInputs(Inputs):
         return sum(size for size, _ in self.slabs)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Arguments of `paged`; what no query sees, and pages that nothing lists, hold garbage."""
+        """Arguments of `paged`. Slots that no query sees, and unlisted pages, hold garbage."""
         draw = Draw(self.seed, self.layout)
         heads = self.rows * self.together * self.group
         index = torch.int64 if self.seed % 2 else torch.int32
@@ -130,7 +133,7 @@ class PagedInputs(Inputs):
 
 
 def paged_inputs(**fixed: object) -> st.SearchStrategy[PagedInputs]:
-    """Calls of paged_attention; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of calls of paged_attention; `fixed` fields or strategies replace drawn ones."""
     fields: dict[str, st.SearchStrategy[Any]] = {
         "queries": st.integers(0, 8),
         "sequences": st.integers(0, 3),
@@ -153,7 +156,7 @@ def paged_inputs(**fixed: object) -> st.SearchStrategy[PagedInputs]:
 
 
 def slabs_of(fields: dict[str, Tensor]) -> list[Pages]:
-    """The slabs out of the fields k0, v0, ..., k1, ..."""
+    """Makes the slabs from the fields k0, v0, ..., k1, ..."""
     numbers = sorted({int(re.sub(r"\D", "", name)) for name in fields})
     named = ({name: fields.get(f"{name}{i}") for name in Pages._fields} for i in numbers)
     return [Pages(**one) for one in named]  # type: ignore[arg-type]
@@ -169,7 +172,7 @@ def paged(
     run: Callable[..., Any] | None = None,
     **fields: Any,
 ) -> Any:
-    """The op, or `run` in its place, with the fields of the slabs as arguments of their own."""
+    """Calls the op, or `run`, with slabs whose fields are separate arguments."""
     more = {"shared": shared, "impl": impl} if run is None else {}
     with torch.no_grad():
         return (run or paged_attention)(

@@ -31,14 +31,14 @@ class PartInputs(Sequences):
     Attributes:
         dims: sizes of the layer.
         batch: batch size B.
-        tokens: tokens T of every sequence.
-        packed: lengths of sequences that are packed into one batch row, in place of `batch` and
-            `tokens`; None: they are not packed.
+        tokens: number of tokens T of every sequence.
+        packed: lengths of sequences packed into one batch row, instead of `batch` and `tokens`;
+            None: not packed.
         cuts: positions at which checks cut the sequences into pieces.
         dtype: dtype of the inputs and of the part.
         kind: "normal", "zero", "constant" (ones) or "large" (normal numbers times 10,000).
         bias: whether attention gets a logit bias.
-        seed: seed of the numbers and of the weights.
+        seed: seed of the numbers and the weights.
     """
 
     dims: LayerDims = DIMS[0]
@@ -62,7 +62,7 @@ class PartInputs(Sequences):
         return [0, *sorted(min(cut, self.tokens) for cut in self.cuts), self.tokens]
 
     def numbers(self, draw: Draw, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Numbers `[B, T, *shape]` of the kind. Every kind takes as many random numbers."""
+        """Numbers `[B, T, *shape]` of the kind. All kinds draw equally many random numbers."""
         drawn = draw.normal(*self.rows, *shape)
         kinds = {
             "normal": drawn,
@@ -81,9 +81,9 @@ class PartInputs(Sequences):
 
 
 def part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
-    """Inputs of a part, whole sequences of at least one token.
+    """Strategy of inputs of a part: whole sequences of at least one token.
 
-    `fixed` fields or strategies take the place of the drawn ones.
+    `fixed` fields or strategies replace the drawn ones.
     """
     fields: dict[str, st.SearchStrategy[Any]] = {
         "dims": st.sampled_from(DIMS),
@@ -96,7 +96,7 @@ def part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
 
 
 def packed_part_inputs(**fixed: object) -> st.SearchStrategy[PartInputs]:
-    """Inputs of a part, packed sequences, not all of them empty."""
+    """Strategy of inputs of a part: packed sequences, at least one of them not empty."""
     packed = ragged_lengths(9, 4).filter(any)
     return part_inputs(**{"packed": packed, "batch": 1, "tokens": 0, "cuts": (), **fixed})
 

@@ -1,4 +1,4 @@
-"""Calls of `surprise`: residuals and values."""
+"""Draws calls of `surprise`: residuals and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hamblocks.testing.inputs.draw import Draw, Inputs, building, dtypes, layout
 
 EXTREMES = (0.0, 1e-45, 1e-38, -1e-38, 1e-20, 1.0, -1.0, 1e20, 1e30, -1e30)
 KINDS = ("normal", "zero", "right", "extreme")
-"""zero: v is 0 too; right: the residual is 0; extreme: numbers at the ends of float32."""
+"""zero: residual and v are 0; right: the residual is 0; extreme: near the limits of float32."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +45,7 @@ class RowInputs(Inputs):
 
 
 def row_inputs(**fixed: object) -> st.SearchStrategy[RowInputs]:
-    """Calls of surprise; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of calls of surprise; `fixed` fields or strategies replace the drawn ones."""
     fields: dict[str, st.SearchStrategy[Any]] = {
         "batch": st.integers(0, 2),
         "tokens": st.integers(0, 6),

@@ -1,4 +1,4 @@
-"""Scores for the select ops and for selectors."""
+"""Draws scores for the select ops and for selectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hamblocks.testing.inputs.draw import (
 
 @dataclass(frozen=True, repr=False)
 class Scores(Sequences):
-    """Scores `[B, T, H]` with ties, infinities and NaN as `kind` says, and perhaps padding."""
+    """Scores `[B, T, H]`, with ties, infinities or NaN depending on `kind`, maybe with padding."""
 
     tokens: int = 5
     batch: int = 2
@@ -61,7 +61,7 @@ class Scores(Sequences):
         if self.packed is not None:
             result["cu_seqlens"] = borders(self.packed)
         if self.empty_rows:
-            # ascending but not consecutive, as a cache holds them; padding anywhere
+            # ascending but not consecutive, as in a cache; padding at random places
             position = (3 * self.own[:, None] + draw.integers(0, 3, shape)).masked_fill(
                 draw.integers(0, 4, shape) == 0, -1
             )
@@ -70,7 +70,7 @@ class Scores(Sequences):
 
 
 def scores(**fixed: object) -> st.SearchStrategy[Scores]:
-    """Scores for the select ops; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of scores for the select ops; `fixed` fields or strategies replace drawn ones."""
     fields = sequences() | {
         "heads": st.integers(1, 3),
         "kind": st.sampled_from(["mixed", "normal", "ties", "constant", "infinite", "near"]),
@@ -83,7 +83,7 @@ def scores(**fixed: object) -> st.SearchStrategy[Scores]:
 
 @dataclass(frozen=True, repr=False)
 class ScorePieces(Inputs):
-    """Scores that come piece by piece: every batch row has a length and cuts of its own."""
+    """Scores in pieces. Each batch row has its own length and its own cuts."""
 
     lengths: tuple[int, ...] = (9, 6)
     cuts: tuple[tuple[int, int, int], ...] = (
@@ -113,7 +113,7 @@ class ScorePieces(Inputs):
 
 
 def score_pieces(**fixed: object) -> st.SearchStrategy[ScorePieces]:
-    """Scores that come in pieces; `fixed` fields or strategies take the place of the drawn ones."""
+    """Strategy of scores in pieces; `fixed` fields or strategies replace the drawn ones."""
     fields: dict[str, st.SearchStrategy[Any]] = {
         "lengths": st.lists(st.integers(0, 16), min_size=1, max_size=3).map(tuple),
         "cuts": st.lists(st.tuples(*[st.integers(0, 16)] * 3), max_size=5).map(tuple),

@@ -1,1 +1,1 @@
-"""The checks, one page per kind of part."""
+"""The checks, one module per kind of part."""

@@ -1,7 +1,8 @@
 """Checks of attention parts.
 
-An attention part is called as `prepare(q, k, position=) -> q, k`, where it has that method, and as
-`attention(q, keys) -> read`. The checks give it keys of whole sequences, or the keys of a cache.
+An attention part is called as `attention(q, keys) -> read`. If it has a method `prepare`, that is
+called first, as `prepare(q, k, position=) -> q, k`. The checks pass keys of whole sequences or keys
+of a cache.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Option
     controller = training(part)
     steps(controller, case)
     score = case.tensors()["score"]
-    controller.step()  # uses up what the last call counted
+    controller.step()  # consumes the scores that the last call counted
     before = copy.deepcopy(controller).eval()(score).clone()
     for nothing in (None, score[:, :0], torch.full_like(score, math.nan)):
         if nothing is not None:

@@ -57,7 +57,7 @@ def _stores_what_it_decided(part: Any, case: PartInputs, _options: Options) -> N
             stored, tokens = state.cache.stored(), state.cache.tokens
             for n, head in [(n, h) for n in range(case.batch) for h in range(kv_heads)]:
                 alive = (known[n, :, head] > end).nonzero()[:, 0]
-                # one stream serves all heads where the gate decides for all of them
+                # if the gate has one score for all heads, one stream holds all heads
                 stream = head if stored.position.shape[2] > 1 else 0
                 there = stored.position[n, :, stream] != NEVER
                 position, order = stored.position[n, there, stream].sort()
@@ -181,7 +181,7 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
     """Packed pieces of several sequences give what each sequence gives in one pass."""
     subject = LayerSubject(part, case)
     sequences = list(subject.inputs["x"])
-    # every sequence is cut at other places
+    # each sequence is cut at different positions
     own = [
         [0, *sorted((cut + 5 * n) % (case.tokens + 1) for cut in case.cuts), case.tokens]
         for n in range(len(sequences))
@@ -200,7 +200,7 @@ def _packed_pieces_are_one_pass(part: Any, case: PartInputs, _options: Options) 
             cu_seqlens = borders([len(one) for one in parts])
             results, state = subject.run({"x": packed}, state, cu_seqlens)
             if packed.shape[1] == 0 and case.tokens:
-                continue  # an empty piece decides nothing, so its number of heads is undefined
+                continue  # an empty piece has no decisions, so its number of heads is undefined
             for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
                 results_of[n].append(by_token(results, slice(begin, end)))
         exact = whole()

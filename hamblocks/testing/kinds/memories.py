@@ -70,7 +70,8 @@ def _predicts_before_it_writes(part: Any, case: PartInputs, _options: Options) -
         return {"prediction": (results["v"] - results["residual"])[:, : t + 1]}
 
     with prefixed(f"the prediction at position {t} changed with the value at {t}"):
-        # v - residual gives a small prediction the rounding of v, which differs between the values
+        # A small prediction v - residual has the rounding error of v, which differs between the two
+        # calls.
         assert_same(
             prediction(changed), prediction(subject.inputs), lambda: prediction(subject.inputs)
         )
@@ -88,7 +89,7 @@ def _state_has_sequences_first(part: Any, case: PartInputs, _options: Options) -
                 f"tensor {number} of the state: {list(x.shape)}, expected [N, ...]"
             )
         if t == case.tokens:
-            return  # one token: nothing follows the state
+            return  # one token: no token after the state
         rest = by_token(subject.inputs, slice(t, None))
 
         def run() -> Results:
@@ -120,7 +121,7 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
     subject = MemorySubject(part, case)
     assert case.packed is not None
     spans = list(pairwise(borders(case.packed).tolist()))
-    # every sequence is cut in the middle: the first halves are one packed call, the second another
+    # each sequence is cut in the middle: one packed call for the first halves, one for the second
     halves = [begin + (end - begin) // 2 for begin, end in spans]
     first = [slice(begin, half) for (begin, _), half in zip(spans, halves, strict=True)]
     second = [slice(half, end) for (_, end), half in zip(spans, halves, strict=True)]

@@ -1,4 +1,4 @@
-"""Which cases a check of an op runs: those that the implementation takes, by hand and drawn."""
+"""Chooses the cases of a check of an op: fixed and drawn ones that the implementation can run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hamblocks_ops.dispatch import interpreting
 INTERPRETED = ("triton", "fla")
 """Implementations that Triton's interpreter runs."""
 INTERPRETED_MAX_TOKENS = 32
-"""Triton's interpreter takes seconds for long cases by hand: there they are compared with the
-reference alone, and the other checks draw half as many cases."""
+"""Triton's interpreter takes seconds for long fixed cases. There, only the comparison with the
+reference runs them, and the other checks draw half as many cases."""
 
 
 def refusal(part: OpImplementation, case: Any) -> str | None:
-    """Why a named implementation cannot run a case with gradients here, or None."""
+    """Why an implementation cannot run a case with gradients on this machine, or None."""
     if part.run is None and part.impl != "auto" and ops.implementations(part.like):
         asked: Any = part.like
         asked = asked.explain
@@ -47,7 +47,7 @@ def _length(case: Any) -> int:
 
 @functools.cache
 def refused_dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
-    """The floating dtypes in which the implementation runs no case by hand, with reasons."""
+    """The floating dtypes in which the implementation runs no fixed case, with reasons."""
     if "dtype" not in part.op.fields:
         return {}
     found = {}
@@ -60,9 +60,9 @@ def refused_dtypes(part: OpImplementation) -> dict[torch.dtype, str]:
 
 @functools.cache
 def never_runs(part: OpImplementation) -> str | None:
-    """Why the implementation runs no case by hand, for example without a GPU.
+    """Why the implementation runs none of the fixed cases, e.g. because there is no GPU.
 
-    None if it runs one.
+    None if it runs one of them.
     """
     if computes_in(part):
         return None
@@ -77,13 +77,13 @@ def computes_in(part: OpImplementation) -> list[torch.dtype]:
 
 @dataclass(frozen=True)
 class OpCheck(Check):
-    """A check of an op: which cases it runs depends on the op and on the implementation.
+    """A check of an op, whose cases depend on the op and the implementation.
 
     Attributes:
-        fixed: fields of the drawn cases that do not vary.
-        by_hand: the cases by hand.
-        drawn: whether cases are drawn beside them.
-        all_edges: whether long cases by hand run in Triton's interpreter too.
+        fixed: fields with the same value in all drawn cases.
+        by_hand: the fixed cases.
+        drawn: whether to draw cases in addition to the fixed ones.
+        all_edges: whether Triton's interpreter runs long fixed cases too.
     """
 
     fixed: Callable[[Calls], dict[str, Any]] = lambda _op: {}
@@ -119,13 +119,13 @@ class OpCheck(Check):
         return Check(self.name, self.kind, self.body, drawn, edges, self.applies, share, self.slow)
 
     def why_not(self, part: Any, options: Options | None = None) -> str | None:
-        """Why the check does not apply; also why an implementation runs nothing here."""
+        """Why the check does not apply, or why the implementation runs no case on this machine."""
         reason = super().why_not(part, options)
         if reason is not None or not isinstance(part, OpImplementation):
             return reason
         try:
             return never_runs(part)
-        except Exception:  # the check itself then fails with it
+        except Exception:  # the check itself then fails with the same error
             return None
 
     def __call__(self, part: Any, case: Any = None, **more: Any) -> None:
@@ -140,17 +140,17 @@ class OpCheck(Check):
 
 
 def in_float64(op: Calls, **more: Any) -> dict[str, Any]:
-    """float64 and the fields `more`, as far as cases of the op have such fields."""
+    """dtype float64 and the fields in `more`, without those that cases of the op do not have."""
     return {name: x for name, x in ({"dtype": torch.float64} | more).items() if name in op.fields}
 
 
 def plain(op: Calls) -> dict[str, Any]:
-    """Fields of cases in float64 without packed sequences, cache and padding."""
+    """Fields of float64 cases without packed sequences, cache or padding."""
     return in_float64(op, packed=None, cache=None, empty_rows=False)
 
 
 def whole(op: Calls) -> list[Any]:
-    """The cases by hand that have no packed sequences and no cache, in float64."""
+    """The fixed cases without packed sequences and without a cache, in float64."""
     kept = [
         case
         for case in op.edges
@@ -160,7 +160,7 @@ def whole(op: Calls) -> list[Any]:
 
 
 def packed_cases(op: Calls) -> list[Any]:
-    """The cases by hand with packed sequences, in float64."""
+    """The fixed cases with packed sequences, in float64."""
     return [
         replace(case, **in_float64(op, cache=None))
         for case in op.edges

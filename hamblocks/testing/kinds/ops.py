@@ -54,7 +54,7 @@ def _noise(
     tensors: Mapping[str, Tensor],
     cut: Callable[[Results], Results],
 ) -> Any:
-    """What the reference says of these inputs, for a measure of how much rounding moves it."""
+    """Results of the reference for these inputs, to measure how much rounding changes them."""
     return lambda: cut(part.problem(case, tensors).run("reference", backward=False))
 
 
@@ -227,7 +227,7 @@ def _unseen_keys_do_not_leak(part: OpImplementation, case: Any, _options: Option
     unseen = ~visible(tensors).any(1)[..., None]
 
     def with_garbage(value: float) -> Results:
-        # also the clean call is made so: other strides would be other roundings
+        # the clean call is made in the same way, because other strides may round differently
         filled = {name: tensors[name].masked_fill(unseen, value) for name in ("k", "v")}
         return _results(part, case, tensors | filled, backward=True)
 
@@ -311,7 +311,7 @@ def _raising_tau_never_keeps_more(part: OpImplementation, case: Any, _options: O
 
 
 def _if(hint: str, reason: str = "") -> Callable[[Any, Options], str | None]:
-    """Applies if a hint of the op holds; else the reason that the hint gives, or this one."""
+    """Applies if a hint of the op holds; otherwise the reason is the hint, or `reason`."""
 
     def applies(part: OpImplementation, _options: Options) -> str | None:
         value = getattr(part.hints, hint)
@@ -321,8 +321,8 @@ def _if(hint: str, reason: str = "") -> Callable[[Any, Options], str | None]:
 
 
 def _not_traced(part: OpImplementation, _options: Options) -> str | None:
-    # the length of a list depends on values, whoever makes it; other reasons are those of our
-    # implementations
+    # The length of a list depends on values in every implementation. Other reasons apply only to
+    # the implementations of this package.
     if part.hints.traced is not True and (part.run is None or part.hints.lists):
         return part.hints.traced
     return (
@@ -352,7 +352,7 @@ def _in(dtype: torch.dtype) -> OpCheck:
 
 
 def _small(op: Calls) -> list[Any]:
-    """Cases for the checks that run one or two."""
+    """Cases for the checks that run only one or two."""
     return list(op.small or op.edges[2:3])
 
 

@@ -40,7 +40,7 @@ from hamblocks_ops import NEVER
 
 
 def ready(part: Any) -> Any:
-    """A copy of the selector in eval mode, in float32: so are scores in a model of any dtype."""
+    """A copy of the selector in eval mode and float32, the dtype of scores in every model."""
     return made(part, None, torch.float32, 0)
 
 
@@ -49,8 +49,8 @@ class Step(NamedTuple):
 
     Attributes:
         begin: int64 `[N]`, position of the first token of each sequence's piece.
-        end: int64 `[N]`, position behind the last one.
-        real: bool `[N, T]`, which tokens of the padded piece are no padding.
+        end: int64 `[N]`, position after the last token.
+        real: bool `[N, T]`, which tokens of the padded piece are not padding.
         listed: int32 `[N, L, H]`, positions in the ledger before the call; None: no ledger.
         selection: the selector's result.
     """
@@ -65,8 +65,8 @@ class Step(NamedTuple):
 def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
     """Calls a selector piece by piece.
 
-    Sequences whose piece is shorter than the longest are padded with tokens at position -1, whose
-    high score shows whether they compete.
+    Pieces that are shorter than the longest one are padded with tokens at position -1. Padding has
+    a high score, so that a selector that does not ignore it fails.
     """
     score = case.score
     sequences, longest, heads = score.shape
@@ -86,7 +86,7 @@ def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
 
 
 def _decided(selector: Any, case: ScorePieces, *, padding: bool = True) -> dict[str, Tensor]:
-    """Lifetimes in one pass and piece by piece, with or without those of padding."""
+    """Lifetimes in one pass and piece by piece, with or without the lifetimes of padding."""
     steps = ((step.selection.evict_at, step.real) for step in stream(selector, case))
     pieces_of = [evict_at if padding else evict_at[real] for evict_at, real in steps]
     return {"one pass": selector(case.score).evict_at} | {
@@ -389,7 +389,7 @@ def _pieces(_options: Options) -> Any:
 
 
 def _scores(**fixed: Any) -> Any:
-    """Scores of at least one token: no part is called without."""
+    """Strategy of scores of at least one token, since parts are never called without tokens."""
     return lambda _options: scores(empty_rows=False, **fixed).filter(lambda case: case.has_tokens)
 
 
