@@ -322,8 +322,8 @@ class PagedKeys(Keys):
         if impl == "auto":
             return refused is None and self._passed_over() is None
         if impl not in implementations(paged_attention):
-            return False  # selected_attention runs it, or raises if it does not know the name
-        # a name that both ops know, such as "reference", runs on a copy if pages are refused
+            return False  # selected_attention runs it, or raises if there is no such name
+        # a name that exists in both ops, such as "reference", runs on a copy if pages are refused
         if refused is not None and impl not in implementations(selected_attention):
             raise UnsupportedError(f"attention cannot run with impl={impl!r} here: {refused}")
         return refused is None

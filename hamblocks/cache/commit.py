@@ -63,7 +63,7 @@ class Commit:
         # A reservation is enough for `steps` more tokens if no page is shared. Shared pages have to
         # be copied first, and how many that are depends on values on the device.
         self.wait = streams.reservation.steps < max(self.count, 1) or not streams.private
-        # `_return_pages` has to know whether pages became free here, to shrink the pool
+        # if pages became free here, `_return_pages` tries to shrink the pool
         self.freed = self.wait and self.pool.collect()
         stays, enters = self._who_stays(), self._who_enters()
         self._count_pages(stays, enters)

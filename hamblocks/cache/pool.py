@@ -188,7 +188,8 @@ class Pool:
         A slab is freed only if at least two thirds of the remaining pages are free, so that a pool
         with varying load does not allocate and free the same slab repeatedly.
         """
-        # a reservation does not say which pages it will take, so none is freed while there is one
+        # A reservation does not say which pages it will take, so no slab is freed while any page is
+        # reserved.
         while self.keys and self.promised == 0:
             rest = self.pages - (self.keys[-1][0].shape[0] - 1)
             if bool((self.users[rest:-2] > 0).any()) or (rest and 3 * self.used() > rest):

@@ -128,7 +128,7 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
 
     def packed(parts: list[slice], state: Any) -> tuple[Results, Any]:
         if not any(own.stop > own.start for own in parts):
-            return {}, state  # no part is called without a token
+            return {}, state  # parts are never called without tokens
         inputs = {
             name: torch.cat([x[:, :0], *(x[:, own] for own in parts)], 1)
             for name, x in subject.inputs.items()

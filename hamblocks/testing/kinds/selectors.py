@@ -73,7 +73,7 @@ def stream(selector: Any, case: ScorePieces) -> Iterator[Step]:
     ledger = start(selector, sequences, heads)
     for begin, end in pairwise(case.ends):
         if not bool((end > begin).any()):
-            continue  # no part is called without a token
+            continue  # parts are never called without tokens
         index = begin[:, None] + torch.arange(int((end - begin).max()))
         real = index < end[:, None]
         position = torch.where(real, index, EMPTY).to(torch.int32)
