@@ -18,11 +18,13 @@ from hamblocks.assembly import (
     warn_of_unsaved,
 )
 from hamblocks.cache import Extension, KVCache, dry_run
+from hamblocks.cache.checks import check_sequences
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
+    PARTS,
     Attention,
     Buildable,
     Combiner,
@@ -187,9 +189,7 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: a bad argument.
         """
-        check_tensor("sequences", sequences, "[N]", [len(state.position)])
-        if sequences.dtype != torch.bool:
-            raise wrong("sequences", "dtype bool", sequences)
+        check_sequences(sequences, len(state.position))
         cache = None if state.cache is None else state.cache.reset(sequences)
 
         def renewed(old: Tensor, new: Tensor) -> Tensor:
@@ -337,8 +337,7 @@ class HAMLayer(nn.Module):
             for module, mode in modes:
                 module.training = mode
         answers = {choice.op: choice.explanation for choice in choices}
-        kinds = ("memory", "gate", "selector", "attention", "combiner")
-        parts = {kind: getattr(self, kind) for kind in kinds}
+        parts = {kind: getattr(self, kind) for kind in PARTS}
         names = {kind: "none" if x is None else type(x).__name__ for kind, x in parts.items()}
         how = "whole sequences" if state is None else "the next piece of each sequence of a state"
         learns = "with" if torch.is_grad_enabled() else "without"

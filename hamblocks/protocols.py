@@ -18,6 +18,9 @@ from typing_extensions import TypeVar
 from hamblocks.keys import Keys
 from hamblocks_ops.arguments import wrong
 
+PARTS = ("memory", "gate", "selector", "attention", "combiner")
+"""The attributes of a layer that hold its parts, in the order in which a call uses them."""
+
 State = TypeVar("State", default=Any)
 """The state of a memory: a tree of tuples, lists, dicts and tensors `[N, ...]`."""
 

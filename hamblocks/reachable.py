@@ -17,7 +17,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from hamblocks.protocols import Controller
+from hamblocks.protocols import PARTS, Controller
 
 Edge = tuple[str, object]
 """A dotted path from the root of a walk, and the object at its end."""
@@ -191,7 +191,7 @@ def _parts(value: object) -> list[object]:
         return []
     names = ["controller"]
     if _is_layer(value):
-        names += ["memory", "gate", "selector", "attention", "combiner"]
+        names += PARTS
     held = (value._modules.get(name, vars(value).get(name)) for name in names)
     return [part for part in held if part is not None]
 

@@ -7,6 +7,13 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from hamblocks.cache.checks import (
+    check_decisions,
+    check_keys,
+    check_order,
+    check_sequences,
+    check_tokens,
+)
 from hamblocks.cache.extension import Extension, Stored, stored
 from hamblocks.cache.pool import Pool, Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting, ranked
@@ -223,7 +230,7 @@ class KVCache:
         else:
             streams, origin = own, None
         if values_are_checked(position):
-            _check_order(position, streams.seen)
+            check_order(position, streams.seen)
         until = None if lowered is None else _lowered(streams, lowered)
         kv_heads = k.shape[2]
         evict_at = evict_at.to(torch.int32).expand(-1, -1, streams.heads)
@@ -309,9 +316,7 @@ class KVCache:
         """
         own = self._newest()
         like = None if isinstance(own, Unallocated) else own.table
-        check_tensor("sequences", sequences, "[N]", [own.sequences], like=like)
-        if sequences.dtype != torch.bool:
-            raise wrong("sequences", "dtype bool", sequences)
+        check_sequences(sequences, own.sequences, like=like)
         if isinstance(own, Streams):
             # by masks instead of indices, so that it does not wait for the device
             gone = sequences.repeat_interleave(own.heads)[:, None]
@@ -400,10 +405,10 @@ class KVCache:
         """Checks that the tensors of a call fit each other and the stored tokens."""
         own = self._own
         if isinstance(own, Streams):
-            _check_keys(own, k, v)
-        _check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
+            check_keys(own, k, v)
+        check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
         if isinstance(own, Streams):
-            _check_decisions(own, evict_at, logit_bias)
+            check_decisions(own, evict_at, logit_bias)
 
     def _newest(self) -> Streams | Unallocated:
         """What the handle refers to; raises as `check` does."""
@@ -444,60 +449,6 @@ def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor
     if own.steps:
         streams.reserve(own.steps)
     return streams
-
-
-def _check_tokens(
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    sequences: int,
-) -> None:
-    """Checks that the tensors of a call fit each other."""
-    check_tensor("k", k, "[N, T, Hkv, D]", [sequences, None, None, None])
-    tokens, kv_heads = k.shape[1:3]
-    check_tensor("v", v, "[N, T, Hkv, D]", [*k.shape], like=k)
-    check_tensor("position", position, "[N, T]", [sequences, tokens], like=k)
-    check_integer("position", position)
-    for name, value in (("evict_at", evict_at), ("logit_bias", logit_bias)):
-        if value is not None:
-            shared = isinstance(value, Tensor) and value.dim() == 3 and value.shape[2] == 1
-            sizes = [sequences, tokens, 1 if shared else kv_heads]
-            check_tensor(name, value, "[N, T, Hkv] or [N, T, 1]", sizes, like=k)
-    check_integer("evict_at", evict_at)
-
-
-def _check_keys(streams: Streams, k: Tensor, v: Tensor) -> None:
-    """Checks that keys and values fit the stored ones."""
-    pool = streams.pool
-    sizes = [streams.sequences, None, streams.heads * pool.heads, pool.head_dim]
-    check_tensor("k", k, "[N, T, Hkv, D]", sizes)
-    for name, value in (("k", k), ("v", v)):
-        check_tensor(name, value, "[N, T, Hkv, D]", [*k.shape])
-        if value.dtype != pool.dtype or value.device != pool.device:
-            dtype = str(pool.dtype).removeprefix("torch.")
-            raise wrong(name, f"{dtype} on {pool.device}, as the cache", value)
-
-
-def _check_decisions(streams: Streams, evict_at: Tensor, logit_bias: Tensor | None) -> None:
-    """Checks that lifetimes and biases have as many heads as the cache has streams, or one."""
-    has_bias = streams.pool.bias is not None
-    for name, value in (("evict_at", evict_at), ("logit_bias", logit_bias)):
-        if value is not None and value.shape[2] not in (1, streams.heads):
-            raise wrong(name, "1 head, as the cache", f"{value.shape[2]} heads")
-    if (logit_bias is not None) != has_bias:
-        expected = "a bias, as the cache has" if has_bias else "None, as the cache"
-        raise wrong("logit_bias", expected, logit_bias)
-
-
-def _check_order(position: Tensor, seen: Tensor) -> None:
-    """Checks that no new token has the position of a token that was seen already."""
-    early = (position >= 0) & (position < seen[:, None])
-    if bool(early.any()):
-        n, t = (int(i) for i in early.nonzero()[0])
-        expected = f"none before the {int(seen[n])} tokens that sequence {n} has seen"
-        raise wrong("position", expected, f"{int(position[n, t])}")
 
 
 def _lowered(streams: Streams, lowered: Lifetimes) -> Tensor:

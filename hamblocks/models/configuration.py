@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hamblocks.models.policies import Policy, complete, part_of, policy_of
-from hamblocks.protocols import check_count
+from hamblocks.protocols import PARTS, check_count
 from hamblocks_ops.arguments import wrong
 
 LAYER_TYPES = {
-    "hybrid": ("memory", "gate", "selector", "attention", "combiner"),
+    "hybrid": PARTS,
     "linear_attention": ("memory", "combiner"),
     "full_attention": ("attention", "combiner"),
 }

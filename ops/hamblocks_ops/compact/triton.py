@@ -63,22 +63,9 @@ def count_kernel(
     """How many tokens of a block are stored: counts [B, blocks, H]."""
     block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     _, _, stored, _, head = stored_tile(
-        evict_at,
-        position,
-        e_b,
-        e_t,
-        e_h,
-        p_b,
-        p_t,
-        p_h,
-        tokens,
-        heads,
-        block,
-        batch,
-        group,
-        TOKENS,
-        HEADS,
-    )
+        evict_at, position, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, block, batch, group,
+        TOKENS, HEADS,
+    )  # fmt: skip
     own = (batch * tl.num_programs(0) + block) * heads + head
     tl.store(counts + own, tl.sum(stored.to(tl.int32), 0), mask=head < heads)
 
@@ -95,22 +82,9 @@ def write_kernel(
     """
     block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     ends, begins, stored, token, head = stored_tile(
-        evict_at,
-        position,
-        e_b,
-        e_t,
-        e_h,
-        p_b,
-        p_t,
-        p_h,
-        tokens,
-        heads,
-        block,
-        batch,
-        group,
-        TOKENS,
-        HEADS,
-    )
+        evict_at, position, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, block, batch, group,
+        TOKENS, HEADS,
+    )  # fmt: skip
     # stored tokens of all blocks, and of those before this one
     before, total = tl.zeros([HEADS], tl.int32), tl.zeros([HEADS], tl.int32)
     for first in range(0, blocks, COUNTS):

@@ -147,11 +147,11 @@ def selected_attention(
         k=k,
         v=v,
         evict_at=evict_at.to(torch.int32),
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         logit_bias=logit_bias,
         query_position=query_position.to(torch.int32),
         key_position=key_position.to(torch.int32),
         cu_seqlens=cu_seqlens,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     )
     return selected_attention.request(call, impl)
 

@@ -29,7 +29,8 @@ class AttentionOutput(NamedTuple):
 class AttentionCall(NamedTuple):
     """One call of `selected_attention`.
 
-    Positions and lifetimes are int32. `evict_at`, `logit_bias` and `key_position` are expanded to
+    The fields are in the order of the arguments of the registered operators. Positions and
+    lifetimes are int32. `evict_at`, `logit_bias` and `key_position` are expanded to
     `[B, Tk, Hkv]`. What `key_lengths` or a bias of -inf hides has evict_at = key_position, so it is
     never stored.
     """
@@ -38,11 +39,11 @@ class AttentionCall(NamedTuple):
     k: Tensor
     v: Tensor
     evict_at: Tensor
-    scale: float
     logit_bias: Tensor | None
     query_position: Tensor
     key_position: Tensor
     cu_seqlens: Tensor | None
+    scale: float
 
 
 def learns(call: AttentionCall) -> bool:
@@ -50,6 +51,14 @@ def learns(call: AttentionCall) -> bool:
     return torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.logit_bias)
     )
+
+
+def empty_grads(
+    q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of q, k, v and the bias, contiguous; without a bias its is empty."""
+    bias = q.new_empty(0) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
 
 def without_tiles(q: Tensor) -> str | None:

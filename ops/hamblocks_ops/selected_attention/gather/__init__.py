@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamblocks_ops.selected_attention.call import AttentionCall
+from hamblocks_ops.selected_attention.call import AttentionCall, empty_grads
 from hamblocks_ops.selected_attention.gather.backward import backward
 from hamblocks_ops.selected_attention.gather.forward import empty, forward
 from hamblocks_ops.selected_attention.gather.plan import Batch
@@ -24,17 +24,7 @@ from hamblocks_ops.selected_attention.gather.plan import Batch
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Runs a call, unrounded."""
-    result: tuple[Tensor, Tensor] = gather(
-        call.q,
-        call.k,
-        call.v,
-        call.evict_at,
-        call.logit_bias,
-        call.query_position,
-        call.key_position,
-        call.cu_seqlens,
-        call.scale,
-    )
+    result: tuple[Tensor, Tensor] = gather(*call)
     return result
 
 
@@ -94,7 +84,7 @@ def gather_backward(
         call = Batch(q, k, v, evict_at, logit_bias, query_position, key_position)
         if cu_seqlens is None:
             return backward(grad, call, out, lse, scale)
-        grads = _empty_grads(grad, q, k, v, logit_bias)
+        grads = empty_grads(q, k, v, logit_bias)
         for own in _sequences(cu_seqlens):
             for whole, part in zip(
                 grads,
@@ -116,15 +106,7 @@ def _(
     logit_bias: Tensor | None,
     *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_grads(grad, q, k, v, logit_bias)
-
-
-def _empty_grads(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `gather_backward` returns, uninitialised."""
-    bias = grad.new_empty(0) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
+    return empty_grads(q, k, v, logit_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -59,7 +59,7 @@ def backward(
         _add_keys(whole, operands.lasting_tokens, kept)
     dk, dv = (x.view(*k.shape[:3], operands.width) for x in flat)
     dbias = (
-        grad.new_empty(0)
+        q.new_empty(0)
         if logit_bias is None
         else dk[..., operands.dim].to(logit_bias.dtype, copy=True)
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.selected_attention import lists
-from hamblocks_ops.selected_attention.call import AttentionCall, learns
+from hamblocks_ops.selected_attention.call import AttentionCall, empty_grads, learns
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import StoredKeys, dense, padded_dim
@@ -106,7 +106,7 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and logit_bias (empty without one) from the gradient of out."""
-    dq, dk, dv, dbias = _empty_grads(q, k, v, logit_bias)
+    dq, dk, dv, dbias = empty_grads(q, k, v, logit_bias)
     # a key that is not stored has no gradient, and no program writes it
     for x in (dk, dv, dbias):
         x.zero_()
@@ -146,14 +146,7 @@ def _(
     logit_bias: Tensor | None,
     *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_grads(q, k, v, logit_bias)
-
-
-def _empty_grads(
-    q: Tensor, k: Tensor, v: Tensor, logit_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias = q.new_empty(0) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
+    return empty_grads(q, k, v, logit_bias)
 
 
 def _setup_context(
@@ -177,16 +170,5 @@ attend.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Runs a call; out is in the dtype of q."""
-    out, lse, _ = attend(
-        call.q,
-        call.k,
-        call.v,
-        call.evict_at,
-        call.logit_bias,
-        call.query_position,
-        call.key_position,
-        call.cu_seqlens,
-        call.scale,
-        learns(call),
-    )
+    out, lse, _ = attend(*call, learns(call))
     return out, lse
