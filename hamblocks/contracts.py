@@ -79,15 +79,15 @@ def check_selection(result: object, score: Tensor) -> None:
         raise wrong("selector", expected, _kind(evict_at))
 
 
-def check_prepared(result: object, q: Tensor, k: Tensor) -> None:
+def check_prepared(result: object, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Checks what `prepare` of the attention part returned.
 
     Raises:
-        ValueError: it is not (q, k) with the given shapes and dtypes.
+        ValueError: it is not (q, k, v, state), with q, k and v in the given shapes and dtypes.
     """
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise wrong("attention", "(q, k) from prepare", _kind(result))
-    for name, got, given in zip(("q", "k"), result, (q, k), strict=True):
+    if not isinstance(result, tuple) or len(result) != 4:
+        raise wrong("attention", "(q, k, v, state) from prepare", _kind(result))
+    for name, got, given in zip(("q", "k", "v"), result, (q, k, v), strict=False):
         if not isinstance(got, Tensor) or got.shape != given.shape or got.dtype != given.dtype:
             expected = f"{name} from prepare as it was given, {_kind(given)}"
             raise wrong("attention", expected, _kind(got))

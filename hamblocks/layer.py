@@ -196,14 +196,16 @@ class HAMLayer(nn.Module):
             gone = sequences.to(old.device).view(-1, *[1] * (old.dim() - 1))
             return torch.where(gone, new.to(old.dtype), old)
 
-        memory, ledger = state.memory, state.ledger
-        if memory is not None:
-            memory = tree_map(renewed, memory, tree_map(torch.zeros_like, memory))
+        memory, attention = (
+            tree_map(renewed, tree, tree_map(torch.zeros_like, tree))
+            for tree in (state.memory, state.attention)
+        )
+        ledger = state.ledger
         if ledger is not None:
             heads, device = ledger.position.shape[2], ledger.position.device
             ledger = tree_map(renewed, ledger, self._ledger(len(sequences), heads, device))
         gone = sequences.to(state.position.device)
-        return HAMState(state.position.masked_fill(gone, 0), memory, ledger, cache)
+        return HAMState(state.position.masked_fill(gone, 0), memory, attention, ledger, cache)
 
     def load_state(
         self, saved: Mapping[str, Any], device: torch.device | str | None = None
@@ -217,7 +219,7 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: the state belongs to another layer.
         """
-        state = load(saved, self.memory, self.selector, device)
+        state = load(saved, self.memory, self.attention, self.selector, device)
         contracts.check_state(state, self.dims, len(state.position))
         return state
 
@@ -294,7 +296,8 @@ class HAMLayer(nn.Module):
             seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
         score, logit_bias = self._scored(x, trace)
-        q, k = self._prepared(q, k, position)
+        prepared = None if state is None else state.attention
+        q, k, v, prepared = self._prepared(q, k, v, prepared, *where)
         call = _Call(q, k, v, score, logit_bias, *where)
         if state is None or begin is None:
             read, evict_at = self._read_whole(call)
@@ -305,7 +308,7 @@ class HAMLayer(nn.Module):
         # The only change in place, and the last step: an error above leaves the cache as it was.
         with arguments_are_checked():
             cache = step.extension.commit(step.seen)
-        after = HAMState(step.seen, memory, step.ledger, cache, state.checkpoints)
+        after = HAMState(step.seen, memory, prepared, step.ledger, cache, state.checkpoints)
         return LayerOutput(y, after, LayerStats(score, step.evict_at, *where))
 
     def explain(
@@ -416,14 +419,24 @@ class HAMLayer(nn.Module):
         contracts.check_selection(result, score)
         return result
 
-    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys after `prepare` of the attention part."""
-        prepare = getattr(self.attention, "prepare", None)  # PreparesKeys
+    def _prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: Any,
+        position: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Queries, keys and values after `prepare` of the attention part, and its next state."""
+        prepare = getattr(self.attention, "prepare", None)  # PreparesTokens
         if prepare is None:
-            return q, k
-        prepared: tuple[Tensor, Tensor] = prepare(q, k, position=position)
-        contracts.check_prepared(prepared, q, k)
-        return prepared
+            return q, k, v, None
+        result: tuple[Tensor, Tensor, Tensor, Any] = prepare(
+            q, k, v, position=position, state=past, cu_seqlens=cu_seqlens
+        )
+        contracts.check_prepared(result, q, k, v)
+        return result
 
     def _read_whole(self, call: _Call) -> tuple[Tensor, Tensor]:
         """The attention read of whole sequences, and lifetimes."""

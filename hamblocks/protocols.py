@@ -116,7 +116,7 @@ class Memory(Protocol[State]):
 
 @runtime_checkable
 class HasStateType(Protocol):
-    """A memory whose state is a NamedTuple: a saved state is loaded as that type."""
+    """A part whose state is a NamedTuple: a saved state is loaded as that type."""
 
     state_type: type[Any]
 
@@ -267,19 +267,33 @@ class Attention(Protocol):
 
 
 @runtime_checkable
-class PreparesKeys(Protocol):
-    """An attention part that changes queries and keys before the keys are stored."""
+class PreparesTokens(Protocol):
+    """An attention part that changes queries, keys and values before keys and values are stored."""
 
-    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms, rotary positions and the like: each token by itself.
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Norms, rotary positions, short convolutions and the like: each token from its past.
 
         Args:
-            q: `[B, T, H, D]`.
+            q: `[B, T, H, D]`; packed: `[1, sum(T), H, D]`, like all tensors here.
             k: `[B, T, Hkv, D]`.
+            v: `[B, T, Hkv, D]`.
             position: int32 `[B, T]`, position of each token within its sequence.
+            state: what the last call returned, a tree like that of a memory (all zeros is the state
+                of a sequence that has seen no token); None: no sequence has seen a token.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
         Returns:
-            q and k, in the same shapes and dtype.
+            q, k and v in the same shapes and dtypes, and the state for the next call; None for a
+            part that treats every token by itself.
         """
         ...
 

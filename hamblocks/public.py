@@ -6,10 +6,11 @@ from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.convolution import ShortConvolution
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
-from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
+from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory
 from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence

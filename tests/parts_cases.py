@@ -122,6 +122,15 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3) | hb.FirstTokens(1),
         "attention": hb.SelectedAttention(impl="reference"),
     },
+    "convolved-keys": lambda: {
+        "memory": hb.GatedDeltaMemory(2, A_init_range=(1.0, 1.0), dt_min=0.002, dt_max=0.002),
+        "selector": hb.Threshold(0.9) | hb.Window(2),
+        "attention": hb.SelectedAttention(conv_size=2),
+    },
+    "convolved-keys-and-values": lambda: {
+        "selector": hb.TopK(3),
+        "attention": hb.SelectedAttention(conv_size=4, conv_values=True),
+    },
     "users-parity": lambda: {
         "gate": Parity(),
         "selector": AtLeast(0.5) | hb.Window(2),
@@ -237,8 +246,7 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     memory = layer.memory
     taps = memory.conv.weight
-    padded = F.pad(torch.cat(projected, 1), [0, 0, taps.shape[1] - 1, 0])
-    mixed = F.silu(sum(padded[tap : tap + tokens] * taps[:, tap] for tap in range(taps.shape[1])))
+    mixed = F.silu(convolved(torch.cat(projected, 1), taps))
     mq, mk, mv = (
         part.unflatten(-1, (-1, dim))
         for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
@@ -260,6 +268,12 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in projected)
     attention = layer.attention
+    if attention.conv_size > 1:
+        taps = attention.conv.weight
+        width = kv_heads * dim
+        k = convolved(k.flatten(1), taps[:width]).view_as(k)
+        if attention.conv_values:
+            v = convolved(v.flatten(1), taps[width:]).view_as(v)
     if attention.qk_norm:
         q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     if attention.rope_theta is not None:
@@ -293,6 +307,12 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     mixed = gates[..., :1] * rms(remembered, combiner.memory_norm)
     mixed = mixed + gates[..., 1:] * rms(attended, combiner.attention_norm)
     return Plain(mixed.flatten(1) @ combiner.o_proj.weight.T, residuals, mv)
+
+
+def convolved(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal depthwise convolution of x `[T, C]` with taps `[C, size]`; the last is the token's."""
+    padded = F.pad(x, [0, 0, taps.shape[1] - 1, 0])
+    return sum(padded[tap : tap + len(x)] * taps[:, tap] for tap in range(taps.shape[1]))
 
 
 def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:

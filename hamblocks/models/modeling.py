@@ -29,8 +29,9 @@ from transformers.utils.generic import can_return_tuple
 
 from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
+from hamblocks.convolution import ShortConvolution
 from hamblocks.layer import HAMLayer
-from hamblocks.memory import GatedDeltaMemory, ShortConvolution
+from hamblocks.memory import GatedDeltaMemory
 from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig

@@ -90,7 +90,11 @@ def complete(kind: str, policy: object) -> Policy:
         return {"type": name, "of": _complete_sides(kind, where, given)}
     defaults = _defaults(names[name])
     _check_arguments(where, given, defaults)
-    full = {**defaults, **given}
+    # JSON has lists only, so a policy compares equal after it was saved and loaded
+    full = {
+        argument: list(value) if isinstance(value, tuple) else value
+        for argument, value in {**defaults, **given}.items()
+    }
     for argument, inner in _inner_kinds(names[name]).items():
         full[argument] = complete(inner, full[argument])
     return {"type": name, **full}

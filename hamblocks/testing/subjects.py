@@ -7,7 +7,7 @@ are `[B, T, ...]` by name; shape letters are explained in docs/reference/shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -194,10 +194,16 @@ _ATTENTION = ("q", "k", "v", "evict_at", "position")
 
 
 class AttentionSubject(Subject):
-    """`prepare(q, k, position=) -> q, k`, then `attention(q, keys) -> read`, as a layer calls them.
+    """`prepare(q, k, v, ...)`, then `attention(q, keys) -> read`, as a layer calls them.
 
     Without a state the keys are those of whole sequences; with one they are those of a cache.
+
+    Attributes:
+        changed: applied to the prepared q, k, v by name before they are read; None: no change. A
+            check that changes a single token changes it here, because `prepare` may mix tokens.
     """
+
+    changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     kind = "attention"
     compiles = "whole"
@@ -221,26 +227,40 @@ class AttentionSubject(Subject):
             result["logit_bias"] = case.numbers(draw, kv_heads, dtype=wide(result["q"]))
         return result
 
-    def start(self, sequences: int) -> KVCache:
-        """An empty cache."""
-        return KVCache(sequences, page_size=3)
+    def start(self, sequences: int) -> tuple[KVCache, Any]:
+        """An empty cache, and no state of the part."""
+        return KVCache(sequences, page_size=3), None
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """Results: the read. The state is a cache, and the next state the cache after the call."""
+        """Results: the read. The state is a cache and the state of the part."""
         q, k, v, evict_at, position = (inputs[name] for name in _ATTENTION)
         bias = inputs.get("logit_bias")
         if state is None:
             return {"read": self.whole(q, k, v, evict_at, position, bias, cu_seqlens)}, None
-        q, k = self._prepared(q, k, position)
-        extension = state.extend(k, v, position=position, evict_at=evict_at, logit_bias=bias)
+        cache, past = state
+        q, k, v, after = self.prepared(q, k, v, position, past)
+        extension = cache.extend(k, v, position=position, evict_at=evict_at, logit_bias=bias)
         read = self.part(q, extension.keys)
-        return {"read": read}, extension.commit(position.amax(1) + 1)
+        return {"read": read}, (extension.commit(position.amax(1) + 1), after)
 
-    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        prepare = getattr(self.part, "prepare", None)
-        return (q, k) if prepare is None else prepare(q, k, position=position)
+    def prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        past: Any = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """What `prepare` returns, with the change of `changed`."""
+        after, prepare = None, getattr(self.part, "prepare", None)
+        if prepare is not None:
+            q, k, v, after = prepare(q, k, v, position=position, state=past, cu_seqlens=cu_seqlens)
+        if self.changed is not None:
+            q, k, v = self.changed({"q": q, "k": k, "v": v}).values()
+        return q, k, v, after
 
     def _whole(
         self,
@@ -253,7 +273,7 @@ class AttentionSubject(Subject):
         cu_seqlens: Tensor | None,
     ) -> Tensor:
         """The read of whole sequences."""
-        q, k = self._prepared(q, k, position)
+        q, k, v, _ = self.prepared(q, k, v, position, None, cu_seqlens)
         keys = DenseKeys(
             k,
             v,

@@ -76,6 +76,8 @@ def test_selectors(check: Any) -> None:
         hb.SelectedAttention(),
         hb.SelectedAttention(rope_theta=None, qk_norm=False),
         hb.SelectedAttention(impl="reference"),
+        hb.SelectedAttention(conv_size=2),
+        hb.SelectedAttention(conv_size=3, conv_values=True, qk_norm=False),
     ],
 )
 def test_memory_and_attention(check: Any) -> None:
