@@ -45,13 +45,12 @@ class PredictionError:
         self.metric = metric
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Returns the score that the memory computed, `[B, T, H]`, float32 (or float64).
+        """Returns `trace.surprise(metric)`, `[B, T, H]`, float32 (or float64).
 
         Raises:
-            ValueError: the layer has no memory, or the memory did not compute the score.
+            ValueError: the layer has no memory, or the trace has neither the residual nor the score
+                of this metric.
         """
-        if trace.score is not None:
-            return GateOutput(trace.score)
         if trace.beta is None:  # the trace of a layer without a memory
             raise wrong(
                 "gate",
@@ -59,7 +58,7 @@ class PredictionError:
                 "(such as RandomGate, PeriodicGate or LearnedRouter)",
                 f"{self!r}, which needs a memory",
             )
-        raise wrong("trace", "a score", "None (was the memory called with metric=gate.metric?)")
+        return GateOutput(trace.surprise(self.metric))
 
     def __repr__(self) -> str:
         return f"PredictionError({self.metric!r})"

@@ -394,7 +394,10 @@ class HAMLayer(nn.Module):
         given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
         result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, q, k, v, **given)
         contracts.check_memory(result, q, metric)
-        return result
+        read, trace, state = result
+        if metric is not None and trace.metric is None:  # a memory that does not say what it scored
+            trace = trace._replace(metric=metric)
+        return read, trace, state
 
     def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
         """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""

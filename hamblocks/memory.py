@@ -94,7 +94,13 @@ class _DeltaRuleMemory(Built):
             impl=self.impl,
         )
         trace = MemoryTrace(
-            k=k, v=v, beta=beta, residual=result.residual, score=result.score, position=position
+            k=k,
+            v=v,
+            beta=beta,
+            residual=result.residual,
+            score=result.score,
+            position=position,
+            metric=metric,
         )
         return result.out, trace, DeltaMemoryState(conv, result.final_state)
 

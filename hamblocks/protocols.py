@@ -16,7 +16,9 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from hamblocks.keys import Keys
+from hamblocks_ops import surprise
 from hamblocks_ops.arguments import wrong
+from hamblocks_ops.surprise import METRICS
 
 PARTS = ("memory", "gate", "selector", "attention", "combiner")
 """The attributes of a layer that hold its parts, in the order in which a call uses them."""
@@ -53,10 +55,13 @@ class LayerDims(NamedTuple):
 
 
 class MemoryTrace(NamedTuple):
-    """What the memory saw and failed to predict.
+    """What the memory saw and failed to predict, and what the caller says of each token.
 
-    In a layer without a memory, k and v are the projections themselves and beta, residual and score
-    are None.
+    In a layer without a memory, k and v are the projections themselves and beta, residual, score
+    and metric are None.
+
+    A gate that names no `metric` gets the residual, and so may use it and any number of metrics in
+    one call (see `surprise`).
 
     Attributes:
         k: `[B, T, H, D]`, the keys as the memory wrote them (unit length).
@@ -65,6 +70,9 @@ class MemoryTrace(NamedTuple):
         residual: `[B, T, H, D]`, value minus prediction, or None where the gate named a metric.
         score: `[B, T, H]` float32, surprise under the gate's metric, or None without a metric.
         position: int32 `[B, T]`, position of each token within its sequence.
+        metric: the metric of `score`, or None without a score.
+        given: `[B, T, heads]` or `[B, T, 1]`, the score that the caller of the layer handed in, or
+            None.
     """
 
     k: Tensor
@@ -73,6 +81,36 @@ class MemoryTrace(NamedTuple):
     residual: Tensor | None
     score: Tensor | None
     position: Tensor
+    metric: str | None = None
+    given: Tensor | None = None
+
+    def surprise(self, metric: str) -> Tensor:
+        """The prediction error under any metric, detached.
+
+        Returns `score` where it has this metric, and computes it from the residual otherwise.
+
+        Args:
+            metric: a metric of `hamblocks.ops.surprise`.
+
+        Returns:
+            `[B, T, H]`, float32 (float64 for float64 inputs).
+
+        Raises:
+            ValueError: there is no such metric, or the trace has neither the residual nor the score
+                of this metric.
+        """
+        if metric not in METRICS:
+            raise wrong("metric", f"one of {', '.join(METRICS)}", repr(metric))
+        if self.score is not None and self.metric == metric:
+            return self.score.detach()
+        if self.residual is not None:
+            residual = self.residual.detach()
+            return surprise(residual, self.v.detach().to(residual.dtype), metric=metric)
+        if self.score is None:
+            got = "no residual and no score" + (" (no memory)" if self.beta is None else "")
+        else:
+            got = f"no residual, and the score of metric {self.metric!r}"
+        raise wrong("trace", f"a residual, or the score of metric {metric!r}", got)
 
 
 @runtime_checkable

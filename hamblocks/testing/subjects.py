@@ -115,7 +115,7 @@ class GateSubject(Subject):
     kind = "gate"
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x, and the fields of a trace."""
+        """x, and the fields of a trace that are tensors."""
         draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims[:4]
         wider = wide(torch.empty(0, dtype=case.dtype))
         result = {
@@ -128,15 +128,21 @@ class GateSubject(Subject):
         residual = case.numbers(draw, heads, dim)
         metric: str | None = getattr(self.part, "metric", None)
         if metric is None:
-            return result | {"residual": residual}
-        return result | {"score": surprise(residual, result["v"], metric=metric)}
+            result["residual"] = residual
+        else:
+            result["score"] = surprise(residual, result["v"], metric=metric)
+        return result | {"given": case.numbers(draw, heads, dtype=wider)}
+
+    def trace(self, inputs: Mapping[str, Tensor]) -> MemoryTrace:
+        """The trace that a layer passes to the gate, with all that a gate may ask for."""
+        fields: dict[str, Any] = {name: inputs.get(name) for name in MemoryTrace._fields}
+        return MemoryTrace(**fields | {"metric": getattr(self.part, "metric", None)})
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
         """Results: score, and logit_bias where the gate returns one."""
-        fields = {name: inputs.get(name) for name in MemoryTrace._fields}
-        score, logit_bias = self.part(inputs["x"], MemoryTrace(**fields))  # type: ignore[arg-type]
+        score, logit_bias = self.part(inputs["x"], self.trace(inputs))
         # the layer detaches scores: only the bias carries gradient
         return {"score": score.detach()} | (
             {} if logit_bias is None else {"logit_bias": logit_bias}
@@ -172,7 +178,9 @@ class MemorySubject(Subject):
             **inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric
         )
         fields = {
-            name: x for name, x in trace._asdict().items() if x is not None and name != "position"
+            name: x
+            for name, x in trace._asdict().items()
+            if isinstance(x, Tensor) and name not in ("position", "given")
         }
         return {"read": read} | fields, state
 

@@ -9,6 +9,7 @@ from parts_cases import SEEDS, build, close, inputs, over_sizes, same
 import hamblocks as hb
 from hamblocks.ops import surprise
 from hamblocks.protocols import Buildable, HasMetric
+from hamblocks_ops.surprise import METRICS
 
 DIMS = hb.LayerDims(12, 4, 2, 4)
 
@@ -18,7 +19,8 @@ def trace_of(seed, batch, tokens, heads=4, metric=None, begin=0):
     k, v, residual = (torch.randn(batch, tokens, heads, 4, generator=generator) for _ in range(3))
     position = torch.arange(begin, begin + tokens).to(torch.int32).expand(batch, tokens)
     score = None if metric is None else surprise(residual, v, metric=metric)
-    return hb.MemoryTrace(k, v, k[..., 0].sigmoid(), None if metric else residual, score, position)
+    beta = k[..., 0].sigmoid()
+    return hb.MemoryTrace(k, v, beta, None if metric else residual, score, position, metric)
 
 
 def score_of(gate, trace):
@@ -96,11 +98,59 @@ def test_prediction_error_is_the_surprise_of_the_residual(metric, shared, size):
     close(score, seen[0].unflatten(2, (heads, -1)).mean(3))
 
 
-def test_prediction_error_needs_the_score_it_named():
-    with pytest.raises(ValueError, match=r"^trace: expected a score, got None"):
-        score_of(hb.PredictionError(), trace_of(0, 1, 3))
-    trace = trace_of(0, 1, 3, metric="l2")
-    assert score_of(hb.PredictionError("l2"), trace) is trace.score
+@given(seed=SEEDS, metric=st.sampled_from(METRICS), asked=st.sampled_from(METRICS))
+def test_a_trace_gives_every_metric_of_its_residual(seed, metric, asked):
+    # a residual gives every metric; a score alone gives its own
+    whole, scored = trace_of(seed, 2, 5), trace_of(seed, 2, 5, metric=metric)
+    expected = trace_of(seed, 2, 5, metric=asked).score
+    assert torch.equal(whole.surprise(asked), expected)
+    assert torch.equal(scored._replace(residual=whole.residual).surprise(asked), expected)
+    assert torch.equal(score_of(hb.PredictionError(asked), whole), expected)
+    if asked == metric:
+        assert torch.equal(scored.surprise(asked), expected)
+        return
+    missing = f"^trace: expected a residual, or the score of metric '{asked}', got no residual, and"
+    with pytest.raises(ValueError, match=missing):
+        scored.surprise(asked)
+
+
+def test_the_surprise_of_a_trace_carries_no_gradient():
+    trace = trace_of(0, 1, 3)
+    trace = trace._replace(residual=trace.residual.requires_grad_())
+    assert not trace.surprise("l2").requires_grad
+    assert (
+        not trace._replace(score=trace.residual.sum(-1), metric="l2").surprise("l2").requires_grad
+    )
+
+
+def test_a_trace_without_residual_and_score_says_so():
+    trace = trace_of(0, 1, 3)._replace(residual=None)
+    with pytest.raises(ValueError, match=r"got no residual and no score$"):
+        trace.surprise("cosine")
+    with pytest.raises(ValueError, match=r"got no residual and no score \(no memory\)$"):
+        without_memory(trace).surprise("cosine")
+    with pytest.raises(ValueError, match=r"^metric: expected one of cosine, relative_l2, l2, got "):
+        trace.surprise("cosin")
+
+
+class Scores:
+    """A user's memory that does not name the metric of its score."""
+
+    def __init__(self):
+        self.inner = hb.DeltaMemory()
+
+    def build(self, dims):
+        self.inner.build(dims)
+
+    def __call__(self, x, q, k, v, **given):
+        read, trace, state = self.inner(x, q, k, v, **given)
+        assert trace.metric == given["metric"]
+        return read, trace._replace(metric=None), state
+
+
+def test_a_layer_names_the_metric_of_a_users_memory():
+    layer = hb.HAMLayer(12, 2, memory=Scores(), gate=hb.PredictionError("l2"), selector=hb.TopK(2))
+    assert layer(torch.randn(2, 5, 12)).stats.score.isfinite().all()
 
 
 def without_memory(trace):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hamblocks.protocols import GateOutput, MemoryTrace
+from hamblocks.protocols import GateOutput
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.common import common, edges_of, first
 from hamblocks.testing.inputs.parts import PartInputs
@@ -26,8 +26,7 @@ def _names_a_known_metric(part: Any, _case: PartInputs, _options: Options) -> No
 def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
     """Called as a layer calls it, the gate returns a GateOutput."""
     subject = GateSubject(part, case)
-    fields: Any = {name: subject.inputs.get(name) for name in MemoryTrace._fields}
-    output = subject.part(subject.inputs["x"], MemoryTrace(**fields))
+    output = subject.part(subject.inputs["x"], subject.trace(subject.inputs))
     assert isinstance(output, GateOutput), (
         f"output: expected GateOutput(score, logit_bias=None), got {describe(output)}"
     )
