@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from hamblocks.cache import CacheSizes
-from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.protocols import (
+    GateOutput,
+    LayerDims,
+    Lifetimes,
+    MemoryTrace,
+    QueryGateOutput,
+    Selection,
+)
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_tensor, wrong
 
@@ -52,6 +59,26 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     if logit_bias.shape[2] not in (1, dims.num_kv_heads):
         expected = f"1 or {dims.num_kv_heads} heads from the gate"
         raise wrong("logit_bias", expected, f"{logit_bias.shape[2]} heads")
+
+
+def check_query_gate(result: object, x: Tensor) -> None:
+    """Checks what the query gate returned for x `[B, T, hidden_size]`.
+
+    Raises:
+        ValueError: it is not a QueryGateOutput, or a shape or dtype is wrong.
+    """
+    if not isinstance(result, QueryGateOutput):
+        expected = "QueryGateOutput(reads, weight, window) from its call"
+        raise wrong("query_gate", expected, _kind(result))
+    reads, weight, window = result
+    batch, tokens = x.shape[:2]
+    if not isinstance(reads, Tensor) or reads.dtype != torch.bool:
+        raise wrong("query_gate", f"reads bool {[batch, tokens]}", _kind(reads))
+    _check_shape("query_gate: reads", reads, [batch, tokens])
+    if weight is not None:
+        _check_shape("query_gate: weight", weight, [batch, tokens, 1])
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise wrong("query_gate", "window: an integer >= 0", repr(window))
 
 
 def check_selection(result: object, score: Tensor) -> None:

@@ -20,7 +20,7 @@ from hamblocks_ops import surprise
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.surprise import METRICS
 
-PARTS = ("memory", "gate", "selector", "attention", "combiner")
+PARTS = ("memory", "gate", "selector", "query_gate", "attention", "combiner")
 """The attributes of a layer that hold its parts, in the order in which a call uses them."""
 
 State = TypeVar("State", default=Any)
@@ -182,16 +182,43 @@ class Gate(Protocol):
         ...
 
 
+class QueryGateOutput(NamedTuple):
+    """Which queries read the stored tokens.
+
+    Attributes:
+        reads: bool `[B, T]`. A query that does not read sees only the last `window` tokens.
+        weight: `[B, T, 1]`, factor of the read of the queries that read, differentiable: a learned
+            query gate gets its gradient through it. None: 1.
+        window: tokens that every query sees, itself included, as far as they are stored. 0: a query
+            that does not read gets 0 and costs nothing.
+    """
+
+    reads: Tensor
+    weight: Tensor | None = None
+    window: int = 0
+
+
+@runtime_checkable
+class QueryGate(Protocol):
+    """Decides which queries read: attention on demand (AMOR, arXiv 2602.13215; L2A)."""
+
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
+        """Takes x `[B, T, hidden_size]` and the memory's trace, as a gate does."""
+        ...
+
+
 @runtime_checkable
 class HasMetric(Protocol):
-    """A gate whose score is a metric of the memory's residual.
+    """A gate or query gate whose score is a metric of the memory's residual.
 
     The layer passes the metric to the memory, which then fills `MemoryTrace.score` and need not
     write the residual.
     """
 
     metric: str | None
-    """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself."""
+    """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself.
+
+    Where gate and query gate do not name the same metric, the memory writes the residual."""
 
 
 class Lifetimes(NamedTuple):

@@ -14,7 +14,15 @@ from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory
 from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
-from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.protocols import (
+    GateOutput,
+    LayerDims,
+    Lifetimes,
+    MemoryTrace,
+    QueryGateOutput,
+    Selection,
+)
+from hamblocks.query_gates import ThresholdQueries
 from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
@@ -46,6 +54,7 @@ __all__ = [
     "MemoryTrace",
     "PeriodicGate",
     "PredictionError",
+    "QueryGateOutput",
     "RandomGate",
     "SelectedAttention",
     "Selection",
@@ -55,6 +64,7 @@ __all__ = [
     "SwiGLU",
     "TargetFraction",
     "Threshold",
+    "ThresholdQueries",
     "TopK",
     "Window",
     "cache_transaction",

@@ -92,7 +92,9 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """Makes layer number `index` of the model that a configuration describes."""
     parts: dict[str, Any] = dict.fromkeys(("memory", "gate", "selector", "attention"))
     for name in LAYER_TYPES[(config.layer_types or [])[index]]:
-        parts[name] = part_of(name, config.policy(name, index))
+        policy = config.policy(name, index)
+        if policy is not None:
+            parts[name] = part_of(name, policy)
     return HAMLayer(
         config.hidden_size,
         config.num_attention_heads,

@@ -24,7 +24,16 @@ from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
-from hamblocks.protocols import Attention, Combiner, Controller, Gate, Memory, Selector
+from hamblocks.protocols import (
+    Attention,
+    Combiner,
+    Controller,
+    Gate,
+    Memory,
+    QueryGate,
+    Selector,
+)
+from hamblocks.query_gates import ThresholdQueries
 from hamblocks.selectors import AllOf, AnyOf, Combined, FirstTokens, Threshold, TopK, Window
 from hamblocks_ops.arguments import wrong
 
@@ -34,6 +43,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     "memory": (DeltaMemory, GatedDeltaMemory),
     "gate": (LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate),
     "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
+    "query_gate": (ThresholdQueries,),
     "controller": (FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
     "combiner": (GatedSum, SoftmaxMix),
@@ -48,6 +58,7 @@ PROTOCOLS: dict[object, str] = {
     Memory: "memory",
     Gate: "gate",
     Selector: "selector",
+    QueryGate: "query_gate",
     Controller: "controller",
     Attention: "attention",
     Combiner: "combiner",
@@ -70,7 +81,7 @@ def complete(kind: str, policy: object) -> Policy:
     """A policy with every argument; those left out get their defaults.
 
     Args:
-        kind: memory, gate, selector, controller, attention or combiner.
+        kind: memory, gate, selector, query_gate, controller, attention or combiner.
         policy: as JSON. A number as the policy of a controller is a fixed threshold.
 
     Raises:

@@ -153,6 +153,25 @@ class GateSubject(Subject):
         return {"score": ((None,), None), "logit_bias": ((None,), None)}
 
 
+class QueryGateSubject(GateSubject):
+    """`query_gate(x, trace) -> reads, weight, window`."""
+
+    kind = "query_gate"
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """Results: reads as numbers 0 and 1, and weight where the query gate returns one."""
+        result = self.part(inputs["x"], self.trace(inputs))
+        contracts.check_query_gate(result, inputs["x"])
+        reads = {"reads": result.reads.to(inputs["x"].dtype)}
+        return reads | ({} if result.weight is None else {"weight": result.weight}), None
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """One decision for all heads."""
+        return {"reads": ((), None), "weight": ((1,), None)}
+
+
 class MemorySubject(Subject):
     """`memory(x, q, k, v, position=) -> read, trace, state`."""
 
@@ -379,6 +398,7 @@ def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
         "memory": GatedDeltaMemory(conv_size=2),
         "gate": PredictionError(),
         "selector": (Threshold(0.9) | TopK(2)) & Window(6),
+        "query_gate": None,
         "attention": SelectedAttention(rope_theta=None if dims.head_dim % 2 else 10_000.0),
         "combiner": GatedSum(),
     }

@@ -57,6 +57,15 @@ POLICIES = [
             "impl": "auto",
         },
     ),
+    (
+        "query_gate",
+        {
+            "type": "threshold_queries",
+            "gate": {"type": "prediction_error", "metric": "l2"},
+            "controller": {"type": "fixed_threshold", "tau": 0.3},
+            "window": 8,
+        },
+    ),
     ("combiner", {"type": "gated_sum"}),
     ("combiner", {"type": "softmax_mix"}),
     (

@@ -40,6 +40,11 @@ def test_ops(check: Any) -> None:
     ],
     controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
     combiners=[hb.GatedSum(), hb.SoftmaxMix()],
+    query_gates=[
+        hb.ThresholdQueries(hb.PredictionError(), 0.9),
+        hb.ThresholdQueries(hb.LearnedRouter(), 0.5, window=2),
+        hb.ThresholdQueries(Parity(), hb.FixedThreshold(0.5)),
+    ],
 )
 def test_small_parts(check: Any) -> None:
     check()
