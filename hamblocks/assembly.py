@@ -110,7 +110,7 @@ def parts_of(
                 raise wrong(name, "None in a layer without attention, which stores nothing", part)
         gate = selector = None
     if memory is None:
-        if isinstance(gate, HasMetric) and gate.metric is not None:
+        if isinstance(gate, HasMetric):
             expected = "one that needs no memory (this one scores what a memory fails to predict)"
             raise wrong("gate", f"{expected} where memory=None", gate)
         gate = None if gate is DEFAULT else gate

@@ -6,7 +6,18 @@ from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
-from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.gates import (
+    CommittedWrite,
+    GivenScore,
+    LearnedRouter,
+    PeriodicGate,
+    PredictionEntropy,
+    PredictionError,
+    RandomGate,
+    RecallError,
+    SharedGate,
+    WeightedSum,
+)
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
@@ -21,6 +32,7 @@ from hamblocks_ops import explain
 __all__ = [
     "AllOf",
     "AnyOf",
+    "CommittedWrite",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",
@@ -31,6 +43,7 @@ __all__ = [
     "GateOutput",
     "GatedDeltaMemory",
     "GatedSum",
+    "GivenScore",
     "HAMBlock",
     "HAMLayer",
     "HAMState",
@@ -44,8 +57,10 @@ __all__ = [
     "Lifetimes",
     "MemoryTrace",
     "PeriodicGate",
+    "PredictionEntropy",
     "PredictionError",
     "RandomGate",
+    "RecallError",
     "SelectedAttention",
     "Selection",
     "SharedGate",
@@ -55,6 +70,7 @@ __all__ = [
     "TargetFraction",
     "Threshold",
     "TopK",
+    "WeightedSum",
     "Window",
     "cache_transaction",
     "explain",
