@@ -19,6 +19,7 @@ from hamblocks.protocols import (
     HasMetric,
     LayerDims,
     Memory,
+    QueryGate,
     Selector,
     check_count,
     check_part,
@@ -96,6 +97,7 @@ def parts_of(
     memory: Memory | OrDefault | None,
     gate: Gate | OrDefault | None,
     selector: Selector | OrDefault | None,
+    query_gate: QueryGate | None,
     attention: Attention | OrDefault | None,
     combiner: Combiner | None,
 ) -> dict[str, Any]:
@@ -105,14 +107,16 @@ def parts_of(
         ValueError: something is not a part, or a part needs another one that the layer lacks.
     """
     if attention is None:
-        for name, part in (("gate", gate), ("selector", selector)):
+        given = {"gate": gate, "selector": selector, "query_gate": query_gate}
+        for name, part in given.items():
             if part is not None and part is not DEFAULT:
                 raise wrong(name, "None in a layer without attention, which stores nothing", part)
         gate = selector = None
     if memory is None:
-        if isinstance(gate, HasMetric):
-            expected = "one that needs no memory (this one scores what a memory fails to predict)"
-            raise wrong("gate", f"{expected} where memory=None", gate)
+        for name, part in (("gate", gate), ("query_gate", query_gate)):
+            if isinstance(part, HasMetric):
+                expected = "one that needs no memory (it scores what a memory fails to predict)"
+                raise wrong(name, f"{expected} where memory=None", part)
         gate = None if gate is DEFAULT else gate
         selector = None if selector is DEFAULT else selector
     chosen = None if selector is DEFAULT else selector
@@ -126,6 +130,7 @@ def parts_of(
         "memory": GatedDeltaMemory() if memory is DEFAULT else memory,
         "gate": PredictionError() if gate is DEFAULT else gate,
         "selector": selector,
+        "query_gate": query_gate,
         "attention": SelectedAttention() if attention is DEFAULT else attention,
         "combiner": GatedSum() if combiner is None else combiner,
     }

@@ -7,9 +7,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from hamblocks.convolution import ShortConvolution
 from hamblocks.keys import Keys
 from hamblocks.norm import normalised
-from hamblocks.protocols import Built, LayerDims
+from hamblocks.protocols import Built, LayerDims, check_count
+from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
 
 
@@ -45,24 +47,43 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class SelectedAttention(Built):
     """Softmax attention over the stored tokens.
 
-    Keys are normalised and rotated by their position in the sequence before they are stored.
+    Keys (and values) go through a short causal convolution if asked, keys are normalised and
+    rotated by their position in the sequence, and are then stored. With a convolution the key of a
+    token knows the token before it: a value that follows its key is then found by that key.
     """
 
     def __init__(
-        self, *, rope_theta: float | None = 10_000.0, qk_norm: bool = True, impl: str = "auto"
+        self,
+        *,
+        conv_size: int = 1,
+        conv_values: bool = False,
+        rope_theta: float | None = 10_000.0,
+        qk_norm: bool = True,
+        impl: str = "auto",
     ) -> None:
         """Makes the part.
 
         Args:
+            conv_size: taps of a causal depthwise convolution over the keys, without an activation;
+                1: none. The part then has a state, the last `conv_size - 1` tokens.
+            conv_values: whether the values are convolved too.
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
             qk_norm: RMSNorm of queries and keys, per head.
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
+
+        Raises:
+            ValueError: `conv_size` is not an integer of at least 1, or values are to be convolved
+                with one tap.
         """
         super().__init__()
+        check_count("conv_size", conv_size, 1)
+        if conv_values and conv_size == 1:
+            raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
+        self.conv_size, self.conv_values = conv_size, conv_values
         self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
 
     def make(self, dims: LayerDims) -> None:
-        """Makes the two norms.
+        """Makes the norms and the convolution.
 
         Raises:
             ValueError: rotary positions need an even head_dim.
@@ -73,9 +94,31 @@ class SelectedAttention(Built):
             )
         if self.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
+        if self.conv_size > 1:
+            channels = (1 + self.conv_values) * dims.num_kv_heads * dims.head_dim
+            self.conv = ShortConvolution(channels, self.conv_size, activation=None)
 
-    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises and rotates queries and keys (see `hamblocks.protocols.PreparesKeys`)."""
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `hamblocks.protocols.PreparesTokens`.
+
+        The state is `[N, conv_size - 1, channels]`, the last inputs of the convolution, oldest
+        first; None without a convolution.
+
+        Raises:
+            ValueError: `state` is not the state of such a part.
+        """
+        after = None
+        if self.conv_size > 1:
+            k, v, after = self._convolved(k, v, state, cu_seqlens)
         if self.qk_norm:
             dtype = q.dtype
             q = normalised(q, self.q_norm).to(dtype)
@@ -83,7 +126,25 @@ class SelectedAttention(Built):
         if self.rope_theta is not None:
             turn = _angles(q, position, self.rope_theta)
             q, k = _turned(q, *turn), _turned(k, *turn)
-        return q, k
+        return q, k, v, after
+
+    def _convolved(
+        self, k: Tensor, v: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, and values if asked, after the convolution; and its state."""
+        if past is not None:
+            sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            sizes = (sequences, self.conv_size - 1, self.conv.hidden_size)
+            if not isinstance(past, Tensor) or past.shape != sizes or past.device != k.device:
+                raise wrong("state.attention", f"a tensor {list(sizes)} on {k.device}", past)
+        dtype = k.dtype
+        x = torch.cat([k, v], 2) if self.conv_values else k
+        mixed, after = self.conv(x.flatten(2), past, cu_seqlens)
+        mixed = mixed.unflatten(2, x.shape[2:]).to(dtype)
+        if self.conv_values:
+            k, v = mixed.chunk(2, 2)
+            return k, v, after
+        return mixed, v, after
 
     def forward(self, q: Tensor, keys: Keys) -> Tensor:
         """See `hamblocks.protocols.Attention`."""

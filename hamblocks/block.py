@@ -58,9 +58,15 @@ class HAMBlock(nn.Module):
         self.mlp = SwiGLU(hidden, intermediate_size or hidden * 8 // 3)
 
     def forward(
-        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: HAMState | None = None,
+        cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
     ) -> LayerOutput:
         """Runs the block on x `[B, T, hidden]`; arguments and errors as in `HAMLayer.forward`."""
-        mixed = self.layer(self.layer_norm(x), state=state, cu_seqlens=cu_seqlens)
+        given = {"cu_seqlens": cu_seqlens, "given_score": given_score}
+        mixed = self.layer(self.layer_norm(x), state=state, **given)
         x = x + mixed.y
         return LayerOutput(x + self.mlp(self.mlp_norm(x)), mixed.state, mixed.stats)

@@ -139,7 +139,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 Kind = Annotated[
     str | None,
-    typer.Argument(help="gate, selector, memory, controller, attention, combiner, op or layer."),
+    typer.Argument(
+        help="gate, selector, query_gate, memory, controller, attention, combiner, op or layer."
+    ),
 ]
 Target = Annotated[
     str | None,

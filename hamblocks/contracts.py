@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from hamblocks.cache import CacheSizes
-from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.protocols import (
+    GateOutput,
+    LayerDims,
+    Lifetimes,
+    MemoryTrace,
+    QueryGateOutput,
+    Selection,
+)
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_tensor, wrong
 
@@ -54,6 +61,26 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
         raise wrong("logit_bias", expected, f"{logit_bias.shape[2]} heads")
 
 
+def check_query_gate(result: object, x: Tensor) -> None:
+    """Checks what the query gate returned for x `[B, T, hidden_size]`.
+
+    Raises:
+        ValueError: it is not a QueryGateOutput, or a shape or dtype is wrong.
+    """
+    if not isinstance(result, QueryGateOutput):
+        expected = "QueryGateOutput(reads, weight, window) from its call"
+        raise wrong("query_gate", expected, _kind(result))
+    reads, weight, window = result
+    batch, tokens = x.shape[:2]
+    if not isinstance(reads, Tensor) or reads.dtype != torch.bool:
+        raise wrong("query_gate", f"reads bool {[batch, tokens]}", _kind(reads))
+    _check_shape("query_gate: reads", reads, [batch, tokens])
+    if weight is not None:
+        _check_shape("query_gate: weight", weight, [batch, tokens, 1])
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise wrong("query_gate", "window: an integer >= 0", repr(window))
+
+
 def check_selection(result: object, score: Tensor) -> None:
     """Checks what the selector returned for scores `[B, T, heads]`.
 
@@ -79,15 +106,15 @@ def check_selection(result: object, score: Tensor) -> None:
         raise wrong("selector", expected, _kind(evict_at))
 
 
-def check_prepared(result: object, q: Tensor, k: Tensor) -> None:
+def check_prepared(result: object, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Checks what `prepare` of the attention part returned.
 
     Raises:
-        ValueError: it is not (q, k) with the given shapes and dtypes.
+        ValueError: it is not (q, k, v, state), with q, k and v in the given shapes and dtypes.
     """
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise wrong("attention", "(q, k) from prepare", _kind(result))
-    for name, got, given in zip(("q", "k"), result, (q, k), strict=True):
+    if not isinstance(result, tuple) or len(result) != 4:
+        raise wrong("attention", "(q, k, v, state) from prepare", _kind(result))
+    for name, got, given in zip(("q", "k", "v"), result, (q, k, v), strict=False):
         if not isinstance(got, Tensor) or got.shape != given.shape or got.dtype != given.dtype:
             expected = f"{name} from prepare as it was given, {_kind(given)}"
             raise wrong("attention", expected, _kind(got))

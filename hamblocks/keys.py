@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops import (
+    NEVER,
     Explanation,
     Pages,
     UnsupportedError,
@@ -77,6 +78,14 @@ class Keys(ABC):
     @abstractmethod
     def dense(self) -> DenseKeys:
         """The same keys as plain tensors. Keys in pages are copied."""
+
+    @abstractmethod
+    def for_queries(self, query_position: Tensor) -> Keys:
+        """The same keys, for other queries.
+
+        Args:
+            query_position: int32 `[B, T]`, ascending in every batch row, -1 for padding.
+        """
 
 
 @final
@@ -143,6 +152,22 @@ class DenseKeys(Keys):
     def dense(self) -> DenseKeys:
         """Returns self."""
         return self
+
+    def for_queries(self, query_position: Tensor) -> DenseKeys:
+        """See `Keys.for_queries`."""
+        return self._with(query_position=query_position)
+
+    def within(self, window: int) -> DenseKeys:
+        """These keys for queries that see at most the last `window` tokens, themselves included."""
+        position = self.position if self.position.dim() == 3 else self.position[..., None]
+        # an unused entry has position NEVER, which must not overflow
+        until = position.clamp(max=NEVER - window) + window
+        return self._with(evict_at=torch.minimum(self.evict_at, until))
+
+    def _with(self, **changed: Tensor) -> DenseKeys:
+        """A copy with some attributes changed."""
+        given = dict(vars(self), **changed)
+        return DenseKeys(given.pop("k"), given.pop("v"), **given)
 
     # the three steps of attention, and the mask that they use
 
@@ -259,6 +284,17 @@ class PagedKeys(Keys):
         self.query_position = query_position
         self._pages, self._copy = pages, copy
         self._shared, self._learns, self._not_in_place = shared, learns, not_in_place
+
+    def for_queries(self, query_position: Tensor) -> PagedKeys:
+        """See `Keys.for_queries`."""
+        return PagedKeys(
+            query_position,
+            pages=self._pages,
+            shared=self._shared,
+            learns=self._learns,
+            not_in_place=self._not_in_place,
+            copy=lambda: self._copy().for_queries(query_position),
+        )
 
     def attend(
         self, q: Tensor, *, scale: float | None = None, impl: str = "auto"

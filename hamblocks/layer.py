@@ -13,13 +13,13 @@ from hamblocks.assembly import (
     DEFAULT,
     OrDefault,
     dims_of,
-    is_own,
     parts_of,
     warn_of_unsaved,
 )
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
-from hamblocks.keys import DenseKeys, Keys
+from hamblocks.calls import CallsParts
+from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.pieces import Pieces
@@ -29,17 +29,15 @@ from hamblocks.protocols import (
     Buildable,
     Combiner,
     Gate,
-    GateOutput,
     Memory,
-    MemoryTrace,
-    Selection,
+    QueryGate,
+    QueryGateOutput,
     Selector,
 )
 from hamblocks.reachable import hidden_modules
 from hamblocks.saved import load
 from hamblocks.selectors import start
 from hamblocks.state import HAMState, tree_map
-from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.context import arguments_are_checked, recorded_choices
 from hamblocks_ops.packing import positions, sequence_of
@@ -55,6 +53,7 @@ class _Call(NamedTuple):
     logit_bias: Tensor | None
     position: Tensor
     cu_seqlens: Tensor | None
+    decision: QueryGateOutput | None
 
 
 class _Step(NamedTuple):
@@ -75,7 +74,7 @@ class _Step(NamedTuple):
     seen: Tensor
 
 
-class HAMLayer(nn.Module):
+class HAMLayer(CallsParts):
     """Sequence mixer of Hybrid Associative Memories (arXiv 2603.22325).
 
     Every token is projected to q, k, v and goes through the memory. The gate scores how badly the
@@ -88,12 +87,6 @@ class HAMLayer(nn.Module):
         HAMLayer(512, 8, memory=None, selector=FirstTokens(4) | Window(64))  # some tokens
     """
 
-    memory: Memory | None
-    gate: Gate | None
-    selector: Selector | None
-    attention: Attention | None
-    combiner: Combiner
-
     def __init__(
         self,
         hidden_size: int,
@@ -102,6 +95,7 @@ class HAMLayer(nn.Module):
         selector: Selector | OrDefault | None = DEFAULT,
         gate: Gate | OrDefault | None = DEFAULT,
         memory: Memory | OrDefault | None = DEFAULT,
+        query_gate: QueryGate | None = None,
         attention: Attention | OrDefault | None = DEFAULT,
         combiner: Combiner | None = None,
         num_kv_heads: int | None = None,
@@ -118,6 +112,7 @@ class HAMLayer(nn.Module):
             gate: computes the score of a token. Default: `PredictionError("cosine")`, or None in a
                 layer without a memory. None: every score is 0, which is allowed for selectors that
                 use the position only (`Window`, `FirstTokens`).
+            query_gate: decides which queries read the stored tokens. None: all do.
             memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has no memory.
             attention: Default: `SelectedAttention()`. None: the layer has no attention or cache.
             combiner: Default: `GatedSum()`.
@@ -132,7 +127,7 @@ class HAMLayer(nn.Module):
         """
         super().__init__()
         self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, memory, attention)
-        parts = parts_of(memory, gate, selector, attention, combiner)
+        parts = parts_of(memory, gate, selector, query_gate, attention, combiner)
         _, _, kv_heads, head_dim, *_ = self.dims
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
@@ -152,7 +147,6 @@ class HAMLayer(nn.Module):
             self.part_modules = nn.ModuleDict(hidden)
         for name, part in parts.items():
             warn_of_unsaved(name, part)
-        self._is_own: dict[str, tuple[object, bool]] = {}
 
     # states
 
@@ -196,14 +190,16 @@ class HAMLayer(nn.Module):
             gone = sequences.to(old.device).view(-1, *[1] * (old.dim() - 1))
             return torch.where(gone, new.to(old.dtype), old)
 
-        memory, ledger = state.memory, state.ledger
-        if memory is not None:
-            memory = tree_map(renewed, memory, tree_map(torch.zeros_like, memory))
+        memory, attention = (
+            tree_map(renewed, tree, tree_map(torch.zeros_like, tree))
+            for tree in (state.memory, state.attention)
+        )
+        ledger = state.ledger
         if ledger is not None:
             heads, device = ledger.position.shape[2], ledger.position.device
             ledger = tree_map(renewed, ledger, self._ledger(len(sequences), heads, device))
         gone = sequences.to(state.position.device)
-        return HAMState(state.position.masked_fill(gone, 0), memory, ledger, cache)
+        return HAMState(state.position.masked_fill(gone, 0), memory, attention, ledger, cache)
 
     def load_state(
         self, saved: Mapping[str, Any], device: torch.device | str | None = None
@@ -217,7 +213,7 @@ class HAMLayer(nn.Module):
         Raises:
             ValueError: the state belongs to another layer.
         """
-        state = load(saved, self.memory, self.selector, device)
+        state = load(saved, self.memory, self.attention, self.selector, device)
         contracts.check_state(state, self.dims, len(state.position))
         return state
 
@@ -227,20 +223,29 @@ class HAMLayer(nn.Module):
     # calls
 
     def prefill(
-        self, x: Tensor, state: HAMState | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: HAMState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
     ) -> LayerOutput:
         """`forward` with a state for the next piece of every sequence; None: a new state."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        return self.forward(x, state=state, cu_seqlens=cu_seqlens)
+        given = {"cu_seqlens": cu_seqlens, "given_score": given_score}
+        return self.forward(x, state=state, **given)
 
-    def decode(self, x: Tensor, state: HAMState) -> LayerOutput:
+    def decode(
+        self, x: Tensor, state: HAMState, *, given_score: Tensor | None = None
+    ) -> LayerOutput:
         """`forward` for the next token of every sequence.
 
         Args:
             x: `[N, hidden_size]`.
             state: state from `init_state`, `prefill` or the last call; it is spent.
+            given_score: `[N, heads]`, as in `forward`.
 
         Returns:
             y `[N, hidden_size]`, the next state, stats.
@@ -252,11 +257,19 @@ class HAMLayer(nn.Module):
         if state is None:
             expected = "a HAMState, from init_state, prefill or the last call that was given one"
             raise wrong("state", expected, "None")
-        result = self.forward(x[:, None], state=state)
+        if given_score is not None:
+            check_tensor("given_score", given_score, "[N, heads]", [x.shape[0], None])
+            given_score = given_score[:, None]
+        result = self.forward(x[:, None], state=state, given_score=given_score)
         return result._replace(y=result.y[:, 0])
 
     def forward(
-        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: HAMState | None = None,
+        cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
     ) -> LayerOutput:
         """Mixes a batch, or its next piece.
 
@@ -266,12 +279,14 @@ class HAMLayer(nn.Module):
                 `HAMState`). Gradients flow to earlier calls through the memory, but not through
                 stored tokens. None: `x` holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row.
+            given_score: floating `[B, T, heads]` with 1, Hkv or H heads, a score from outside for
+                gates that read one (`GivenScore`): labels, or another model's entropy.
 
         Raises:
             ValueError: a bad argument, or a part returned a value that its protocol does not allow.
                 The message names the argument or part, what was expected and what it got.
         """
-        self._check(x, state, cu_seqlens)
+        self._check(x, state, cu_seqlens, given_score)
         batch, tokens = x.shape[:2]
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if batch * tokens == 0:
@@ -287,6 +302,7 @@ class HAMLayer(nn.Module):
         )
         past = None if state is None else state.memory
         memory_read, trace, memory = self._remembered(x, q, k, v, position, past, cu_seqlens)
+        trace = trace if given_score is None else trace._replace(given=given_score)
         if self.attention is None:
             y, stats = self._combined(x, memory_read, None), LayerStats(None, None, *where)
             if state is None or begin is None:
@@ -294,19 +310,22 @@ class HAMLayer(nn.Module):
             seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
         score, logit_bias = self._scored(x, trace)
-        q, k = self._prepared(q, k, position)
-        call = _Call(q, k, v, score, logit_bias, *where)
+        decision = self._asked(x, trace)
+        prepared = None if state is None else state.attention
+        q, k, v, prepared = self._prepared(q, k, v, prepared, *where)
+        call = _Call(q, k, v, score, logit_bias, *where, decision)
+        reads = None if decision is None else decision.reads
         if state is None or begin is None:
             read, evict_at = self._read_whole(call)
             y = self._combined(x, memory_read, read)
-            return LayerOutput(y, None, LayerStats(score, evict_at, *where))
+            return LayerOutput(y, None, LayerStats(score, evict_at, *where, reads))
         step = self._read_stored(call, state, begin)
         y = self._combined(x, memory_read, step.read)
         # The only change in place, and the last step: an error above leaves the cache as it was.
         with arguments_are_checked():
             cache = step.extension.commit(step.seen)
-        after = HAMState(step.seen, memory, step.ledger, cache, state.checkpoints)
-        return LayerOutput(y, after, LayerStats(score, step.evict_at, *where))
+        after = HAMState(step.seen, memory, prepared, step.ledger, cache, state.checkpoints)
+        return LayerOutput(y, after, LayerStats(score, step.evict_at, *where, reads))
 
     def explain(
         self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
@@ -353,81 +372,6 @@ class HAMLayer(nn.Module):
         score = torch.zeros(evict_at.shape, device=x.device)
         return LayerOutput(x.clone(), state, LayerStats(score, evict_at, position, cu_seqlens))
 
-    # the steps of a call; each checks what its part returned
-
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a part.
-
-        The layer has checked the arguments, so the ops inside parts of hamblocks do not check them
-        again. A user-defined part may call ops with other arguments, so its ops do check them.
-        """
-        part = getattr(self, name)
-        if torch.compiler.is_compiling():  # checks cost nothing at run time then
-            return part(*args, **kwargs)
-        known = self._is_own.get(name)
-        if known is None or known[0] is not part:
-            known = self._is_own[name] = part, is_own(part)
-        if not known[1]:
-            return part(*args, **kwargs)
-        with arguments_are_checked():
-            return part(*args, **kwargs)
-
-    def _remembered(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        past: Any,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor | None, MemoryTrace, Any]:
-        """The read of the memory, its trace and its next state; without a memory, only a trace."""
-        if self.memory is None:
-            group = self.dims.num_heads // self.dims.num_kv_heads
-            k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
-            return None, MemoryTrace(k, v, None, None, None, position), None
-        metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
-        given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
-        result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, q, k, v, **given)
-        contracts.check_memory(result, q, metric)
-        read, trace, state = result
-        if metric is not None and trace.metric is None:  # a memory that does not say what it scored
-            trace = trace._replace(metric=metric)
-        return read, trace, state
-
-    def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
-        """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""
-        if self.gate is None:
-            return torch.zeros(*x.shape[:2], 1, device=x.device), None
-        result: GateOutput = self._call("gate", x, trace)
-        contracts.check_gate(result, x, self.dims)
-        score, logit_bias = result.score.detach(), result.logit_bias
-        if score.shape[2] in (1, self.dims.num_kv_heads):
-            return score, logit_bias
-        return score.unflatten(2, (self.dims.num_kv_heads, -1)).mean(3), logit_bias
-
-    def _selected(
-        self, score: Tensor, ledger: Any, position: Tensor, cu_seqlens: Tensor | None
-    ) -> Selection:
-        """The lifetimes of the selector; position -1 is padding."""
-        if self.selector is None:
-            kept = torch.where(position < 0, EMPTY, NEVER).to(torch.int32)
-            return Selection(kept[..., None].expand(score.shape))
-        given = {"position": position, "cu_seqlens": cu_seqlens}
-        result: Selection = self._call("selector", score, ledger, **given)
-        contracts.check_selection(result, score)
-        return result
-
-    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys after `prepare` of the attention part."""
-        prepare = getattr(self.attention, "prepare", None)  # PreparesKeys
-        if prepare is None:
-            return q, k
-        prepared: tuple[Tensor, Tensor] = prepare(q, k, position=position)
-        contracts.check_prepared(prepared, q, k)
-        return prepared
-
     def _read_whole(self, call: _Call) -> tuple[Tensor, Tensor]:
         """The attention read of whole sequences, and lifetimes."""
         where = call.position, call.cu_seqlens
@@ -441,7 +385,7 @@ class HAMLayer(nn.Module):
             logit_bias=call.logit_bias,
             cu_seqlens=call.cu_seqlens,
         )
-        return self._attended(call.q, keys), evict_at
+        return self._attended(call.q, keys, call.decision), evict_at
 
     def _read_stored(self, call: _Call, state: HAMState, begin: Tensor) -> _Step:
         """The attention read of the cache and the new tokens; the cache does not change yet."""
@@ -462,7 +406,12 @@ class HAMLayer(nn.Module):
                 logit_bias=None if call.logit_bias is None else pieces.apart(call.logit_bias, 0),
                 lowered=selection.lowered,
             )
-        read = self._attended(pieces.apart(call.q, 0), extension.keys)
+        decision = call.decision
+        if decision is not None:
+            reads, weight, window = decision
+            weight = None if weight is None else pieces.apart(weight, 0)
+            decision = QueryGateOutput(pieces.apart(reads, False), weight, window)
+        read = self._attended(pieces.apart(call.q, 0), extension.keys, decision)
         return _Step(
             read=pieces.together(read),
             evict_at=pieces.together(selection.evict_at),
@@ -471,21 +420,15 @@ class HAMLayer(nn.Module):
             seen=torch.maximum(begin, position.amax(1) + 1),
         )
 
-    def _attended(self, q: Tensor, keys: Keys) -> Tensor:
-        read: Tensor = self._call("attention", q, keys)
-        contracts.check_attention(read, q)
-        return read
-
-    def _combined(
-        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
-    ) -> Tensor:
-        y: Tensor = self._call("combiner", x, memory_read, attention_read)
-        contracts.check_combiner(y, x)
-        return y
-
     # checks
 
-    def _check(self, x: Tensor, state: HAMState | None, cu_seqlens: Tensor | None) -> None:
+    def _check(
+        self,
+        x: Tensor,
+        state: HAMState | None,
+        cu_seqlens: Tensor | None,
+        given_score: Tensor | None,
+    ) -> None:
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
         check_floating("x", x)
         weight = self.q_proj.weight
@@ -495,6 +438,13 @@ class HAMLayer(nn.Module):
             raise wrong("x", f"dtype {str(weight.dtype).removeprefix('torch.')}, as the layer", x)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
+        if given_score is not None:
+            sizes = [*x.shape[:2], None]
+            check_tensor("given_score", given_score, "[B, T, heads]", sizes, like=x)
+            check_floating("given_score", given_score)
+            if given_score.shape[2] not in {1, self.dims.num_kv_heads, self.dims.num_heads}:
+                expected = f"1, {self.dims.num_kv_heads} or {self.dims.num_heads} heads"
+                raise wrong("given_score", expected, f"{given_score.shape[2]}")
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             contracts.check_state(state, self.dims, sequences)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks.convolution import ShortConvolution
 from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
 from hamblocks_ops import gated_delta_rule
 from hamblocks_ops.arguments import wrong
-from hamblocks_ops.packing import sequence_of
 from hamblocks_ops.precision import wide
 
 
@@ -28,98 +29,6 @@ class DeltaMemoryState(NamedTuple):
 
     conv: Tensor
     recurrent: Tensor
-
-
-@final
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, followed by SiLU.
-
-    The convolution of `fla.modules.ShortConvolution`, without a bias. Its state holds the last
-    `kernel_size - 1` inputs, and packed sequences never see each other's inputs.
-
-    Attributes:
-        hidden_size: number of channels.
-        kernel_size: number of taps.
-        weight: `[hidden_size, kernel_size]`; the last tap weighs the token itself, the one before
-            it the token before, and so on.
-    """
-
-    def __init__(self, hidden_size: int, kernel_size: int) -> None:
-        """Makes the convolution with fresh weights.
-
-        Args:
-            hidden_size: number of channels, at least 1.
-            kernel_size: number of taps, at least 1; 1 convolves nothing over time.
-
-        Raises:
-            ValueError: a size is not an integer of at least 1.
-        """
-        super().__init__()
-        check_count("hidden_size", hidden_size, 1)
-        check_count("kernel_size", kernel_size, 1)
-        self.hidden_size, self.kernel_size = hidden_size, kernel_size
-        self.weight = nn.Parameter(self.fresh(hidden_size, kernel_size))
-
-    @staticmethod
-    def fresh(hidden_size: int, kernel_size: int) -> Tensor:
-        """Initial weights `[hidden_size, kernel_size]`, uniform in +-kernel_size ** -0.5."""
-        return torch.empty(hidden_size, kernel_size).uniform_(-1, 1) / math.sqrt(kernel_size)
-
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Convolves x and returns what the next call needs.
-
-        Args:
-            x: `[B, T, hidden_size]`, or `[1, sum(T), hidden_size]` with `cu_seqlens`.
-            state: `[N, kernel_size - 1, hidden_size]`, the inputs before x, oldest first; None:
-                zeros.
-            cu_seqlens: int32 `[N+1]`, borders of packed sequences; None for a batch of N = B.
-
-        Returns:
-            The result with the shape of x, and the next state.
-        """
-        if state is None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = x.new_zeros(sequences, self.kernel_size - 1, x.shape[2])
-        state = state.to(x.dtype)
-        if cu_seqlens is None:
-            return self._batch(x, state)
-        return self._packed(x, state, cu_seqlens)
-
-    def _batch(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        past, tokens = self.kernel_size - 1, x.shape[1]
-        # every sequence's past, then its tokens: token t stands at index past + t
-        inputs = torch.cat([state, x], 1)
-        delayed = [inputs[:, past - delay : past - delay + tokens] for delay in range(past + 1)]
-        return self._weighted(delayed), inputs[:, tokens:]
-
-    def _packed(self, x: Tensor, state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        past, sequences = self.kernel_size - 1, cu_seqlens.shape[0] - 1
-        # one table for everything: first the pasts of all sequences, then all tokens
-        inputs = torch.cat([state.flatten(0, 1), x[0]])
-        borders = cu_seqlens.long()
-
-        def index(sequence: Tensor, offset: Tensor) -> Tensor:
-            """Where the table has a sequence's token; a negative offset reaches into its past."""
-            in_tokens = sequences * past + borders[sequence] + offset
-            in_past = sequence * past + past + offset
-            return torch.where(offset >= 0, in_tokens, in_past)
-
-        sequence = sequence_of(cu_seqlens, x.shape[1])
-        offset = torch.arange(x.shape[1], device=x.device) - borders[sequence]
-        delayed = [inputs[index(sequence, offset - delay)] for delay in range(past + 1)]
-        # the next state: the last inputs before each sequence's end, its old past included
-        every = torch.arange(sequences, device=x.device)[:, None]
-        last = borders.diff()[:, None] + torch.arange(-past, 0, device=x.device)
-        return self._weighted(delayed)[None], inputs[index(every.expand_as(last), last)]
-
-    def _weighted(self, delayed: list[Tensor]) -> Tensor:
-        """SiLU of the sum over taps; `delayed[n]` is x as it was n tokens ago."""
-        y = self.weight[:, -1] * delayed[0]
-        for delay in range(1, self.kernel_size):
-            y = torch.addcmul(y, self.weight[:, self.kernel_size - 1 - delay], delayed[delay])
-        return F.silu(y)
 
 
 class _DeltaRuleMemory(Built):
@@ -260,19 +169,38 @@ class GatedDeltaMemory(_DeltaRuleMemory):
     """
 
     def __init__(
-        self, conv_size: int = 4, *, allow_neg_eigval: bool = False, impl: str = "auto"
+        self,
+        conv_size: int = 4,
+        *,
+        allow_neg_eigval: bool = False,
+        A_init_range: Sequence[float] = (1.0, 16.0),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        impl: str = "auto",
     ) -> None:
         """Makes the part; the layer that owns it makes the parameters.
+
+        The decay at the start is g = -a dt for x = 0, with a and dt drawn per head: a memory with a
+        small dt forgets slowly. Half of a state is left after log(2) / (a dt) tokens.
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
             allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            A_init_range: two numbers > 0; exp(A_log) starts uniformly distributed between them.
+            dt_min: softplus(dt_bias) starts log-uniformly distributed in [dt_min, dt_max].
+            dt_max: see `dt_min`; not below it.
             impl: implementation of `gated_delta_rule`.
 
         Raises:
-            ValueError: `conv_size` is not an integer of at least 1.
+            ValueError: `conv_size` is not an integer of at least 1, or a range is not one.
         """
         super().__init__(conv_size, allow_neg_eigval, impl)
+        self.A_init_range = list(A_init_range)
+        self.dt_min, self.dt_max = dt_min, dt_max
+        if len(self.A_init_range) != 2 or not 0 < self.A_init_range[0] <= self.A_init_range[1]:
+            raise wrong("A_init_range", "two numbers, 0 < low <= high", repr(A_init_range))
+        if not 0 < dt_min <= dt_max:
+            raise wrong("dt_min", f"a number in (0, dt_max = {dt_max}]", repr(dt_min))
 
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
@@ -280,14 +208,10 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         self.a_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
         self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(dims.num_heads))
 
-    @staticmethod
-    def initial_decay(heads: int) -> tuple[Tensor, Tensor]:
-        """Initial `A_log` and `dt_bias`, `[heads]` each, as in Mamba-2.
-
-        exp(A_log) is uniform in [1, 16), softplus(dt_bias) log-uniform in [0.001, 0.1].
-        """
-        rate = torch.empty(heads).uniform_(1, 16)
-        step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+    def initial_decay(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Initial `A_log` and `dt_bias`, `[heads]` each, drawn as in Mamba-2."""
+        rate = torch.empty(heads).uniform_(*self.A_init_range)
+        step = torch.empty(heads).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp()
         # the inverse of softplus, so that softplus(dt_bias) = step
         return rate.log(), step + (-torch.expm1(-step)).log()
 

@@ -22,12 +22,14 @@ class LayerStats(NamedTuple):
             attention.
         position: int32 `[B, T]`, position of each token within its sequence.
         cu_seqlens: int32 `[N+1]`, or None.
+        reads: bool `[B, T]`, the queries that the query gate lets read; None without one.
     """
 
     score: Tensor | None
     evict_at: Tensor | None
     position: Tensor
     cu_seqlens: Tensor | None
+    reads: Tensor | None = None
 
     def keep_fraction(self) -> Tensor:
         """Fraction of the call's tokens that are stored at its end, float32 `[]`; 0 if T is 0."""

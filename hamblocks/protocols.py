@@ -20,7 +20,7 @@ from hamblocks_ops import surprise
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.surprise import METRICS
 
-PARTS = ("memory", "gate", "selector", "attention", "combiner")
+PARTS = ("memory", "gate", "selector", "query_gate", "attention", "combiner")
 """The attributes of a layer that hold its parts, in the order in which a call uses them."""
 
 State = TypeVar("State", default=Any)
@@ -154,7 +154,7 @@ class Memory(Protocol[State]):
 
 @runtime_checkable
 class HasStateType(Protocol):
-    """A memory whose state is a NamedTuple: a saved state is loaded as that type."""
+    """A part whose state is a NamedTuple: a saved state is loaded as that type."""
 
     state_type: type[Any]
 
@@ -182,21 +182,48 @@ class Gate(Protocol):
         ...
 
 
+class QueryGateOutput(NamedTuple):
+    """Which queries read the stored tokens.
+
+    Attributes:
+        reads: bool `[B, T]`. A query that does not read sees only the last `window` tokens.
+        weight: `[B, T, 1]`, factor of the read of the queries that read, differentiable: a learned
+            query gate gets its gradient through it. None: 1.
+        window: tokens that every query sees, itself included, as far as they are stored. 0: a query
+            that does not read gets 0 and costs nothing.
+    """
+
+    reads: Tensor
+    weight: Tensor | None = None
+    window: int = 0
+
+
+@runtime_checkable
+class QueryGate(Protocol):
+    """Decides which queries read: attention on demand (AMOR, arXiv 2602.13215; L2A)."""
+
+    def __call__(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
+        """Takes x `[B, T, hidden_size]` and the memory's trace, as a gate does."""
+        ...
+
+
 @runtime_checkable
 class HasMetric(Protocol):
-    """A gate that needs a memory, whose score is a metric of the memory's residual.
+    """A gate or query gate that needs a memory: its score is a metric of the memory's residual.
 
     The layer passes the metric to the memory, which then fills `MemoryTrace.score` and need not
     write the residual.
     """
 
     metric: str | None
-    """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself."""
+    """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself.
+
+    Where gate and query gate do not name the same metric, the memory writes the residual."""
 
 
 @runtime_checkable
 class ReadsGiven(Protocol):
-    """A gate that reads `MemoryTrace.given`: its layer must be called with `given_score`."""
+    """A gate or query gate that reads `MemoryTrace.given`: its layer must be called with `given_score`."""
 
     reads_given: bool
 
@@ -208,7 +235,7 @@ def reads_given(gate: object) -> bool:
 
 @runtime_checkable
 class HasSurrogateGradient(Protocol):
-    """A gate whose logit bias has a gradient that is by intent not that of its values.
+    """A gate or query gate with a gradient that is by intent not that of its values.
 
     Straight-through estimators have one. The checks then do not compare it with finite differences.
     """
@@ -332,19 +359,33 @@ class Attention(Protocol):
 
 
 @runtime_checkable
-class PreparesKeys(Protocol):
-    """An attention part that changes queries and keys before the keys are stored."""
+class PreparesTokens(Protocol):
+    """An attention part that changes queries, keys and values before keys and values are stored."""
 
-    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms, rotary positions and the like: each token by itself.
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Norms, rotary positions, short convolutions and the like: each token from its past.
 
         Args:
-            q: `[B, T, H, D]`.
+            q: `[B, T, H, D]`; packed: `[1, sum(T), H, D]`, like all tensors here.
             k: `[B, T, Hkv, D]`.
+            v: `[B, T, Hkv, D]`.
             position: int32 `[B, T]`, position of each token within its sequence.
+            state: what the last call returned, a tree like that of a memory (all zeros is the state
+                of a sequence that has seen no token); None: no sequence has seen a token.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
 
         Returns:
-            q and k, in the same shapes and dtype.
+            q, k and v in the same shapes and dtypes, and the state for the next call; None for a
+            part that treats every token by itself.
         """
         ...
 

@@ -6,6 +6,7 @@ from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.convolution import ShortConvolution
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
@@ -20,11 +21,19 @@ from hamblocks.gates import (
 )
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
-from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory, ShortConvolution
+from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory
 from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
-from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
+from hamblocks.protocols import (
+    GateOutput,
+    LayerDims,
+    Lifetimes,
+    MemoryTrace,
+    QueryGateOutput,
+    Selection,
+)
+from hamblocks.query_gates import ThresholdQueries
 from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
@@ -59,6 +68,7 @@ __all__ = [
     "PeriodicGate",
     "PredictionEntropy",
     "PredictionError",
+    "QueryGateOutput",
     "RandomGate",
     "RecallError",
     "SelectedAttention",
@@ -69,6 +79,7 @@ __all__ = [
     "SwiGLU",
     "TargetFraction",
     "Threshold",
+    "ThresholdQueries",
     "TopK",
     "WeightedSum",
     "Window",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.cache import KVCache
-from hamblocks.protocols import HasStateType, Memory, Selector
+from hamblocks.protocols import Attention, HasStateType, Memory, Selector
 from hamblocks.selectors import start
 from hamblocks.state import HAMState, leaves, tree_map
 from hamblocks_ops.arguments import wrong
@@ -18,6 +18,7 @@ from hamblocks_ops.arguments import wrong
 def load(
     saved: Mapping[str, Any],
     memory: Memory | None,
+    attention: Attention | None,
     selector: Selector | None,
     device: torch.device | str | None,
 ) -> HAMState:
@@ -26,11 +27,12 @@ def load(
     Args:
         saved: the saved state.
         memory: the memory of the layer; if it has `state_type`, its state becomes one.
+        attention: the attention part of the layer; likewise.
         selector: the selector of the layer; it determines the tree structure of the ledger.
         device: device of the state; None: the device of the saved tensors.
 
     Raises:
-        ValueError: the memory's state or the ledger has a wrong number of entries.
+        ValueError: the state of a part has a wrong number of entries.
     """
 
     def moved(x: Tensor) -> Tensor:
@@ -38,7 +40,8 @@ def load(
 
     return HAMState(
         position=moved(saved["position"]),
-        memory=tree_map(moved, _typed(memory, saved["memory"])),
+        memory=tree_map(moved, _typed("memory", memory, saved["memory"])),
+        attention=tree_map(moved, _typed("attention", attention, saved["attention"])),
         ledger=_ledger(selector, [moved(x) for x in saved["ledger"]]),
         cache=None if saved["cache"] is None else KVCache.load(saved["cache"], device),
     )
@@ -57,13 +60,13 @@ def _ledger(selector: Selector | None, tensors: list[Tensor]) -> Any:
     return tree_map(lambda _: next(values), empty)
 
 
-def _typed(memory: object, saved: Any) -> Any:
-    """Converts the outermost tuple of a saved memory state to the memory's NamedTuple."""
-    if saved is None or not isinstance(memory, HasStateType):
+def _typed(name: str, part: object, saved: Any) -> Any:
+    """Converts the outermost tuple of a part's saved state to the part's NamedTuple."""
+    if saved is None or not isinstance(part, HasStateType):
         return saved
-    fields = getattr(memory.state_type, "_fields", ())
+    fields = getattr(part.state_type, "_fields", ())
     if not isinstance(saved, (tuple, list)) or len(saved) != len(fields):
         count = len(saved) if isinstance(saved, (tuple, list)) else type(saved).__name__
-        expected = f"{len(fields)} entries, as {memory.state_type.__name__} has"
-        raise wrong("memory", expected, f"{count}")
-    return memory.state_type(*saved)
+        expected = f"{len(fields)} entries, as {part.state_type.__name__} has"
+        raise wrong(name, expected, f"{count}")
+    return part.state_type(*saved)

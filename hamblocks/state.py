@@ -36,6 +36,8 @@ class HAMState(NamedTuple):
         position: int32 `[N]`, tokens seen so far.
         memory: the state of the memory, a tree of tuples, lists, dicts and tensors `[N, ...]`; None
             before the first token and in a layer without a memory.
+        attention: the state of the attention part (see `hamblocks.protocols.PreparesTokens`), a
+            tree of the same kind; None before the first token and for a part without a state.
         ledger: the selector's ledger, a tree of the same kind; None before the first token and for
             a selector that never lowers a lifetime later.
         cache: keys and values that are stored for attention; None in a layer without attention.
@@ -44,16 +46,21 @@ class HAMState(NamedTuple):
 
     position: Tensor
     memory: Any = None
+    attention: Any = None
     ledger: Any = None
     cache: KVCache | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
+    def trees(self) -> tuple[Tensor, Any, Any, Any]:
+        """All but the cache and the checkpoints: position, and the states of the parts."""
+        return self.position, self.memory, self.attention, self.ledger
+
+    @property
     def nbytes(self) -> int:
-        """Bytes in use: memory, ledger, pages and tables of the cache, without checkpoints."""
-        trees = self.position, self.memory, self.ledger
+        """Bytes in use: states of parts, pages and tables of the cache, without checkpoints."""
         stored = 0 if self.cache is None else self.cache.nbytes
-        return stored + sum(tensor.nbytes for tensor in leaves(trees))
+        return stored + sum(tensor.nbytes for tensor in leaves(self.trees))
 
     def fork(self) -> HAMState:
         """A second, independent state; a page is shared until one of the two states changes it."""
@@ -74,10 +81,9 @@ class HAMState(NamedTuple):
         check_integer("index", index)
         check_range("index", index, 0, len(self.position) - 1)
         cache = None if self.cache is None else self.cache.reorder(index)
-        trees = self.position, self.memory, self.ledger
-        position, memory, ledger = tree_map(lambda x: x.index_select(0, index.to(x.device)), trees)
+        state = self._mapped(lambda x: x.index_select(0, index.to(x.device)))
         points = tuple(Checkpoint(key, state.reorder(index)) for key, state in self.checkpoints)
-        return HAMState(position, memory, ledger, cache, points)
+        return state._replace(cache=cache, checkpoints=points)
 
     def checkpoint(self, key: int | None = None) -> HAMState:
         """This state with a checkpoint of itself added, to `crop` back to later.
@@ -106,8 +112,8 @@ class HAMState(NamedTuple):
             if point.key == key if position is None else _is_at(point.state, position):
                 earlier = self.checkpoints[: last + 1]
                 points = tuple(Checkpoint(name, state.fork()) for name, state in earlier)
-                back = point.state.fork()
-                return HAMState(back.position, back.memory, back.ledger, back.cache, points)
+                back: HAMState = point.state.fork()
+                return back._replace(checkpoints=points)
         if position is None:
             recorded = ", ".join(str(point.key) for point in self.checkpoints) or "none"
             raise wrong("key", f"that of a checkpoint ({recorded})", f"{key}")
@@ -123,13 +129,17 @@ class HAMState(NamedTuple):
 
     def to(self, device: torch.device | str) -> HAMState:
         """An independent copy on a device."""
-        trees = self.position, self.memory, self.ledger
-        position, memory, ledger = tree_map(lambda x: x.to(device), trees)
         cache = None
         if self.cache is not None:
             cache = KVCache.load(self.cache.state_dict(), device)
         points = tuple(Checkpoint(key, state.to(device)) for key, state in self.checkpoints)
-        return HAMState(position, memory, ledger, cache, points)
+        state = self._mapped(lambda x: x.to(device))
+        return state._replace(cache=cache, checkpoints=points)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> HAMState:
+        """This state with every tensor outside the cache changed."""
+        position, memory, attention, ledger = tree_map(change, self.trees)
+        return HAMState(position, memory, attention, ledger)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers, lists and plain tuples, without checkpoints.
@@ -139,6 +149,7 @@ class HAMState(NamedTuple):
         return {
             "position": self.position,
             "memory": plain(self.memory),
+            "attention": plain(self.attention),
             "ledger": list(leaves(self.ledger)),
             "cache": None if self.cache is None else self.cache.state_dict(),
         }

@@ -138,6 +138,24 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3) | hb.FirstTokens(1),
         "attention": hb.SelectedAttention(impl="reference"),
     },
+    "queries-when-surprised": lambda: {
+        "selector": hb.Threshold(0.9) | hb.Window(3),
+        "query_gate": hb.ThresholdQueries(hb.PredictionError(), 0.9),
+    },
+    "queries-by-a-router": lambda: {
+        "gate": hb.PredictionError("l2"),
+        "selector": hb.TopK(4),
+        "query_gate": hb.ThresholdQueries(hb.SharedGate(hb.LearnedRouter()), 0.0, window=2),
+    },
+    "convolved-keys": lambda: {
+        "memory": hb.GatedDeltaMemory(2, A_init_range=(1.0, 1.0), dt_min=0.002, dt_max=0.002),
+        "selector": hb.Threshold(0.9) | hb.Window(2),
+        "attention": hb.SelectedAttention(conv_size=2),
+    },
+    "convolved-keys-and-values": lambda: {
+        "selector": hb.TopK(3),
+        "attention": hb.SelectedAttention(conv_size=4, conv_values=True),
+    },
     "users-parity": lambda: {
         "gate": Parity(),
         "selector": AtLeast(0.5) | hb.Window(2),
@@ -253,8 +271,7 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     memory = layer.memory
     taps = memory.conv.weight
-    padded = F.pad(torch.cat(projected, 1), [0, 0, taps.shape[1] - 1, 0])
-    mixed = F.silu(sum(padded[tap : tap + tokens] * taps[:, tap] for tap in range(taps.shape[1])))
+    mixed = F.silu(convolved(torch.cat(projected, 1), taps))
     mq, mk, mv = (
         part.unflatten(-1, (-1, dim))
         for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
@@ -276,6 +293,12 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in projected)
     attention = layer.attention
+    if attention.conv_size > 1:
+        taps = attention.conv.weight
+        width = kv_heads * dim
+        k = convolved(k.flatten(1), taps[:width]).view_as(k)
+        if attention.conv_values:
+            v = convolved(v.flatten(1), taps[width:]).view_as(v)
     if attention.qk_norm:
         q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     if attention.rope_theta is not None:
@@ -299,9 +322,15 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
         if router is not layer.gate:
             bias = bias.mean(1, keepdim=True)
         logits = logits + bias.expand(-1, kv_heads).repeat_interleave(group, 1)
+    factor = x.new_ones(tokens)
+    if layer.query_gate is not None:
+        reads, factor = asked(layer, x, residuals, mv)
+        age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        near = (reads[:, None] | (age < layer.query_gate.window))[..., None]
+        visible = visible & near
     weight = logits.exp() * visible
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
-    attended = torch.einsum("ijh,jhd->ihd", weight, v)
+    attended = factor[:, None, None] * torch.einsum("ijh,jhd->ihd", weight, v)
 
     combiner = layer.combiner
     if isinstance(combiner, Sum):
@@ -311,6 +340,24 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     mixed = gates[..., :1] * rms(remembered, combiner.memory_norm)
     mixed = mixed + gates[..., 1:] * rms(attended, combiner.attention_norm)
     return Plain(mixed.flatten(1) @ combiner.o_proj.weight.T, residuals, mv)
+
+
+def asked(layer: hb.HAMLayer, x: Tensor, residual: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Which queries read `[T]`, and the factor of every read `[T]`."""
+    gate, tau = layer.query_gate.gate, layer.query_gate.controller.initial_tau
+    if isinstance(gate, hb.PredictionError):
+        score = 1 - F.cosine_similarity(v - residual, v, dim=-1)
+        return score.mean(1) >= tau, x.new_ones(len(x))
+    logit = gate.gate.mlp(x)
+    reads = logit.mean(1) >= tau
+    weight = F.logsigmoid(logit).mean(1).exp()
+    return reads, torch.where(reads, weight, 1)
+
+
+def convolved(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal depthwise convolution of x `[T, C]` with taps `[C, size]`; the last is the token's."""
+    padded = F.pad(x, [0, 0, taps.shape[1] - 1, 0])
+    return sum(padded[tap : tap + len(x)] * taps[:, tap] for tap in range(taps.shape[1]))
 
 
 def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:

@@ -32,8 +32,8 @@ class FlashAttention(nn.Module):
         self.normed = hb.SelectedAttention()
         self.normed.build(dims)
 
-    def prepare(self, q: Tensor, k: Tensor, *, position: Tensor) -> tuple[Tensor, Tensor]:
-        return self.normed.prepare(q, k, position=position)
+    def prepare(self, *tokens: Tensor, **where: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+        return self.normed.prepare(*tokens, **where)
 
     def forward(self, q: Tensor, keys: hb.Keys) -> Tensor:
         dense = keys.dense()

@@ -29,6 +29,7 @@ SHAPING = (
     "memory",
     "gate",
     "selector",
+    "query_gate",
     "attention",
     "combiner",
     "own_layers",

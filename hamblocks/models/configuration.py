@@ -18,7 +18,7 @@ LAYER_TYPES = {
 }
 """Kinds of layers, by the names that transformers has for them, and the policies each reads."""
 
-DEFAULTS: dict[str, Policy] = {
+DEFAULTS: dict[str, Policy | None] = {
     "memory": {"type": "gated_delta_memory"},
     "gate": {"type": "prediction_error"},
     "selector": {
@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Policy] = {
             {"type": "window", "width": 64},
         ],
     },
+    "query_gate": None,
     "attention": {"type": "selected_attention"},
     "combiner": {"type": "gated_sum"},
 }
@@ -60,7 +61,7 @@ class HAMConfig(PreTrainedConfig):
             selector=Threshold(TargetFraction(0.1)) | Window(32),
         )
 
-    A policy (`memory`, `gate`, `selector`, `attention`, `combiner`) is JSON as in
+    A policy (`memory`, `gate`, `selector`, `query_gate`, `attention`, `combiner`) is JSON as in
     `hamblocks.models.policies`, or one of hamblocks' own parts, of which the JSON is kept. Give one
     policy for all layers, or a list with one for every layer.
 
@@ -81,6 +82,7 @@ class HAMConfig(PreTrainedConfig):
         memory: policy of the memory; None: the gated delta rule.
         gate: policy of the gate; None: the cosine prediction error.
         selector: policy of the selector; None: a quarter of the tokens for good, and the last 64.
+        query_gate: policy of the query gate; None: every query reads.
         attention: policy of attention; None: with rotary positions and query/key norm.
         combiner: policy of the combiner; None: the gated sum.
         rope_theta: base of the rotary wavelengths, 10,000 if no policy of attention states one;
@@ -108,6 +110,7 @@ class HAMConfig(PreTrainedConfig):
     memory: Any = None
     gate: Any = None
     selector: Any = None
+    query_gate: Any = None
     attention: Any = None
     combiner: Any = None
     rope_theta: float | list[float | None] | None = DEFAULT_ROPE_THETA
@@ -155,18 +158,18 @@ class HAMConfig(PreTrainedConfig):
                     policy.pop("rope_theta", None)
         return super().from_dict({**saved, **changed}, **kwargs)
 
-    def policy(self, kind: str, layer: int) -> Policy:
-        """The policy of one layer.
+    def policy(self, kind: str, layer: int) -> Policy | None:
+        """The policy of one layer; None where it has no such part (no query gate).
 
         Args:
-            kind: memory, gate, selector, attention or combiner.
+            kind: memory, gate, selector, query_gate, attention or combiner.
             layer: its index.
 
         Raises:
             ValueError: `rope_theta` was changed and the policy of attention was not.
         """
-        chosen: Policy = _of_layer(getattr(self, kind), layer)
-        if kind == "attention":
+        chosen: Policy | None = _of_layer(getattr(self, kind), layer)
+        if kind == "attention" and chosen is not None:
             _agree(_of_layer(self.rope_theta, layer), chosen)
         return chosen
 
@@ -269,22 +272,25 @@ class HAMConfig(PreTrainedConfig):
         if isinstance(policy, dict):
             theta = float(rope_theta) if isinstance(rope_theta, _Unstated) else rope_theta
             policy = {"rope_theta": theta, **policy}
-        policy = self._one("attention", policy)
+        completed = self._one("attention", policy)
+        assert completed is not None  # attention has a default
         if is_stated:
-            _agree(rope_theta, policy)
-        return policy
+            _agree(rope_theta, completed)
+        return completed
 
-    def _completed(self, kind: str, policy: object) -> Policy | list[Policy]:
+    def _completed(self, kind: str, policy: object) -> Policy | list[Policy | None] | None:
         """The policy as JSON with every argument, or a list of them with one per layer."""
         if isinstance(policy, (list, tuple)):
             self._check_length(kind, policy, "policy")
             return [self._one(kind, one) for one in policy]
         return self._one(kind, policy)
 
-    def _one(self, kind: str, policy: object) -> Policy:
+    def _one(self, kind: str, policy: object) -> Policy | None:
         """One policy, complete. A part is made of it once, so that a bad value is found here."""
         if policy is None:
             policy = copy.deepcopy(DEFAULTS[kind])
+        if policy is None:
+            return None
         completed = complete(kind, policy if isinstance(policy, dict) else policy_of(kind, policy))
         part_of(kind, completed)
         return completed

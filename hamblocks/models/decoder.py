@@ -76,6 +76,7 @@ class Decoder(nn.Module):
         *,
         state: list[HAMState] | None = None,
         cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
     ) -> DecoderOutput:
         """Returns next-token logits.
 
@@ -83,6 +84,7 @@ class Decoder(nn.Module):
             tokens: int64 `[B, T]`; packed: `[1, sum(T)]`.
             state: from `init_state(N)` or the last call. None: the batch holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+            given_score: floating `[B, T, 1]`, a score from outside for gates that read one.
 
         Raises:
             ValueError: an argument is wrong. The message names it, what was expected and what came.
@@ -90,5 +92,6 @@ class Decoder(nn.Module):
         check_tensor("tokens", tokens, "[B, T]", [None, None])
         check_integer("tokens", tokens)
         check_range("tokens", tokens, 0, self.embedding.num_embeddings - 1)
-        result = self.stack(self.embedding(tokens), state=state, cu_seqlens=cu_seqlens)
+        x = self.embedding(tokens)
+        result = self.stack(x, state=state, cu_seqlens=cu_seqlens, given_score=given_score)
         return DecoderOutput(self.head(result.y), result.state, result.stats)

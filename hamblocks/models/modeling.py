@@ -29,8 +29,9 @@ from transformers.utils.generic import can_return_tuple
 
 from hamblocks.block import HAMBlock
 from hamblocks.controllers import FixedThreshold, TargetFraction
+from hamblocks.convolution import ShortConvolution
 from hamblocks.layer import HAMLayer
-from hamblocks.memory import GatedDeltaMemory, ShortConvolution
+from hamblocks.memory import GatedDeltaMemory
 from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
@@ -91,7 +92,9 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
     """Makes layer number `index` of the model that a configuration describes."""
     parts: dict[str, Any] = dict.fromkeys(("memory", "gate", "selector", "attention"))
     for name in LAYER_TYPES[(config.layer_types or [])[index]]:
-        parts[name] = part_of(name, config.policy(name, index))
+        policy = config.policy(name, index)
+        if policy is not None:
+            parts[name] = part_of(name, policy)
     return HAMLayer(
         config.hidden_size,
         config.num_attention_heads,

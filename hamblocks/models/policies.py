@@ -36,7 +36,16 @@ from hamblocks.gates import (
     WeightedSum,
 )
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
-from hamblocks.protocols import Attention, Combiner, Controller, Gate, Memory, Selector
+from hamblocks.protocols import (
+    Attention,
+    Combiner,
+    Controller,
+    Gate,
+    Memory,
+    QueryGate,
+    Selector,
+)
+from hamblocks.query_gates import ThresholdQueries
 from hamblocks.selectors import AllOf, AnyOf, Combined, FirstTokens, Threshold, TopK, Window
 from hamblocks_ops.arguments import wrong
 
@@ -57,6 +66,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         WeightedSum,
     ),
     "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
+    "query_gate": (ThresholdQueries,),
     "controller": (FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
     "combiner": (GatedSum, SoftmaxMix),
@@ -72,6 +82,7 @@ PROTOCOLS: dict[object, str] = {
     Memory: "memory",
     Gate: "gate",
     Selector: "selector",
+    QueryGate: "query_gate",
     Controller: "controller",
     Attention: "attention",
     Combiner: "combiner",
@@ -94,7 +105,7 @@ def complete(kind: str, policy: object) -> Policy:
     """A policy with every argument; those left out get their defaults.
 
     Args:
-        kind: memory, gate, selector, controller, attention or combiner.
+        kind: memory, gate, selector, query_gate, controller, attention or combiner.
         policy: as JSON. A number as the policy of a controller is a fixed threshold.
 
     Raises:
@@ -114,7 +125,11 @@ def complete(kind: str, policy: object) -> Policy:
         return {"type": name, "of": _complete_sides(kind, where, given)}
     defaults = _defaults(names[name])
     _check_arguments(where, given, defaults)
-    full = {**defaults, **given}
+    # JSON has lists only, so a policy compares equal after it was saved and loaded
+    full = {
+        argument: list(value) if isinstance(value, tuple) else value
+        for argument, value in {**defaults, **given}.items()
+    }
     for argument, inner in _inner_parts(names[name]).items():
         if inner.many and not isinstance(full[argument], (list, tuple)):
             raise wrong(where, f'a list as "{argument}"', repr(full[argument]))

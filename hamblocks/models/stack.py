@@ -84,6 +84,7 @@ class Stack(nn.Module):
         *,
         state: list[HAMState] | None = None,
         cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
         keep_inputs: bool = False,
     ) -> StackOutput:
         """Runs x through all blocks; an error leaves every layer's cache unchanged.
@@ -93,6 +94,7 @@ class Stack(nn.Module):
             state: one state per layer, from `init_state(N)` or the last call. None: the batch holds
                 whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+            given_score: `[B, T, 1]`, for the gates of all layers that read one.
             keep_inputs: return the input of each block.
 
         Raises:
@@ -104,6 +106,9 @@ class Stack(nn.Module):
         inputs: list[Tensor] = []
         states: list[HAMState] = []
         stats: list[LayerStats] = []
+        given: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens}
+        if given_score is not None:
+            given["given_score"] = given_score
         # Caches of all layers change together or not at all. Without a state there is no cache, and
         # torch.compile cannot trace a transaction.
         with contextlib.nullcontext() if state is None else cache_transaction():
@@ -111,9 +116,8 @@ class Stack(nn.Module):
                 if keep_inputs:
                     inputs.append(x)
                 # reentrant activation checkpointing turns the LayerOutput into a plain tuple
-                x, after, decided = block(
-                    x, state=None if state is None else state[index], cu_seqlens=cu_seqlens
-                )
+                own = None if state is None else state[index]
+                x, after, decided = block(x, state=own, **given)
                 stats.append(decided)
                 if after is not None:
                     states.append(after)

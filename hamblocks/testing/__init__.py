@@ -48,6 +48,7 @@ from hamblocks.testing.suite import (
     check_layer,
     check_memory,
     check_op,
+    check_query_gate,
     check_selector,
     run_checks,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "check_layer",
     "check_memory",
     "check_op",
+    "check_query_gate",
     "check_selector",
     "delta_rule_inputs",
     "dtypes",

@@ -74,7 +74,7 @@ class Check:
 
     Attributes:
         name: "check_", the kind, and the law.
-        kind: gate, selector, memory, controller, attention, combiner, op or layer.
+        kind: gate, selector, memory, controller, attention, combiner, query_gate, op or layer.
         body: `body(part, case, options)` raises an exception where the law does not hold.
         cases: strategy of the drawn cases; None: only the edges are run.
         edges: cases by hand, which run before the drawn ones.

@@ -29,6 +29,7 @@ from hamblocks.testing.subjects import (
     GateSubject,
     LayerSubject,
     MemorySubject,
+    QueryGateSubject,
     Results,
     Subject,
     made,
@@ -41,6 +42,7 @@ SUBJECTS: dict[str, type[Subject]] = {
     "memory": MemorySubject,
     "attention": AttentionSubject,
     "combiner": CombinerSubject,
+    "query_gate": QueryGateSubject,
     "layer": LayerSubject,
 }
 MAX_WEIGHTS = 20_000

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamblocks.state import leaves
+from hamblocks.state import HAMState, leaves
 from hamblocks.testing.budget import assert_bits, assert_same
 from hamblocks.testing.comparing import (
     assert_reads_what_was_written,
@@ -199,10 +199,13 @@ def nothing_given_changes(kind: type[Subject], part: Any, case: PartInputs) -> N
         given = dict(subject.inputs) | {
             name: x for name, x in kept.items() if isinstance(x, Tensor)
         }
-        if subject.kind != "attention":  # its state is a cache, which is changed in place
-            # the first three fields of a layer's state, before the cache, stay as they were
-            tree = state[:3] if subject.kind == "layer" and state is not None else state
-            given |= {f"state {i}": x for i, x in enumerate(leaves(tree))}
+        # the cache is changed in place; the other states stay as they were
+        tree = state
+        if subject.kind == "attention":
+            tree = state[1]
+        elif isinstance(state, HAMState):
+            tree = state.trees
+        given |= {f"state {i}": x for i, x in enumerate(leaves(tree))}
         with unchanged(given):
             if t < case.tokens or subject.kind == "layer":
                 subject.run(by_token(subject.inputs, slice(t, None)), state)

@@ -36,6 +36,7 @@ NEEDS = {
     # a part without a state fails in pieces for what it also fails for in a packed batch: it looks
     # at its neighbours, or at the place of a token in the tensor
     "gate_any_split_is_one_pass": ("packed_is_one_by_one",),
+    "query_gate_any_split_is_one_pass": ("packed_is_one_by_one",),
     "combiner_any_split_is_one_pass": ("packed_is_one_by_one",),
     "padding_is_ignored": ("is_causal",),
     "threshold_is_reached_by_equal_scores": ("is_causal", "raising_tau_never_keeps_more"),

@@ -126,6 +126,7 @@ def parametrize_with_checks(
     controllers: Parts = (),
     attentions: Parts = (),
     combiners: Parts = (),
+    query_gates: Parts = (),
     layers: Parts = (),
     ops: Sequence[Any] = (),
     expected_failures: Expected = None,
@@ -149,6 +150,7 @@ def parametrize_with_checks(
         controllers: as `gates`.
         attentions: as `gates`.
         combiners: as `gates`.
+        query_gates: as `gates`.
         layers: whole layers.
         ops: ops of `hamblocks.ops`, each of which stands for all its implementations, and
             `OpImplementation`s.
@@ -168,6 +170,7 @@ def parametrize_with_checks(
         "controller": controllers,
         "attention": attentions,
         "combiner": combiners,
+        "query_gate": query_gates,
         "layer": layers,
         "op": [one for op in ops for one in op_implementations(op)],
     }

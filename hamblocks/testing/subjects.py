@@ -7,7 +7,7 @@ are `[B, T, ...]` by name; shape letters are explained in docs/reference/shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +153,25 @@ class GateSubject(Subject):
         return {"score": ((None,), None), "logit_bias": ((None,), None)}
 
 
+class QueryGateSubject(GateSubject):
+    """`query_gate(x, trace) -> reads, weight, window`."""
+
+    kind = "query_gate"
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Results, Any]:
+        """Results: reads as numbers 0 and 1, and weight where the query gate returns one."""
+        result = self.part(inputs["x"], self.trace(inputs))
+        contracts.check_query_gate(result, inputs["x"])
+        reads = {"reads": result.reads.to(inputs["x"].dtype)}
+        return reads | ({} if result.weight is None else {"weight": result.weight}), None
+
+    def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """One decision for all heads."""
+        return {"reads": ((), None), "weight": ((1,), None)}
+
+
 class MemorySubject(Subject):
     """`memory(x, q, k, v, position=) -> read, trace, state`."""
 
@@ -202,10 +221,16 @@ _ATTENTION = ("q", "k", "v", "evict_at", "position")
 
 
 class AttentionSubject(Subject):
-    """`prepare(q, k, position=) -> q, k`, then `attention(q, keys) -> read`, as a layer calls them.
+    """`prepare(q, k, v, ...)`, then `attention(q, keys) -> read`, as a layer calls them.
 
     Without a state the keys are those of whole sequences; with one they are those of a cache.
+
+    Attributes:
+        changed: applied to the prepared q, k, v by name before they are read; None: no change. A
+            check that changes a single token changes it here, because `prepare` may mix tokens.
     """
+
+    changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     kind = "attention"
     compiles = "whole"
@@ -229,26 +254,40 @@ class AttentionSubject(Subject):
             result["logit_bias"] = case.numbers(draw, kv_heads, dtype=wide(result["q"]))
         return result
 
-    def start(self, sequences: int) -> KVCache:
-        """An empty cache."""
-        return KVCache(sequences, page_size=3)
+    def start(self, sequences: int) -> tuple[KVCache, Any]:
+        """An empty cache, and no state of the part."""
+        return KVCache(sequences, page_size=3), None
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
-        """Results: the read. The state is a cache, and the next state the cache after the call."""
+        """Results: the read. The state is a cache and the state of the part."""
         q, k, v, evict_at, position = (inputs[name] for name in _ATTENTION)
         bias = inputs.get("logit_bias")
         if state is None:
             return {"read": self.whole(q, k, v, evict_at, position, bias, cu_seqlens)}, None
-        q, k = self._prepared(q, k, position)
-        extension = state.extend(k, v, position=position, evict_at=evict_at, logit_bias=bias)
+        cache, past = state
+        q, k, v, after = self.prepared(q, k, v, position, past)
+        extension = cache.extend(k, v, position=position, evict_at=evict_at, logit_bias=bias)
         read = self.part(q, extension.keys)
-        return {"read": read}, extension.commit(position.amax(1) + 1)
+        return {"read": read}, (extension.commit(position.amax(1) + 1), after)
 
-    def _prepared(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        prepare = getattr(self.part, "prepare", None)
-        return (q, k) if prepare is None else prepare(q, k, position=position)
+    def prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        past: Any = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """What `prepare` returns, with the change of `changed`."""
+        after, prepare = None, getattr(self.part, "prepare", None)
+        if prepare is not None:
+            q, k, v, after = prepare(q, k, v, position=position, state=past, cu_seqlens=cu_seqlens)
+        if self.changed is not None:
+            q, k, v = self.changed({"q": q, "k": k, "v": v}).values()
+        return q, k, v, after
 
     def _whole(
         self,
@@ -261,7 +300,7 @@ class AttentionSubject(Subject):
         cu_seqlens: Tensor | None,
     ) -> Tensor:
         """The read of whole sequences."""
-        q, k = self._prepared(q, k, position)
+        q, k, v, _ = self.prepared(q, k, v, position, None, cu_seqlens)
         keys = DenseKeys(
             k,
             v,
@@ -317,10 +356,10 @@ class LayerSubject(Subject):
         super().__init__(part, case)
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x, and given_score where the layer's gate reads one."""
+        """x, and given_score where a gate of the layer reads one."""
         draw = Draw(case.seed)
         inputs = {"x": case.numbers(draw, self.hidden_size)}
-        if reads_given(getattr(self.part, "gate", None)):
+        if any(reads_given(getattr(self.part, name, None)) for name in ("gate", "query_gate")):
             inputs["given_score"] = case.numbers(draw, 1)
         return inputs
 
@@ -364,6 +403,7 @@ def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
         "memory": GatedDeltaMemory(conv_size=2),
         "gate": PredictionError(),
         "selector": (Threshold(0.9) | TopK(2)) & Window(6),
+        "query_gate": None,
         "attention": SelectedAttention(rope_theta=None if dims.head_dim % 2 else 10_000.0),
         "combiner": GatedSum(),
     }

@@ -19,6 +19,7 @@ from hamblocks.testing.kinds import (
     layers,
     memories,
     ops,
+    query_gates,
     selectors,
 )
 from hamblocks.testing.ops import OpImplementation
@@ -34,6 +35,7 @@ CHECKS: dict[str, Sequence[Check]] = {
     "controller": ordered(controllers.CHECKS),
     "attention": ordered(attentions.CHECKS),
     "combiner": ordered(combiners.CHECKS),
+    "query_gate": ordered(query_gates.CHECKS),
     "op": ordered(ops.CHECKS),
     "layer": ordered(layers.CHECKS),
 }
@@ -95,7 +97,7 @@ def run_checks(
     the check that failed.
 
     Args:
-        kind: gate, selector, memory, controller, attention, combiner, op or layer.
+        kind: gate, selector, memory, controller, attention, combiner, query_gate, op or layer.
         part: the part, not built yet; the checks run copies of it. For "op": an
             `OpImplementation`.
         only: names of checks; None: all of the kind.
@@ -187,6 +189,8 @@ check_attention = _for("attention")
 """Runs every check of an attention: `check_attention(part, **given)`, see `run_checks`."""
 check_combiner = _for("combiner")
 """Runs every check of a combiner: `check_combiner(part, **given)`, see `run_checks`."""
+check_query_gate = _for("query_gate")
+"""Runs every check of a query gate: `check_query_gate(part, **given)`, see `run_checks`."""
 check_layer = _for("layer")
 """Runs every check of a layer: `check_layer(part, **given)`, see `run_checks`."""
 

@@ -15,7 +15,15 @@ from hamblocks.models.policies import TABLE, complete, part_of, policy_of
 POLICIES = [
     (
         "memory",
-        {"type": "gated_delta_memory", "conv_size": 2, "allow_neg_eigval": True, "impl": "auto"},
+        {
+            "type": "gated_delta_memory",
+            "conv_size": 2,
+            "allow_neg_eigval": True,
+            "A_init_range": [1.0, 2.0],
+            "dt_min": 0.002,
+            "dt_max": 0.002,
+            "impl": "auto",
+        },
     ),
     (
         "memory",
@@ -60,7 +68,23 @@ POLICIES = [
     ("selector", {"type": "top_k", "k": 32}),
     (
         "attention",
-        {"type": "selected_attention", "rope_theta": None, "qk_norm": False, "impl": "auto"},
+        {
+            "type": "selected_attention",
+            "conv_size": 2,
+            "conv_values": True,
+            "rope_theta": None,
+            "qk_norm": False,
+            "impl": "auto",
+        },
+    ),
+    (
+        "query_gate",
+        {
+            "type": "threshold_queries",
+            "gate": {"type": "prediction_error", "metric": "l2"},
+            "controller": {"type": "fixed_threshold", "tau": 0.3},
+            "window": 8,
+        },
     ),
     ("combiner", {"type": "gated_sum"}),
     ("combiner", {"type": "softmax_mix"}),

@@ -25,12 +25,14 @@ class Memory(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, read=lambda q, keys: keys.attend(q).out, prepare=lambda q, k: (q, k)):
+    def __init__(
+        self, read=lambda q, keys: keys.attend(q).out, prepare=lambda q, k, v: (q, k, v, None)
+    ):
         super().__init__()
         self.read, self.change = read, prepare
 
-    def prepare(self, q, k, *, position):
-        return self.change(q, k)
+    def prepare(self, q, k, v, *, position, state=None, cu_seqlens=None):
+        return self.change(q, k, v)
 
     def forward(self, q, keys):
         return self.read(q, keys)
@@ -94,11 +96,11 @@ WRONG = {
     ),
     "attention that prepares queries alone": (
         "attention",
-        {"attention": Attention(prepare=lambda q, k: q)},
+        {"attention": Attention(prepare=lambda q, k, v: (q, k))},
     ),
     "attention that prepares another dtype": (
         "attention",
-        {"attention": Attention(prepare=lambda q, k: (q.double(), k))},
+        {"attention": Attention(prepare=lambda q, k, v: (q.double(), k, v, None))},
     ),
     "combiner that forgets to project": ("combiner", {"combiner": lambda x, m, a: m + a}),
     "combiner that returns both": ("combiner", {"combiner": lambda x, m, a: (m, a)}),

@@ -65,21 +65,21 @@ def test_layer_is_memory_and_attention_over_what_it_stored(case, size):
 def test_threshold_at_minus_infinity_is_full_attention_and_at_infinity_none(case, size):
     layer, x = build(case, size), inputs(size)
     everything = everyone_sees(size.tokens, size.heads[1])
-    read = []
-    layer.attention.register_forward_hook(lambda *call: read.append(call[-1]))
+    reads = []  # a query gate may run attention twice in a call, or not at all
+    layer.attention.register_forward_hook(lambda *call: reads.append(call[-1]))
     for tau, visible, evict in (
         (-math.inf, everything, NEVER),
         (math.inf, torch.zeros_like(everything), None),
     ):
         layer.selector = hb.Threshold(tau)
+        reads.clear()
         result = layer(x)
         expected = result.stats.position[..., None] if evict is None else torch.tensor(evict)
         assert (result.stats.evict_at == expected).all()
         for n in range(size.batch):
             close(result.y[n], plain(layer, x[n], visible).y)
-    if size.tokens:  # the layer calls no part without a token
-        assert not read[1].any()
-        assert read[0].any()
+        if reads:  # the layer calls no part without a token
+            assert any(read.any() for read in reads) == (tau < 0)
 
 
 @pytest.mark.parametrize("case", ["threshold", "delta-relative-topk", "router-and"])

@@ -15,6 +15,7 @@ from broken import (
     layers,
     memories,
     ops,
+    query_gates,
     selectors,
 )
 
@@ -22,7 +23,7 @@ from hamblocks.testing import CHECKS, CheckFailed, OpImplementation, Options, ru
 from hamblocks.testing.order import NEEDS, STAGES, needs
 from hamblocks.testing.suite import BY_NAME, settled
 
-KINDS = (gates, selectors, memories, controllers, attentions, combiners, layers, ops)
+KINDS = (gates, selectors, memories, controllers, attentions, combiners, layers, ops, query_gates)
 SOUND: dict[str, list[Any]] = {
     "gate": [gates.Gate(), gates.Router()],
     "selector": [selectors.TopK(), selectors.Threshold()],
@@ -30,6 +31,7 @@ SOUND: dict[str, list[Any]] = {
     "controller": [controllers.Controller()],
     "attention": [attentions.Attention()],
     "combiner": [combiners.Combiner()],
+    "query_gate": [query_gates.Asks(gates.Gate()), query_gates.Asks(gates.Router())],
     "layer": [layers.Layer(), layers.ham()],
 }
 
@@ -130,6 +132,8 @@ def test_every_check_runs_after_those_that_it_needs() -> None:
 
 def test_every_law_that_others_need_is_that_of_a_check() -> None:
     laws = {check.law for check in BY_NAME.values()}
-    needing = {law.removeprefix("gate_").removeprefix("combiner_") for law in NEEDS}
+    needing = {
+        law.removeprefix("query_").removeprefix("gate_").removeprefix("combiner_") for law in NEEDS
+    }
     needed = {law for some in (*STAGES, *NEEDS.values()) for law in some}
     assert needing | needed <= laws

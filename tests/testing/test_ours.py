@@ -58,6 +58,13 @@ def test_ops(check: Any) -> None:
     ],
     controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
     combiners=[hb.GatedSum(), hb.SoftmaxMix()],
+    query_gates=[
+        hb.ThresholdQueries(hb.PredictionError(), 0.9),
+        hb.ThresholdQueries(hb.LearnedRouter(), 0.0, window=2),
+        hb.ThresholdQueries(hb.LearnedRouter(gradient="straight_through"), 0.0),
+        hb.ThresholdQueries(hb.GivenScore(), 0.0),
+        hb.ThresholdQueries(Parity(), hb.FixedThreshold(0.5)),
+    ],
 )
 def test_small_parts(check: Any) -> None:
     check()
@@ -94,6 +101,8 @@ def test_selectors(check: Any) -> None:
         hb.SelectedAttention(),
         hb.SelectedAttention(rope_theta=None, qk_norm=False),
         hb.SelectedAttention(impl="reference"),
+        hb.SelectedAttention(conv_size=2),
+        hb.SelectedAttention(conv_size=3, conv_values=True, qk_norm=False),
     ],
 )
 def test_memory_and_attention(check: Any) -> None:

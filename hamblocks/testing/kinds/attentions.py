@@ -1,12 +1,13 @@
 """Checks of attention parts.
 
 An attention part is called as `attention(q, keys) -> read`. If it has a method `prepare`, that is
-called first, as `prepare(q, k, position=) -> q, k`. The checks pass keys of whole sequences or keys
-of a cache.
+called first, as `prepare(q, k, v, position=, state=, cu_seqlens=) -> q, k, v, state`. The checks
+pass keys of whole sequences or keys of a cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,18 @@ from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import DIMS, PartInputs, part_inputs
 from hamblocks.testing.subjects import AttentionSubject, Results
 
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-def _read(subject: AttentionSubject, inputs: dict[str, Tensor]) -> Results:
+
+def _read(
+    subject: AttentionSubject, inputs: dict[str, Tensor], changed: Change | None = None
+) -> Results:
+    """The read; `changed` is applied to the prepared q, k and v, which `prepare` may have mixed."""
+    subject.changed = changed
     with torch.no_grad():
-        return subject.run(inputs)[0]
+        results, _ = subject.run(inputs)
+    subject.changed = None
+    return results
 
 
 def _unseen_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -> None:
@@ -34,13 +43,20 @@ def _unseen_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -
     inputs = subject.inputs
     unseen = inputs["evict_at"] <= inputs["position"][..., None]
     other = subject.drawn(replace(case, seed=case.seed + 1))
-    changed = dict(inputs)
-    for name in ("k", "v", "logit_bias"):
-        if name in inputs:
-            mask = unseen if inputs[name].dim() == 3 else unseen[..., None]
-            changed[name] = torch.where(mask, 100 * other[name], inputs[name])
+    biased = dict(inputs)
+    if "logit_bias" in inputs:
+        biased["logit_bias"] = torch.where(unseen, 100 * other["logit_bias"], inputs["logit_bias"])
+
+    def changed(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return given | {
+            name: torch.where(unseen[..., None], 100 * other[name], given[name])
+            for name in ("k", "v")
+        }
+
     with prefixed("tokens that were never stored changed the read"):
-        assert_same(_read(subject, changed), _read(subject, inputs), lambda: _read(subject, inputs))
+        assert_same(
+            _read(subject, biased, changed), _read(subject, inputs), lambda: _read(subject, inputs)
+        )
 
 
 def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) -> None:
@@ -56,27 +72,36 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
         + Draw(case.seed).integers(0, 4, inputs["evict_at"][:, j].shape)
     ).int()
     inputs["evict_at"][:, j] = until
-    changed = dict(inputs)
-    for name in ("k", "v"):
-        changed[name] = inputs[name].clone()
-        changed[name][:, j] = 3 - 2 * changed[name][:, j]
+    token = (torch.arange(case.tokens) == j)[:, None, None]
+
+    def changed(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return given | {
+            name: torch.where(token, 3 - 2 * given[name], given[name]) for name in ("k", "v")
+        }
+
     group = case.dims.num_heads // case.dims.num_kv_heads
     gone = (inputs["position"][..., None] >= until[:, None]).repeat_interleave(group, 2)[..., None]
 
-    def later(given: dict[str, Tensor]) -> Results:
-        return {"read": _read(subject, given)["read"] * gone}
+    def later(change: Change | None = None) -> Results:
+        return {"read": _read(subject, inputs, change)["read"] * gone}
 
     with prefixed(
         f"the token at position {j} is still read after its eviction at {until.flatten().tolist()}"
     ):
-        assert_same(later(changed), later(inputs), lambda: later(inputs))
+        assert_same(later(changed), later(), later)
 
 
 def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> None:
     """Query t reads every token with position <= t < evict_at, its own included."""
     subject = AttentionSubject(part, case)
-    v = subject.inputs["v"].clone().requires_grad_()
-    read = subject.run(subject.inputs | {"v": v})[0]["read"]
+    prepared: list[Tensor] = []
+
+    def tracked(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        prepared.append(given["v"].detach().clone().requires_grad_())
+        return given | {"v": prepared[-1]}
+
+    subject.changed = tracked
+    read, v = subject.run(subject.inputs)[0]["read"], prepared[-1]
     position, evict_at = subject.inputs["position"], subject.inputs["evict_at"]
     group = case.dims.num_heads // case.dims.num_kv_heads
     for t in range(case.tokens):
@@ -174,7 +199,7 @@ def _padding_is_ignored(part: Any, case: PartInputs, _options: Options) -> None:
     with prefixed("padding changed the reads"):
         assert_same({"read": got["read"][:, : case.tokens]}, plain, lambda: alone()[0])
     with prefixed("padding was stored"):
-        assert_bits({"tokens": other.tokens}, {"tokens": cache.tokens})
+        assert_bits({"tokens": other[0].tokens}, {"tokens": cache[0].tokens})
 
 
 def _looks_at_nothing(part: Any, options: Options) -> str | None:

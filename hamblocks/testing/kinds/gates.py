@@ -45,11 +45,16 @@ def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None
     assert reached, f"logit_bias: its gradient reaches no weight, {never}"
 
 
-def _no_weights(part: Any, options: Options) -> str | None:
+def no_weights(part: Any, kind: type[GateSubject], options: Options) -> str | None:
+    """The reason why a check of learning does not apply to a part of some kind, or None."""
     if not isinstance(part, torch.nn.Module):
         return "it has no weights"
-    weights = GateSubject(part, first(options)).part.parameters()
+    weights = kind(part, first(options)).part.parameters()
     return None if any(x.requires_grad for x in weights) else "it has no weights"
+
+
+def _no_weights(part: Any, options: Options) -> str | None:
+    return no_weights(part, GateSubject, options)
 
 
 CHECKS = [

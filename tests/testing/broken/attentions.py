@@ -14,8 +14,8 @@ class Attention(Built):
     def make(self, dims):
         self.scale = nn.Parameter(torch.ones(dims.head_dim))
 
-    def prepare(self, q, k, *, position):
-        return q, k * self.scale.to(k.dtype)
+    def prepare(self, q, k, v, *, position, state=None, cu_seqlens=None):
+        return q, k * self.scale.to(k.dtype), v, None
 
     def attend(self, q, k, v, evict_at, **call):
         return ops.selected_attention(q, k, v, evict_at, impl="reference", **call).out

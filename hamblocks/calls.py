@@ -1,0 +1,160 @@
+"""How a layer calls its parts: one method per part, which checks what the part returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamblocks import contracts
+from hamblocks.assembly import is_own
+from hamblocks.gated_read import gated_read
+from hamblocks.keys import Keys
+from hamblocks.ledger import EMPTY
+from hamblocks.protocols import (
+    Attention,
+    Combiner,
+    Gate,
+    GateOutput,
+    LayerDims,
+    Memory,
+    MemoryTrace,
+    QueryGate,
+    QueryGateOutput,
+    Selection,
+    Selector,
+)
+from hamblocks_ops import NEVER
+from hamblocks_ops.context import arguments_are_checked
+
+
+class CallsParts(nn.Module):
+    """A module with the parts of a layer."""
+
+    dims: LayerDims
+    memory: Memory | None
+    gate: Gate | None
+    selector: Selector | None
+    query_gate: QueryGate | None
+    attention: Attention | None
+    combiner: Combiner
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_own: dict[str, tuple[object, bool]] = {}
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a part.
+
+        The layer has checked the arguments, so the ops inside parts of hamblocks do not check them
+        again. A user-defined part may call ops with other arguments, so its ops do check them.
+        """
+        part = getattr(self, name)
+        if torch.compiler.is_compiling():  # checks cost nothing at run time then
+            return part(*args, **kwargs)
+        known = self._is_own.get(name)
+        if known is None or known[0] is not part:
+            known = self._is_own[name] = part, is_own(part)
+        if not known[1]:
+            return part(*args, **kwargs)
+        with arguments_are_checked():
+            return part(*args, **kwargs)
+
+    def _remembered(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        past: Any,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, MemoryTrace, Any]:
+        """The read of the memory, its trace and its next state; without a memory, only a trace."""
+        if self.memory is None:
+            group = self.dims.num_heads // self.dims.num_kv_heads
+            k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
+            return None, MemoryTrace(k, v, None, None, None, position), None
+        metric = self._metric()
+        given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
+        result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, q, k, v, **given)
+        contracts.check_memory(result, q, metric)
+        read, trace, state = result
+        if metric is not None and trace.metric is None:  # a memory that does not say what it scored
+            trace = trace._replace(metric=metric)
+        return read, trace, state
+
+    def _metric(self) -> str | None:
+        """The metric that the memory is to compute: the one that all gates name, if they agree."""
+        metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
+        if self.query_gate is None or metric == getattr(self.query_gate, "metric", None):
+            return metric
+        return None
+
+    def _asked(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput | None:
+        """Which queries read, by the query gate; None without one: all do."""
+        if self.query_gate is None:
+            return None
+        result: QueryGateOutput = self._call("query_gate", x, trace)
+        contracts.check_query_gate(result, x)
+        return result
+
+    def _scored(self, x: Tensor, trace: MemoryTrace) -> tuple[Tensor, Tensor | None]:
+        """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""
+        if self.gate is None:
+            return torch.zeros(*x.shape[:2], 1, device=x.device), None
+        result: GateOutput = self._call("gate", x, trace)
+        contracts.check_gate(result, x, self.dims)
+        score, logit_bias = result.score.detach(), result.logit_bias
+        if score.shape[2] in (1, self.dims.num_kv_heads):
+            return score, logit_bias
+        return score.unflatten(2, (self.dims.num_kv_heads, -1)).mean(3), logit_bias
+
+    def _selected(
+        self, score: Tensor, ledger: Any, position: Tensor, cu_seqlens: Tensor | None
+    ) -> Selection:
+        """The lifetimes of the selector; position -1 is padding."""
+        if self.selector is None:
+            kept = torch.where(position < 0, EMPTY, NEVER).to(torch.int32)
+            return Selection(kept[..., None].expand(score.shape))
+        given = {"position": position, "cu_seqlens": cu_seqlens}
+        result: Selection = self._call("selector", score, ledger, **given)
+        contracts.check_selection(result, score)
+        return result
+
+    def _prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: Any,
+        position: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Queries, keys and values after `prepare` of the attention part, and its next state."""
+        prepare = getattr(self.attention, "prepare", None)  # PreparesTokens
+        if prepare is None:
+            return q, k, v, None
+        result: tuple[Tensor, Tensor, Tensor, Any] = prepare(
+            q, k, v, position=position, state=past, cu_seqlens=cu_seqlens
+        )
+        contracts.check_prepared(result, q, k, v)
+        return result
+
+    def _attended(self, q: Tensor, keys: Keys, decision: QueryGateOutput | None) -> Tensor:
+        """The read of attention, for the queries that the query gate lets read."""
+
+        def attend(q: Tensor, keys: Keys) -> Tensor:
+            read: Tensor = self._call("attention", q, keys)
+            contracts.check_attention(read, q)
+            return read
+
+        return attend(q, keys) if decision is None else gated_read(attend, q, keys, decision)
+
+    def _combined(
+        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
+    ) -> Tensor:
+        y: Tensor = self._call("combiner", x, memory_read, attention_read)
+        contracts.check_combiner(y, x)
+        return y

@@ -1,0 +1,111 @@
+"""The short causal convolution over time, with a state."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hamblocks.protocols import check_count
+from hamblocks_ops.arguments import wrong
+from hamblocks_ops.packing import sequence_of
+
+
+@final
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, followed by SiLU unless told otherwise.
+
+    The convolution of `fla.modules.ShortConvolution`, without a bias. Its state holds the last
+    `kernel_size - 1` inputs, and packed sequences never see each other's inputs.
+
+    Attributes:
+        hidden_size: number of channels.
+        kernel_size: number of taps.
+        activation: "silu" or None.
+        weight: `[hidden_size, kernel_size]`; the last tap weighs the token itself, the one before
+            it the token before, and so on.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int, activation: str | None = "silu") -> None:
+        """Makes the convolution with fresh weights.
+
+        Args:
+            hidden_size: number of channels, at least 1.
+            kernel_size: number of taps, at least 1; 1 convolves nothing over time.
+            activation: "silu", or None for the plain sum.
+
+        Raises:
+            ValueError: a size is not an integer of at least 1, or there is no such activation.
+        """
+        super().__init__()
+        if activation not in ("silu", None):
+            raise wrong("activation", '"silu" or None', repr(activation))
+        check_count("hidden_size", hidden_size, 1)
+        check_count("kernel_size", kernel_size, 1)
+        self.hidden_size, self.kernel_size = hidden_size, kernel_size
+        self.activation = activation
+        self.weight = nn.Parameter(self.fresh(hidden_size, kernel_size))
+
+    @staticmethod
+    def fresh(hidden_size: int, kernel_size: int) -> Tensor:
+        """Initial weights `[hidden_size, kernel_size]`, uniform in +-kernel_size ** -0.5."""
+        return torch.empty(hidden_size, kernel_size).uniform_(-1, 1) / math.sqrt(kernel_size)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolves x and returns what the next call needs.
+
+        Args:
+            x: `[B, T, hidden_size]`, or `[1, sum(T), hidden_size]` with `cu_seqlens`.
+            state: `[N, kernel_size - 1, hidden_size]`, the inputs before x, oldest first; None:
+                zeros.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences; None for a batch of N = B.
+
+        Returns:
+            The result with the shape of x, and the next state.
+        """
+        if state is None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = x.new_zeros(sequences, self.kernel_size - 1, x.shape[2])
+        state = state.to(x.dtype)
+        if cu_seqlens is None:
+            return self._batch(x, state)
+        return self._packed(x, state, cu_seqlens)
+
+    def _batch(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        past, tokens = self.kernel_size - 1, x.shape[1]
+        # every sequence's past, then its tokens: token t stands at index past + t
+        inputs = torch.cat([state, x], 1)
+        delayed = [inputs[:, past - delay : past - delay + tokens] for delay in range(past + 1)]
+        return self._weighted(delayed), inputs[:, tokens:]
+
+    def _packed(self, x: Tensor, state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        past, sequences = self.kernel_size - 1, cu_seqlens.shape[0] - 1
+        # one table for everything: first the pasts of all sequences, then all tokens
+        inputs = torch.cat([state.flatten(0, 1), x[0]])
+        borders = cu_seqlens.long()
+
+        def index(sequence: Tensor, offset: Tensor) -> Tensor:
+            """Where the table has a sequence's token; a negative offset reaches into its past."""
+            in_tokens = sequences * past + borders[sequence] + offset
+            in_past = sequence * past + past + offset
+            return torch.where(offset >= 0, in_tokens, in_past)
+
+        sequence = sequence_of(cu_seqlens, x.shape[1])
+        offset = torch.arange(x.shape[1], device=x.device) - borders[sequence]
+        delayed = [inputs[index(sequence, offset - delay)] for delay in range(past + 1)]
+        # the next state: the last inputs before each sequence's end, its old past included
+        every = torch.arange(sequences, device=x.device)[:, None]
+        last = borders.diff()[:, None] + torch.arange(-past, 0, device=x.device)
+        return self._weighted(delayed)[None], inputs[index(every.expand_as(last), last)]
+
+    def _weighted(self, delayed: list[Tensor]) -> Tensor:
+        """Activation of the sum over taps; `delayed[n]` is x as it was n tokens ago."""
+        y = self.weight[:, -1] * delayed[0]
+        for delay in range(1, self.kernel_size):
+            y = torch.addcmul(y, self.weight[:, self.kernel_size - 1 - delay], delayed[delay])
+        return y if self.activation is None else F.silu(y)

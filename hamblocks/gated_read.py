@@ -1,0 +1,94 @@
+"""The read of attention where a query gate lets only some queries read.
+
+The queries that read are gathered, attention runs over them alone, and their reads are put back. So
+the cost follows the number of queries that read, whatever the implementation of attention, and a
+call in which no query reads does not run attention at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hamblocks.keys import DenseKeys, Keys
+from hamblocks.ledger import EMPTY
+from hamblocks.pieces import Pieces
+from hamblocks.protocols import QueryGateOutput
+from hamblocks_ops import NEVER
+
+Attend = Callable[[Tensor, Keys], Tensor]
+"""An attention part."""
+
+
+def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput) -> Tensor:
+    """The read of the queries that read, and the windowed read of the others.
+
+    Outside `torch.compile` the host waits once for the number of queries that read. Compiled code
+    does not gather: queries that do not read keep their place, and see no key.
+
+    Args:
+        attend: the attention part.
+        q: `[B, T, H, D]`.
+        keys: the keys that may be read; packed or not.
+        decision: what the query gate decided, `[B, T]`.
+
+    Returns:
+        `[B, T, H, D]`; 0 for a query that sees nothing.
+    """
+    packed = isinstance(keys, DenseKeys) and keys.cu_seqlens is not None
+    if packed and not torch.compiler.is_compiling():
+        return _unpacked(attend, q, keys.dense(), decision)
+    reads, weight, window = decision
+    real = keys.query_position != EMPTY
+    read = _read_of(attend, q, keys, reads & real)
+    if weight is not None:
+        read = read * weight[..., None].to(read.dtype)
+    if window:
+        read = read + _read_of(attend, q, keys.dense().within(window), ~reads & real)
+    return read
+
+
+def _read_of(attend: Attend, q: Tensor, keys: Keys, asked: Tensor) -> Tensor:
+    """The read of some queries, and 0 for the others.
+
+    Args:
+        attend: the attention part.
+        q: `[B, T, H, D]`.
+        keys: the keys.
+        asked: bool `[B, T]`, the queries that read.
+    """
+    if torch.compiler.is_compiling():
+        position = keys.query_position.masked_fill(~asked, EMPTY)
+        return attend(q, keys.for_queries(position)).masked_fill(~asked[..., None, None], 0)
+    most = int(asked.sum(1).amax())
+    if most == 0:
+        return torch.zeros_like(q)
+    # the queries that read come first, in their order; the rest of a shorter row is padding
+    index = (~asked).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    there = asked.gather(1, index)
+    position = keys.query_position.gather(1, index).masked_fill(~there, EMPTY)
+    wide = index[..., None, None].expand(-1, -1, *q.shape[2:])
+    read = attend(q.gather(1, wide), keys.for_queries(position))
+    return torch.zeros_like(q).scatter(1, wide, read.masked_fill(~there[..., None, None], 0))
+
+
+def _unpacked(attend: Attend, q: Tensor, keys: DenseKeys, decision: QueryGateOutput) -> Tensor:
+    """`gated_read` of packed sequences, each in a batch row of its own."""
+    assert keys.cu_seqlens is not None
+    pieces = Pieces(keys.cu_seqlens, len(keys.cu_seqlens) - 1, q.shape[1])
+    bias, weight = keys.logit_bias, decision.weight
+    apart = DenseKeys(
+        pieces.apart(keys.k, 0),
+        pieces.apart(keys.v, 0),
+        position=pieces.apart(keys.position, NEVER),
+        evict_at=pieces.apart(keys.evict_at, 0),
+        query_position=pieces.apart(keys.query_position, EMPTY),
+        logit_bias=None if bias is None else pieces.apart(bias, 0),
+    )
+    own = decision._replace(
+        reads=pieces.apart(decision.reads, False),
+        weight=None if weight is None else pieces.apart(weight, 0),
+    )
+    return pieces.together(gated_read(attend, pieces.apart(q, 0), apart, own))
