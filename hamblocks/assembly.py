@@ -127,7 +127,7 @@ def parts_of(
         gate = selector = None
     if memory is None:
         for name, part in (("gate", gate), ("query_gate", query_gate)):
-            if isinstance(part, HasMetric) and part.metric is not None:
+            if isinstance(part, HasMetric):
                 expected = "one that needs no memory (it scores what a memory fails to predict)"
                 raise wrong(name, f"{expected} where memory=None", part)
         gate = None if gate is DEFAULT else gate

@@ -234,7 +234,7 @@ class QueryGate(Protocol):
 
 @runtime_checkable
 class HasMetric(Protocol):
-    """A gate or query gate whose score is a metric of the memory's residual.
+    """A gate or query gate that needs a memory: its score is a metric of the memory's residual.
 
     The layer passes the metric to the memory, which then fills `MemoryTrace.score` and need not
     write the residual.
@@ -244,6 +244,33 @@ class HasMetric(Protocol):
     """A metric of `hamblocks.ops.surprise`, or None for a gate that reads the residual itself.
 
     Where gate and query gate do not name the same metric, the memory writes the residual."""
+
+
+@runtime_checkable
+class ReadsGiven(Protocol):
+    """A gate or query gate that reads `MemoryTrace.given`: its layer must be called with `given_score`."""
+
+    reads_given: bool
+
+
+def reads_given(gate: object) -> bool:
+    """Whether a gate says that it reads `MemoryTrace.given`."""
+    return isinstance(gate, ReadsGiven) and gate.reads_given
+
+
+@runtime_checkable
+class HasSurrogateGradient(Protocol):
+    """A gate or query gate with a gradient that is by intent not that of its values.
+
+    Straight-through estimators have one. The checks then do not compare it with finite differences.
+    """
+
+    surrogate_gradient: bool
+
+
+def surrogate_gradient(part: object) -> bool:
+    """Whether a part says that it has a surrogate gradient."""
+    return isinstance(part, HasSurrogateGradient) and part.surrogate_gradient
 
 
 class Lifetimes(NamedTuple):

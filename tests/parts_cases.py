@@ -95,21 +95,37 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "router-and": lambda: {
         "memory": hb.GatedDeltaMemory(allow_neg_eigval=True),
         "gate": hb.LearnedRouter(),
-        "selector": hb.TopK(4) & hb.Threshold(0.5),
+        "selector": hb.TopK(4) & hb.Threshold(0.0),
         "combiner": hb.SoftmaxMix(),
     },
     "shared-router-tree": lambda: {
         "memory": hb.DeltaMemory(conv_size=2, allow_neg_eigval=True),
         "gate": hb.SharedGate(hb.LearnedRouter(3)),
-        "selector": (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
+        "selector": (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.0)),
     },
     "shared-random": lambda: {
-        "gate": hb.SharedGate(hb.RandomGate(3)),
+        "gate": hb.SharedGate(hb.RandomGate(3, heads="own")),
         "selector": (hb.TopK(5) & hb.Threshold(0.5)) | hb.FirstTokens(2),
     },
     "shared-error": lambda: {
         "gate": hb.SharedGate(hb.PredictionError()),
         "selector": hb.TopK(2) | hb.Window(3),
+    },
+    "written-sum": lambda: {
+        "gate": hb.WeightedSum(
+            [
+                hb.CommittedWrite(),
+                hb.PredictionError("l2"),
+                hb.LearnedRouter(3, gradient="straight_through"),
+            ],
+            [1.0, 0.5, 0.1],
+        ),
+        "selector": hb.TopK(3) | hb.Window(2),
+    },
+    "recall": lambda: {"gate": hb.RecallError(), "selector": hb.Threshold(0.2) & hb.TopK(4)},
+    "entropy": lambda: {
+        "gate": hb.PredictionEntropy(11),
+        "selector": hb.Threshold(0.9) | hb.FirstTokens(1),
     },
     "random": lambda: {"gate": hb.RandomGate(1), "selector": hb.TopK(2) | hb.Window(3)},
     "periodic": lambda: {
@@ -129,7 +145,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "queries-by-a-router": lambda: {
         "gate": hb.PredictionError("l2"),
         "selector": hb.TopK(4),
-        "query_gate": hb.ThresholdQueries(hb.SharedGate(hb.LearnedRouter()), 0.5, window=2),
+        "query_gate": hb.ThresholdQueries(hb.SharedGate(hb.LearnedRouter()), 0.0, window=2),
     },
     "memory-of-its-own-size": lambda: {
         "memory": hb.GatedDeltaMemory(projections="own", num_heads=6, head_dim=2, expand_v=1.5),
@@ -322,6 +338,8 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     router = getattr(layer.gate, "gate", layer.gate)
     if isinstance(router, hb.LearnedRouter):
         bias = F.logsigmoid(router.mlp(x))
+        if router.gradient == "straight_through":
+            bias = torch.zeros_like(bias)
         if router is not layer.gate:
             bias = bias.mean(1, keepdim=True)
         logits = logits + bias.expand(-1, kv_heads).repeat_interleave(group, 1)
@@ -369,7 +387,7 @@ def asked(layer: hb.HAMLayer, x: Tensor, residual: Tensor, v: Tensor) -> tuple[T
         score = 1 - F.cosine_similarity(v - residual, v, dim=-1)
         return score.mean(1) >= tau, x.new_ones(len(x))
     logit = gate.gate.mlp(x)
-    reads = logit.sigmoid().mean(1) >= tau
+    reads = logit.mean(1) >= tau
     weight = F.logsigmoid(logit).mean(1).exp()
     return reads, torch.where(reads, weight, 1)
 

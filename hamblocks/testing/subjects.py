@@ -22,7 +22,7 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace, ProjectsItself
+from hamblocks.protocols import LayerDims, MemoryTrace, ProjectsItself, reads_given
 from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
@@ -359,8 +359,12 @@ class LayerSubject(Subject):
         super().__init__(part, case)
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x."""
-        return {"x": case.numbers(Draw(case.seed), self.hidden_size)}
+        """x, and given_score where a gate of the layer reads one."""
+        draw = Draw(case.seed)
+        inputs = {"x": case.numbers(draw, self.hidden_size)}
+        if any(reads_given(getattr(self.part, name, None)) for name in ("gate", "query_gate")):
+            inputs["given_score"] = case.numbers(draw, 1)
+        return inputs
 
     def start(self, sequences: int) -> Any:
         """What the layer's `init_state` returns."""
@@ -372,6 +376,7 @@ class LayerSubject(Subject):
         """Results: y, and score and evict_at where the layer returns stats with them."""
         given = {} if state is None else {"state": state}
         given |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        given |= {"given_score": inputs["given_score"]} if "given_score" in inputs else {}
         result = self.part(inputs["x"], **given)
         if isinstance(result, Tensor):
             return {"y": result}, None
