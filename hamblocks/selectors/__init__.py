@@ -1,0 +1,32 @@
+"""Selectors: from scores to lifetimes, for whole sequences or piece by piece.
+
+`a | b` keeps what either selector keeps, `a & b` what both keep. Shapes: B batch rows, T new
+tokens, N sequences, L ledger slots, H heads that decide.
+"""
+
+from hamblocks.ledger import lower
+from hamblocks.selectors.causality import not_causal
+from hamblocks.selectors.combined import AllOf, AnyOf, Combined, Composable
+from hamblocks.selectors.first_tokens import FirstTokens
+from hamblocks.selectors.questions import ignores_score, is_causal, start
+from hamblocks.selectors.threshold import Threshold
+from hamblocks.selectors.topk import TopK
+from hamblocks.selectors.window import Window
+from hamblocks.selectors.wrapper import Wrapper
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Combined",
+    "Composable",
+    "FirstTokens",
+    "Threshold",
+    "TopK",
+    "Window",
+    "Wrapper",
+    "ignores_score",
+    "is_causal",
+    "lower",
+    "not_causal",
+    "start",
+]
