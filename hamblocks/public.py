@@ -14,13 +14,15 @@ from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
 from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
-from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import AllOf, AnyOf, Budget, Cooldown, FirstTokens, Threshold, TopK, Window
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Budget",
+    "Cooldown",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",

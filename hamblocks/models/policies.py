@@ -25,7 +25,17 @@ from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
 from hamblocks.protocols import Attention, Combiner, Controller, Gate, Memory, Selector
-from hamblocks.selectors import AllOf, AnyOf, Combined, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import (
+    AllOf,
+    AnyOf,
+    Budget,
+    Combined,
+    Cooldown,
+    FirstTokens,
+    Threshold,
+    TopK,
+    Window,
+)
 from hamblocks_ops.arguments import wrong
 
 Policy = dict[str, Any]
@@ -33,7 +43,7 @@ Policy = dict[str, Any]
 PARTS: dict[str, tuple[type[Any], ...]] = {
     "memory": (DeltaMemory, GatedDeltaMemory),
     "gate": (LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate),
-    "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
+    "selector": (AllOf, AnyOf, Budget, Cooldown, FirstTokens, Threshold, TopK, Window),
     "controller": (FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
     "combiner": (GatedSum, SoftmaxMix),

@@ -5,8 +5,10 @@ tokens, N sequences, L ledger slots, H heads that decide.
 """
 
 from hamblocks.ledger import lower
+from hamblocks.selectors.budget import Budget
 from hamblocks.selectors.causality import not_causal
 from hamblocks.selectors.combined import AllOf, AnyOf, Combined, Composable
+from hamblocks.selectors.cooldown import Cooldown
 from hamblocks.selectors.first_tokens import FirstTokens
 from hamblocks.selectors.questions import ignores_score, is_causal, start
 from hamblocks.selectors.threshold import Threshold
@@ -17,8 +19,10 @@ from hamblocks.selectors.wrapper import Wrapper
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Budget",
     "Combined",
     "Composable",
+    "Cooldown",
     "FirstTokens",
     "Threshold",
     "TopK",

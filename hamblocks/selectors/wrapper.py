@@ -10,6 +10,9 @@ from hamblocks.selectors.questions import ignores_score, is_causal
 class Wrapper(Composable):
     """A selector that only shortens the lifetimes of another one, its `inner`."""
 
+    monotone = False
+    """A threshold inside that refuses more tokens may leave others their places for longer."""
+
     inner: Selector
 
     def __init__(self, inner: Selector) -> None:

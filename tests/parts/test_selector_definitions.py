@@ -1,0 +1,143 @@
+"""Selectors against their definitions, as loops over the tokens of one sequence and head."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hamblocks as hb
+from hamblocks.ops import NEVER
+from hamblocks.testing import scores
+
+COUNTS = st.integers(0, 6)
+
+
+def beats(a, b):
+    """Whether (score, token) a ranks before b."""
+    return (-a[0], a[1]) < (-b[0], b[1])
+
+
+def naive_topk(row, k):
+    """When k tokens have beaten each token."""
+    lived = []
+    for j, x in enumerate(row):
+        better = [t for t, y in enumerate(row) if beats((y, t), (x, j))]
+        lost = [t for t in range(j, len(row)) if sum(i <= t for i in better) >= k]
+        lived.append(lost[0] if lost else NEVER)
+    return lived
+
+
+def naive_delayed(row, k, delay):
+    """At every time, those compete that came `delay` tokens ago or earlier."""
+    lived = [NEVER] * len(row)
+    for t in range(len(row) + delay):
+        old = sorted((-row[i], i) for i in range(len(row)) if i <= t - delay)
+        for _, j in old[k:]:
+            lived[j] = min(lived[j], t)
+    return lived
+
+
+def naive_cooldown(inner, n):
+    last, lived = -math.inf, []
+    for j, end in enumerate(inner):
+        admitted = end > j and j - last >= n
+        last = j if admitted else last
+        lived.append(end if admitted else j)
+    return lived
+
+
+def naive_budget(inner, tokens):
+    stored, lived = [], list(inner)
+    for t in range(len(inner)):
+        stored = [j for j in stored if lived[j] > t]
+        if inner[t] > t:
+            stored.append(t)
+        if len(stored) > tokens:
+            lived[stored.pop(0)] = t
+    return lived
+
+
+def naive_lowest(row, inner, tokens):
+    """The best tokens that inner admitted; those that ended still compete."""
+    stored, lived = [], list(inner)
+    for t in range(len(inner)):
+        if inner[t] > t:
+            stored = sorted([*stored, (-row[t], t)])
+        for _, j in stored[tokens:]:
+            lived[j] = min(lived[j], t)
+        stored = stored[:tokens]
+    return lived
+
+
+def compare(selector, naive, case, inner=None):
+    """One pass gives what `naive(row)` or `naive(row, inner's lifetimes)` gives for every row.
+
+    The kit's checks compare pieces, packed batches and padding with one pass.
+    """
+    score = case.tensors()["score"]
+    got = selector(score).evict_at
+    inside = None if inner is None else inner(score).evict_at
+    score = score.double().masked_fill(score.isnan(), -math.inf)
+    for b in range(score.shape[0]):
+        for h in range(score.shape[2]):
+            row = score[b, :, h].tolist()
+            args = (row,) if inside is None else (row, inside[b, :, h].tolist())
+            assert got[b, :, h].tolist() == naive(*args), row
+
+
+def rows():
+    return scores(packed=None, empty_rows=False, tokens=st.integers(1, 24), batch=st.integers(1, 2))
+
+
+@given(case=rows(), k=COUNTS, delay=st.integers(0, 30))
+def test_topk_with_a_delay_lets_tokens_compete_after_the_window(case, k, delay):
+    compare(hb.TopK(k, delay), lambda row: naive_delayed(row, k, delay), case)
+    if delay == 0:
+        compare(hb.TopK(k), lambda row: naive_topk(row, k), case)
+
+
+def test_a_delayed_lifetime_never_wraps_around():
+    score = torch.tensor([1.0, 2.0, 3.0])[None, :, None]
+    for delay in (NEVER - 1, NEVER, NEVER + 5, 2**40):
+        assert hb.TopK(1, delay)(score).evict_at.flatten().tolist() == [NEVER] * 3
+    assert hb.TopK(1, NEVER - 2)(score).evict_at.flatten().tolist() == [NEVER - 1, NEVER, NEVER]
+
+
+INNER = [
+    hb.Threshold(0.0),
+    hb.Threshold(-math.inf),
+    hb.Threshold(math.inf),
+    hb.Window(4),
+    hb.TopK(3),
+    hb.TopK(2, 3) | hb.FirstTokens(1),
+    hb.TopK(5) & hb.Window(6),
+]
+
+
+@pytest.mark.parametrize("inner", INNER, ids=range(len(INNER)))
+@given(case=rows(), n=st.integers(1, 7))
+def test_cooldown_refuses_what_comes_too_early(inner, case, n):
+    compare(hb.Cooldown(inner, n), lambda _, lived: naive_cooldown(lived, n), case, inner)
+
+
+@pytest.mark.parametrize("inner", INNER, ids=range(len(INNER)))
+@given(case=rows(), tokens=COUNTS)
+def test_budget_gives_the_place_of_the_oldest(inner, case, tokens):
+    selector = hb.Budget(inner, tokens)
+    compare(selector, lambda _, lived: naive_budget(lived, tokens), case, inner)
+    selector = hb.Budget(inner, tokens, leaves="lowest")
+    compare(selector, lambda row, lived: naive_lowest(row, lived, tokens), case, inner)
+
+
+@pytest.mark.parametrize("leaves", ["oldest", "lowest"])
+@given(case=rows(), tokens=COUNTS, data=st.data())
+def test_a_budget_is_never_exceeded(leaves, case, tokens, data):
+    inner = data.draw(st.sampled_from(INNER))
+    score = case.tensors()["score"]
+    evict_at = hb.Budget(inner, tokens, leaves=leaves)(score).evict_at
+    for t in range(score.shape[1]):
+        assert (evict_at[:, : t + 1] > t).sum(1).le(tokens).all()
