@@ -14,7 +14,17 @@ from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
 from hamblocks.protocols import GateOutput, LayerDims, Lifetimes, MemoryTrace, Selection
-from hamblocks.selectors import AllOf, AnyOf, Budget, Cooldown, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import (
+    AllOf,
+    AnyOf,
+    Budget,
+    Cooldown,
+    FirstTokens,
+    PromptFraction,
+    Threshold,
+    TopK,
+    Window,
+)
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
 
@@ -47,6 +57,7 @@ __all__ = [
     "MemoryTrace",
     "PeriodicGate",
     "PredictionError",
+    "PromptFraction",
     "RandomGate",
     "SelectedAttention",
     "Selection",

@@ -10,6 +10,7 @@ from hamblocks.selectors.causality import not_causal
 from hamblocks.selectors.combined import AllOf, AnyOf, Combined, Composable
 from hamblocks.selectors.cooldown import Cooldown
 from hamblocks.selectors.first_tokens import FirstTokens
+from hamblocks.selectors.prompt_fraction import PromptFraction
 from hamblocks.selectors.questions import ignores_score, is_causal, start
 from hamblocks.selectors.threshold import Threshold
 from hamblocks.selectors.topk import TopK
@@ -24,6 +25,7 @@ __all__ = [
     "Composable",
     "Cooldown",
     "FirstTokens",
+    "PromptFraction",
     "Threshold",
     "TopK",
     "Window",

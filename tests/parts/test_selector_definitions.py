@@ -73,6 +73,13 @@ def naive_lowest(row, inner, tokens):
     return lived
 
 
+def naive_prompt(row, fraction, length):
+    """In a prompt that is not complete, a lifetime that ends at `length` is still without end."""
+    best = sorted((-x, j) for j, x in enumerate(row[:length]))
+    lost = [j for _, j in best[math.ceil(fraction * length) :]]
+    return [length if j in lost else NEVER for j in range(len(row))]
+
+
 def compare(selector, naive, case, inner=None):
     """One pass gives what `naive(row)` or `naive(row, inner's lifetimes)` gives for every row.
 
@@ -105,6 +112,21 @@ def test_a_delayed_lifetime_never_wraps_around():
     for delay in (NEVER - 1, NEVER, NEVER + 5, 2**40):
         assert hb.TopK(1, delay)(score).evict_at.flatten().tolist() == [NEVER] * 3
     assert hb.TopK(1, NEVER - 2)(score).evict_at.flatten().tolist() == [NEVER - 1, NEVER, NEVER]
+
+
+@given(case=rows(), fraction=st.sampled_from([0, 0.25, 0.5, 0.75, 1]), length=st.integers(0, 12))
+def test_a_fraction_of_the_prompt_is_kept_from_its_end_on(case, fraction, length):
+    compare(
+        hb.PromptFraction(fraction, length), lambda row: naive_prompt(row, fraction, length), case
+    )
+
+
+def test_a_fraction_counts_as_it_is_written():
+    assert hb.PromptFraction(0.1, 30).count == 3
+    assert hb.PromptFraction(0.07, 100).count == 7
+    assert hb.PromptFraction(1 / 3, 30).count == 10
+    score = torch.arange(5.0)[None, :, None]
+    assert hb.PromptFraction(0.3, 5)(score).evict_at.flatten().tolist() == [5, 5, 5, NEVER, NEVER]
 
 
 INNER = [
