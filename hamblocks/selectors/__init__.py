@@ -12,6 +12,7 @@ from hamblocks.selectors.cooldown import Cooldown
 from hamblocks.selectors.first_tokens import FirstTokens
 from hamblocks.selectors.prompt_fraction import PromptFraction
 from hamblocks.selectors.questions import ignores_score, is_causal, start
+from hamblocks.selectors.sublinear_growth import SublinearGrowth
 from hamblocks.selectors.threshold import Threshold
 from hamblocks.selectors.topk import TopK
 from hamblocks.selectors.window import Window
@@ -26,6 +27,7 @@ __all__ = [
     "Cooldown",
     "FirstTokens",
     "PromptFraction",
+    "SublinearGrowth",
     "Threshold",
     "TopK",
     "Window",

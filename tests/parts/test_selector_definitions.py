@@ -80,6 +80,16 @@ def naive_prompt(row, fraction, length):
     return [length if j in lost else NEVER for j in range(len(row))]
 
 
+def naive_growth(row, places):
+    stored, lived = [], [NEVER] * len(row)
+    for t, x in enumerate(row):
+        stored = sorted([*stored, (-x, t)])
+        for _, j in stored[places(t) :]:
+            lived[j] = t
+        stored = stored[: places(t)]
+    return lived
+
+
 def compare(selector, naive, case, inner=None):
     """One pass gives what `naive(row)` or `naive(row, inner's lifetimes)` gives for every row.
 
@@ -96,8 +106,10 @@ def compare(selector, naive, case, inner=None):
             assert got[b, :, h].tolist() == naive(*args), row
 
 
-def rows():
-    return scores(packed=None, empty_rows=False, tokens=st.integers(1, 24), batch=st.integers(1, 2))
+def rows(tokens=24):
+    return scores(
+        packed=None, empty_rows=False, tokens=st.integers(1, tokens), batch=st.integers(1, 2)
+    )
 
 
 @given(case=rows(), k=COUNTS, delay=st.integers(0, 30))
@@ -127,6 +139,21 @@ def test_a_fraction_counts_as_it_is_written():
     assert hb.PromptFraction(1 / 3, 30).count == 10
     score = torch.arange(5.0)[None, :, None]
     assert hb.PromptFraction(0.3, 5)(score).evict_at.flatten().tolist() == [5, 5, 5, NEVER, NEVER]
+
+
+@given(
+    case=rows(40),
+    exponent=st.sampled_from([0.1, 0.5, 0.75, 0.9]),
+    scale=st.sampled_from([0.3, 1.0, 2.5]),
+    most=st.sampled_from([1, 5, 16, 65536]),
+)
+def test_growth_drops_the_worst_when_its_places_are_taken(case, exponent, scale, most):
+    def places(t):
+        # the power of a square or of a fourth power is whole, and math.pow is exact for it
+        return min(math.ceil(scale * math.pow(min(t + 1, most), exponent) - 1e-10), most)
+
+    selector = hb.SublinearGrowth(exponent, scale, most)
+    compare(selector, lambda row: naive_growth(row, places), case)
 
 
 INNER = [

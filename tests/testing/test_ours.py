@@ -65,6 +65,8 @@ def test_small_parts(check: Any) -> None:
         hb.PromptFraction(0.5, 5) & (hb.FirstTokens(5) | hb.Window(3)),
         hb.PromptFraction(0.0, 3),
         hb.PromptFraction(1.0, 4),
+        hb.SublinearGrowth(0.5),
+        hb.SublinearGrowth(0.7, 1.5, max_tokens=9) & hb.Window(6),
         hb.Cooldown(hb.Threshold(0.25), 3),
         hb.Cooldown(hb.Threshold(trained()) | hb.TopK(2, delay=1), 2),
         hb.Budget(hb.Threshold(0.25) | hb.Window(4), 3),

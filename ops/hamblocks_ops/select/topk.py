@@ -21,7 +21,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     if tokens == 0 or k == 0:
         return position.clone()
     # independent rankings side by side: [B * H, T]
-    rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
+    rank = ranks(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
     index = torch.arange(tokens, device=score.device)
     start = torch.zeros_like(index) if sequence is None else torch.searchsorted(sequence, sequence)
     low, high = start.expand_as(rank), (index + 1).expand_as(rank)
@@ -45,7 +45,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     return torch.where(position < 0, position, when)
 
 
-def _rank(score: Tensor, position: Tensor) -> Tensor:
+def ranks(score: Tensor, position: Tensor) -> Tensor:
     """Rank of every token in its ranking, 0 the best; ties to the earlier token, padding last."""
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
