@@ -9,6 +9,7 @@ from hamblocks.selectors.budget import Budget
 from hamblocks.selectors.causality import not_causal
 from hamblocks.selectors.combined import AllOf, AnyOf, Combined, Composable
 from hamblocks.selectors.cooldown import Cooldown
+from hamblocks.selectors.error_mass import ErrorMass
 from hamblocks.selectors.first_tokens import FirstTokens
 from hamblocks.selectors.prompt_fraction import PromptFraction
 from hamblocks.selectors.questions import ignores_score, is_causal, start
@@ -25,6 +26,7 @@ __all__ = [
     "Combined",
     "Composable",
     "Cooldown",
+    "ErrorMass",
     "FirstTokens",
     "PromptFraction",
     "SublinearGrowth",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -90,6 +91,24 @@ def naive_growth(row, places):
     return lived
 
 
+def naive_mass(row, share, capacity):
+    """In exact arithmetic, over the scores as `ErrorMass` counts them."""
+    most = torch.finfo(torch.float32).max
+    row = [Fraction(min(max(x, 0.0), most)) for x in row]
+    stored, lived, total = [], [NEVER] * len(row), Fraction(0)
+    for t, x in enumerate(row):
+        stored, total = sorted([*stored, (-x, t)]), total + x
+        prefix, reached = [], Fraction(0)
+        for y, j in stored:
+            if reached >= Fraction(share) * total or len(prefix) == capacity:
+                lived[j] = t
+            else:
+                prefix.append((y, j))
+                reached -= y
+        stored = prefix
+    return lived
+
+
 def compare(selector, naive, case, inner=None):
     """One pass gives what `naive(row)` or `naive(row, inner's lifetimes)` gives for every row.
 
@@ -154,6 +173,31 @@ def test_growth_drops_the_worst_when_its_places_are_taken(case, exponent, scale,
 
     selector = hb.SublinearGrowth(exponent, scale, most)
     compare(selector, lambda row: naive_growth(row, places), case)
+
+
+@given(case=rows(40), share=st.sampled_from([0, 0.25, 0.5, 0.75, 1]), capacity=st.integers(1, 30))
+def test_error_mass_is_the_least_set_that_reaches_the_share(case, share, capacity):
+    def rounded(score):  # so that float64 sums are exact
+        return (score.clamp(-4, 4) * 64).round() / 64
+
+    class Rounded(torch.nn.Module):
+        def forward(self, score):
+            return hb.ErrorMass(share, capacity)(rounded(score))
+
+    def naive(row):
+        return naive_mass(rounded(torch.tensor(row)).tolist(), share, capacity)
+
+    compare(Rounded(), naive, case)
+
+
+@given(case=rows(40), share=st.floats(0.05, 0.95))
+def test_stored_tokens_carry_the_share_of_all_errors(case, share):
+    score = case.tensors()["score"].nan_to_num(0, 3, 0).double()
+    evict_at = hb.ErrorMass(share, 100)(score).evict_at
+    for t in range(score.shape[1]):
+        seen = score[:, : t + 1].clamp(min=0)
+        carried = (seen * (evict_at[:, : t + 1] > t)).sum(1)
+        assert (carried >= share * seen.sum(1) * (1 - 1e-12)).all()
 
 
 INNER = [

@@ -67,6 +67,8 @@ def test_small_parts(check: Any) -> None:
         hb.PromptFraction(1.0, 4),
         hb.SublinearGrowth(0.5),
         hb.SublinearGrowth(0.7, 1.5, max_tokens=9) & hb.Window(6),
+        hb.ErrorMass(0.6, 100),
+        hb.ErrorMass(0.9, 3) | hb.Window(2),
         hb.Cooldown(hb.Threshold(0.25), 3),
         hb.Cooldown(hb.Threshold(trained()) | hb.TopK(2, delay=1), 2),
         hb.Budget(hb.Threshold(0.25) | hb.Window(4), 3),
