@@ -84,6 +84,22 @@ def test_small_parts(check: Any) -> None:
         (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
         AtLeast(0.25),
         Smallest(3),
+        hb.TopK(3, delay=2),
+        hb.TopK(2, delay=100) & hb.Window(9),
+        hb.PromptFraction(0.4, 7),
+        hb.PromptFraction(0.5, 5) & (hb.FirstTokens(5) | hb.Window(3)),
+        hb.PromptFraction(0.0, 3),
+        hb.PromptFraction(1.0, 4),
+        hb.SublinearGrowth(0.5),
+        hb.SublinearGrowth(0.7, 1.5, max_tokens=9) & hb.Window(6),
+        hb.ErrorMass(0.6, 100),
+        hb.ErrorMass(0.9, 3) | hb.Window(2),
+        hb.Cooldown(hb.Threshold(0.25), 3),
+        hb.Cooldown(hb.Threshold(trained()) | hb.TopK(2, delay=1), 2),
+        hb.Budget(hb.Threshold(0.25) | hb.Window(4), 3),
+        hb.Budget(hb.TopK(4, delay=2), 2) | hb.FirstTokens(1),
+        hb.Budget(hb.Threshold(0.25) & hb.Window(5), 3, leaves="lowest"),
+        hb.Budget(hb.Cooldown(hb.TopK(4), 2) | hb.Window(2), 2, leaves="lowest"),
     ]
 )
 def test_selectors(check: Any) -> None:
