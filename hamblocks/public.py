@@ -5,7 +5,14 @@ from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.controllers import (
+    AnnealedFraction,
+    ElasticFraction,
+    FixedThreshold,
+    TargetFraction,
+    hook_controllers,
+    step_controllers,
+)
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
@@ -20,12 +27,14 @@ from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
+    "AnnealedFraction",
     "AnyOf",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",
     "DeltaMemoryState",
     "DenseKeys",
+    "ElasticFraction",
     "FirstTokens",
     "FixedThreshold",
     "GateOutput",

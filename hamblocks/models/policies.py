@@ -13,6 +13,7 @@ Nothing is imported by name. Parts of a user's own go to the model as objects (`
 from __future__ import annotations
 
 import inspect
+import numbers
 import re
 from functools import reduce
 from typing import Any, get_args, get_type_hints
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from hamblocks.attention import SelectedAttention
 from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
+from hamblocks.controllers import (
+    AnnealedFraction,
+    ElasticFraction,
+    FixedThreshold,
+    TargetFraction,
+    shortest,
+)
 from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
 from hamblocks.protocols import Attention, Combiner, Controller, Gate, Memory, Selector
@@ -34,7 +41,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     "memory": (DeltaMemory, GatedDeltaMemory),
     "gate": (LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate),
     "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
-    "controller": (FixedThreshold, TargetFraction),
+    "controller": (AnnealedFraction, ElasticFraction, FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
     "combiner": (GatedSum, SoftmaxMix),
 }
@@ -76,7 +83,7 @@ def complete(kind: str, policy: object) -> Policy:
     Raises:
         ValueError: an unknown name or argument, or a missing one; the message lists what exists.
     """
-    if kind == "controller" and isinstance(policy, (int, float)) and not isinstance(policy, bool):
+    if kind == "controller" and isinstance(policy, numbers.Real) and not isinstance(policy, bool):
         policy = {"type": name_of(FixedThreshold), "tau": float(policy)}
     names = TABLE[kind]
     if not isinstance(policy, dict) or not isinstance(policy.get("type"), str):
@@ -137,8 +144,17 @@ def policy_of(kind: str, part: object) -> Policy:
         value = getattr(part, argument)
         if argument in inner:
             value = policy_of(inner[argument], value)
-        values[argument] = shortest(value) if isinstance(value, Tensor) else value
+        values[argument] = _plain(value)
     return {"type": name_of(own), **values}
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON holds it: numbers of torch and numpy become those of Python."""
+    if isinstance(value, Tensor):
+        return shortest(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _complete_sides(kind: str, where: str, given: dict[str, Any]) -> list[Policy]:
