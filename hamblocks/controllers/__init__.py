@@ -6,6 +6,7 @@ What is counted between two steps is a plain attribute: it is neither saved nor 
 wrapper of a model overwrites it.
 """
 
+from hamblocks.controllers.adapters import save_with_adapter
 from hamblocks.controllers.annealed_fraction import AnnealedFraction
 from hamblocks.controllers.elastic_fraction import ElasticFraction
 from hamblocks.controllers.fixed_threshold import FixedThreshold
@@ -30,6 +31,7 @@ __all__ = [
     "SampledThreshold",
     "TargetFraction",
     "hook_controllers",
+    "save_with_adapter",
     "shortest",
     "step_controllers",
     "threshold_between",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hamblocks.controllers.adapters import save_with_adapter
 from hamblocks.reachable import model_controllers
 from hamblocks_ops.arguments import wrong
 
@@ -37,6 +38,9 @@ def hook_controllers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
     the hook is registered with the optimizer inside, so a step that the wrapper leaves out moves no
     threshold either.
 
+    Where the model is a `peft.PeftModel`, its adapter is told to save the controllers too (see
+    `save_with_adapter`): else the thresholds that move while it trains would be lost.
+
     Args:
         optimizer: an optimizer, or a wrapper that holds one.
         model: as in `step_controllers`.
@@ -45,8 +49,10 @@ def hook_controllers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
         The handle of the hook; `handle.remove()` removes it.
 
     Raises:
-        ValueError: neither the optimizer nor one inside it can hold hooks.
+        ValueError: neither the optimizer nor one inside it can hold hooks, or layers of a model
+            with adapters share a controller.
     """
+    save_with_adapter(model)
 
     def after_step(*_: object) -> None:
         step_controllers(model)
@@ -60,7 +66,7 @@ def hook_controllers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
         "optimizer",
         "a torch.optim.Optimizer or a wrapper of one (else call "
         "hamblocks.step_controllers(model) after every step)",
-        optimizer,
+        type(optimizer).__name__,
     )
 
 
