@@ -168,6 +168,11 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.Threshold(0.9) | hb.Window(2),
         "attention": hb.SelectedAttention(conv_size=2),
     },
+    "null-sink": lambda: {
+        "gate": hb.LearnedRouter(),
+        "selector": hb.TopK(3) | hb.Window(2),
+        "attention": hb.SelectedAttention(null_sink=True),
+    },
     "convolved-keys-and-values": lambda: {
         "selector": hb.TopK(3),
         "attention": hb.SelectedAttention(conv_size=4, conv_values=True),
@@ -350,7 +355,10 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
         near = (reads[:, None] | (age < layer.query_gate.window))[..., None]
         visible = visible & near
     weight = logits.exp() * visible
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
+    null = x.new_zeros(heads)
+    if attention.null_sink:
+        null = attention.null.exp().repeat_interleave(group)
+    weight = weight / (weight.sum(1, keepdim=True) + null).clamp(min=1e-300)
     attended = factor[:, None, None] * torch.einsum("ijh,jhd->ihd", weight, v)
 
     combiner = layer.combiner

@@ -136,6 +136,7 @@ POLICIES = [
             "conv_values": True,
             "rope_theta": None,
             "qk_norm": False,
+            "null_sink": True,
             "impl": "auto",
         },
     ),
