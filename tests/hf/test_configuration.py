@@ -37,7 +37,29 @@ POLICIES = [
     ),
     ("selector", {"type": "window", "width": 64}),
     ("selector", {"type": "first_tokens", "n": 4}),
-    ("selector", {"type": "top_k", "k": 32}),
+    ("selector", {"type": "top_k", "k": 32, "delay": 8}),
+    ("selector", {"type": "prompt_fraction", "fraction": 0.1, "length": 30}),
+    ("selector", {"type": "error_mass", "share": 0.5, "capacity": 64}),
+    (
+        "selector",
+        {"type": "sublinear_growth", "exponent": 0.5, "scale": 2.0, "max_tokens": 4096},
+    ),
+    (
+        "selector",
+        {
+            "type": "budget",
+            "inner": {
+                "type": "cooldown",
+                "inner": {
+                    "type": "threshold",
+                    "controller": {"type": "target_fraction", "fraction": 0.1, "rate": 0.5},
+                },
+                "n": 4,
+            },
+            "tokens": 128,
+            "leaves": "lowest",
+        },
+    ),
     (
         "attention",
         {"type": "selected_attention", "rope_theta": None, "qk_norm": False, "impl": "auto"},
@@ -49,7 +71,7 @@ POLICIES = [
         {
             "type": "any_of",
             "of": [
-                {"type": "top_k", "k": 2},
+                {"type": "top_k", "k": 2, "delay": 0},
                 {
                     "type": "all_of",
                     "of": [{"type": "window", "width": 9}, {"type": "first_tokens", "n": 2}],
@@ -77,6 +99,7 @@ def test_every_part_in_the_table_was_tried():
         ("controller", "fixed_threshold"),
         ("controller", "target_fraction"),
         ("selector", "all_of"),
+        ("selector", "cooldown"),
     }
     assert tried == {(kind, name) for kind, names in TABLE.items() for name in names}
 
@@ -108,7 +131,7 @@ def test_what_is_left_out_is_completed():
         ({"gate": {}}, r"^gate: expected an object with one of learned_router, .* as \"type\""),
         (
             {"selector": "window"},
-            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, first_tokens,",
+            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, budget, cooldown,",
         ),
         (
             {"selector": {"type": "window"}},
