@@ -133,6 +133,21 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.Threshold(0.5) & hb.Window(8),
     },
     "window": lambda: {"selector": hb.Window(4)},
+    "delay-growth": lambda: {
+        "selector": hb.TopK(2, delay=3) & (hb.SublinearGrowth(0.6, max_tokens=10) | hb.Window(2))
+    },
+    "cooldown-budget": lambda: {
+        "selector": hb.Budget(hb.Cooldown(_fixed_by_hand() | hb.TopK(3), 2) | hb.Window(2), 3)
+    },
+    "prompt-lowest": lambda: {
+        "gate": hb.SharedGate(hb.PredictionError()),
+        "selector": hb.PromptFraction(0.5, 6)
+        & hb.Budget(hb.Cooldown(hb.Threshold(0.5), 2), 3, leaves="lowest"),
+    },
+    "mass": lambda: {
+        "gate": hb.PredictionError("relative_l2"),
+        "selector": hb.ErrorMass(0.6, 5) | hb.FirstTokens(1),
+    },
     "reference": lambda: {
         "memory": hb.GatedDeltaMemory(impl="reference"),
         "selector": hb.TopK(3) | hb.FirstTokens(1),
