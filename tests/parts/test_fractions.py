@@ -155,7 +155,7 @@ def test_a_fraction_in_use_is_left_again_by_training(seed, target, used):
             controller(scores(seed + number, 1, 200, 2))
             controller.step()
     moved.set_fraction(used)
-    assert share(moved, moved.sample) == pytest.approx(used, abs=0.001)
+    assert share(moved, moved.sample) == pytest.approx(used, abs=0.003)
     score = scores(seed + 9, 1, 200, 2)
     for controller in (moved, left):
         controller(score)
@@ -213,7 +213,7 @@ def test_a_frozen_threshold_stays(by):
     assert set(taus[5:]) == {taus[5]}
     # the sample goes on, so that a fraction can be set by hand
     controller.set_fraction(0.3)
-    assert share(controller, controller.sample) == pytest.approx(0.3, abs=0.001)
+    assert share(controller, controller.sample) == pytest.approx(0.3, abs=0.003)
     assert controller.tau > taus[5]
     held = controller.tau.item()
     controller(scores(50, 1, 400, 2))
@@ -260,7 +260,7 @@ def test_elastic_draws_by_a_hash_of_its_steps(seed, low, high, begin, spacing):
         )
         assert controller.drawn_fraction().item() == pytest.approx(expected, rel=1e-6)
         assert controller.tau == threshold_between(controller.sample, controller.drawn_fraction())
-        assert share(controller, controller.sample) == pytest.approx(expected, abs=0.001)
+        assert share(controller, controller.sample) == pytest.approx(expected, abs=0.003)
 
 
 def test_elastic_draws_fill_their_range():
