@@ -18,7 +18,8 @@ MAX_TOP_K_GROWTH = 1.15
 
 def model(selector, layers=2):
     def layer(index):
-        return hb.HAMLayer(HIDDEN_SIZE, HEADS, gate=hb.RandomGate(index), selector=selector())
+        gate = hb.RandomGate(index, per="position", heads="own")
+        return hb.HAMLayer(HIDDEN_SIZE, HEADS, gate=gate, selector=selector())
 
     return hb.Decoder(256, layers, layer).eval()
 

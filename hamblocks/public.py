@@ -7,7 +7,18 @@ from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
 from hamblocks.convolution import ShortConvolution
-from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.gates import (
+    CommittedWrite,
+    GivenScore,
+    LearnedRouter,
+    PeriodicGate,
+    PredictionEntropy,
+    PredictionError,
+    RandomGate,
+    RecallError,
+    SharedGate,
+    WeightedSum,
+)
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory
@@ -30,6 +41,7 @@ from hamblocks_ops import explain
 __all__ = [
     "AllOf",
     "AnyOf",
+    "CommittedWrite",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",
@@ -40,6 +52,7 @@ __all__ = [
     "GateOutput",
     "GatedDeltaMemory",
     "GatedSum",
+    "GivenScore",
     "HAMBlock",
     "HAMLayer",
     "HAMState",
@@ -53,9 +66,11 @@ __all__ = [
     "Lifetimes",
     "MemoryTrace",
     "PeriodicGate",
+    "PredictionEntropy",
     "PredictionError",
     "QueryGateOutput",
     "RandomGate",
+    "RecallError",
     "SelectedAttention",
     "Selection",
     "SharedGate",
@@ -66,6 +81,7 @@ __all__ = [
     "Threshold",
     "ThresholdQueries",
     "TopK",
+    "WeightedSum",
     "Window",
     "cache_transaction",
     "explain",

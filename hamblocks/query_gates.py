@@ -19,6 +19,8 @@ from hamblocks.protocols import (
     QueryGateOutput,
     check_count,
     check_part,
+    reads_given,
+    surrogate_gradient,
 )
 from hamblocks.reachable import is_controller
 from hamblocks_ops.arguments import wrong
@@ -60,6 +62,8 @@ class ThresholdQueries(nn.Module):
         self.gate, self.controller, self.window = gate, controller, window
         if isinstance(gate, HasMetric):
             self.metric = gate.metric
+        self.reads_given = reads_given(gate)
+        self.surrogate_gradient = surrogate_gradient(gate)
 
     def build(self, dims: LayerDims) -> None:
         """Builds the gate, if it has parameters."""

@@ -109,8 +109,9 @@ def prefilled(context: int, fraction: float, sizes: Sizes) -> tuple[hb.HAMLayer,
     torch.manual_seed(0)
     device, dtype, batch = sizes.device, sizes.dtype, sizes.decode_batch
     selector = hb.Threshold(float("-inf") if fraction == 1 else 1 - fraction)
+    gate = hb.RandomGate(per="position", heads="own")
     layer = hb.HAMLayer(
-        sizes.hidden, sizes.heads, head_dim=sizes.head_dim, gate=hb.RandomGate(), selector=selector
+        sizes.hidden, sizes.heads, head_dim=sizes.head_dim, gate=gate, selector=selector
     )
     layer = layer.to(device, dtype).eval()
     state = layer.init_state(batch)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
 from hamblocks.layer import HAMLayer
-from hamblocks.models.stack import Stack
+from hamblocks.models.stack import Stack, entropy_gates
 from hamblocks.outputs import LayerStats
 from hamblocks.protocols import check_count
 from hamblocks.state import HAMState
@@ -32,7 +32,10 @@ class DecoderOutput(NamedTuple):
 
 @final
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, and a head tied to the embedding."""
+    """Embedding, blocks, norm, and a head tied to the embedding.
+
+    The heads of `PredictionEntropy` gates are tied to it too.
+    """
 
     def __init__(self, vocab_size: int, num_layers: int, layer: Callable[[int], HAMLayer]) -> None:
         """Makes the model.
@@ -44,8 +47,8 @@ class Decoder(nn.Module):
                 each time.
 
         Raises:
-            ValueError: `vocab_size` or `num_layers` is below 1, or the layers have different hidden
-                sizes.
+            ValueError: `vocab_size` or `num_layers` is below 1, the layers have different hidden
+                sizes, or a `PredictionEntropy` has another vocabulary.
         """
         super().__init__()
         check_count("vocab_size", vocab_size, 1)
@@ -55,6 +58,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(self.stack.hidden_size, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
+        for gate in entropy_gates(self).values():
+            gate.tie(self.embedding.weight)
 
     @property
     def blocks(self) -> nn.ModuleList:

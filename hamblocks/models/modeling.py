@@ -37,7 +37,7 @@ from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
-from hamblocks.models.stack import Stack, StackOutput
+from hamblocks.models.stack import Stack, StackOutput, entropy_gates
 from hamblocks.models.weights import is_loaded, keep_weights, lacks, repeated
 from hamblocks.outputs import LayerStats
 from hamblocks.state import HAMState
@@ -122,10 +122,30 @@ class HAMPreTrainedModel(FollowsModel):
         """Finishes the construction, as every transformers model does.
 
         A module with several names, such as a controller that several layers share, is saved under
-        its first name only.
+        its first name only. The heads of `PredictionEntropy` gates are tied to that of the model,
+        and are not saved.
         """
-        self._keys_to_ignore_on_save = repeated(self)
+        source = self._output_weight()
+        if source is not None:
+            for gate in entropy_gates(self).values():
+                gate.tie(self.get_parameter(source))
+        self._keys_to_ignore_on_save = repeated(self) | self._tied_heads().keys()
         super().post_init()  # type: ignore[no-untyped-call]
+
+    def _output_weight(self) -> str | None:
+        """The name of the weight that predicts tokens; None: the model has none."""
+        raise NotImplementedError
+
+    def _tied_heads(self) -> dict[str, str]:
+        """Names of the heads of gates, and of the weight that each is tied to."""
+        source = self._output_weight()
+        heads = () if source is None else entropy_gates(self)
+        return {f"{name}.head.weight": str(source) for name in heads}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tied weights by name, as in transformers, and the heads of gates."""
+        keys: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)
+        return keys | self._tied_heads()
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """Marks tied weights, and removes repeated names of shared modules from the missing keys.
@@ -134,9 +154,10 @@ class HAMPreTrainedModel(FollowsModel):
         as missing, although the weights were loaded.
         """
         super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[no-untyped-call]
-        again = {
-            name for name in self._keys_to_ignore_on_save or () if name in loading_info.missing_keys
-        }
+        # heads of gates stay missing until transformers ties them
+        again = (set(self._keys_to_ignore_on_save or ()) - self._tied_heads().keys()) & set(
+            loading_info.missing_keys
+        )
         loading_info.missing_keys -= {
             name for name in again if is_loaded(self.get_parameter_or_buffer(name))
         }
@@ -145,7 +166,7 @@ class HAMPreTrainedModel(FollowsModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, ShortConvolution):
-            init.copy_(module.weight, module.fresh(*module.weight.shape))
+            init.copy_(module.weight, module.fresh())
         elif isinstance(module, GatedDeltaMemory):
             for weight, initial in zip(
                 (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True
@@ -209,6 +230,9 @@ class HAMModel(HAMPreTrainedModel):
             )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _output_weight(self) -> str | None:
+        return "embed_tokens.weight" if self.config.tie_word_embeddings else None
 
     @can_return_tuple
     def forward(
@@ -353,7 +377,10 @@ class HAMModel(HAMPreTrainedModel):
 
 
 class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
-    """A `HAMModel` and a linear head over the vocabulary."""
+    """A `HAMModel` and a linear head over the vocabulary.
+
+    The heads of `PredictionEntropy` gates are tied to it.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -366,6 +393,9 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         self.model = HAMModel(config, layer=layer)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _output_weight(self) -> str | None:
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
 
     @can_return_tuple
     def forward(

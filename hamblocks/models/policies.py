@@ -14,15 +14,27 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from hamblocks.attention import SelectedAttention
 from hamblocks.combiners import GatedSum, SoftmaxMix
 from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
-from hamblocks.gates import LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate
+from hamblocks.gates import (
+    CommittedWrite,
+    GivenScore,
+    LearnedRouter,
+    PeriodicGate,
+    PredictionEntropy,
+    PredictionError,
+    RandomGate,
+    RecallError,
+    SharedGate,
+    WeightedSum,
+)
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
 from hamblocks.protocols import (
     Attention,
@@ -41,7 +53,18 @@ Policy = dict[str, Any]
 
 PARTS: dict[str, tuple[type[Any], ...]] = {
     "memory": (DeltaMemory, GatedDeltaMemory),
-    "gate": (LearnedRouter, PeriodicGate, PredictionError, RandomGate, SharedGate),
+    "gate": (
+        CommittedWrite,
+        GivenScore,
+        LearnedRouter,
+        PeriodicGate,
+        PredictionEntropy,
+        PredictionError,
+        RandomGate,
+        RecallError,
+        SharedGate,
+        WeightedSum,
+    ),
     "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
     "query_gate": (ThresholdQueries,),
     "controller": (FixedThreshold, TargetFraction),
@@ -51,7 +74,8 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
 """Kinds of parts, and the classes that a policy can name. To add a part, add its class here.
 
 A part's name is its class name in snake case. Its arguments are those of its constructor, each an
-attribute of the same name; one that is annotated with a protocol is a policy itself.
+attribute of the same name. One that is annotated with a protocol is a policy itself, and one that
+is annotated with a sequence of a protocol is a list of policies.
 """
 
 PROTOCOLS: dict[object, str] = {
@@ -106,8 +130,10 @@ def complete(kind: str, policy: object) -> Policy:
         argument: list(value) if isinstance(value, tuple) else value
         for argument, value in {**defaults, **given}.items()
     }
-    for argument, inner in _inner_kinds(names[name]).items():
-        full[argument] = complete(inner, full[argument])
+    for argument, inner in _inner_parts(names[name]).items():
+        if inner.many and not isinstance(full[argument], (list, tuple)):
+            raise wrong(where, f'a list as "{argument}"', repr(full[argument]))
+        full[argument] = inner.each(complete, full[argument])
     return {"type": name, **full}
 
 
@@ -125,8 +151,8 @@ def part_of(kind: str, policy: object) -> Any:
     part = TABLE[kind][full.pop("type")]
     if issubclass(part, Combined):
         return reduce(part, [part_of(kind, side) for side in full["of"]])
-    for argument, inner in _inner_kinds(part).items():
-        full[argument] = part_of(inner, full[argument])
+    for argument, inner in _inner_parts(part).items():
+        full[argument] = inner.each(part_of, full[argument])
     return part(**full)
 
 
@@ -146,13 +172,13 @@ def policy_of(kind: str, part: object) -> Policy:
         raise wrong(kind, f"one of hamblocks' own parts ({names}); others go in by layer=", part)
     if issubclass(own, Combined):
         return {"type": name_of(own), "of": [policy_of(kind, side) for side in _sides(part)]}
-    inner = _inner_kinds(own)
+    inner = _inner_parts(own)
     values = {}
     for argument in _defaults(own):
         value = getattr(part, argument)
         if argument in inner:
-            value = policy_of(inner[argument], value)
-        values[argument] = shortest(value) if isinstance(value, Tensor) else value
+            value = inner[argument].each(policy_of, value)
+        values[argument] = _plain(value)
     return {"type": name_of(own), **values}
 
 
@@ -194,11 +220,34 @@ def _defaults(part: type[Any]) -> dict[str, Any]:
     }
 
 
-def _inner_kinds(part: type[Any]) -> dict[str, str]:
-    """Arguments of a constructor that are parts themselves, and of which kind."""
+def _plain(value: Any) -> Any:
+    """An argument as JSON gives it back: a list for a tuple, a number for a tensor."""
+    if isinstance(value, tuple):
+        return list(value)
+    return shortest(value) if isinstance(value, Tensor) else value
+
+
+class _Inner(NamedTuple):
+    """An argument of a constructor that is a part itself, or a list of parts.
+
+    Attributes:
+        kind: the kind of the part.
+        many: whether it is a list.
+    """
+
+    kind: str
+    many: bool
+
+    def each(self, call: Callable[[str, Any], Any], value: Any) -> Any:
+        """Calls `call(kind, part)` for the part, or for every part of the list."""
+        return [call(self.kind, one) for one in value] if self.many else call(self.kind, value)
+
+
+def _inner_parts(part: type[Any]) -> dict[str, _Inner]:
+    """Arguments of a constructor that are parts themselves, or lists of parts."""
     hints = get_type_hints(part.__init__)
     return {
-        argument: PROTOCOLS[hint]
+        argument: _Inner(PROTOCOLS[hint], get_origin(hints[argument]) is Sequence)
         for argument in _defaults(part)
         for hint in get_args(hints.get(argument)) or [hints.get(argument)]
         if hint in PROTOCOLS

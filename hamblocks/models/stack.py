@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor, nn
 
 from hamblocks.cache import cache_transaction
+from hamblocks.gates import PredictionEntropy
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerStats
 from hamblocks.state import HAMState
@@ -121,3 +122,9 @@ class Stack(nn.Module):
                 if after is not None:
                     states.append(after)
         return StackOutput(self.norm(x), None if state is None else states, stats, inputs)
+
+
+def entropy_gates(model: nn.Module) -> dict[str, PredictionEntropy]:
+    """The gates of a model that predict with a head, by name: a model ties their heads to its own."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, PredictionEntropy)}

@@ -22,7 +22,7 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace
+from hamblocks.protocols import LayerDims, MemoryTrace, ProjectsItself, reads_given
 from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
@@ -205,14 +205,17 @@ class MemorySubject(Subject):
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Those of the `Memory` protocol."""
-        heads, dim = self.case.dims.num_heads, self.case.dims.head_dim
-        vectors, dtype = (heads, dim), self.case.dtype
+        dims = self.case.dims
+        sizes = dims.num_heads, dims.head_dim
+        if isinstance(self.part, ProjectsItself) and self.part.own_projections:
+            sizes = self.part.read_size(dims)
+        heads, dtype = sizes[0], self.case.dtype
         return {
-            "read": (vectors, dtype),
-            "k": (vectors, None),
-            "v": (vectors, None),
+            "read": (sizes, dtype),
+            "k": ((heads, None), None),
+            "v": (sizes, None),
             "beta": ((heads,), None),
-            "residual": (vectors, None),
+            "residual": (sizes, None),
             "score": ((heads,), None),
         }
 
@@ -356,8 +359,12 @@ class LayerSubject(Subject):
         super().__init__(part, case)
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x."""
-        return {"x": case.numbers(Draw(case.seed), self.hidden_size)}
+        """x, and given_score where a gate of the layer reads one."""
+        draw = Draw(case.seed)
+        inputs = {"x": case.numbers(draw, self.hidden_size)}
+        if any(reads_given(getattr(self.part, name, None)) for name in ("gate", "query_gate")):
+            inputs["given_score"] = case.numbers(draw, 1)
+        return inputs
 
     def start(self, sequences: int) -> Any:
         """What the layer's `init_state` returns."""
@@ -369,6 +376,7 @@ class LayerSubject(Subject):
         """Results: y, and score and evict_at where the layer returns stats with them."""
         given = {} if state is None else {"state": state}
         given |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        given |= {"given_score": inputs["given_score"]} if "given_score" in inputs else {}
         result = self.part(inputs["x"], **given)
         if isinstance(result, Tensor):
             return {"y": result}, None

@@ -46,6 +46,40 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, dtype, tied):
     assert torch.equal(body(ids).last_hidden_state, made.model(ids).last_hidden_state)
 
 
+def entropy_heads(made):
+    return [x.head.weight for x in made.modules() if isinstance(x, hb.PredictionEntropy)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_entropy_gates_predict_with_the_head_of_the_model(tmp_path, tied):
+    policy = {
+        "type": "weighted_sum",
+        "gates": [{"type": "prediction_entropy", "vocab_size": 19}, {"type": "recall_error"}],
+        "weights": [1.0, 0.5],
+    }
+    layers = ["linear_attention", "hybrid", "hybrid"]
+    made = model(gate=policy, selector=hb.TopK(3), tie_word_embeddings=tied, layer_types=layers)
+    made.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path)
+    for one in (made, loaded):
+        assert len(entropy_heads(one)) == 2
+        assert all(weight is one.lm_head.weight for weight in entropy_heads(one))
+        assert (one.lm_head.weight is one.model.embed_tokens.weight) == tied
+    ids = text(1, 2, 12)
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
+    if tied:  # a body has the embedding alone
+        body = HAMModel.from_pretrained(tmp_path)
+        assert all(weight is body.embed_tokens.weight for weight in entropy_heads(body))
+        assert torch.equal(body(ids).last_hidden_state, made.model(ids).last_hidden_state)
+    loaded.resize_token_embeddings(23)
+    assert all(weight is loaded.lm_head.weight for weight in entropy_heads(loaded))
+    scores = [stats.score for stats in loaded(ids).stats if stats.score is not None]
+    assert len(scores) == 2
+    assert all(score.isfinite().all() for score in scores)
+    with pytest.raises(ValueError, match=r"^weight: expected shape \[V, hidden_size\] = \[7, 16\]"):
+        model(gate={"type": "prediction_entropy", "vocab_size": 7}, selector=hb.TopK(3))
+
+
 def test_thresholds_stay_float32_in_bfloat16(tmp_path):
     made = model(dtype=torch.float32, selector=target())
     made.save_pretrained(tmp_path)

@@ -18,6 +18,11 @@ POLICIES = [
         {
             "type": "gated_delta_memory",
             "conv_size": 2,
+            "conv_init": "identity",
+            "projections": "own",
+            "num_heads": 3,
+            "head_dim": 4,
+            "expand_v": 2.0,
             "allow_neg_eigval": True,
             "A_init_range": [1.0, 2.0],
             "dt_min": 0.002,
@@ -27,12 +32,42 @@ POLICIES = [
     ),
     (
         "memory",
-        {"type": "delta_memory", "conv_size": 4, "allow_neg_eigval": False, "impl": "reference"},
+        {
+            "type": "delta_memory",
+            "conv_size": 4,
+            "conv_init": "uniform",
+            "projections": "shared",
+            "num_heads": None,
+            "head_dim": None,
+            "expand_v": 1,
+            "allow_neg_eigval": False,
+            "impl": "reference",
+        },
     ),
     ("gate", {"type": "prediction_error", "metric": "l2"}),
-    ("gate", {"type": "learned_router", "width": 3}),
-    ("gate", {"type": "learned_router", "width": None}),
-    ("gate", {"type": "random_gate", "seed": 7}),
+    ("gate", {"type": "learned_router", "width": 3, "gradient": "bias"}),
+    ("gate", {"type": "learned_router", "width": None, "gradient": "straight_through"}),
+    ("gate", {"type": "random_gate", "seed": 7, "per": "position", "heads": "own"}),
+    ("gate", {"type": "committed_write"}),
+    ("gate", {"type": "recall_error"}),
+    ("gate", {"type": "given_score"}),
+    ("gate", {"type": "prediction_entropy", "vocab_size": 17}),
+    (
+        "gate",
+        {
+            "type": "weighted_sum",
+            "gates": [
+                {"type": "prediction_error", "metric": "l2"},
+                {"type": "shared_gate", "gate": {"type": "committed_write"}},
+                {
+                    "type": "weighted_sum",
+                    "gates": [{"type": "recall_error"}],
+                    "weights": [-1.0],
+                },
+            ],
+            "weights": [1.0, 0.5, 2.0],
+        },
+    ),
     ("gate", {"type": "periodic_gate", "n": 3, "offset": 1}),
     ("gate", {"type": "shared_gate", "gate": {"type": "prediction_error", "metric": "cosine"}}),
     ("selector", {"type": "threshold", "controller": {"type": "fixed_threshold", "tau": 0.3}}),
@@ -51,6 +86,7 @@ POLICIES = [
         {
             "type": "selected_attention",
             "conv_size": 2,
+            "conv_init": "uniform",
             "conv_values": True,
             "rope_theta": None,
             "qk_norm": False,
@@ -66,8 +102,8 @@ POLICIES = [
             "window": 8,
         },
     ),
-    ("combiner", {"type": "gated_sum"}),
-    ("combiner", {"type": "softmax_mix"}),
+    ("combiner", {"type": "gated_sum", "output_gate": True}),
+    ("combiner", {"type": "softmax_mix", "output_gate": False}),
     (
         "selector",
         {
@@ -105,10 +141,24 @@ def test_every_part_in_the_table_was_tried():
     assert tried == {(kind, name) for kind, names in TABLE.items() for name in names}
 
 
+def test_a_list_of_parts_is_a_list():
+    one = {"type": "weighted_sum", "gates": {"type": "recall_error"}, "weights": [1.0]}
+    with pytest.raises(ValueError, match=r'^gate weighted_sum: expected a list as "gates", got '):
+        complete("gate", one)
+    nested = {"type": "weighted_sum", "gates": [{"type": "random"}], "weights": [1.0]}
+    with pytest.raises(ValueError, match=r"^gate: expected one of .*, got 'random'"):
+        complete("gate", nested)
+
+
 def test_what_is_left_out_is_completed():
     assert complete("memory", {"type": "delta_memory"}) == {
         "type": "delta_memory",
         "conv_size": 4,
+        "conv_init": "uniform",
+        "projections": "shared",
+        "num_heads": None,
+        "head_dim": None,
+        "expand_v": 1,
         "allow_neg_eigval": False,
         "impl": "auto",
     }
@@ -127,9 +177,9 @@ def test_what_is_left_out_is_completed():
     [
         (
             {"gate": {"type": "surprise"}},
-            r"^gate: expected one of learned_router, .*, got 'surprise'",
+            r"^gate: expected one of committed_write, .*, got 'surprise'",
         ),
-        ({"gate": {}}, r"^gate: expected an object with one of learned_router, .* as \"type\""),
+        ({"gate": {}}, r"^gate: expected an object with one of committed_write, .* as \"type\""),
         (
             {"selector": "window"},
             r"^selector: expected one of hamblocks' own parts \(all_of, any_of, first_tokens,",
@@ -148,7 +198,7 @@ def test_what_is_left_out_is_completed():
         ),
         (
             {"combiner": {"type": "gated_sum", "n": 1}},
-            r"^combiner gated_sum: expected the arguments \(none\), got n",
+            r"^combiner gated_sum: expected the arguments output_gate \(optional\), got n",
         ),
         (
             {"selector": {"type": "any_of", "of": []}},

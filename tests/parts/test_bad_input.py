@@ -43,6 +43,28 @@ CONSTRUCTORS = {
     "metric": ("metric", lambda: hb.PredictionError("cos")),
     "shared class": ("gate", lambda: hb.SharedGate(hb.LearnedRouter)),
     "router width": ("width", lambda: hb.LearnedRouter(0)),
+    "router gradient": ("gradient", lambda: hb.LearnedRouter(gradient="both")),
+    "entropy vocabulary": ("vocab_size", lambda: hb.PredictionEntropy(1)),
+    "random per": ("per", lambda: hb.RandomGate(per="token")),
+    "random heads": ("heads", lambda: hb.RandomGate(heads=2)),
+    "sum of nothing": ("gates", lambda: hb.WeightedSum([], [])),
+    "sum of one gate without a list": (
+        "gates",
+        lambda: hb.WeightedSum(hb.RandomGate(), [1.0]),
+    ),
+    "sum of a class": ("gates", lambda: hb.WeightedSum([hb.RandomGate], [1.0])),
+    "sum with too few weights": (
+        "weights",
+        lambda: hb.WeightedSum([hb.RandomGate(), hb.PeriodicGate(2)], [1.0]),
+    ),
+    "sum with a weight that is no number": (
+        "weights",
+        lambda: hb.WeightedSum([hb.RandomGate()], [True]),
+    ),
+    "sum with an infinite weight": (
+        "weights",
+        lambda: hb.WeightedSum([hb.RandomGate()], [float("inf")]),
+    ),
     "period": ("n", lambda: hb.PeriodicGate(0)),
     "conv": ("conv_size", lambda: hb.DeltaMemory(conv_size=0)),
     "threshold NaN": ("tau", lambda: hb.Threshold(math.nan)),

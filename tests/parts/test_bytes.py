@@ -32,7 +32,8 @@ def test_bytes_follow_what_is_kept(fraction, shared):
         layer = layer_of(hb.Threshold(0.5), gate=gate)
     else:
         layer = layer_of(
-            hb.Threshold(float("inf") if fraction == 0 else 1 - fraction), gate=hb.RandomGate()
+            hb.Threshold(float("inf") if fraction == 0 else 1 - fraction),
+            gate=hb.RandomGate(heads="own"),
         )
     state, tokens = prefilled(layer, 4096, sequences=2), 4096
     cache, sizes = state.cache, state.cache.sizes
@@ -118,7 +119,7 @@ PREFILL = """
 import resource, sys, torch
 import hamblocks as hb
 torch.manual_seed(0)
-layer = hb.HAMLayer(128, 2, gate=hb.RandomGate(), selector=hb.Threshold({tau})).eval()
+layer = hb.HAMLayer(128, 2, gate=hb.RandomGate(heads="own"), selector=hb.Threshold({tau})).eval()
 state, x = layer.init_state(1), torch.randn(1, 4096, 128)
 with torch.no_grad():
     layer.prefill(x)

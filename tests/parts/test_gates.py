@@ -1,60 +1,21 @@
-"""Gates: what each of them scores, and that random routing depends on the position alone."""
+"""Gates: what each of them scores, against loops and formulas in float64."""
+
+import itertools
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import example, given
+from gate_cases import DIMS, score_of, trace_of, without_memory
+from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import SEEDS, build, close, inputs, over_sizes, same
+from torch import Tensor
 
 import hamblocks as hb
 from hamblocks.ops import surprise
-from hamblocks.protocols import Buildable, HasMetric
+from hamblocks.protocols import Buildable, HasMetric, reads_given, surrogate_gradient
 from hamblocks_ops.surprise import METRICS
-
-DIMS = hb.LayerDims(12, 4, 2, 4)
-
-
-def trace_of(seed, batch, tokens, heads=4, metric=None, begin=0):
-    generator = torch.Generator().manual_seed(seed)
-    k, v, residual = (torch.randn(batch, tokens, heads, 4, generator=generator) for _ in range(3))
-    position = torch.arange(begin, begin + tokens).to(torch.int32).expand(batch, tokens)
-    score = None if metric is None else surprise(residual, v, metric=metric)
-    beta = k[..., 0].sigmoid()
-    return hb.MemoryTrace(k, v, beta, None if metric else residual, score, position, metric)
-
-
-def score_of(gate, trace):
-    return gate(torch.zeros(*trace.k.shape[:2], 12), trace).score
-
-
-@given(seed=SEEDS, batch=st.integers(1, 2), tokens=st.integers(0, 20), cut=st.integers(0, 20))
-@example(seed=0, batch=1, tokens=0, cut=0)
-@example(seed=0, batch=1, tokens=1, cut=1)
-def test_random_routing_depends_on_the_position_alone(seed, batch, tokens, cut):
-    gate, cut = hb.RandomGate(seed), min(cut, tokens)
-    whole = score_of(gate, trace_of(0, batch, tokens))
-    pieces = [trace_of(1, batch, cut), trace_of(2, batch, tokens - cut, begin=cut)]
-    assert torch.equal(whole, torch.cat([score_of(gate, piece) for piece in pieces], 1))
-    assert torch.equal(whole, whole[:1].expand_as(whole))
-    assert whole.dtype == torch.float32
-
-
-def test_random_routing_is_uniform_and_differs_everywhere():
-    tokens = 20_000
-    scores = torch.cat(
-        [score_of(hb.RandomGate(seed), trace_of(0, 1, tokens))[0] for seed in (0, 1, 2**40)], 1
-    )
-    assert scores.min() >= 0
-    assert scores.max() < 1
-    # each of 16 bins holds 1250 of 20000 on average, with a standard deviation of 34
-    for column in scores.T:
-        assert (column.histc(16, 0, 1) - tokens / 16).abs().max() < 200
-        assert column.unique().numel() > 0.99 * tokens
-        assert abs(torch.corrcoef(torch.stack([column[1:], column[:-1]]))[0, 1]) < 0.04
-    # seeds and heads draw independently (2**40 is seed 0 again: 32 bits count)
-    assert torch.equal(scores[:, :4], scores[:, 8:])
-    between = torch.corrcoef(scores[:, :8].T) - torch.eye(8)
-    assert between.abs().max() < 0.04
 
 
 @given(
@@ -153,11 +114,6 @@ def test_a_layer_names_the_metric_of_a_users_memory():
     assert layer(torch.randn(2, 5, 12)).stats.score.isfinite().all()
 
 
-def without_memory(trace):
-    """The trace of a layer without a memory."""
-    return trace._replace(beta=None, residual=None, score=None)
-
-
 @pytest.mark.parametrize(
     "gate", [hb.PredictionError("l2"), hb.SharedGate(hb.PredictionError("l2"))]
 )
@@ -169,7 +125,14 @@ def test_prediction_error_says_that_it_needs_a_memory(gate):
 
 @pytest.mark.parametrize(
     "gate",
-    [hb.RandomGate(3), hb.PeriodicGate(2), hb.LearnedRouter(), hb.SharedGate(hb.RandomGate(3))],
+    [
+        hb.RandomGate(3),
+        hb.PeriodicGate(2),
+        hb.LearnedRouter(),
+        hb.PredictionEntropy(5),
+        hb.SharedGate(hb.RandomGate(3)),
+        hb.WeightedSum([hb.RandomGate(3), hb.PeriodicGate(2)], [1.0, 2.0]),
+    ],
     ids=lambda g: type(g).__name__,
 )
 def test_other_gates_need_no_memory(gate):
@@ -218,22 +181,58 @@ def test_shared_is_one_column_the_mean_over_heads(gate):
     assert getattr(shared, "metric", None) == getattr(gate, "metric", None)
 
 
-def test_learned_router_scores_with_a_sigmoid_and_biases_with_its_log():
-    gate = hb.LearnedRouter()
+@pytest.mark.parametrize("gradient", ["bias", "straight_through"])
+@given(seed=SEEDS, width=st.sampled_from([None, 1, 5]))
+def test_learned_router_scores_with_its_logit(gradient, seed, width):
+    torch.manual_seed(seed)
+    gate = hb.LearnedRouter(width, gradient=gradient)
     gate.build(DIMS)
-    score, bias = gate(torch.randn(2, 5, 12), trace_of(0, 2, 5))
+    gate.double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    score, bias = gate(x, trace_of(0, 2, 5))
+    first, _, second = gate.mlp
+    hidden = x @ first.weight.T + first.bias
+    logit = hidden * hidden.sigmoid() @ second.weight.T + second.bias
     assert score.shape == bias.shape == (2, 5, 2)
     assert not score.requires_grad
-    close(score.log(), bias.detach(), 1e-5)
+    close(score, logit.detach())
+    soft = logit.sigmoid().log()
+    if gradient == "bias":
+        close(bias, soft)
+    else:
+        assert not bias.any()
+    # the gradient of both is that of log sigmoid
+    weights = list(gate.parameters())
+    direction = torch.randn_like(bias)
+    expected = torch.autograd.grad((soft * direction).sum(), weights, retain_graph=True)
+    for got, want in zip(
+        torch.autograd.grad((bias * direction).sum(), weights), expected, strict=True
+    ):
+        close(got, want)
+
+
+def test_saturation_does_not_tie_the_scores_of_a_router():
+    # sigmoid(40) and sigmoid(41) are both 1 in float32
+    gate = hb.LearnedRouter()
+    gate.build(DIMS)
+    with torch.no_grad():
+        gate.mlp[2].bias.fill_(1000.0)
+    score, bias = gate(torch.randn(1, 50, 12), trace_of(0, 1, 50))
+    assert (score.sigmoid() == 1).all()
+    assert score[..., 0].unique().numel() > 40
+    assert bias.isfinite().all()
+
+
+def router_layer(gate):
+    return hb.HAMLayer(12, 2, selector=hb.Threshold(0.0) | hb.Window(1), gate=gate)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_learned_router_learns_through_the_logit_bias_alone(shared):
+@pytest.mark.parametrize("gradient", ["bias", "straight_through"])
+def test_learned_router_learns_through_the_logit_bias_alone(shared, gradient):
     torch.manual_seed(0)
-    router = hb.LearnedRouter()
-    layer = hb.HAMLayer(
-        12, 2, selector=hb.Threshold(0.5), gate=hb.SharedGate(router) if shared else router
-    )
+    router = hb.LearnedRouter(gradient=gradient)
+    layer = router_layer(hb.SharedGate(router) if shared else router)
     x, weights = torch.randn(1, 9, 12), list(router.parameters())
 
     def gradients():
@@ -241,5 +240,176 @@ def test_learned_router_learns_through_the_logit_bias_alone(shared):
 
     assert all(grad is not None and grad.any() for grad in gradients())
     with_bias = router.forward
+    y = layer(x).y
     router.forward = lambda x, trace: with_bias(x, trace)._replace(logit_bias=None)
     assert all(grad is None or not grad.any() for grad in gradients())
+    # a straight-through bias changes no result; a soft one does
+    is_same = torch.allclose(layer(x).y, y, rtol=1e-5, atol=1e-6)
+    assert is_same == (gradient == "straight_through")
+
+
+def test_a_surrogate_gradient_is_found_in_wrapped_gates():
+    straight = hb.LearnedRouter(gradient="straight_through")
+    assert surrogate_gradient(hb.SharedGate(straight))
+    assert surrogate_gradient(hb.WeightedSum([hb.RandomGate(), straight], [1.0, 1.0]))
+    assert not surrogate_gradient(hb.SharedGate(hb.LearnedRouter()))
+    assert not surrogate_gradient(hb.WeightedSum([hb.LearnedRouter(), hb.RandomGate()], [1, 1]))
+    assert reads_given(hb.SharedGate(hb.WeightedSum([hb.GivenScore(), hb.RandomGate()], [1, 1])))
+    assert not reads_given(hb.SharedGate(hb.RandomGate()))
+
+
+class States(NamedTuple):
+    """What a loop over a memory's state finds, `[B, T, H]` each."""
+
+    written: Tensor
+    recall_error: Tensor
+
+
+def states_of(memory, x, trace):
+    """A loop in float64 over the state of a memory that saw x."""
+    k, v, beta = trace.k, trace.v, trace.beta
+    decay = memory.decay(x)
+    decay = torch.ones_like(beta) if decay is None else decay.exp()
+    batch, tokens, heads, dim = k.shape
+    written, error = torch.zeros_like(beta), torch.zeros_like(beta)
+    for b, h in itertools.product(range(batch), range(heads)):
+        state = torch.zeros(dim, dim, dtype=x.dtype)
+        for t in range(tokens):
+            before = decay[b, t, h] * state
+            residual = v[b, t, h] - before.T @ k[b, t, h]
+            state = before + beta[b, t, h] * torch.outer(k[b, t, h], residual)
+            written[b, t, h] = (state - before).norm()
+            error[b, t, h] = (v[b, t, h] - state.T @ k[b, t, h]).norm()
+    return States(written, error)
+
+
+MEMORIES = {
+    "gated": lambda: hb.GatedDeltaMemory(),
+    "gated-neg": lambda: hb.GatedDeltaMemory(2, allow_neg_eigval=True),
+    "delta": lambda: hb.DeltaMemory(impl="reference"),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+@given(seed=SEEDS, batch=st.integers(1, 2), tokens=st.integers(1, 12))
+@torch.no_grad()
+def test_committed_write_and_recall_error_are_those_of_the_state(kind, seed, batch, tokens):
+    torch.manual_seed(seed)
+    memory = MEMORIES[kind]()
+    memory.build(DIMS)
+    memory.double()
+    x = torch.randn(batch, tokens, 12, dtype=torch.float64)
+    q = torch.randn(batch, tokens, 4, 4, dtype=torch.float64)
+    k, v = torch.randn(2, batch, tokens, 2, 4, dtype=torch.float64)
+    position = torch.arange(tokens).to(torch.int32).expand(batch, tokens)
+    _, trace, _ = memory(x, q, k, v, position=position)
+    expected = states_of(memory, x, trace)
+    # keys have unit length, so the norm of the write is that of beta times the residual
+    close(hb.CommittedWrite()(x, trace).score, expected.written)
+    close(hb.RecallError()(x, trace).score, expected.recall_error)
+
+
+@given(seed=SEEDS, scale=st.floats(0.1, 3))
+def test_recall_error_knows_the_length_of_the_key(seed, scale):
+    trace = trace_of(seed, 2, 5)
+    k, v, beta, residual = (
+        part.double() for part in (scale * trace.k, trace.v, trace.beta, trace.residual)
+    )
+    # the state before the write is any that predicts v - residual
+    before = k[..., :, None] * (v - residual)[..., None, :] / k.square().sum(-1)[..., None, None]
+    after = before + beta[..., None, None] * k[..., :, None] * residual[..., None, :]
+    error = (v - (k[..., :, None] * after).sum(-2)).norm(dim=-1)
+    trace = trace._replace(k=k, v=v, beta=beta, residual=residual)
+    close(score_of(hb.RecallError(), trace), error)
+    close(score_of(hb.CommittedWrite(), trace), beta * residual.norm(dim=-1))
+
+
+@pytest.mark.parametrize("gate", [hb.CommittedWrite(), hb.RecallError()], ids=repr)
+def test_gates_of_the_residual_say_what_they_need(gate):
+    with pytest.raises(ValueError, match=r"^gate: expected .* without a memory .*, which needs a"):
+        score_of(gate, without_memory(trace_of(0, 1, 3)))
+    expected = r"^trace: expected a residual for \w+\(\) \(a gate with metric=None gets one\)"
+    with pytest.raises(ValueError, match=expected):
+        score_of(gate, trace_of(0, 1, 3, metric="l2"))
+    with pytest.raises(ValueError, match=r"^gate: expected one that needs no memory .*memory=None"):
+        hb.HAMLayer(12, 2, memory=None, gate=gate, selector=hb.TopK(2))
+    assert score_of(gate, trace_of(0, 1, 3)._replace(k=trace_of(0, 1, 3).k.bfloat16())).dtype == (
+        torch.float32
+    )
+
+
+@given(seed=SEEDS, vocabulary=st.integers(2, 40), scale=st.sampled_from([0.0, 0.1, 1.0, 1e4]))
+def test_prediction_entropy_is_the_normalised_entropy(seed, vocabulary, scale):
+    torch.manual_seed(seed)
+    gate = hb.PredictionEntropy(vocabulary)
+    gate.build(DIMS)
+    gate.double()
+    x = scale * torch.randn(2, 5, 12, dtype=torch.float64)
+    score = gate(x, trace_of(0, 2, 5)).score
+    assert score.shape == (2, 5, 1)
+    assert not score.requires_grad
+    for row, got in zip(x.flatten(0, 1), score.flatten(), strict=True):
+        logits = [float(row @ weight) for weight in gate.head.weight]
+        exps = [math.exp(logit - max(logits)) for logit in logits]
+        p = [one / sum(exps) for one in exps]
+        entropy = -sum(one * math.log(one) for one in p if one > 0) / math.log(vocabulary)
+        assert 0 <= got <= 1
+        assert float(got) == pytest.approx(entropy, abs=1e-10)
+    if scale == 0:
+        close(score, torch.ones_like(score))
+
+
+def test_a_tied_head_learns_with_the_model():
+    torch.manual_seed(0)
+
+    def layer(_index):
+        return hb.HAMLayer(12, 2, gate=hb.PredictionEntropy(9), selector=hb.TopK(3))
+
+    model = hb.Decoder(9, 1, layer)
+    gate = model.blocks[0].layer.gate
+    assert gate.head.weight is model.head.weight
+    assert not layer(0).gate.head.weight.requires_grad  # nothing trains it alone
+    assert len(list(model.parameters())) == len({id(one) for one in model.parameters()})
+    tokens = torch.randint(9, (2, 7))
+    scores = [one.score for one in model(tokens).stats]
+    model(tokens).logits.square().mean().backward()
+    assert gate.head.weight.grad.any()
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    assert not torch.equal(model(tokens).stats[0].score, scores[0])
+
+
+def test_a_model_refuses_a_gate_of_another_vocabulary():
+    def layer(_index):
+        return hb.HAMLayer(12, 2, gate=hb.PredictionEntropy(8), selector=hb.TopK(3))
+
+    with pytest.raises(ValueError, match=r"^weight: expected shape \[V, hidden_size\] = \[8, 12\]"):
+        hb.Decoder(9, 1, layer)
+
+
+def test_only_a_fitting_parameter_is_tied():
+    gate = hb.PredictionEntropy(9)
+    weight = torch.nn.Parameter(torch.zeros(9, 12))
+    with pytest.raises(ValueError, match=r"^gate: expected one that a layer owns"):
+        gate.tie(weight)
+    gate.build(DIMS)
+    with pytest.raises(ValueError, match=r"^weight: expected shape \[V, hidden_size\] = \[9, 12\]"):
+        gate.tie(torch.nn.Parameter(torch.zeros(12, 9)))
+    with pytest.raises(ValueError, match=r"^weight: expected a Parameter"):
+        gate.tie(weight.detach())
+    gate.tie(weight)
+    assert gate.head.weight is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64])
+def test_given_score_is_what_was_given(dtype):
+    given_score = torch.tensor([[[1], [0], [1]]]).to(dtype)
+    trace = without_memory(trace_of(0, 1, 3))._replace(given=given_score)
+    score = score_of(hb.GivenScore(), trace)
+    assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert score.tolist() == [[[1], [0], [1]]]
+
+
+def test_given_score_names_what_is_missing():
+    with pytest.raises(ValueError, match=r"^given_score: expected a score .*GivenScore, got None$"):
+        score_of(hb.GivenScore(), trace_of(0, 1, 3))

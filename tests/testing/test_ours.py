@@ -31,18 +31,38 @@ def test_ops(check: Any) -> None:
         hb.PredictionError("l2"),
         hb.LearnedRouter(),
         hb.LearnedRouter(3),
+        hb.LearnedRouter(gradient="straight_through"),
+        hb.CommittedWrite(),
+        hb.RecallError(),
+        hb.PredictionEntropy(7),
+        hb.GivenScore(),
         hb.RandomGate(1),
+        hb.RandomGate(1, per="position", heads="own"),
         hb.PeriodicGate(3, 1),
         hb.SharedGate(hb.LearnedRouter()),
         hb.SharedGate(hb.PredictionError()),
+        hb.WeightedSum([hb.PredictionError(), hb.SharedGate(hb.PredictionError())], [1.0, -0.5]),
+        hb.WeightedSum(
+            [
+                hb.PredictionError("l2"),
+                hb.CommittedWrite(),
+                hb.LearnedRouter(3),
+                hb.LearnedRouter(gradient="straight_through"),
+                hb.PredictionEntropy(5),
+                hb.RandomGate(2),
+            ],
+            [1.0, 0.5, 0.1, 0.1, 1.0, 0.01],
+        ),
         Parity(),
         Loudness(),
     ],
     controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
-    combiners=[hb.GatedSum(), hb.SoftmaxMix()],
+    combiners=[hb.GatedSum(), hb.SoftmaxMix(), hb.GatedSum(output_gate=True)],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
-        hb.ThresholdQueries(hb.LearnedRouter(), 0.5, window=2),
+        hb.ThresholdQueries(hb.LearnedRouter(), 0.0, window=2),
+        hb.ThresholdQueries(hb.LearnedRouter(gradient="straight_through"), 0.0),
+        hb.ThresholdQueries(hb.GivenScore(), 0.0),
         hb.ThresholdQueries(Parity(), hb.FixedThreshold(0.5)),
     ],
 )
@@ -76,6 +96,7 @@ def test_selectors(check: Any) -> None:
         hb.GatedDeltaMemory(allow_neg_eigval=True, impl="reference"),
         hb.DeltaMemory(),
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
+        hb.GatedDeltaMemory(2, projections="own", num_heads=3, head_dim=4, expand_v=0.5),
     ],
     attentions=[
         hb.SelectedAttention(),
@@ -113,6 +134,13 @@ def test_layers_of_every_part(check: Any) -> None:
     | {
         "no-memory": hb.HAMLayer(8, 2, memory=None),
         "no-attention": hb.HAMLayer(8, 2, attention=None),
+        "as-in-fla": hb.HAMLayer(
+            8,
+            2,
+            memory=hb.GatedDeltaMemory(projections="own", head_dim=2, expand_v=2),
+            attention=None,
+            combiner=hb.GatedSum(output_gate=True),
+        ),
     }
 )
 def test_layers(check: Any) -> None:
