@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks.controllers import threshold_between
-from hamblocks.gates import _mix
-from hamblocks.protocols import GateOutput, MemoryTrace
 
 
 class _Sampled(nn.Module):
@@ -45,6 +43,11 @@ class _Sampled(nn.Module):
         """Places tau so that a fraction of the last scores reaches it."""
         assert self.sample is not None
         self.tau.copy_(threshold_between(self.sample, torch.tensor(fraction)))
+
+    @torch.no_grad()
+    def set_threshold(self, tau: float) -> None:
+        """Sets tau by hand."""
+        self.tau.fill_(tau)
 
 
 class AnnealedFraction(_Sampled):
@@ -91,18 +94,3 @@ class ElasticFraction(_Sampled):
         if self.spacing == "uniform":
             return self.low + (self.high - self.low) * share
         return float(self.low * (self.high / self.low) ** share)
-
-
-class RandomGate:
-    """A score that is uniform in [0, 1), shared by all heads: a hash of seed, position and x."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
-        """Returns the score `[B, T, 1]`, float32."""
-        signs = (x[..., :16] > 0).long()
-        word = (signs << torch.arange(signs.shape[-1], device=x.device)).sum(-1)
-        word = _mix(word ^ (self.seed & 0xFFFFFFFF))
-        word = _mix(word ^ trace.position.long())
-        return GateOutput(((word >> 8).float() * 2.0**-24)[..., None])

@@ -283,9 +283,7 @@ def measure(
         stored += torch.stack([kept[group].sum() for group in groups])
         total += torch.stack([group.sum() for group in groups])
     shares = (stored / total.clamp(min=1)).tolist()
-    return Measured(
-        right / asked_tokens, losses / asked_tokens, shares[5], shares[:4], shares[4]
-    )
+    return Measured(right / asked_tokens, losses / asked_tokens, shares[5], shares[:4], shares[4])
 
 
 def _kept(stats: Any) -> Tensor:

@@ -49,9 +49,7 @@ class ByteText:
         check_count("length", length, order + 1)
         self.text = corpus.held_out if held_out else corpus.train
         if len(self.text) <= length:
-            raise ValueError(
-                f"corpus: expected more than {length} bytes, got {len(self.text)}"
-            )
+            raise ValueError(f"corpus: expected more than {length} bytes, got {len(self.text)}")
         self.order = order
         self.size, self.smallest = length, order + 1
 

@@ -79,8 +79,6 @@ class UnsurprisingNeedles:
         asked = at.gather(1, order)
         separator = torch.full((count, 1), self.vocab_size - 1)
         tokens = torch.cat([text, separator, text.gather(1, asked)], 1)
-        target = torch.cat(
-            [torch.full((count, before + 1), IGNORED), text.gather(1, asked + 1)], 1
-        )
+        target = torch.cat([torch.full((count, before + 1), IGNORED), text.gather(1, asked + 1)], 1)
         kind = torch.cat([kind, torch.full((count, 1 + size), QUESTION)], 1)
         return TaskBatch(tokens, target, kind, kind == VALUE)
