@@ -68,10 +68,9 @@ def demo(
 
     seeds = tuple(range(seed, seed + (1 if quick else 3)))
     settings = Settings(seeds=seeds)
+    steps = steps or (80 if quick else None)
     if steps is not None:
-        settings = replace(
-            settings, steps=steps, elastic_steps=2 * steps, curriculum_steps=8 * steps
-        )
+        settings = replace(settings, steps=steps, elastic_steps=2 * steps, memory_steps=4 * steps)
     console = Console()
     console.print(
         f"Recall: {settings.pairs} pairs in {settings.length} tokens of text that repeats itself. "

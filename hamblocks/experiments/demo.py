@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ class Settings:
         seeds: one checkpoint each, and every arm from it.
         steps: optimizer steps of an arm; the elastic arm takes `elastic_steps`.
         target: fraction of the tokens that surprise, random and router store.
-        curriculum_steps: the most steps that the checkpoint may take.
+        curriculum_steps: the most steps that the checkpoint may take; it needs about 140.
+        memory_steps: the steps of the memory alone that is trained from the start.
         pairs, length, questions, symbols, phrase, burst: see `Recall`.
         sequences: held-out sequences of a measure.
         workers: processes of one thread each; 0: this process.
@@ -59,6 +60,7 @@ class Settings:
     elastic_steps: int = 240
     target: float = 0.25
     curriculum_steps: int = 800
+    memory_steps: int = 500
     pairs: int = 128
     length: int = 1536
     questions: int = 32
@@ -72,7 +74,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise wrong("seeds", "one seed or more, all different", str(self.seeds))
-        for name in ("steps", "elastic_steps", "curriculum_steps", "sequences"):
+        for name in ("steps", "elastic_steps", "curriculum_steps", "memory_steps", "sequences"):
             if getattr(self, name) < 1:
                 raise wrong(name, "at least 1", str(getattr(self, name)))
 
@@ -186,7 +188,8 @@ def run(settings: Settings, progress: Progress) -> Results:
         for seed in settings.seeds:
             jobs[submit(_checkpoint, settings, seed)] = ("checkpoint", seed)
         # one seed shows whether the memory alone does better when it never had attention
-        jobs[submit(_memory_from_start, settings, settings.seeds[0])] = ("memory", -1)
+        first = settings.seeds[0]
+        jobs[submit(_memory_from_start, settings, first)] = ("memory from the start", first)
         done = 0
         while jobs:
             finished, _ = wait(jobs, return_when=FIRST_COMPLETED)
@@ -195,15 +198,18 @@ def run(settings: Settings, progress: Progress) -> Results:
                 found = future.result()
                 if name == "checkpoint":
                     weights, results.checkpoints[seed] = found
+                    accuracy = results.checkpoints[seed].accuracy
                     # the longest first, so that no worker is idle at the end
                     for arm in ("elastic", *(arm for arm in ARMS if arm != "elastic")):
                         jobs[submit(_arm, settings, seed, arm, weights)] = (arm, seed)
                 else:
-                    results.runs.append(found.pop("run"))
-                    for part, value in found.items():
-                        getattr(results, part).update(value)
+                    results.runs.append(found["run"])
+                    accuracy = found["run"].measured.accuracy
+                    results.budgets |= found.get("budgets", {})
+                    results.growth |= found.get("growth", {})
+                    results.picture |= found.get("picture", {})
                 done += 1
-                progress("trainings", done, total, f"{name}, seed {max(seed, settings.seeds[0])}")
+                progress("trainings", done, total, f"{name}, seed {seed}: {accuracy:.3f}")
     order = {arm: place for place, arm in enumerate(ARMS)}
     results.runs.sort(key=lambda row: (order.get(row.arm, 1.5), row.seed))
     results.seconds = time.perf_counter() - began
@@ -253,7 +259,8 @@ def _memory_from_start(settings: Settings, seed: int) -> dict[str, Any]:
     it also sees the full size.
     """
     model = _model("memory", settings, seed)
-    task, recipe = settings.task(), settings.curriculum()
+    task = settings.task()
+    recipe = replace(settings.curriculum(), steps=settings.memory_steps)
     trained = train_with_curriculum(
         model, task, recipe, seed, needed=0.5, patience=max(recipe.steps // 16, 1)
     )
