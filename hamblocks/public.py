@@ -5,7 +5,14 @@ from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.controllers import (
+    AnnealedFraction,
+    ElasticFraction,
+    FixedThreshold,
+    TargetFraction,
+    hook_controllers,
+    step_controllers,
+)
 from hamblocks.convolution import ShortConvolution
 from hamblocks.gates import (
     CommittedWrite,
@@ -34,19 +41,36 @@ from hamblocks.protocols import (
     Selection,
 )
 from hamblocks.query_gates import ThresholdQueries
-from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import (
+    AllOf,
+    AnyOf,
+    Budget,
+    Cooldown,
+    ErrorMass,
+    FirstTokens,
+    PromptFraction,
+    SublinearGrowth,
+    Threshold,
+    TopK,
+    Window,
+)
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
+    "AnnealedFraction",
     "AnyOf",
+    "Budget",
     "CommittedWrite",
+    "Cooldown",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",
     "DeltaMemoryState",
     "DenseKeys",
+    "ElasticFraction",
+    "ErrorMass",
     "FirstTokens",
     "FixedThreshold",
     "GateOutput",
@@ -68,6 +92,7 @@ __all__ = [
     "PeriodicGate",
     "PredictionEntropy",
     "PredictionError",
+    "PromptFraction",
     "QueryGateOutput",
     "RandomGate",
     "RecallError",
@@ -76,6 +101,7 @@ __all__ = [
     "SharedGate",
     "ShortConvolution",
     "SoftmaxMix",
+    "SublinearGrowth",
     "SwiGLU",
     "TargetFraction",
     "Threshold",

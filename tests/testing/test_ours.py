@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import parts_cases
@@ -56,7 +57,17 @@ def test_ops(check: Any) -> None:
         Parity(),
         Loudness(),
     ],
-    controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
+    controllers=[
+        hb.FixedThreshold(0.5),
+        hb.FixedThreshold(math.inf),
+        hb.TargetFraction(0.25),
+        hb.TargetFraction(1.0),
+        trained(),
+        hb.AnnealedFraction(0.3, 5, begin=2),
+        hb.AnnealedFraction(0.25, 3, freeze_at=150, rate=0.5),
+        hb.ElasticFraction(),
+        hb.ElasticFraction(0.0, 0.6, seed=3, begin=2, spacing="uniform"),
+    ],
     combiners=[hb.GatedSum(), hb.SoftmaxMix(), hb.GatedSum(output_gate=True)],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
@@ -74,6 +85,8 @@ def test_small_parts(check: Any) -> None:
     selectors=[
         hb.Threshold(0.25),
         hb.Threshold(trained()),
+        hb.Threshold(hb.AnnealedFraction(0.5, 2)),
+        hb.Threshold(hb.ElasticFraction(0.2)),
         hb.Window(3),
         hb.Window(0),
         hb.FirstTokens(2),
@@ -84,6 +97,22 @@ def test_small_parts(check: Any) -> None:
         (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
         AtLeast(0.25),
         Smallest(3),
+        hb.TopK(3, delay=2),
+        hb.TopK(2, delay=100) & hb.Window(9),
+        hb.PromptFraction(0.4, 7),
+        hb.PromptFraction(0.5, 5) & (hb.FirstTokens(5) | hb.Window(3)),
+        hb.PromptFraction(0.0, 3),
+        hb.PromptFraction(1.0, 4),
+        hb.SublinearGrowth(0.5),
+        hb.SublinearGrowth(0.7, 1.5, max_tokens=9) & hb.Window(6),
+        hb.ErrorMass(0.6, 100),
+        hb.ErrorMass(0.9, 3) | hb.Window(2),
+        hb.Cooldown(hb.Threshold(0.25), 3),
+        hb.Cooldown(hb.Threshold(trained()) | hb.TopK(2, delay=1), 2),
+        hb.Budget(hb.Threshold(0.25) | hb.Window(4), 3),
+        hb.Budget(hb.TopK(4, delay=2), 2) | hb.FirstTokens(1),
+        hb.Budget(hb.Threshold(0.25) & hb.Window(5), 3, leaves="lowest"),
+        hb.Budget(hb.Cooldown(hb.TopK(4), 2) | hb.Window(2), 2, leaves="lowest"),
     ]
 )
 def test_selectors(check: Any) -> None:
