@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hamblocks.attention import SelectedAttention
-from hamblocks.experiments.stand_ins import AnnealedFraction, ElasticFraction
+from hamblocks.controllers import AnnealedFraction, ElasticFraction
 from hamblocks.experiments.tasks import Task
 from hamblocks.gates import LearnedRouter, PredictionError, RandomGate, SharedGate
 from hamblocks.layer import HAMLayer
@@ -96,7 +96,7 @@ def _threshold(arm: str, seed: int, target: float, steps: int) -> Controller | f
         return math.inf
     if arm == "elastic":
         return ElasticFraction(0.05, 1.0, seed=seed, begin=max(steps // 5, 1), spacing="uniform")
-    return AnnealedFraction(target, max(steps // 2, 1))
+    return AnnealedFraction(target, max(steps // 2, 1), rate=0.3)
 
 
 def set_fraction(model: Decoder, fraction: float) -> None:
