@@ -19,6 +19,7 @@ from hamblocks.protocols import (
     HasMetric,
     LayerDims,
     Memory,
+    ProjectsItself,
     QueryGate,
     Selector,
     check_count,
@@ -71,7 +72,7 @@ def dims_of(
     num_heads: int,
     num_kv_heads: int | None,
     head_dim: int | None,
-    memory: object,
+    memory: Any,
     attention: object,
 ) -> LayerDims:
     """Checks and completes the sizes of a layer."""
@@ -90,7 +91,19 @@ def dims_of(
     if memory is None and attention is None:
         raise wrong("attention", "a memory, attention or both", "None for both")
     has = memory is not None, attention is not None
-    return LayerDims(hidden_size, num_heads, num_kv_heads, head_dim, *has)
+    dims = LayerDims(hidden_size, num_heads, num_kv_heads, head_dim, *has)
+    if not projects_itself(memory):
+        return dims
+    heads, dim = memory.read_size(dims)
+    return dims._replace(
+        memory_heads=None if heads == num_heads else heads,
+        memory_dim=None if dim == head_dim else dim,
+    )
+
+
+def projects_itself(memory: object) -> bool:
+    """Whether a memory projects x itself, and gets no q, k and v."""
+    return isinstance(memory, ProjectsItself) and bool(memory.own_projections)
 
 
 def parts_of(

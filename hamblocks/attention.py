@@ -56,6 +56,7 @@ class SelectedAttention(Built):
         self,
         *,
         conv_size: int = 1,
+        conv_init: str = "uniform",
         conv_values: bool = False,
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
@@ -66,6 +67,8 @@ class SelectedAttention(Built):
         Args:
             conv_size: taps of a causal depthwise convolution over the keys, without an activation;
                 1: none. The part then has a state, the last `conv_size - 1` tokens.
+            conv_init: "uniform", or "identity": the part starts as one without a convolution (see
+                `ShortConvolution`).
             conv_values: whether the values are convolved too.
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
             qk_norm: RMSNorm of queries and keys, per head.
@@ -79,7 +82,7 @@ class SelectedAttention(Built):
         check_count("conv_size", conv_size, 1)
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
-        self.conv_size, self.conv_values = conv_size, conv_values
+        self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
         self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
 
     def make(self, dims: LayerDims) -> None:
@@ -96,7 +99,7 @@ class SelectedAttention(Built):
             self.q_norm, self.k_norm = (nn.RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
         if self.conv_size > 1:
             channels = (1 + self.conv_values) * dims.num_kv_heads * dims.head_dim
-            self.conv = ShortConvolution(channels, self.conv_size, activation=None)
+            self.conv = ShortConvolution(channels, self.conv_size, None, self.conv_init)
 
     def prepare(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ from hamblocks_ops import NEVER
 from hamblocks_ops.context import arguments_are_checked
 
 
+class Projected(NamedTuple):
+    """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]`, projected from x."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class CallsParts(nn.Module):
     """A module with the parts of a layer."""
 
@@ -39,6 +47,7 @@ class CallsParts(nn.Module):
     query_gate: QueryGate | None
     attention: Attention | None
     combiner: Combiner
+    _memory_projects: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,22 +73,24 @@ class CallsParts(nn.Module):
     def _remembered(
         self,
         x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        projected: Projected | None,
         position: Tensor,
         past: Any,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, MemoryTrace, Any]:
         """The read of the memory, its trace and its next state; without a memory, only a trace."""
         if self.memory is None:
+            assert projected is not None
+            _, k, v = projected
             group = self.dims.num_heads // self.dims.num_kv_heads
             k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
             return None, MemoryTrace(k, v, None, None, None, position), None
         metric = self._metric()
         given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
-        result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, q, k, v, **given)
-        contracts.check_memory(result, q, metric)
+        shared = None if self._memory_projects else projected
+        tokens = (None, None, None) if shared is None else shared
+        result: tuple[Tensor, MemoryTrace, Any] = self._call("memory", x, *tokens, **given)
+        contracts.check_memory(result, x, self.dims, metric)
         read, trace, state = result
         if metric is not None and trace.metric is None:  # a memory that does not say what it scored
             trace = trace._replace(metric=metric)
@@ -107,9 +118,12 @@ class CallsParts(nn.Module):
         result: GateOutput = self._call("gate", x, trace)
         contracts.check_gate(result, x, self.dims)
         score, logit_bias = result.score.detach(), result.logit_bias
-        if score.shape[2] in (1, self.dims.num_kv_heads):
+        heads, kv_heads = score.shape[2], self.dims.num_kv_heads
+        if heads in (1, kv_heads):
             return score, logit_bias
-        return score.unflatten(2, (self.dims.num_kv_heads, -1)).mean(3), logit_bias
+        if heads < kv_heads:  # a memory with fewer heads than attention has key/value heads
+            return score.repeat_interleave(kv_heads // heads, 2), logit_bias
+        return score.unflatten(2, (kv_heads, -1)).mean(3), logit_bias
 
     def _selected(
         self, score: Tensor, ledger: Any, position: Tensor, cu_seqlens: Tensor | None

@@ -6,25 +6,47 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hamblocks.norm import normalised
 from hamblocks.protocols import Built, LayerDims
+from hamblocks_ops.arguments import wrong
 
 
 class _Mix(Built):
     """Normalises each read per head, weights it per head by a gate on x, and projects the sum.
 
-    A layer with only one read has one norm and one gate.
+    A layer with only one read has one norm and one gate. Where the memory has sizes of its own,
+    each read has a projection of its own, and the projections are added.
     """
 
+    def __init__(self, output_gate: bool = False) -> None:
+        """Makes the part; the layer that owns it makes the parameters.
+
+        Args:
+            output_gate: multiply what is projected by SiLU(g_proj(x)), channel by channel, as
+                `fla.layers.GatedDeltaNet` does.
+        """
+        super().__init__()
+        self.output_gate = output_gate
+
     def make(self, dims: LayerDims) -> None:
+        sizes = []
         if dims.has_memory:
-            self.memory_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+            sizes.append(dims.memory_read)
+            self.memory_norm = nn.RMSNorm(dims.memory_read[1], eps=1e-6)
         if dims.has_attention:
+            sizes.append((dims.num_heads, dims.head_dim))
             self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
-        self.reads = dims.has_memory + dims.has_attention
-        self.gate_proj = nn.Linear(dims.hidden_size, self.reads * dims.num_heads)
-        self.o_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.hidden_size, bias=False)
+        self.heads = [heads for heads, _ in sizes]
+        self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
+        widths = [heads * dim for heads, dim in sizes]
+        # one projection of the sum where both reads have one size
+        self.is_joint = len(set(sizes)) == 1
+        width = widths[0] if self.is_joint else sum(widths)
+        self.o_proj = nn.Linear(width, dims.hidden_size, bias=False)
+        if self.output_gate:
+            self.g_proj = nn.Linear(dims.hidden_size, width, bias=False)
 
     def weights(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, H, reads]` -> the weight of each read, memory first."""
@@ -39,14 +61,28 @@ class _Mix(Built):
             reads.append(normalised(memory_read, self.memory_norm))
         if attention_read is not None:
             reads.append(normalised(attention_read, self.attention_norm))
-        logits = self.gate_proj(x).unflatten(-1, (-1, self.reads))
-        weights = self.weights(logits).to(x.dtype)
-        # slices instead of unbind: inductor in torch 2.13 computes wrong gradients of unbind here
-        mixed = weights[..., :1] * reads[0]
-        if len(reads) == 2:
-            mixed = mixed + weights[..., 1:] * reads[1]
-        y: Tensor = self.o_proj(mixed.to(x.dtype).flatten(2))
+        logits = self.gate_proj(x)
+        if self.is_joint:
+            weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)
+            # slices instead of unbind: inductor in torch 2.13 computes wrong gradients of unbind
+            mixed = weights[..., :1] * reads[0]
+            if len(reads) == 2:
+                mixed = mixed + weights[..., 1:] * reads[1]
+            joined = mixed.to(x.dtype).flatten(2)
+        else:
+            weights = self.apart(logits).to(x.dtype)
+            first = weights[..., : self.heads[0], None] * reads[0]
+            second = weights[..., self.heads[0] :, None] * reads[1]
+            # one product of both reads, side by side, is the sum of two projections
+            joined = torch.cat([first.to(x.dtype).flatten(2), second.to(x.dtype).flatten(2)], -1)
+        if self.output_gate:
+            joined = joined * F.silu(self.g_proj(x))
+        y: Tensor = self.o_proj(joined)
         return y
+
+    def apart(self, logits: Tensor) -> Tensor:
+        """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
+        raise NotImplementedError
 
 
 @final
@@ -57,11 +93,30 @@ class GatedSum(_Mix):
         """Sigmoid: each weight is in (0, 1)."""
         return logits.sigmoid()
 
+    def apart(self, logits: Tensor) -> Tensor:
+        """Sigmoid: each weight is in (0, 1)."""
+        return logits.sigmoid()
+
 
 @final
 class SoftmaxMix(_Mix):
     """Joins the reads with gates that sum to one."""
 
+    def make(self, dims: LayerDims) -> None:
+        """Makes the parameters.
+
+        Raises:
+            ValueError: the reads have different numbers of heads.
+        """
+        super().make(dims)
+        if len(set(self.heads)) > 1:
+            got = f"{self.heads[0]} heads of the memory and {self.heads[1]} of attention"
+            raise wrong("combiner", "reads with equally many heads, or GatedSum()", got)
+
     def weights(self, logits: Tensor) -> Tensor:
         """A softmax over the reads."""
         return torch.softmax(logits, -1)
+
+    def apart(self, logits: Tensor) -> Tensor:
+        """A softmax over the reads of every head."""
+        return torch.softmax(logits.unflatten(-1, (2, -1)), -2).flatten(-2)

@@ -18,8 +18,8 @@ from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_tensor, wrong
 
 
-def check_memory(result: object, q: Tensor, metric: str | None) -> None:
-    """Checks what the memory returned for queries `[B, T, H, D]`.
+def check_memory(result: object, x: Tensor, dims: LayerDims, metric: str | None) -> None:
+    """Checks what the memory returned for x `[B, T, hidden_size]`.
 
     Raises:
         ValueError: it is not (read, MemoryTrace, state), a shape is wrong, or it ignored `metric`.
@@ -27,8 +27,9 @@ def check_memory(result: object, q: Tensor, metric: str | None) -> None:
     if not isinstance(result, tuple) or len(result) != 3 or not isinstance(result[1], MemoryTrace):
         raise wrong("memory", "(read, MemoryTrace, state) from its call", _kind(result))
     read, trace, _ = result
-    _check_read("memory", read, q)
-    batch, tokens, heads, _ = q.shape
+    batch, tokens = x.shape[:2]
+    heads, dim = dims.memory_read
+    _check_read("memory", read, [batch, tokens, heads, dim])
     for name in ("k", "v"):
         _check_shape(f"memory: trace.{name}", getattr(trace, name), [batch, tokens, heads, None])
     if metric is not None and trace.score is None:
@@ -50,6 +51,9 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     rows = list(x.shape[:2])
     check_tensor("score", score, "[B, T, heads] from the gate", [*rows, None], like=x)
     allowed = {1, dims.num_kv_heads, dims.num_heads}
+    memory_heads, _ = dims.memory_read
+    if memory_heads % dims.num_kv_heads == 0 or dims.num_kv_heads % memory_heads == 0:
+        allowed.add(memory_heads)
     if score.shape[2] not in allowed:
         counts = ", ".join(map(str, sorted(allowed)))
         raise wrong("score", f"one of {counts} heads from the gate", f"{score.shape[2]} heads")
@@ -126,7 +130,7 @@ def check_attention(read: object, q: Tensor) -> None:
     Raises:
         ValueError: it is not a tensor of the shape of q.
     """
-    _check_read("attention", read, q)
+    _check_read("attention", read, list(q.shape))
 
 
 def check_combiner(y: object, x: Tensor) -> None:
@@ -188,9 +192,9 @@ def check_cache(
         raise wrong("state", expected, f"{sizes.streams}")
 
 
-def _check_read(name: str, read: object, q: Tensor) -> None:
-    if not isinstance(read, Tensor) or read.shape != q.shape:
-        raise wrong(name, f"a read [B, T, H, D] = {list(q.shape)} from its call", _kind(read))
+def _check_read(name: str, read: object, sizes: list[int]) -> None:
+    if not isinstance(read, Tensor) or list(read.shape) != sizes:
+        raise wrong(name, f"a read [B, T, H, D] = {sizes} from its call", _kind(read))
 
 
 def _check_shape(name: str, value: object, sizes: list[int | None]) -> None:

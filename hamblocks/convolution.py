@@ -25,34 +25,49 @@ class ShortConvolution(nn.Module):
         hidden_size: number of channels.
         kernel_size: number of taps.
         activation: "silu" or None.
+        init: "uniform" or "identity".
         weight: `[hidden_size, kernel_size]`; the last tap weighs the token itself, the one before
             it the token before, and so on.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int, activation: str | None = "silu") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        kernel_size: int,
+        activation: str | None = "silu",
+        init: str = "uniform",
+    ) -> None:
         """Makes the convolution with fresh weights.
 
         Args:
             hidden_size: number of channels, at least 1.
             kernel_size: number of taps, at least 1; 1 convolves nothing over time.
             activation: "silu", or None for the plain sum.
+            init: the weights at the start: "uniform" in +-kernel_size ** -0.5, or "identity", which
+                weighs the token itself 1 and the tokens before it 0.
 
         Raises:
-            ValueError: a size is not an integer of at least 1, or there is no such activation.
+            ValueError: a size is not an integer of at least 1, or there is no such activation or
+                init.
         """
         super().__init__()
         if activation not in ("silu", None):
             raise wrong("activation", '"silu" or None', repr(activation))
+        if init not in ("uniform", "identity"):
+            raise wrong("init", '"uniform" or "identity"', repr(init))
         check_count("hidden_size", hidden_size, 1)
         check_count("kernel_size", kernel_size, 1)
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
-        self.activation = activation
-        self.weight = nn.Parameter(self.fresh(hidden_size, kernel_size))
+        self.activation, self.init = activation, init
+        self.weight = nn.Parameter(self.fresh())
 
-    @staticmethod
-    def fresh(hidden_size: int, kernel_size: int) -> Tensor:
-        """Initial weights `[hidden_size, kernel_size]`, uniform in +-kernel_size ** -0.5."""
-        return torch.empty(hidden_size, kernel_size).uniform_(-1, 1) / math.sqrt(kernel_size)
+    def fresh(self) -> Tensor:
+        """Initial weights `[hidden_size, kernel_size]`."""
+        weight = torch.zeros(self.hidden_size, self.kernel_size)
+        if self.init == "identity":
+            weight[:, -1] = 1
+            return weight
+        return weight.uniform_(-1, 1) / math.sqrt(self.kernel_size)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -14,11 +14,12 @@ from hamblocks.assembly import (
     OrDefault,
     dims_of,
     parts_of,
+    projects_itself,
     warn_of_unsaved,
 )
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
-from hamblocks.calls import CallsParts
+from hamblocks.calls import CallsParts, Projected
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
@@ -126,12 +127,15 @@ class HAMLayer(CallsParts):
                 that the layer does not have.
         """
         super().__init__()
-        self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, memory, attention)
         parts = parts_of(memory, gate, selector, query_gate, attention, combiner)
+        has = parts["memory"], parts["attention"]
+        self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, *has)
         _, _, kv_heads, head_dim, *_ = self.dims
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
+        self._memory_projects = projects_itself(parts["memory"])
+        if self.dims.has_attention or not self._memory_projects:
+            self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+            self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
+            self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
         for name, part in parts.items():
             if isinstance(part, Buildable):
                 part.build(self.dims)
@@ -296,14 +300,18 @@ class HAMLayer(CallsParts):
             own = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
             position = position + own
         where = position, cu_seqlens
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.dims.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = None
+        if self.dims.has_attention or not self._memory_projects:
+            projected = Projected(
+                *(
+                    proj(x).unflatten(-1, (-1, self.dims.head_dim))
+                    for proj in (self.q_proj, self.k_proj, self.v_proj)
+                )
+            )
         past = None if state is None else state.memory
-        memory_read, trace, memory = self._remembered(x, q, k, v, position, past, cu_seqlens)
+        memory_read, trace, memory = self._remembered(x, projected, position, past, cu_seqlens)
         trace = trace if given_score is None else trace._replace(given=given_score)
-        if self.attention is None:
+        if self.attention is None or projected is None:
             y, stats = self._combined(x, memory_read, None), LayerStats(None, None, *where)
             if state is None or begin is None:
                 return LayerOutput(y, None, stats)
@@ -312,7 +320,7 @@ class HAMLayer(CallsParts):
         score, logit_bias = self._scored(x, trace)
         decision = self._asked(x, trace)
         prepared = None if state is None else state.attention
-        q, k, v, prepared = self._prepared(q, k, v, prepared, *where)
+        q, k, v, prepared = self._prepared(*projected, prepared, *where)
         call = _Call(q, k, v, score, logit_bias, *where, decision)
         reads = None if decision is None else decision.reads
         if state is None or begin is None:
@@ -431,7 +439,7 @@ class HAMLayer(CallsParts):
     ) -> None:
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
         check_floating("x", x)
-        weight = self.q_proj.weight
+        weight = next(self.parameters())
         if x.device != weight.device:
             raise wrong("x", f"device {weight.device}, as the layer", x)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):

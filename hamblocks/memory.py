@@ -32,7 +32,7 @@ class DeltaMemoryState(NamedTuple):
 
 
 class _DeltaRuleMemory(Built):
-    """What both delta rules share: convolution, unit keys, write strength, the recurrence.
+    """What both delta rules share: projections, convolution, unit keys, the recurrence.
 
     A subclass adds the decay.
     """
@@ -40,19 +40,66 @@ class _DeltaRuleMemory(Built):
     state_type: ClassVar[type[DeltaMemoryState]] = DeltaMemoryState
     """Type of the state: a saved state comes back as a plain tuple and is rebuilt with it."""
 
-    def __init__(self, conv_size: int, allow_neg_eigval: bool, impl: str) -> None:
+    def __init__(
+        self,
+        conv_size: int,
+        conv_init: str,
+        projections: str,
+        num_heads: int | None,
+        head_dim: int | None,
+        expand_v: float,
+        allow_neg_eigval: bool,
+        impl: str,
+    ) -> None:
         super().__init__()
         check_count("conv_size", conv_size, 1)
-        self.conv_size = conv_size
+        if projections not in ("shared", "own"):
+            raise wrong("projections", '"shared" or "own"', repr(projections))
+        sizes = {"num_heads": num_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None:
+                check_count(name, size, 1)
+        if projections == "shared" and (num_heads or head_dim or expand_v != 1):
+            expected = '"own" for a memory with sizes of its own (num_heads, head_dim, expand_v)'
+            raise wrong("projections", expected, '"shared"')
+        if not expand_v > 0:
+            raise wrong("expand_v", "a number > 0", repr(expand_v))
+        self.conv_size, self.conv_init = conv_size, conv_init
+        self.projections = projections
+        self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v
         self.allow_neg_eigval = allow_neg_eigval
         self.impl = impl
 
+    @property
+    def own_projections(self) -> bool:
+        """See `hamblocks.protocols.ProjectsItself`."""
+        return self.projections == "own"
+
+    def read_size(self, dims: LayerDims) -> tuple[int, int]:
+        """Heads and value size (see `hamblocks.protocols.ProjectsItself`).
+
+        Raises:
+            ValueError: `expand_v` times the size of a key is not an integer.
+        """
+        heads, key = self.num_heads or dims.num_heads, self.head_dim or dims.head_dim
+        value = key * self.expand_v
+        if value != int(value):
+            raise wrong("expand_v", f"a number that makes {key} * expand_v an integer", value)
+        return heads, int(value)
+
     def make(self, dims: LayerDims) -> None:
+        heads, value = self.read_size(dims)
+        key = self.head_dim or dims.head_dim
+        if self.own_projections:
+            self.q_proj, self.k_proj, self.v_proj = (
+                nn.Linear(dims.hidden_size, heads * size, bias=False) for size in (key, key, value)
+            )
+            channels = heads * (2 * key + value)
+        else:
+            channels = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim
         # one convolution for q, k and v side by side
-        self.conv = ShortConvolution(
-            (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim, self.conv_size
-        )
-        self.b_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
+        self.conv = ShortConvolution(channels, self.conv_size, init=self.conv_init)
+        self.b_proj = nn.Linear(dims.hidden_size, heads, bias=False)
 
     def decay(self, x: Tensor) -> Tensor | None:
         """Log decay `[B, T, H]` for x `[B, T, hidden]`, or None for no decay."""
@@ -61,9 +108,9 @@ class _DeltaRuleMemory(Built):
     def forward(
         self,
         x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
         *,
         position: Tensor,
         state: DeltaMemoryState | None = None,
@@ -76,9 +123,19 @@ class _DeltaRuleMemory(Built):
             ValueError: `state` is not the state of such a memory, or a bad argument of
                 `gated_delta_rule`.
         """
+        assert self.dims is not None
+        heads, value = self.read_size(self.dims)
+        if self.own_projections:
+            q, k, v = (
+                proj(x).unflatten(-1, (heads, -1))
+                for proj in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        assert q is not None
+        assert k is not None
+        assert v is not None
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            self._check_state(state, q, sequences)
+            self._check_state(state, x, (sequences, heads, q.shape[3], value))
         q, k, v, conv = self._convolved(q, k, v, None if state is None else state.conv, cu_seqlens)
         beta = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
         result = gated_delta_rule(
@@ -111,30 +168,33 @@ class _DeltaRuleMemory(Built):
 
         Queries and keys get unit length; keys and values are repeated under grouped heads.
         """
-        heads, kv_heads = q.shape[2], k.shape[2]
-        channels = torch.cat([x.flatten(2) for x in (q, k, v)], -1)
-        mixed, conv = self.conv(channels, past, cu_seqlens)
-        q, k, v = mixed.unflatten(-1, (heads + 2 * kv_heads, -1)).split(
-            [heads, kv_heads, kv_heads], 2
+        parts = q, k, v
+        widths = [x.shape[2] * x.shape[3] for x in parts]
+        mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
+        q, k, v = (
+            y.unflatten(-1, x.shape[2:])
+            for x, y in zip(parts, mixed.split(widths, -1), strict=True)
         )
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        heads, kv_heads = q.shape[2], k.shape[2]
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
         return q, k, v, conv
 
-    def _check_state(self, state: DeltaMemoryState, q: Tensor, sequences: int) -> None:
+    def _check_state(
+        self, state: DeltaMemoryState, x: Tensor, recurrent: tuple[int, int, int, int]
+    ) -> None:
         """Checks type, shapes and device; the dtype of a state may differ from that of x."""
         if not isinstance(state, DeltaMemoryState):
             raise wrong("state", "a DeltaMemoryState", type(state).__name__)
-        heads, dim = q.shape[2:]
         wanted = (
-            ("conv", (sequences, self.conv_size - 1, self.conv.hidden_size)),
-            ("recurrent", (sequences, heads, dim, dim)),
+            ("conv", (recurrent[0], self.conv_size - 1, self.conv.hidden_size)),
+            ("recurrent", recurrent),
         )
         for (name, sizes), tensor in zip(wanted, state, strict=True):
             fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == sizes
-            if not fits or tensor.device != q.device:
-                raise wrong(f"state.{name}", f"a tensor {list(sizes)} on {q.device}", tensor)
+            if not fits or tensor.device != x.device:
+                raise wrong(f"state.{name}", f"a tensor {list(sizes)} on {x.device}", tensor)
 
 
 @final
@@ -142,19 +202,43 @@ class DeltaMemory(_DeltaRuleMemory):
     """The delta rule without decay (Yang et al., arXiv 2406.06484)."""
 
     def __init__(
-        self, conv_size: int = 4, *, allow_neg_eigval: bool = False, impl: str = "auto"
+        self,
+        conv_size: int = 4,
+        *,
+        conv_init: str = "uniform",
+        projections: str = "shared",
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 1,
+        allow_neg_eigval: bool = False,
+        impl: str = "auto",
     ) -> None:
         """Makes the part; the layer that owns it makes the parameters.
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
+            conv_init: "uniform" or "identity" (see `ShortConvolution`).
+            projections: "shared": q, k and v are those of attention. "own": the memory projects x
+                itself, and may have sizes of its own.
+            num_heads: heads of the memory; None: those of the layer.
+            head_dim: size of a key; None: that of the layer.
+            expand_v: size of a value over that of a key.
             allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             impl: implementation of `gated_delta_rule`.
 
         Raises:
-            ValueError: `conv_size` is not an integer of at least 1.
+            ValueError: an argument is out of range, or the sizes need projections of their own.
         """
-        super().__init__(conv_size, allow_neg_eigval, impl)
+        super().__init__(
+            conv_size,
+            conv_init,
+            projections,
+            num_heads,
+            head_dim,
+            expand_v,
+            allow_neg_eigval,
+            impl,
+        )
 
     def decay(self, x: Tensor) -> None:
         """Returns None: nothing decays."""
@@ -172,6 +256,11 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         self,
         conv_size: int = 4,
         *,
+        conv_init: str = "uniform",
+        projections: str = "shared",
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 1,
         allow_neg_eigval: bool = False,
         A_init_range: Sequence[float] = (1.0, 16.0),
         dt_min: float = 0.001,
@@ -185,6 +274,12 @@ class GatedDeltaMemory(_DeltaRuleMemory):
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
+            conv_init: "uniform" or "identity" (see `ShortConvolution`).
+            projections: "shared": q, k and v are those of attention. "own": the memory projects x
+                itself, and may have sizes of its own.
+            num_heads: heads of the memory; None: those of the layer.
+            head_dim: size of a key; None: that of the layer.
+            expand_v: size of a value over that of a key.
             allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             A_init_range: two numbers > 0; exp(A_log) starts uniformly distributed between them.
             dt_min: softplus(dt_bias) starts log-uniformly distributed in [dt_min, dt_max].
@@ -192,9 +287,18 @@ class GatedDeltaMemory(_DeltaRuleMemory):
             impl: implementation of `gated_delta_rule`.
 
         Raises:
-            ValueError: `conv_size` is not an integer of at least 1, or a range is not one.
+            ValueError: an argument is out of range, or the sizes need projections of their own.
         """
-        super().__init__(conv_size, allow_neg_eigval, impl)
+        super().__init__(
+            conv_size,
+            conv_init,
+            projections,
+            num_heads,
+            head_dim,
+            expand_v,
+            allow_neg_eigval,
+            impl,
+        )
         self.A_init_range = list(A_init_range)
         self.dt_min, self.dt_max = dt_min, dt_max
         if len(self.A_init_range) != 2 or not 0 < self.A_init_range[0] <= self.A_init_range[1]:
@@ -205,8 +309,9 @@ class GatedDeltaMemory(_DeltaRuleMemory):
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
         super().make(dims)
-        self.a_proj = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
-        self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(dims.num_heads))
+        heads, _ = self.read_size(dims)
+        self.a_proj = nn.Linear(dims.hidden_size, heads, bias=False)
+        self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(heads))
 
     def initial_decay(self, heads: int) -> tuple[Tensor, Tensor]:
         """Initial `A_log` and `dt_bias`, `[heads]` each, drawn as in Mamba-2."""

@@ -35,11 +35,13 @@ class LayerDims(NamedTuple):
 
     Attributes:
         hidden_size: width of x.
-        num_heads: query heads, and heads of the memory (H).
+        num_heads: query heads, and heads of the memory unless it has its own number (H).
         num_kv_heads: key/value heads, a divisor of num_heads (Hkv).
         head_dim: size of a head (D).
         has_memory: whether the layer has a memory.
         has_attention: whether the layer has attention over stored tokens.
+        memory_heads: heads of the memory where they are not num_heads.
+        memory_dim: size of the memory's values where it is not head_dim.
     """
 
     hidden_size: int
@@ -48,9 +50,16 @@ class LayerDims(NamedTuple):
     head_dim: int
     has_memory: bool = True
     has_attention: bool = True
+    memory_heads: int | None = None
+    memory_dim: int | None = None
+
+    @property
+    def memory_read(self) -> tuple[int, int]:
+        """Heads and size of the memory's read."""
+        return self.memory_heads or self.num_heads, self.memory_dim or self.head_dim
 
     def __repr__(self) -> str:
-        names = self._fields[:4] if self.has_memory and self.has_attention else self._fields
+        names = self._fields[:4] if self[4:] == (True, True, None, None) else self._fields
         return f"LayerDims({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
 
@@ -124,9 +133,9 @@ class Memory(Protocol[State]):
     def __call__(
         self,
         x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
         *,
         position: Tensor,
         state: State | None = None,
@@ -137,7 +146,7 @@ class Memory(Protocol[State]):
 
         Args:
             x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`, like all tensors here.
-            q: `[B, T, H, D]`.
+            q: `[B, T, H, D]`. q, k and v are None for a memory that `ProjectsItself`.
             k: `[B, T, Hkv, D]`.
             v: `[B, T, Hkv, D]`.
             position: int32 `[B, T]`, position of each token within its sequence.
@@ -148,7 +157,23 @@ class Memory(Protocol[State]):
 
         Returns:
             The read `[B, T, H, D]` in the dtype of v, the trace, and the state for the next call.
+            A memory that `ProjectsItself` may have another H and D.
         """
+        ...
+
+
+@runtime_checkable
+class ProjectsItself(Protocol):
+    """A memory with projections of its own: it may have sizes of its own, and ignores q, k, v.
+
+    A layer calls it with None for q, k and v.
+    """
+
+    own_projections: bool
+    """Whether the memory projects x itself."""
+
+    def read_size(self, dims: LayerDims) -> tuple[int, int]:
+        """Heads and size of the read in a layer of these sizes."""
         ...
 
 

@@ -34,19 +34,34 @@ from hamblocks.protocols import (
     Selection,
 )
 from hamblocks.query_gates import ThresholdQueries
-from hamblocks.selectors import AllOf, AnyOf, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import (
+    AllOf,
+    AnyOf,
+    Budget,
+    Cooldown,
+    ErrorMass,
+    FirstTokens,
+    PromptFraction,
+    SublinearGrowth,
+    Threshold,
+    TopK,
+    Window,
+)
 from hamblocks.state import HAMState
 from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Budget",
     "CommittedWrite",
+    "Cooldown",
     "Decoder",
     "DecoderOutput",
     "DeltaMemory",
     "DeltaMemoryState",
     "DenseKeys",
+    "ErrorMass",
     "FirstTokens",
     "FixedThreshold",
     "GateOutput",
@@ -68,6 +83,7 @@ __all__ = [
     "PeriodicGate",
     "PredictionEntropy",
     "PredictionError",
+    "PromptFraction",
     "QueryGateOutput",
     "RandomGate",
     "RecallError",
@@ -76,6 +92,7 @@ __all__ = [
     "SharedGate",
     "ShortConvolution",
     "SoftmaxMix",
+    "SublinearGrowth",
     "SwiGLU",
     "TargetFraction",
     "Threshold",

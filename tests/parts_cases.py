@@ -147,6 +147,22 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(4),
         "query_gate": hb.ThresholdQueries(hb.SharedGate(hb.LearnedRouter()), 0.0, window=2),
     },
+    "memory-of-its-own-size": lambda: {
+        "memory": hb.GatedDeltaMemory(projections="own", num_heads=6, head_dim=2, expand_v=1.5),
+        "gate": hb.SharedGate(hb.PredictionError()),
+        "selector": hb.TopK(3),
+        "combiner": hb.GatedSum(output_gate=True),
+    },
+    "memory-of-its-own-width": lambda: {
+        "memory": hb.DeltaMemory(conv_init="identity", projections="own", expand_v=0.5),
+        "selector": hb.Threshold(0.9) | hb.Window(2),
+        "combiner": hb.SoftmaxMix(),
+    },
+    "memory-of-its-own-projections": lambda: {
+        "memory": hb.GatedDeltaMemory(projections="own"),
+        "selector": hb.Threshold(0.9) | hb.Window(2),
+        "combiner": hb.SoftmaxMix(output_gate=True),
+    },
     "convolved-keys": lambda: {
         "memory": hb.GatedDeltaMemory(2, A_init_range=(1.0, 1.0), dt_min=0.002, dt_max=0.002),
         "selector": hb.Threshold(0.9) | hb.Window(2),
@@ -271,25 +287,30 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     memory = layer.memory
     taps = memory.conv.weight
-    mixed = F.silu(convolved(torch.cat(projected, 1), taps))
+    own, counts = projected, (heads, kv_heads, kv_heads)
+    if memory.projections == "own":
+        own = [x @ p.weight.T for p in (memory.q_proj, memory.k_proj, memory.v_proj)]
+        counts = 3 * (memory.num_heads or heads,)
+    mixed = F.silu(convolved(torch.cat(own, 1), taps))
+    widths = [part.shape[1] for part in own]
     mq, mk, mv = (
-        part.unflatten(-1, (-1, dim))
-        for part in mixed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+        part.unflatten(-1, (count, -1))
+        for part, count in zip(mixed.split(widths, 1), counts, strict=True)
     )
-    mk, mv = (part.repeat_interleave(heads // kv_heads, 1) for part in (mk, mv))
+    mk, mv = (part.repeat_interleave(mq.shape[1] // part.shape[1], 1) for part in (mk, mv))
     mq, mk = (part / part.norm(dim=-1, keepdim=True) for part in (mq, mk))
     beta = torch.sigmoid(x @ memory.b_proj.weight.T) * (2 if memory.allow_neg_eigval else 1)
     decay = torch.ones_like(beta)
     if isinstance(memory, hb.GatedDeltaMemory):
         step = F.softplus(x @ memory.a_proj.weight.T + memory.dt_bias)
         decay = torch.exp(-memory.A_log.exp() * step)
-    state = x.new_zeros(heads, dim, dim)
+    state = x.new_zeros(mk.shape[1], mk.shape[2], mv.shape[2])
     remembered, residuals = torch.zeros_like(mv), torch.zeros_like(mv)
     for t in range(tokens):
         state = decay[t, :, None, None] * state
         residuals[t] = mv[t] - (mk[t, :, :, None] * state).sum(1)
         state = state + beta[t, :, None, None] * mk[t, :, :, None] * residuals[t, :, None]
-        remembered[t] = (mq[t, :, :, None] * state).sum(1) / dim**0.5
+        remembered[t] = (mq[t, :, :, None] * state).sum(1) / mq.shape[2] ** 0.5
 
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in projected)
     attention = layer.attention
@@ -335,11 +356,28 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     combiner = layer.combiner
     if isinstance(combiner, Sum):
         return Plain((remembered - attended).flatten(1), residuals, mv)
-    gates = (x @ combiner.gate_proj.weight.T + combiner.gate_proj.bias).view(tokens, heads, 2)
-    gates = gates.softmax(-1) if isinstance(combiner, hb.SoftmaxMix) else gates.sigmoid()
-    mixed = gates[..., :1] * rms(remembered, combiner.memory_norm)
-    mixed = mixed + gates[..., 1:] * rms(attended, combiner.attention_norm)
-    return Plain(mixed.flatten(1) @ combiner.o_proj.weight.T, residuals, mv)
+    reads = rms(remembered, combiner.memory_norm), rms(attended, combiner.attention_norm)
+    gates = x @ combiner.gate_proj.weight.T + combiner.gate_proj.bias
+    squash = torch.sigmoid
+    if isinstance(combiner, hb.SoftmaxMix):
+
+        def squash(pair):
+            return pair.softmax(-1)
+
+    if reads[0].shape == reads[1].shape:
+        gates = squash(gates.view(tokens, heads, 2))
+        mixed = (gates[..., :1] * reads[0] + gates[..., 1:] * reads[1]).flatten(1)
+    else:
+        paired = reads[0].shape[1] == heads
+        gates = gates.view(tokens, 2, heads).mT if paired else gates
+        gates = squash(gates).mT.flatten(1) if paired else squash(gates)
+        first, second = gates.split([read.shape[1] for read in reads], 1)
+        mixed = torch.cat(
+            [(first[..., None] * reads[0]).flatten(1), (second[..., None] * reads[1]).flatten(1)], 1
+        )
+    if combiner.output_gate:
+        mixed = mixed * F.silu(x @ combiner.g_proj.weight.T)
+    return Plain(mixed @ combiner.o_proj.weight.T, residuals, mv)
 
 
 def asked(layer: hb.HAMLayer, x: Tensor, residual: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

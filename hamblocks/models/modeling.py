@@ -166,7 +166,7 @@ class HAMPreTrainedModel(FollowsModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, ShortConvolution):
-            init.copy_(module.weight, module.fresh(*module.weight.shape))
+            init.copy_(module.weight, module.fresh())
         elif isinstance(module, GatedDeltaMemory):
             for weight, initial in zip(
                 (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True

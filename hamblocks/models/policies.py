@@ -46,7 +46,20 @@ from hamblocks.protocols import (
     Selector,
 )
 from hamblocks.query_gates import ThresholdQueries
-from hamblocks.selectors import AllOf, AnyOf, Combined, FirstTokens, Threshold, TopK, Window
+from hamblocks.selectors import (
+    AllOf,
+    AnyOf,
+    Budget,
+    Combined,
+    Cooldown,
+    ErrorMass,
+    FirstTokens,
+    PromptFraction,
+    SublinearGrowth,
+    Threshold,
+    TopK,
+    Window,
+)
 from hamblocks_ops.arguments import wrong
 
 Policy = dict[str, Any]
@@ -65,7 +78,19 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         SharedGate,
         WeightedSum,
     ),
-    "selector": (AllOf, AnyOf, FirstTokens, Threshold, TopK, Window),
+    "selector": (
+        AllOf,
+        AnyOf,
+        Budget,
+        Cooldown,
+        ErrorMass,
+        FirstTokens,
+        PromptFraction,
+        SublinearGrowth,
+        Threshold,
+        TopK,
+        Window,
+    ),
     "query_gate": (ThresholdQueries,),
     "controller": (FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),

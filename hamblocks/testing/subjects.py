@@ -22,7 +22,7 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace, reads_given
+from hamblocks.protocols import LayerDims, MemoryTrace, ProjectsItself, reads_given
 from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
@@ -205,14 +205,17 @@ class MemorySubject(Subject):
 
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Those of the `Memory` protocol."""
-        heads, dim = self.case.dims.num_heads, self.case.dims.head_dim
-        vectors, dtype = (heads, dim), self.case.dtype
+        dims = self.case.dims
+        sizes = dims.num_heads, dims.head_dim
+        if isinstance(self.part, ProjectsItself) and self.part.own_projections:
+            sizes = self.part.read_size(dims)
+        heads, dtype = sizes[0], self.case.dtype
         return {
-            "read": (vectors, dtype),
-            "k": (vectors, None),
-            "v": (vectors, None),
+            "read": (sizes, dtype),
+            "k": ((heads, None), None),
+            "v": (sizes, None),
             "beta": ((heads,), None),
-            "residual": (vectors, None),
+            "residual": (sizes, None),
             "score": ((heads,), None),
         }
 

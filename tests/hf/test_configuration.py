@@ -18,6 +18,11 @@ POLICIES = [
         {
             "type": "gated_delta_memory",
             "conv_size": 2,
+            "conv_init": "identity",
+            "projections": "own",
+            "num_heads": 3,
+            "head_dim": 4,
+            "expand_v": 2.0,
             "allow_neg_eigval": True,
             "A_init_range": [1.0, 2.0],
             "dt_min": 0.002,
@@ -27,7 +32,17 @@ POLICIES = [
     ),
     (
         "memory",
-        {"type": "delta_memory", "conv_size": 4, "allow_neg_eigval": False, "impl": "reference"},
+        {
+            "type": "delta_memory",
+            "conv_size": 4,
+            "conv_init": "uniform",
+            "projections": "shared",
+            "num_heads": None,
+            "head_dim": None,
+            "expand_v": 1,
+            "allow_neg_eigval": False,
+            "impl": "reference",
+        },
     ),
     ("gate", {"type": "prediction_error", "metric": "l2"}),
     ("gate", {"type": "learned_router", "width": 3, "gradient": "bias"}),
@@ -71,6 +86,7 @@ POLICIES = [
         {
             "type": "selected_attention",
             "conv_size": 2,
+            "conv_init": "uniform",
             "conv_values": True,
             "rope_theta": None,
             "qk_norm": False,
@@ -86,8 +102,8 @@ POLICIES = [
             "window": 8,
         },
     ),
-    ("combiner", {"type": "gated_sum"}),
-    ("combiner", {"type": "softmax_mix"}),
+    ("combiner", {"type": "gated_sum", "output_gate": True}),
+    ("combiner", {"type": "softmax_mix", "output_gate": False}),
     (
         "selector",
         {
@@ -138,6 +154,11 @@ def test_what_is_left_out_is_completed():
     assert complete("memory", {"type": "delta_memory"}) == {
         "type": "delta_memory",
         "conv_size": 4,
+        "conv_init": "uniform",
+        "projections": "shared",
+        "num_heads": None,
+        "head_dim": None,
+        "expand_v": 1,
         "allow_neg_eigval": False,
         "impl": "auto",
     }
@@ -177,7 +198,7 @@ def test_what_is_left_out_is_completed():
         ),
         (
             {"combiner": {"type": "gated_sum", "n": 1}},
-            r"^combiner gated_sum: expected the arguments \(none\), got n",
+            r"^combiner gated_sum: expected the arguments output_gate \(optional\), got n",
         ),
         (
             {"selector": {"type": "any_of", "of": []}},

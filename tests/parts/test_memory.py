@@ -107,3 +107,54 @@ def test_short_convolution_is_torch_conv1d(seed, size, lengths, cut):
 def test_sizes_of_the_convolution_are_checked(name, sizes):
     with pytest.raises(ValueError, match=rf"^{name}: expected an integer >= 1, got "):
         hb.ShortConvolution(*sizes)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 4), (6, 2), (2, 2)])
+def test_scores_of_a_memory_with_its_own_heads_reach_every_key_value_head(heads, kv_heads):
+    memory = hb.GatedDeltaMemory(projections="own", num_heads=heads, head_dim=2)
+    layer = hb.HAMLayer(8, 4, num_kv_heads=kv_heads, memory=memory, selector=hb.TopK(2)).double()
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    metric = layer.gate.metric
+    _, trace, _ = memory(x, None, None, None, position=torch.arange(5)[None], metric=metric)
+    score = layer(x).stats.score
+    assert score.shape == (1, 5, kv_heads)
+    for head in range(kv_heads):
+        own = range(head * heads // kv_heads, max((head + 1) * heads // kv_heads, 1))
+        own = own if heads >= kv_heads else [head * heads // kv_heads]
+        torch.testing.assert_close(score[..., head], trace.score[..., list(own)].mean(-1))
+
+
+def test_scores_that_fit_no_key_value_heads_are_refused():
+    memory = hb.GatedDeltaMemory(projections="own", num_heads=3)
+    layer = hb.HAMLayer(8, 2, memory=memory, selector=hb.TopK(2))
+    with pytest.raises(
+        ValueError, match=r"^score: expected one of 1, 2 heads from the gate, got 3"
+    ):
+        layer(torch.randn(1, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"projections": "mine"}, "projections"),
+        ({"num_heads": 3}, "projections"),
+        ({"projections": "own", "num_heads": 0}, "num_heads"),
+        ({"projections": "own", "expand_v": 0}, "expand_v"),
+        ({"conv_init": "zero"}, "init"),
+        ({"A_init_range": (0.0, 1.0)}, "A_init_range"),
+        ({"dt_min": 0.2}, "dt_min"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments, named):
+    with pytest.raises(ValueError, match=rf"^{named}: expected .*, got "):
+        hb.HAMLayer(8, 2, memory=hb.GatedDeltaMemory(**arguments), selector=hb.TopK(2))
+
+
+def test_the_first_decay_lies_in_its_range():
+    memory = hb.GatedDeltaMemory(A_init_range=(2.0, 3.0), dt_min=0.01, dt_max=0.02)
+    hb.HAMLayer(64, 32, memory=memory, selector=hb.TopK(2))
+    rate, step = memory.A_log.exp(), torch.nn.functional.softplus(memory.dt_bias)
+    assert (rate >= 2).all()
+    assert (rate <= 3).all()
+    assert (step >= 0.01 - 1e-6).all()
+    assert (step <= 0.02 + 1e-6).all()

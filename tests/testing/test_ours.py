@@ -57,7 +57,7 @@ def test_ops(check: Any) -> None:
         Loudness(),
     ],
     controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
-    combiners=[hb.GatedSum(), hb.SoftmaxMix()],
+    combiners=[hb.GatedSum(), hb.SoftmaxMix(), hb.GatedSum(output_gate=True)],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
         hb.ThresholdQueries(hb.LearnedRouter(), 0.0, window=2),
@@ -84,6 +84,22 @@ def test_small_parts(check: Any) -> None:
         (hb.TopK(4) | hb.TopK(2)) & (hb.Window(7) | hb.Threshold(0.5)),
         AtLeast(0.25),
         Smallest(3),
+        hb.TopK(3, delay=2),
+        hb.TopK(2, delay=100) & hb.Window(9),
+        hb.PromptFraction(0.4, 7),
+        hb.PromptFraction(0.5, 5) & (hb.FirstTokens(5) | hb.Window(3)),
+        hb.PromptFraction(0.0, 3),
+        hb.PromptFraction(1.0, 4),
+        hb.SublinearGrowth(0.5),
+        hb.SublinearGrowth(0.7, 1.5, max_tokens=9) & hb.Window(6),
+        hb.ErrorMass(0.6, 100),
+        hb.ErrorMass(0.9, 3) | hb.Window(2),
+        hb.Cooldown(hb.Threshold(0.25), 3),
+        hb.Cooldown(hb.Threshold(trained()) | hb.TopK(2, delay=1), 2),
+        hb.Budget(hb.Threshold(0.25) | hb.Window(4), 3),
+        hb.Budget(hb.TopK(4, delay=2), 2) | hb.FirstTokens(1),
+        hb.Budget(hb.Threshold(0.25) & hb.Window(5), 3, leaves="lowest"),
+        hb.Budget(hb.Cooldown(hb.TopK(4), 2) | hb.Window(2), 2, leaves="lowest"),
     ]
 )
 def test_selectors(check: Any) -> None:
@@ -96,6 +112,7 @@ def test_selectors(check: Any) -> None:
         hb.GatedDeltaMemory(allow_neg_eigval=True, impl="reference"),
         hb.DeltaMemory(),
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
+        hb.GatedDeltaMemory(2, projections="own", num_heads=3, head_dim=4, expand_v=0.5),
     ],
     attentions=[
         hb.SelectedAttention(),
@@ -133,6 +150,13 @@ def test_layers_of_every_part(check: Any) -> None:
     | {
         "no-memory": hb.HAMLayer(8, 2, memory=None),
         "no-attention": hb.HAMLayer(8, 2, attention=None),
+        "as-in-fla": hb.HAMLayer(
+            8,
+            2,
+            memory=hb.GatedDeltaMemory(projections="own", head_dim=2, expand_v=2),
+            attention=None,
+            combiner=hb.GatedSum(output_gate=True),
+        ),
     }
 )
 def test_layers(check: Any) -> None:

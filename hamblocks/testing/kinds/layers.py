@@ -26,7 +26,7 @@ from hamblocks.testing.common import EDGES, SPLIT, cases_of, common, edges_of, e
 from hamblocks.testing.comparing import assert_never_longer, by_token, prefixed
 from hamblocks.testing.inputs.draw import borders
 from hamblocks.testing.inputs.parts import PartInputs, part_inputs
-from hamblocks.testing.kinds.selectors import at, thresholds
+from hamblocks.testing.kinds.selectors import at, thresholds, why_not_monotone
 from hamblocks.testing.subjects import LayerSubject, Results, made
 from hamblocks_ops import NEVER
 
@@ -238,10 +238,10 @@ def _no_ham_layer(part: Any, _options: Options) -> str | None:
     return None if isinstance(part, HAMLayer) else "it is not a HAMLayer"
 
 
-def _no_threshold(part: Any, options: Options) -> str | None:
+def _not_monotone(part: Any, options: Options) -> str | None:
     if _no_ham_layer(part, options) is not None:
         return "it is not a HAMLayer"
-    return None if thresholds(part) else "it has no threshold to set"
+    return why_not_monotone(part) if thresholds(part) else "it has no threshold to set"
 
 
 def _no_fork(part: Any, options: Options) -> str | None:
@@ -292,7 +292,7 @@ CHECKS = [
         "raising_tau_never_keeps_more",
         _raising_tau_never_keeps_more,
         edges=EDGES,
-        applies=_no_threshold,
+        applies=_not_monotone,
     ),
     _check("refuses_bad_input", _refuses_bad_input, None, edges_of({})),
 ]

@@ -365,8 +365,16 @@ def _no_ledger(part: Any, _options: Options) -> str | None:
     return "it never revises a lifetime, so it has no ledger" if start(part, 1, 1) is None else None
 
 
-def _no_threshold(part: Any, _options: Options) -> str | None:
-    return None if thresholds(part) else "it has no threshold to set"
+def why_not_monotone(part: Any) -> str | None:
+    """Why a higher threshold may keep a token longer; None if it may not."""
+    inside = part.modules() if isinstance(part, nn.Module) else [part]
+    if all(getattr(one, "monotone", True) for one in inside):
+        return None
+    return "it says monotone = False: what it refuses leaves places to others"
+
+
+def _not_monotone(part: Any, _options: Options) -> str | None:
+    return why_not_monotone(part) if thresholds(part) else "it has no threshold to set"
 
 
 def _no_plain_threshold(part: Any, _options: Options) -> str | None:
@@ -438,7 +446,7 @@ CHECKS = [
     _check("nothing_given_changes", _nothing_given_changes, applies=_not_causal, share=2),
     _check("reads_no_unwritten_memory", _reads_no_unwritten_memory, applies=_not_causal, share=2),
     _check("or_and_and_are_a_lattice", _or_and_and_are_a_lattice, share=2),
-    _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, applies=_no_threshold),
+    _check("raising_tau_never_keeps_more", _raising_tau_never_keeps_more, applies=_not_monotone),
     _check(
         "threshold_is_reached_by_equal_scores",
         _threshold_is_reached_by_equal_scores,

@@ -21,10 +21,11 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     if tokens == 0 or k == 0:
         return position.clone()
     # independent rankings side by side: [B * H, T]
-    rank = _rank(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
+    rank = ranks(score, position).transpose(1, 2).reshape(-1, tokens).contiguous()
     index = torch.arange(tokens, device=score.device)
     start = torch.zeros_like(index) if sequence is None else torch.searchsorted(sequence, sequence)
-    worst = _kth_smallest(rank, start, k)
+    low, high = start.expand_as(rank), (index + 1).expand_as(rank)
+    worst = kth_smallest(rank, low, high, torch.full_like(rank, k - 1))
     # fewer than k tokens seen: nothing is beaten yet
     worst = torch.where(index - start + 1 >= k, worst, tokens)
     # strength of theta_t, and of a token: tokens - rank. Token j leaves at the first t whose
@@ -44,7 +45,7 @@ def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Te
     return torch.where(position < 0, position, when)
 
 
-def _rank(score: Tensor, position: Tensor) -> Tensor:
+def ranks(score: Tensor, position: Tensor) -> Tensor:
     """Rank of every token in its ranking, 0 the best; ties to the earlier token, padding last."""
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
@@ -55,13 +56,20 @@ def _rank(score: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, ranks)
 
 
-def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
-    """k-th smallest of rank[:, start[t] : t + 1] for every t; undefined for shorter ranges."""
-    rows, tokens = rank.shape
-    low = start.expand(rows, tokens)
-    high = torch.arange(1, tokens + 1, device=rank.device).expand(rows, tokens)
-    wanted = torch.full_like(rank, k - 1)
-    found = torch.zeros_like(rank)
+def kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Tensor:
+    """Order statistics of ranges of a permutation, each in O(log T).
+
+    Args:
+        rank: int64 `[R, T]`, a permutation of 0 ... T - 1 in every row.
+        low: int64 `[R, Q]`, the first column of each range.
+        high: int64 `[R, Q]`, the column after the last one.
+        wanted: int64 `[R, Q]`, which of the ranks in the range, 0 the smallest.
+
+    Returns:
+        int64 `[R, Q]`: `rank[low:high].sort()[wanted]`; undefined where the range is too short.
+    """
+    tokens = rank.shape[1]
+    found = torch.zeros_like(low)
     level = rank
     # one level per bit of the rank, the highest first; a level sorts tokens stably by that bit. low
     # and high bound the range of each prefix within the level: it holds the ranks that agree with
@@ -77,7 +85,7 @@ def _kth_smallest(rank: Tensor, start: Tensor, k: int) -> Tensor:
         low = torch.where(right, zeros + low - low_zero, low_zero)
         high = torch.where(right, zeros + high - high_zero, high_zero)
         found = found | (right.long() << bit)
-        place = torch.arange(tokens, device=rank.device).expand(rows, tokens)
+        place = torch.arange(tokens, device=rank.device).expand_as(rank)
         place = torch.where(one == 1, zeros + place - zeros_before[:, :-1], zeros_before[:, :-1])
         level = torch.empty_like(level).scatter_(1, place, level)
     return found

@@ -1,0 +1,236 @@
+"""Selectors against their definitions, as loops over the tokens of one sequence and head."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hamblocks as hb
+from hamblocks.ops import NEVER
+from hamblocks.testing import scores
+
+COUNTS = st.integers(0, 6)
+
+
+def beats(a, b):
+    """Whether (score, token) a ranks before b."""
+    return (-a[0], a[1]) < (-b[0], b[1])
+
+
+def naive_topk(row, k):
+    """When k tokens have beaten each token."""
+    lived = []
+    for j, x in enumerate(row):
+        better = [t for t, y in enumerate(row) if beats((y, t), (x, j))]
+        lost = [t for t in range(j, len(row)) if sum(i <= t for i in better) >= k]
+        lived.append(lost[0] if lost else NEVER)
+    return lived
+
+
+def naive_delayed(row, k, delay):
+    """At every time, those compete that came `delay` tokens ago or earlier."""
+    lived = [NEVER] * len(row)
+    for t in range(len(row) + delay):
+        old = sorted((-row[i], i) for i in range(len(row)) if i <= t - delay)
+        for _, j in old[k:]:
+            lived[j] = min(lived[j], t)
+    return lived
+
+
+def naive_cooldown(inner, n):
+    last, lived = -math.inf, []
+    for j, end in enumerate(inner):
+        admitted = end > j and j - last >= n
+        last = j if admitted else last
+        lived.append(end if admitted else j)
+    return lived
+
+
+def naive_budget(inner, tokens):
+    stored, lived = [], list(inner)
+    for t in range(len(inner)):
+        stored = [j for j in stored if lived[j] > t]
+        if inner[t] > t:
+            stored.append(t)
+        if len(stored) > tokens:
+            lived[stored.pop(0)] = t
+    return lived
+
+
+def naive_lowest(row, inner, tokens):
+    """The best tokens that inner admitted; those that ended still compete."""
+    stored, lived = [], list(inner)
+    for t in range(len(inner)):
+        if inner[t] > t:
+            stored = sorted([*stored, (-row[t], t)])
+        for _, j in stored[tokens:]:
+            lived[j] = min(lived[j], t)
+        stored = stored[:tokens]
+    return lived
+
+
+def naive_prompt(row, fraction, length):
+    """In a prompt that is not complete, a lifetime that ends at `length` is still without end."""
+    best = sorted((-x, j) for j, x in enumerate(row[:length]))
+    lost = [j for _, j in best[math.ceil(fraction * length) :]]
+    return [length if j in lost else NEVER for j in range(len(row))]
+
+
+def naive_growth(row, places):
+    stored, lived = [], [NEVER] * len(row)
+    for t, x in enumerate(row):
+        stored = sorted([*stored, (-x, t)])
+        for _, j in stored[places(t) :]:
+            lived[j] = t
+        stored = stored[: places(t)]
+    return lived
+
+
+def naive_mass(row, share, capacity):
+    """In exact arithmetic, over the scores as `ErrorMass` counts them."""
+    most = torch.finfo(torch.float32).max
+    row = [Fraction(min(max(x, 0.0), most)) for x in row]
+    stored, lived, total = [], [NEVER] * len(row), Fraction(0)
+    for t, x in enumerate(row):
+        stored, total = sorted([*stored, (-x, t)]), total + x
+        prefix, reached = [], Fraction(0)
+        for y, j in stored:
+            if reached >= Fraction(share) * total or len(prefix) == capacity:
+                lived[j] = t
+            else:
+                prefix.append((y, j))
+                reached -= y
+        stored = prefix
+    return lived
+
+
+def compare(selector, naive, case, inner=None):
+    """One pass gives what `naive(row)` or `naive(row, inner's lifetimes)` gives for every row.
+
+    The kit's checks compare pieces, packed batches and padding with one pass.
+    """
+    score = case.tensors()["score"]
+    got = selector(score).evict_at
+    inside = None if inner is None else inner(score).evict_at
+    score = score.double().masked_fill(score.isnan(), -math.inf)
+    for b in range(score.shape[0]):
+        for h in range(score.shape[2]):
+            row = score[b, :, h].tolist()
+            args = (row,) if inside is None else (row, inside[b, :, h].tolist())
+            assert got[b, :, h].tolist() == naive(*args), row
+
+
+def rows(tokens=24):
+    return scores(
+        packed=None, empty_rows=False, tokens=st.integers(1, tokens), batch=st.integers(1, 2)
+    )
+
+
+@given(case=rows(), k=COUNTS, delay=st.integers(0, 30))
+def test_topk_with_a_delay_lets_tokens_compete_after_the_window(case, k, delay):
+    compare(hb.TopK(k, delay), lambda row: naive_delayed(row, k, delay), case)
+    if delay == 0:
+        compare(hb.TopK(k), lambda row: naive_topk(row, k), case)
+
+
+def test_a_delayed_lifetime_never_wraps_around():
+    score = torch.tensor([1.0, 2.0, 3.0])[None, :, None]
+    for delay in (NEVER - 1, NEVER, NEVER + 5, 2**40):
+        assert hb.TopK(1, delay)(score).evict_at.flatten().tolist() == [NEVER] * 3
+    assert hb.TopK(1, NEVER - 2)(score).evict_at.flatten().tolist() == [NEVER - 1, NEVER, NEVER]
+
+
+@given(case=rows(), fraction=st.sampled_from([0, 0.25, 0.5, 0.75, 1]), length=st.integers(0, 12))
+def test_a_fraction_of_the_prompt_is_kept_from_its_end_on(case, fraction, length):
+    compare(
+        hb.PromptFraction(fraction, length), lambda row: naive_prompt(row, fraction, length), case
+    )
+
+
+def test_a_fraction_counts_as_it_is_written():
+    assert hb.PromptFraction(0.1, 30).count == 3
+    assert hb.PromptFraction(0.07, 100).count == 7
+    assert hb.PromptFraction(1 / 3, 30).count == 10
+    score = torch.arange(5.0)[None, :, None]
+    assert hb.PromptFraction(0.3, 5)(score).evict_at.flatten().tolist() == [5, 5, 5, NEVER, NEVER]
+
+
+@given(
+    case=rows(40),
+    exponent=st.sampled_from([0.1, 0.5, 0.75, 0.9]),
+    scale=st.sampled_from([0.3, 1.0, 2.5]),
+    most=st.sampled_from([1, 5, 16, 65536]),
+)
+def test_growth_drops_the_worst_when_its_places_are_taken(case, exponent, scale, most):
+    def places(t):
+        # the power of a square or of a fourth power is whole, and math.pow is exact for it
+        return min(math.ceil(scale * math.pow(min(t + 1, most), exponent) - 1e-10), most)
+
+    selector = hb.SublinearGrowth(exponent, scale, most)
+    compare(selector, lambda row: naive_growth(row, places), case)
+
+
+@given(case=rows(40), share=st.sampled_from([0, 0.25, 0.5, 0.75, 1]), capacity=st.integers(1, 30))
+def test_error_mass_is_the_least_set_that_reaches_the_share(case, share, capacity):
+    def rounded(score):  # so that float64 sums are exact
+        return (score.clamp(-4, 4) * 64).round() / 64
+
+    class Rounded(torch.nn.Module):
+        def forward(self, score):
+            return hb.ErrorMass(share, capacity)(rounded(score))
+
+    def naive(row):
+        return naive_mass(rounded(torch.tensor(row)).tolist(), share, capacity)
+
+    compare(Rounded(), naive, case)
+
+
+@given(case=rows(40), share=st.floats(0.05, 0.95))
+def test_stored_tokens_carry_the_share_of_all_errors(case, share):
+    score = case.tensors()["score"].nan_to_num(0, 3, 0).double()
+    evict_at = hb.ErrorMass(share, 100)(score).evict_at
+    for t in range(score.shape[1]):
+        seen = score[:, : t + 1].clamp(min=0)
+        carried = (seen * (evict_at[:, : t + 1] > t)).sum(1)
+        assert (carried >= share * seen.sum(1) * (1 - 1e-12)).all()
+
+
+INNER = [
+    hb.Threshold(0.0),
+    hb.Threshold(-math.inf),
+    hb.Threshold(math.inf),
+    hb.Window(4),
+    hb.TopK(3),
+    hb.TopK(2, 3) | hb.FirstTokens(1),
+    hb.TopK(5) & hb.Window(6),
+]
+
+
+@pytest.mark.parametrize("inner", INNER, ids=range(len(INNER)))
+@given(case=rows(), n=st.integers(1, 7))
+def test_cooldown_refuses_what_comes_too_early(inner, case, n):
+    compare(hb.Cooldown(inner, n), lambda _, lived: naive_cooldown(lived, n), case, inner)
+
+
+@pytest.mark.parametrize("inner", INNER, ids=range(len(INNER)))
+@given(case=rows(), tokens=COUNTS)
+def test_budget_gives_the_place_of_the_oldest(inner, case, tokens):
+    selector = hb.Budget(inner, tokens)
+    compare(selector, lambda _, lived: naive_budget(lived, tokens), case, inner)
+    selector = hb.Budget(inner, tokens, leaves="lowest")
+    compare(selector, lambda row, lived: naive_lowest(row, lived, tokens), case, inner)
+
+
+@pytest.mark.parametrize("leaves", ["oldest", "lowest"])
+@given(case=rows(), tokens=COUNTS, data=st.data())
+def test_a_budget_is_never_exceeded(leaves, case, tokens, data):
+    inner = data.draw(st.sampled_from(INNER))
+    score = case.tensors()["score"]
+    evict_at = hb.Budget(inner, tokens, leaves=leaves)(score).evict_at
+    for t in range(score.shape[1]):
+        assert (evict_at[:, : t + 1] > t).sum(1).le(tokens).all()
