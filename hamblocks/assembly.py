@@ -76,10 +76,10 @@ def dims_of(
     attention: object,
 ) -> LayerDims:
     """Checks and completes the sizes of a layer."""
+    hidden_size = check_count("hidden_size", hidden_size, 1)
+    num_heads = check_count("num_heads", num_heads, 1)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    for name, value in sizes.items():
-        check_count(name, value, 1)
+    num_kv_heads = check_count("num_kv_heads", num_kv_heads, 1)
     if num_heads % num_kv_heads:
         raise wrong("num_kv_heads", f"a divisor of num_heads = {num_heads}", str(num_kv_heads))
     if head_dim is None:
@@ -87,7 +87,7 @@ def dims_of(
             expected = f"a multiple of num_heads = {num_heads}, or head_dim"
             raise wrong("hidden_size", expected, str(hidden_size))
         head_dim = hidden_size // num_heads
-    check_count("head_dim", head_dim, 1)
+    head_dim = check_count("head_dim", head_dim, 1)
     if memory is None and attention is None:
         raise wrong("attention", "a memory, attention or both", "None for both")
     has = memory is not None, attention is not None

@@ -9,6 +9,8 @@ The layer never calls a part without a token: B and T are at least 1 in every ca
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -465,14 +467,19 @@ def check_part(name: str, part: object) -> None:
         raise wrong(name, "a part (a callable object, see hamblocks.protocols)", part)
 
 
-def check_count(name: str, value: object, least: int = 0) -> None:
-    """Checks an integer that is at least `least`.
+def check_count(name: str, value: object, least: int = 0) -> int:
+    """Checks an integer, of Python or numpy, that is at least `least`.
+
+    Returns:
+        The same number as an `int`, which is what a part stores: JSON knows no other integers.
 
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or operator.index(value) < least:  # type: ignore[arg-type]
         raise wrong(name, f"an integer >= {least}", value)
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 class Built(torch.nn.Module):

@@ -5,7 +5,14 @@ from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
 from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, hook_controllers, step_controllers
+from hamblocks.controllers import (
+    AnnealedFraction,
+    ElasticFraction,
+    FixedThreshold,
+    TargetFraction,
+    hook_controllers,
+    step_controllers,
+)
 from hamblocks.convolution import ShortConvolution
 from hamblocks.gates import (
     CommittedWrite,
@@ -52,6 +59,7 @@ from hamblocks_ops import explain
 
 __all__ = [
     "AllOf",
+    "AnnealedFraction",
     "AnyOf",
     "Budget",
     "CommittedWrite",
@@ -61,6 +69,7 @@ __all__ = [
     "DeltaMemory",
     "DeltaMemoryState",
     "DenseKeys",
+    "ElasticFraction",
     "ErrorMass",
     "FirstTokens",
     "FixedThreshold",

@@ -85,10 +85,10 @@ class KVCache:
         Raises:
             ValueError: a size is not an integer, or too small.
         """
-        check_count("batch_size", batch_size)
-        check_count("page_size", page_size, 1)
+        batch_size = check_count("batch_size", batch_size)
+        page_size = check_count("page_size", page_size, 1)
         if max_pages is not None:
-            check_count("max_pages", max_pages)
+            max_pages = check_count("max_pages", max_pages)
         self._own: Streams | Unallocated = Unallocated(batch_size, page_size, max_pages)
         self._turn = 0
 
@@ -257,7 +257,7 @@ class KVCache:
         Raises:
             ValueError: the pool would exceed `max_pages`; the cache is as it was.
         """
-        check_count("steps", steps)
+        steps = check_count("steps", steps)
         own = self._newest()
         if isinstance(own, Unallocated):
             own.steps = steps

@@ -220,7 +220,7 @@ class HAMConfig(PreTrainedConfig):
 
     def _complete_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            check_count(name, getattr(self, name), 1)
+            setattr(self, name, check_count(name, getattr(self, name), 1))
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads

@@ -51,8 +51,8 @@ class Decoder(nn.Module):
                 sizes, or a `PredictionEntropy` has another vocabulary.
         """
         super().__init__()
-        check_count("vocab_size", vocab_size, 1)
-        check_count("num_layers", num_layers, 1)
+        vocab_size = check_count("vocab_size", vocab_size, 1)
+        num_layers = check_count("num_layers", num_layers, 1)
         self.stack = Stack(HAMBlock(layer(index)) for index in range(num_layers))
         self.embedding = nn.Embedding(vocab_size, self.stack.hidden_size)
         self.head = nn.Linear(self.stack.hidden_size, vocab_size, bias=False)

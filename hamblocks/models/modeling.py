@@ -28,7 +28,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from hamblocks.block import HAMBlock
-from hamblocks.controllers import FixedThreshold, TargetFraction
+from hamblocks.controllers import FixedThreshold, SampledThreshold
 from hamblocks.convolution import ShortConvolution
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
@@ -172,22 +172,23 @@ class HAMPreTrainedModel(FollowsModel):
                 (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True
             ):
                 init.copy_(weight, initial)
-        elif isinstance(module, (FixedThreshold, TargetFraction)) and lacks(self, module.tau):
+        elif isinstance(module, (FixedThreshold, SampledThreshold)) and lacks(self, module.tau_sum):
             module.reset()
 
     def set_keep_fraction(self, fraction: float) -> None:
-        """Sets a new target for every `TargetFraction` of a trained model.
+        """Moves the threshold of every controller with a sample, as `TargetFraction` has.
 
-        A smaller fraction makes decoding cheaper and loses quality.
+        A smaller fraction makes decoding cheaper and loses quality. The target fractions of
+        training, and so the configuration, stay as they are.
 
         Args:
             fraction: the fraction of tokens to keep, in [0, 1].
 
         Raises:
-            ValueError: `fraction` is outside [0, 1], the model has no `TargetFraction`, or a
-                controller has not seen a score yet.
+            ValueError: `fraction` is outside [0, 1], or the model has no `TargetFraction` or other
+                controller with a sample.
         """
-        controllers = [module for module in self.modules() if isinstance(module, TargetFraction)]
+        controllers = [module for module in self.modules() if isinstance(module, SampledThreshold)]
         if not controllers:
             raise wrong("fraction", "a model with a TargetFraction to set", "one without")
         for controller in controllers:

@@ -13,6 +13,7 @@ Nothing is imported by name. Parts of a user's own go to the model as objects (`
 from __future__ import annotations
 
 import inspect
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -22,7 +23,13 @@ from torch import Tensor
 
 from hamblocks.attention import SelectedAttention
 from hamblocks.combiners import GatedSum, SoftmaxMix
-from hamblocks.controllers import FixedThreshold, TargetFraction, shortest
+from hamblocks.controllers import (
+    AnnealedFraction,
+    ElasticFraction,
+    FixedThreshold,
+    TargetFraction,
+    shortest,
+)
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
@@ -92,7 +99,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         Window,
     ),
     "query_gate": (ThresholdQueries,),
-    "controller": (FixedThreshold, TargetFraction),
+    "controller": (AnnealedFraction, ElasticFraction, FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
     "combiner": (GatedSum, SoftmaxMix),
 }
@@ -136,7 +143,7 @@ def complete(kind: str, policy: object) -> Policy:
     Raises:
         ValueError: an unknown name or argument, or a missing one; the message lists what exists.
     """
-    if kind == "controller" and isinstance(policy, (int, float)) and not isinstance(policy, bool):
+    if kind == "controller" and isinstance(policy, numbers.Real) and not isinstance(policy, bool):
         policy = {"type": name_of(FixedThreshold), "tau": float(policy)}
     names = TABLE[kind]
     if not isinstance(policy, dict) or not isinstance(policy.get("type"), str):
@@ -207,6 +214,17 @@ def policy_of(kind: str, part: object) -> Policy:
     return {"type": name_of(own), **values}
 
 
+def _plain(value: Any) -> Any:
+    """An argument as JSON gives it back: a list for a tuple, numbers of torch and numpy as Python's."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, Tensor):
+        return shortest(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def _complete_sides(kind: str, where: str, given: dict[str, Any]) -> list[Policy]:
     """The sides of `|` or `&`, which a policy lists under "of"."""
     sides = given.get("of")
@@ -243,13 +261,6 @@ def _defaults(part: type[Any]) -> dict[str, Any]:
         # a class without a constructor of its own shows nn.Module's *args and **kwargs
         if parameter.kind not in variadic
     }
-
-
-def _plain(value: Any) -> Any:
-    """An argument as JSON gives it back: a list for a tuple, a number for a tensor."""
-    if isinstance(value, tuple):
-        return list(value)
-    return shortest(value) if isinstance(value, Tensor) else value
 
 
 class _Inner(NamedTuple):

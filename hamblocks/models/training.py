@@ -7,15 +7,20 @@ from typing import Any, final
 from torch import nn
 from transformers import TrainerCallback
 
-from hamblocks.controllers import step_controllers
+from hamblocks.controllers import save_with_adapter, step_controllers
 
 
 @final
 class ControllerCallback(TrainerCallback):
     """Moves the thresholds of a model after every optimizer step.
 
-    Pass it to the Trainer: `Trainer(..., callbacks=[ControllerCallback()])`.
+    Pass it to the Trainer: `Trainer(..., callbacks=[ControllerCallback()])`. An adapter of peft
+    saves the thresholds too.
     """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer calls this once, before the first step."""
+        save_with_adapter(kwargs["model"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer calls this once per update, for any number of accumulated batches."""

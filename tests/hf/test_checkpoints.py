@@ -85,7 +85,13 @@ def test_thresholds_stay_float32_in_bfloat16(tmp_path):
     made.save_pretrained(tmp_path)
     loaded = HAMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     before, after = buffers(made), buffers(loaded)
-    assert {name.rsplit(".")[-1] for name in before} >= {"tau", "target", "started", "sample"}
+    assert {name.rsplit(".")[-1] for name in before} >= {
+        "tau_sum",
+        "tau_weight",
+        "target",
+        "sampled",
+        "quantiles",
+    }
     for name, buffer in before.items():
         assert after[name].dtype == buffer.dtype
         assert torch.equal(bits(after[name]), bits(buffer)), name
@@ -145,17 +151,32 @@ HYBRID = {"layer_types": ["hybrid", "full_attention", "hybrid"]}
 
 def test_the_configuration_says_what_was_changed_in_a_model(tmp_path):
     made = model(selector=target(), **HYBRID)
-    made.set_keep_fraction(0.4)
+    for one in controllers(made, hb.TargetFraction):
+        one.fraction = 0.4
     made.save_pretrained(tmp_path)
     loaded = HAMForCausalLM.from_pretrained(tmp_path)
     assert [one.fraction for one in controllers(loaded, hb.TargetFraction)] == [0.4, 0.4]
     assert loaded.config.selector["of"][0]["controller"]["fraction"] == 0.4
     # one layer alone
-    controllers(loaded, hb.TargetFraction)[1].set_fraction(0.1)
+    controllers(loaded, hb.TargetFraction)[1].fraction = 0.1
     loaded.save_pretrained(tmp_path)
     of = AutoModel.from_pretrained(tmp_path).config.selector
     fractions = [policy["of"][0]["controller"]["fraction"] for policy in of]
     assert (fractions[0], fractions[2]) == (0.4, 0.1)
+
+
+def test_the_keep_fraction_in_use_is_saved_and_leaves_the_target(tmp_path):
+    made = model(selector=target(), **HYBRID)
+    before = [float(one.tau) for one in controllers(made, hb.TargetFraction)]
+    made.set_keep_fraction(0.1)
+    made.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.selector["of"][0]["controller"]["fraction"] == 0.3
+    for one, other, old in zip(
+        *(controllers(x, hb.TargetFraction) for x in (made, loaded)), before, strict=True
+    ):
+        assert one.tau == other.tau > old
+        assert other.fraction == 0.3
 
 
 def test_the_configuration_says_a_fixed_threshold_as_it_was_given_or_changed(tmp_path):
@@ -239,8 +260,8 @@ def sharing():
 def test_a_shared_controller_is_saved_once_and_stays_shared(tmp_path):
     made = model(dtype=torch.float32, layer=sharing())
     made.save_pretrained(tmp_path)
-    names = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("tau")]
-    assert names == ["model.stack.blocks.0.block.layer.selector.left.controller.tau"]
+    names = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("tau_sum")]
+    assert names == ["model.stack.blocks.0.block.layer.selector.left.controller.tau_sum"]
     for cls in (HAMForCausalLM, HAMModel):
         loaded, info = cls.from_pretrained(tmp_path, layer=sharing(), output_loading_info=True)
         assert not info["missing_keys"]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hf_cases import SELECTORS, config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -78,9 +79,54 @@ POLICIES = [
             "controller": {"type": "target_fraction", "fraction": 0.1, "rate": 0.5},
         },
     ),
+    (
+        "selector",
+        {
+            "type": "threshold",
+            "controller": {
+                "type": "annealed_fraction",
+                "fraction": 0.1,
+                "steps": 100,
+                "start": 0.9,
+                "begin": 5,
+                "rate": 0.5,
+                "freeze_at": None,
+            },
+        },
+    ),
+    (
+        "selector",
+        {
+            "type": "threshold",
+            "controller": {
+                "type": "elastic_fraction",
+                "low": 0.1,
+                "high": 0.9,
+                "seed": 3,
+                "begin": 5,
+                "spacing": "uniform",
+            },
+        },
+    ),
     ("selector", {"type": "window", "width": 64}),
     ("selector", {"type": "first_tokens", "n": 4}),
-    ("selector", {"type": "top_k", "k": 32}),
+    ("selector", {"type": "top_k", "k": 32, "delay": 8}),
+    ("selector", {"type": "prompt_fraction", "fraction": 0.25, "length": 64}),
+    ("selector", {"type": "error_mass", "share": 0.5, "capacity": 8}),
+    (
+        "selector",
+        {"type": "sublinear_growth", "exponent": 0.5, "max_tokens": 512, "scale": 2.0},
+    ),
+    ("selector", {"type": "cooldown", "inner": {"type": "window", "width": 3}, "n": 4}),
+    (
+        "selector",
+        {
+            "type": "budget",
+            "inner": {"type": "window", "width": 3},
+            "tokens": 2,
+            "leaves": "oldest",
+        },
+    ),
     (
         "attention",
         {
@@ -109,7 +155,7 @@ POLICIES = [
         {
             "type": "any_of",
             "of": [
-                {"type": "top_k", "k": 2},
+                {"type": "top_k", "k": 2, "delay": 0},
                 {
                     "type": "all_of",
                     "of": [{"type": "window", "width": 9}, {"type": "first_tokens", "n": 2}],
@@ -136,6 +182,8 @@ def test_every_part_in_the_table_was_tried():
     tried |= {
         ("controller", "fixed_threshold"),
         ("controller", "target_fraction"),
+        ("controller", "annealed_fraction"),
+        ("controller", "elastic_fraction"),
         ("selector", "all_of"),
     }
     assert tried == {(kind, name) for kind, names in TABLE.items() for name in names}
@@ -148,6 +196,24 @@ def test_a_list_of_parts_is_a_list():
     nested = {"type": "weighted_sum", "gates": [{"type": "random"}], "weights": [1.0]}
     with pytest.raises(ValueError, match=r"^gate: expected one of .*, got 'random'"):
         complete("gate", nested)
+
+
+def test_numbers_out_of_numpy_are_those_of_json():
+    made = [
+        hb.Threshold(np.float32(0.5)),
+        hb.Threshold(hb.TargetFraction(np.float64(0.25), rate=np.float32(0.5))),
+        hb.Threshold(hb.AnnealedFraction(np.float32(0.25), np.int64(9), freeze_at=np.int32(20))),
+        hb.Threshold(hb.ElasticFraction(np.float64(0.1), seed=np.int64(3), begin=np.int16(2))),
+        hb.TopK(np.arange(8, 9)[0]),
+        hb.Window(np.int64(4)) | hb.FirstTokens(np.int32(2)),
+    ]
+    for selector in made:
+        policy = policy_of("selector", selector)
+        assert json.loads(json.dumps(policy)) == policy
+        assert policy_of("selector", part_of("selector", policy)) == policy
+    given = config(hidden_size=np.int64(16), vocab_size=np.prod([2, 16]))
+    assert json.loads(given.to_json_string())["hidden_size"] == 16
+    assert complete("controller", np.float32(0.25)) == {"type": "fixed_threshold", "tau": 0.25}
 
 
 def test_what_is_left_out_is_completed():
@@ -182,7 +248,7 @@ def test_what_is_left_out_is_completed():
         ({"gate": {}}, r"^gate: expected an object with one of committed_write, .* as \"type\""),
         (
             {"selector": "window"},
-            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, first_tokens,",
+            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, budget,",
         ),
         (
             {"selector": {"type": "window"}},

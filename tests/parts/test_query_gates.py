@@ -156,7 +156,7 @@ def test_its_controller_is_stepped_and_saved():
     hb.step_controllers(layer)
     tau = layer.query_gate.controller.tau
     assert tau.isfinite()
-    assert layer.state_dict()["query_gate.controller.tau"] == tau
+    assert layer.state_dict()["query_gate.controller.tau_sum"] == tau
     with torch.no_grad():
         reads = layer.eval()(tokens(40)).stats.reads
     assert 0.1 < reads.float().mean() < 0.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import parts_cases
@@ -56,7 +57,17 @@ def test_ops(check: Any) -> None:
         Parity(),
         Loudness(),
     ],
-    controllers=[hb.FixedThreshold(0.5), hb.TargetFraction(0.25), trained()],
+    controllers=[
+        hb.FixedThreshold(0.5),
+        hb.FixedThreshold(math.inf),
+        hb.TargetFraction(0.25),
+        hb.TargetFraction(1.0),
+        trained(),
+        hb.AnnealedFraction(0.3, 5, begin=2),
+        hb.AnnealedFraction(0.25, 3, freeze_at=150, rate=0.5),
+        hb.ElasticFraction(),
+        hb.ElasticFraction(0.0, 0.6, seed=3, begin=2, spacing="uniform"),
+    ],
     combiners=[hb.GatedSum(), hb.SoftmaxMix(), hb.GatedSum(output_gate=True)],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
@@ -74,6 +85,8 @@ def test_small_parts(check: Any) -> None:
     selectors=[
         hb.Threshold(0.25),
         hb.Threshold(trained()),
+        hb.Threshold(hb.AnnealedFraction(0.5, 2)),
+        hb.Threshold(hb.ElasticFraction(0.2)),
         hb.Window(3),
         hb.Window(0),
         hb.FirstTokens(2),

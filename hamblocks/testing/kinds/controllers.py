@@ -102,11 +102,14 @@ def _rests_in_eval(part: Any, case: Scores, _options: Options) -> None:
     """In eval mode nothing is counted and nothing moves."""
     controller = training(part)
     steps(controller, case)
-    controller.eval()
-    before = _held(controller)
-    steps(controller, case)
+    rested = training(controller).eval()
+    before = _held(rested)
+    steps(rested, case)
     with prefixed("eval mode changed what the controller holds"):
-        assert_bits(_held(controller), before)
+        assert_bits(_held(rested), before)
+    again = replace(case, seed=case.seed + 9)
+    with prefixed("calls in eval mode were counted: training goes on with other thresholds"):
+        assert_bits(steps(rested.train(), again), steps(controller, again))
 
 
 def _steps_without_scores_move_nothing(part: Any, case: Scores, _options: Options) -> None:
@@ -163,16 +166,88 @@ def _set_threshold_sets_tau(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _state_dict_is_all_there_is(part: Any, case: Scores, _options: Options) -> None:
-    """The state dict holds everything: a copy that loads it continues with the same thresholds."""
+    """The state dict holds everything: a copy that loads it after a step continues the same way."""
     assert isinstance(part, nn.Module), (
         f"{type(part).__name__} is no torch.nn.Module: a model neither saves nor moves its threshold"
     )
     controller, other = training(part), training(part)
     steps(controller, case)
+    controller.step()  # a model is saved between a step and the next forward pass
     reload(controller, other)
     again = replace(case, seed=case.seed + 9)
     with prefixed("a copy that loaded the state dict continues with other thresholds"):
         assert_bits(steps(other, again), steps(controller, again))
+
+
+def _counts_are_no_buffers(part: Any, case: Scores, _options: Options) -> None:
+    """Buffers that a wrapper overwrites between two calls of a step, as DDP does, lose no count."""
+    alone, wrapped = training(part), training(part)
+    for controller in (alone, wrapped):
+        steps(controller, case)
+        controller.step()
+    held = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    for number in range(3):
+        score = replace(case, seed=case.seed + 20 + number).tensors()["score"]
+        alone(score)
+        with torch.no_grad():
+            for name, buffer in wrapped.named_buffers():
+                buffer.copy_(held[name])
+        wrapped(score)
+    for controller in (alone, wrapped):
+        controller.step()
+    score = case.tensors()["score"]
+    with prefixed("a controller whose buffers were overwritten between two calls differs"):
+        assert_bits({"tau": wrapped.eval()(score)}, {"tau": alone.eval()(score)})
+
+
+def _averages_are_thresholds(part: Any, case: Scores, _options: Options) -> None:
+    """Averages of the buffers, as EMA and SWA take, give a tau between those averaged, not NaN."""
+    controller, averaged = training(part), training(part).eval()
+    score = case.tensors()["score"]
+    taus = [float(averaged(score))]
+    for number in range(4):
+        steps(controller, replace(case, seed=case.seed + number), 1)
+        controller.step()
+        taus.append(float(training(controller).eval()(score)))
+        with torch.no_grad():
+            for mean, new in zip(averaged.buffers(), controller.buffers(), strict=True):
+                mean.copy_(mean + (new - mean) * 0.25 if mean.is_floating_point() else new)
+        tau = float(averaged(score))
+        assert not math.isnan(tau), f"tau: NaN in an average over thresholds {taus}"
+        finite = [one for one in taus if math.isfinite(one)] or taus
+        room = 1e-25 + 1e-5 * max(map(abs, finite)) if math.isfinite(finite[0]) else 0.0
+        assert min(finite) - room <= tau <= max(finite) + room, (
+            f"tau: {tau} in an average over thresholds {taus}"
+        )
+
+
+def _set_fraction_admits_it(part: Any, case: Scores, _options: Options) -> None:
+    """After training, `set_fraction(f)` admits f of the scores within 0.03; 0 and 1 are exact."""
+    controller = training(part)
+    draw = Draw(case.seed)
+    controller.set_fraction(0.5)  # before the first score, too
+    for _ in range(30):
+        controller(draw.normal(2, 128, 2, dtype=torch.float32))
+        controller.step()
+    score = draw.normal(4, 4096, 2, dtype=torch.float32)
+    controller.eval()
+    for fraction in (0.5, 0.05, 1.0, 0.25, 0.0, 0.9):
+        controller.set_fraction(fraction)
+        tau = controller(score)
+        share = float((score >= tau).float().mean())
+        assert abs(share - fraction) < 0.03, (
+            f"{share:.3f} reach tau after set_fraction({fraction}), expected {fraction}"
+        )
+        exact = {0.0: math.inf, 1.0: -math.inf}.get(fraction, float(tau))
+        assert float(tau) == exact, (
+            f"tau: {float(tau)} after set_fraction({fraction}), expected {exact}"
+        )
+    for wrong in (-0.1, 1.1, math.nan):
+        try:
+            controller.set_fraction(wrong)
+        except ValueError:
+            continue
+        raise AssertionError(f"set_fraction({wrong}) was accepted")
 
 
 def _same_call_same_bits(part: Any, case: Scores, _options: Options) -> None:
@@ -204,6 +279,8 @@ def _compiled_is_eager(part: Any, case: Scores, _options: Options) -> None:
                 assert_bits(_held(traced), _held(eager))
             for one in (eager, traced):
                 one.step()
+    with prefixed("compiled and eager count differently"):
+        assert_bits({"tau": traced.eval()(score)}, {"tau": eager.eval()(score)})
 
 
 def _no_module(part: Any, _options: Options) -> str | None:
@@ -212,6 +289,10 @@ def _no_module(part: Any, _options: Options) -> str | None:
 
 def _no_fraction(part: Any, _options: Options) -> str | None:
     return None if hasattr(part, "fraction") else "it has no target fraction"
+
+
+def _no_set_fraction(part: Any, _options: Options) -> str | None:
+    return None if hasattr(part, "set_fraction") else "it has no set_fraction"
 
 
 def _no_threshold(part: Any, _options: Options) -> str | None:
@@ -267,6 +348,15 @@ CHECKS = [
         applies=_no_threshold,
         alone=True,
     ),
+    _check(
+        "set_fraction_admits_it",
+        _set_fraction_admits_it,
+        PLAIN[:1],
+        applies=_no_set_fraction,
+        alone=True,
+    ),
+    _check("counts_are_no_buffers", _counts_are_no_buffers, applies=_no_module, share=2),
+    _check("averages_are_thresholds", _averages_are_thresholds, applies=_no_module, share=2),
     _check("state_dict_is_all_there_is", _state_dict_is_all_there_is, share=2),
     _check("same_call_same_bits", _same_call_same_bits, share=2),
     _check("nothing_given_changes", _nothing_given_changes, share=2),

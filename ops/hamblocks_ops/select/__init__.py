@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def _check_threshold(
 ) -> None:
     _check_score(score, position, cu_seqlens)
     if not isinstance(tau, Tensor):
-        if not isinstance(tau, (int, float)) or tau != tau:
+        if not isinstance(tau, numbers.Real) or tau != tau:
             raise wrong("tau", "a number that is not NaN", tau)
         return
     check_floating("tau", tau)
@@ -206,6 +208,7 @@ def placed(
 
 
 def check_count(name: str, value: object) -> None:
-    """Checks an integer >= 0; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """Checks an integer >= 0, of Python or numpy; a bool is none."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < 0:  # type: ignore[operator]
         raise wrong(name, "an integer >= 0", value)

@@ -13,8 +13,8 @@ class Controller(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("tau", "count", "over"):
-            self.register_buffer(name, torch.tensor(0.0))
+        self.register_buffer("tau", torch.tensor(0.0))
+        self.count, self.over = torch.tensor(0.0), torch.tensor(0.0)
 
     def _apply(self, fn, recurse=True):
         kept = {name: x.clone() for name, x in self.named_buffers()}
@@ -40,6 +40,45 @@ class Controller(nn.Module):
         if math.isnan(tau):
             raise ValueError(f"tau: expected a number, got {tau}")
         self.tau.fill_(tau)
+
+    def set_fraction(self, fraction):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
+        # the quantile of a standard normal, which the check draws its scores from
+        self.tau.copy_(-torch.special.ndtri(torch.tensor(float(fraction))))
+
+
+@rejected_by("controller_counts_are_no_buffers")
+class CountsInBuffers(Controller):
+    """Counts in buffers, which DDP overwrites before every forward."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("count", "over"):
+            delattr(self, name)
+            self.register_buffer(name, torch.tensor(0.0))
+
+
+@rejected_by("controller_averages_are_thresholds")
+class BeginsAtInfinity(Controller):
+    """Tau begins at -inf, whose average with any number is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.tau.fill_(-math.inf)
+
+    def step(self):
+        if self.training and self.count > 0:
+            self.tau.clamp_(min=-1)
+        super().step()
+
+
+@rejected_by("controller_set_fraction_admits_it")
+class SetsTheRest(Controller):
+    """Sets the fraction that is not admitted."""
+
+    def set_fraction(self, fraction):
+        super().set_fraction(1 - fraction)
 
 
 @rejected_by("controller_tau_is_a_number")

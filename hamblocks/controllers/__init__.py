@@ -1,0 +1,38 @@
+"""Controllers: they set and move the threshold that a score must reach to be stored.
+
+What a controller keeps is of two sorts. Buffers hold what is saved: the threshold, the target and a
+sample of the scores. Every buffer is a float32 number that others may average, broadcast or copy.
+What is counted between two steps is a plain attribute: it is neither saved nor averaged, and no
+wrapper of a model overwrites it.
+"""
+
+from hamblocks.controllers.adapters import save_with_adapter
+from hamblocks.controllers.annealed_fraction import AnnealedFraction
+from hamblocks.controllers.elastic_fraction import ElasticFraction
+from hamblocks.controllers.fixed_threshold import FixedThreshold
+from hamblocks.controllers.quantiles import threshold_between
+from hamblocks.controllers.sampled import (
+    REMIND_AFTER,
+    SAMPLE_SIZE,
+    SAMPLE_STEPS,
+    SampledThreshold,
+)
+from hamblocks.controllers.stepping import hook_controllers, step_controllers
+from hamblocks.controllers.target_fraction import TargetFraction
+from hamblocks.controllers.tau import shortest
+
+__all__ = [
+    "REMIND_AFTER",
+    "SAMPLE_SIZE",
+    "SAMPLE_STEPS",
+    "AnnealedFraction",
+    "ElasticFraction",
+    "FixedThreshold",
+    "SampledThreshold",
+    "TargetFraction",
+    "hook_controllers",
+    "save_with_adapter",
+    "shortest",
+    "step_controllers",
+    "threshold_between",
+]

@@ -1,0 +1,212 @@
+"""What controllers share that place a threshold among the scores seen in training."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamblocks.controllers.hashing import unit_hash
+from hamblocks.controllers.quantiles import LARGEST, ordered
+from hamblocks.controllers.ranks import over_ranks
+from hamblocks.controllers.tau import HasTau, float32
+
+SAMPLE_SIZE = 4096
+"""Scores that a controller remembers: enough to place a quantile within 0.01."""
+
+SAMPLE_STEPS = 8
+"""Training steps that the remembered scores span: one batch may be unlike the rest of the text."""
+
+REMIND_AFTER = 100
+"""Forwards in training mode without a step after which a controller warns."""
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples fill the unit interval evenly, modulo 1."""
+
+
+class SampledThreshold(HasTau):
+    """A threshold among the scores seen in training. A subclass says where, in `_move`.
+
+    A call in training mode counts, over all calls since the last step: the scores, those that reach
+    tau, and a sample in which every call has its share. `step()` reduces all three over the ranks,
+    adds the sample to that of the last steps, and moves tau.
+
+    Saved are tau, the sample, and what a subclass adds, in float32 buffers that others may average:
+    of each step the quantiles are saved, and the average of the quantiles of two distributions is a
+    distribution between them. Counts are plain attributes and are not saved: save a model between a
+    step and the next forward pass.
+    """
+
+    quantiles: Tensor
+    sampled: Tensor
+    frozen: Tensor
+
+    _scratch = ("seen", "admitted", "asked", "batch_sample")
+    seen: Tensor
+    """Scores counted since the last step, int64 `[]`."""
+    admitted: Tensor
+    """Those of them that reached tau, int64 `[]`."""
+    asked: Tensor
+    """1 after `set_fraction`, until a step places tau anew, int64 `[]`."""
+    batch_sample: Tensor
+    """A sample of the scores counted since the last step, float32 `[SAMPLE_SIZE]`."""
+
+    _unstepped: int | None = 0
+    """Forwards in training mode so far; None once a step came or the warning was given."""
+
+    def __init__(self, **buffers: Tensor) -> None:
+        super().__init__(
+            -math.inf,
+            quantiles=torch.zeros(SAMPLE_STEPS, SAMPLE_SIZE // SAMPLE_STEPS, dtype=torch.float32),
+            sampled=float32(0),
+            frozen=float32(0),
+            **buffers,
+        )
+        self._count_anew(torch.device("cpu"))
+
+    @property
+    def sample(self) -> Tensor:
+        """Scores of the last training steps, float32 `[SAMPLE_SIZE]`; NaN before the first step."""
+        return (self.quantiles / self.sampled).flatten()
+
+    @property
+    def started(self) -> Tensor:
+        """Whether a step has seen a score, bool `[]`."""
+        return self.sampled > 0
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Sets everything to what it was when the controller was made: no score was seen."""
+        self._place(float32(-math.inf))
+        for buffer in (self.quantiles, self.sampled, self.frozen):
+            buffer.zero_()
+        self._count_anew(self.sampled.device)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """From now on no step moves tau. `set_fraction` and `set_threshold` still do."""
+        self.frozen.fill_(1)
+
+    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """Steps move tau again."""
+        self.frozen.zero_()
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Returns tau, float32 `[]`; in training mode it also counts the score `[B, T, H]`.
+
+        A score of NaN stands for no token and is not counted.
+        """
+        tau = self.tau
+        if self.training and score.numel():
+            self._remind()
+            self._count(score.detach().flatten(), tau)
+        return tau
+
+    @torch.no_grad()
+    def _count(self, flat: Tensor, tau: Tensor) -> None:
+        self._move_scratch(flat.device)
+        number = (~flat.isnan()).cumsum(0)
+        new = number[-1]
+        self.seen.add_(new)
+        self.admitted.add_(((flat >= tau) & (tau < math.inf)).sum())
+        place = torch.arange(SAMPLE_SIZE, device=flat.device)
+        index = torch.searchsorted(number, place * new // SAMPLE_SIZE + 1)
+        drawn = flat[index.clamp(max=flat.numel() - 1)].float()
+        # Of `seen` scores since the last step `new` are of this call, and so is that share of the
+        # sample: other places in every call, and evenly spread.
+        chance = (place.double() * GOLDEN + unit_hash(self.seen)) % 1
+        own = (chance * self.seen < new) | self.batch_sample.isnan()
+        self.batch_sample.copy_(torch.where(own, drawn, self.batch_sample))
+
+    def _remind(self) -> None:
+        """Warns once if forwards in training mode are never followed by a step.
+
+        The count is a Python number: it costs no buffer and no wait for the device. Compiled code
+        does not count: it would be compiled anew for every number.
+        """
+        if torch.compiler.is_compiling() or self._unstepped is None:
+            return
+        self._unstepped += 1
+        if self._unstepped >= REMIND_AFTER:
+            self._unstepped = None
+            warnings.warn(
+                f"{type(self).__name__}: {REMIND_AFTER} forwards in training mode and no step, so "
+                "its threshold never moves. Call hamblocks.step_controllers(model) after every "
+                "optimizer.step(), or hamblocks.hook_controllers(optimizer, model) once.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves tau by what was counted since the last step, over all ranks, and counts anew.
+
+        Every rank of a process group must call it. In eval mode nothing moves, and tau does not
+        move if nothing was counted.
+        """
+        if not self.training:
+            return
+        self._unstepped = None
+        self._move_scratch(self.sampled.device)
+        counts = torch.stack([self.admitted, self.seen, self.asked])
+        counts, scores = over_ranks(counts, self.batch_sample, self.seen)
+        admitted, seen, asked = counts.unbind()
+        counted = seen > 0
+        self.admitted.zero_()
+        self.seen.zero_()
+        self._remember(scores, counted)
+        self._move(admitted.double() / seen.clamp(min=1), counted, asked > 0)
+        self.asked.mul_(~counted)
+
+    def _remember(self, scores: Tensor, counted: Tensor) -> None:
+        """Adds an ascending sample of this step to the saved one, in place of the oldest."""
+        scores = ordered(scores).clamp(-LARGEST, LARGEST).float()
+        every = scores.view(-1, SAMPLE_STEPS).T
+        rows = torch.where(self.started, self.quantiles / self.sampled, 0)
+        later = torch.cat([scores[None, SAMPLE_STEPS // 2 :: SAMPLE_STEPS], rows[:-1]])
+        self.quantiles.copy_(torch.where(counted, torch.where(self.started, later, every), rows))
+        self.sampled.copy_(counted | self.started)
+
+    @abstractmethod
+    def _move(self, share: Tensor, counted: Tensor, asked: Tensor) -> None:
+        """Moves tau, where `counted` holds and the controller is not frozen.
+
+        Args:
+            share: float64 `[]`, the share of this step's scores that reached tau.
+            counted: bool `[]`, whether this step has scores.
+            asked: bool `[]`, whether `set_fraction` was called since the last step.
+        """
+
+    @abstractmethod
+    def set_fraction(self, fraction: float) -> None:
+        """Sets the tau in use to the one that a fraction of the sample reaches."""
+
+    def _may_move(self, counted: Tensor) -> Tensor:
+        return counted & (self.frozen < 0.5)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves buffers and counts between devices, but casts none of them."""
+        super()._apply(fn, recurse)
+        self._move_scratch(self.sampled.device)
+        return self
+
+    def _move_scratch(self, device: torch.device) -> None:
+        """Moves the counts to a device; from and to the meta device they begin anew."""
+        if self.seen.device == device:
+            return
+        if self.seen.is_meta or device.type == "meta":
+            self._count_anew(device)
+            return
+        for name in self._scratch:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def _count_anew(self, device: torch.device) -> None:
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        self.admitted = torch.zeros((), dtype=torch.int64, device=device)
+        self.asked = torch.zeros((), dtype=torch.int64, device=device)
+        self.batch_sample = torch.full((SAMPLE_SIZE,), math.nan, device=device, dtype=torch.float32)
