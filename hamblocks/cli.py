@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,38 +43,64 @@ def demo(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Train on this file, not on the standard library.", exists=True, dir_okay=False
+            help="Train byte-level language models on this file instead.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, in a minute.")] = False,
     steps: Annotated[
-        int | None,
-        typer.Option(help="Training steps of each model. Default: about four minutes.", min=1),
+        int | None, typer.Option(help="Training steps of each model after its checkpoint.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and random routing.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="First seed; recall takes it and the next two.", min=0)
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, table.md and chart.png.", file_okay=False)
     ] = Path("out"),
 ) -> None:
+    """Trains small models that differ in what they store, and shows what storing is worth."""
+    if text is not None:
+        _text_demo(text, steps, seed, out)
+        return
+    from hamblocks.experiments.demo import Settings, run
+    from hamblocks.experiments.demo_report import chart, growth_lines, markdown, table
+
+    seeds = tuple(range(seed, seed + (1 if quick else 3)))
+    settings = Settings(seeds=seeds)
+    steps = steps or (80 if quick else None)
+    if steps is not None:
+        settings = replace(settings, steps=steps, elastic_steps=2 * steps, memory_steps=4 * steps)
+    console = Console()
+    console.print(
+        f"Recall: {settings.pairs} pairs in {settings.length} tokens of text that repeats itself. "
+        f"Models branch from one checkpoint per seed and differ in what they store."
+    )
+    with _progress(console) as progress:
+        results = run(settings, progress)
+    _write(out, results.to_json(), markdown(results))
+    chart(results, out / "chart.png")
+    console.print(table(results))
+    for line in growth_lines(results):
+        console.print(line, highlight=False)
+    console.print(f"{results.seconds:.0f} s in all. Written: {_written(out)}")
+
+
+def _text_demo(text: Path, steps: int | None, seed: int, out: Path) -> None:
     """Trains four byte-level language models that differ in one part, and compares them."""
-    from hamblocks.demo import Corpus, Settings, chart, run, table
-    from hamblocks.demo.report import markdown
+    from hamblocks.experiments.corpus import Corpus
+    from hamblocks.experiments.text import Settings, run
+    from hamblocks.experiments.text_report import chart, markdown, table
 
     console = Console()
-    try:
-        corpus = Corpus.standard_library() if text is None else Corpus.from_file(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    held_out = f"{len(corpus.held_out):,}"
-    held_out = (
-        f"{held_out} held out (other files)" if text is None else f"the last {held_out} held out"
-    )
+    with _usage_errors():
+        corpus = Corpus.from_file(text)
+    held_out = f"the last {len(corpus.held_out):,} held out"
     console.print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {held_out}")
     settings = Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed)
     with _progress(console) as progress:
         results = run(settings, corpus, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-    (out / "table.md").write_text(markdown(results))
+    _write(out, results.to_json(), markdown(results))
     chart(results, out / "chart.png")
     console.print(table(results))
     for growth in results.growth:
@@ -82,8 +109,18 @@ def demo(
             f"{growth.name}: {stored:,.0f} of {tokens:,} tokens stored per head "
             f"({stored / tokens:.1%})"
         )
-    written = ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
-    console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {written}")
+    console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {_written(out)}")
+
+
+def _write(out: Path, results: dict[str, Any], table: str) -> None:
+    """Writes the results and the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(table)
+
+
+def _written(out: Path) -> str:
+    return ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
 
 
 @contextmanager

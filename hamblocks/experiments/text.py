@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hamblocks.controllers import TargetFraction, hook_controllers
-from hamblocks.demo.corpus import Corpus
+from hamblocks.experiments.corpus import Corpus
 from hamblocks.gates import PredictionError, RandomGate
 from hamblocks.layer import HAMLayer
 from hamblocks.models import Decoder

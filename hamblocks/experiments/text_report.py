@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from rich.table import Table
 
-from hamblocks.demo.experiment import Results, Run
+from hamblocks.experiments.text import Results, Run
 
 
 def table(results: Results) -> Table:

@@ -1,0 +1,1 @@
+"""Experiments: tasks, training, and what `hamblocks demo` runs."""

@@ -1,0 +1,96 @@
+"""How the cache of a trained model grows on fresh and on repeated symbols."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamblocks.experiments.arms import set_threshold
+from hamblocks.models import Decoder
+
+PERIOD = 32
+"""Symbols of the passage that is repeated."""
+
+
+class Growth(NamedTuple):
+    """Tokens stored while symbols are read, mean over sequences, layers and heads.
+
+    Attributes:
+        threshold: which threshold decides, in words.
+        tokens: numbers of tokens seen.
+        fresh: stored after each of them, where every passage is new.
+        repeated: the same, where one passage of 32 symbols is repeated.
+        ratio: fresh over repeated, counted after two repetitions.
+    """
+
+    threshold: str
+    tokens: list[int]
+    fresh: list[float]
+    repeated: list[float]
+    ratio: float
+
+
+def symbols(count: int, length: int, alphabet: int, seed: int) -> Tensor:
+    """Fresh symbols: permutations of the alphabet in a row, int64 `[count, length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-length // alphabet)
+    drawn = torch.rand(count, rounds, alphabet, generator=generator).argsort(2)
+    return drawn.flatten(1)[:, :length]
+
+
+@torch.no_grad()
+def measure_growth(
+    model: Decoder, alphabet: int, share: float, *, seed: int, length: int = 512, count: int = 16
+) -> list[Growth]:
+    """Measures the growth at the model's own threshold and at one that fresh symbols set.
+
+    At its own threshold the model stores `share` of the sequences of its task, which are mostly
+    predictable; of fresh symbols it then stores nearly all. The second threshold admits `share` of
+    fresh symbols, of which other sequences are drawn.
+
+    Args:
+        model: a model with elastic controllers; their thresholds are left at the second one.
+        alphabet: symbols to draw from.
+        share: share of the tokens of fresh sequences that the second threshold admits.
+        seed: of the symbols.
+        length: tokens to read.
+        count: sequences.
+    """
+    model.eval()
+    fresh = symbols(count, length, alphabet, seed)
+    repeated = fresh[:, :PERIOD].repeat(1, -(-length // PERIOD))[:, :length]
+    growth = [_growth("the model's own threshold", model, fresh, repeated)]
+    others = model(symbols(count, length, alphabet, seed + 1)).stats
+    scores = torch.cat([stats.score.flatten() for stats in others])
+    set_threshold(model, float(scores.quantile(1 - share)))
+    name = f"a threshold that {share:.0%} of fresh symbols reach"
+    return [*growth, _growth(name, model, fresh, repeated)]
+
+
+def _growth(name: str, model: Decoder, fresh: Tensor, repeated: Tensor) -> Growth:
+    curves = [_stored(model, tokens) for tokens in (fresh, repeated)]
+    after = 2 * PERIOD
+    late = [float(curve[-1] - curve[after - 1]) for curve in curves]
+    # one token in all sequences is the least that can be told from none
+    least = 1 / len(fresh)
+    at = range(7, fresh.shape[1], 8)
+    return Growth(
+        name,
+        [t + 1 for t in at],
+        [float(curves[0][t]) for t in at],
+        [float(curves[1][t]) for t in at],
+        late[0] / max(late[1], least),
+    )
+
+
+def _stored(model: Decoder, tokens: Tensor) -> Tensor:
+    """Tokens stored after each token, float32 `[T]`; a stored token stays."""
+    kept = torch.stack(
+        [
+            (stats.evict_at > stats.position[:, -1:, None]).float().mean((0, 2))
+            for stats in model(tokens).stats
+        ]
+    )
+    return kept.mean(0).cumsum(0)
