@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hamblocks.convolution import ShortConvolution
 from hamblocks.keys import Keys
 from hamblocks.norm import normalised
+from hamblocks.null_sink import attend_with_null
 from hamblocks.protocols import Built, LayerDims, check_count
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
@@ -60,6 +61,7 @@ class SelectedAttention(Built):
         conv_values: bool = False,
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
+        null_sink: bool = False,
         impl: str = "auto",
     ) -> None:
         """Makes the part.
@@ -72,6 +74,8 @@ class SelectedAttention(Built):
             conv_values: whether the values are convolved too.
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
             qk_norm: RMSNorm of queries and keys, per head.
+            null_sink: one more key per key/value head, with a learned logit and the value 0: a
+                query may read nothing (HOLA, arXiv 2607.02303).
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
 
         Raises:
@@ -83,10 +87,11 @@ class SelectedAttention(Built):
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
         self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
-        self.rope_theta, self.qk_norm, self.impl = rope_theta, qk_norm, impl
+        self.rope_theta, self.qk_norm = rope_theta, qk_norm
+        self.null_sink, self.impl = null_sink, impl
 
     def make(self, dims: LayerDims) -> None:
-        """Makes the norms and the convolution.
+        """Makes norms, convolution and null logits.
 
         Raises:
             ValueError: rotary positions need an even head_dim.
@@ -97,6 +102,8 @@ class SelectedAttention(Built):
             )
         if self.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
+        if self.null_sink:
+            self.null = nn.Parameter(torch.zeros(dims.num_kv_heads))
         if self.conv_size > 1:
             channels = (1 + self.conv_values) * dims.num_kv_heads * dims.head_dim
             self.conv = ShortConvolution(channels, self.conv_size, None, self.conv_init)
@@ -151,4 +158,6 @@ class SelectedAttention(Built):
 
     def forward(self, q: Tensor, keys: Keys) -> Tensor:
         """See `hamblocks.protocols.Attention`."""
+        if self.null_sink:
+            return attend_with_null(q, keys, self.null, impl=self.impl)
         return keys.attend(q, impl=self.impl).out

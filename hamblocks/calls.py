@@ -107,7 +107,7 @@ class CallsParts(nn.Module):
         """Which queries read, by the query gate; None without one: all do."""
         if self.query_gate is None:
             return None
-        result: QueryGateOutput = self._call("query_gate", x, trace)
+        result: QueryGateOutput = self._call("query_gate", x, trace.scored_for(self.query_gate))
         contracts.check_query_gate(result, x)
         return result
 
@@ -115,7 +115,7 @@ class CallsParts(nn.Module):
         """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""
         if self.gate is None:
             return torch.zeros(*x.shape[:2], 1, device=x.device), None
-        result: GateOutput = self._call("gate", x, trace)
+        result: GateOutput = self._call("gate", x, trace.scored_for(self.gate))
         contracts.check_gate(result, x, self.dims)
         score, logit_bias = result.score.detach(), result.logit_bias
         heads, kv_heads = score.shape[2], self.dims.num_kv_heads

@@ -123,6 +123,17 @@ class MemoryTrace(NamedTuple):
             got = f"no residual, and the score of metric {self.metric!r}"
         raise wrong("trace", f"a residual, or the score of metric {metric!r}", got)
 
+    def scored_for(self, gate: object) -> MemoryTrace:
+        """The trace as a gate expects it: `score` is under the gate's metric, if it names one.
+
+        Gates that share a trace, in a sum or in a layer, may name different metrics. The trace then
+        comes with the residual. Without one the trace is returned as it is.
+        """
+        metric: str | None = getattr(gate, "metric", None)  # HasMetric
+        if metric is None or metric == self.metric or self.residual is None:
+            return self
+        return self._replace(score=self.surprise(metric), metric=metric)
+
 
 @runtime_checkable
 class Memory(Protocol[State]):

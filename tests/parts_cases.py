@@ -133,6 +133,21 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.Threshold(0.5) & hb.Window(8),
     },
     "window": lambda: {"selector": hb.Window(4)},
+    "delay-growth": lambda: {
+        "selector": hb.TopK(2, delay=3) & (hb.SublinearGrowth(0.6, max_tokens=10) | hb.Window(2))
+    },
+    "cooldown-budget": lambda: {
+        "selector": hb.Budget(hb.Cooldown(_fixed_by_hand() | hb.TopK(3), 2) | hb.Window(2), 3)
+    },
+    "prompt-lowest": lambda: {
+        "gate": hb.SharedGate(hb.PredictionError()),
+        "selector": hb.PromptFraction(0.5, 6)
+        & hb.Budget(hb.Cooldown(hb.Threshold(0.5), 2), 3, leaves="lowest"),
+    },
+    "mass": lambda: {
+        "gate": hb.PredictionError("relative_l2"),
+        "selector": hb.ErrorMass(0.6, 5) | hb.FirstTokens(1),
+    },
     "reference": lambda: {
         "memory": hb.GatedDeltaMemory(impl="reference"),
         "selector": hb.TopK(3) | hb.FirstTokens(1),
@@ -167,6 +182,11 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "memory": hb.GatedDeltaMemory(2, A_init_range=(1.0, 1.0), dt_min=0.002, dt_max=0.002),
         "selector": hb.Threshold(0.9) | hb.Window(2),
         "attention": hb.SelectedAttention(conv_size=2),
+    },
+    "null-sink": lambda: {
+        "gate": hb.LearnedRouter(),
+        "selector": hb.TopK(3) | hb.Window(2),
+        "attention": hb.SelectedAttention(null_sink=True),
     },
     "convolved-keys-and-values": lambda: {
         "selector": hb.TopK(3),
@@ -350,7 +370,10 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
         near = (reads[:, None] | (age < layer.query_gate.window))[..., None]
         visible = visible & near
     weight = logits.exp() * visible
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
+    null = x.new_zeros(heads)
+    if attention.null_sink:
+        null = attention.null.exp().repeat_interleave(group)
+    weight = weight / (weight.sum(1, keepdim=True) + null).clamp(min=1e-300)
     attended = factor[:, None, None] * torch.einsum("ijh,jhd->ihd", weight, v)
 
     combiner = layer.combiner

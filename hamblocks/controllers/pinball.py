@@ -11,6 +11,9 @@ from hamblocks.controllers.quantiles import between, ordered, spread, threshold_
 from hamblocks.controllers.sampled import SampledThreshold
 from hamblocks.controllers.tau import float32, number, shortest, unit
 
+FAR = 4
+"""Factor between the odds of reaching tau, in the sample, and the target's: tau is then placed."""
+
 
 class TargetThreshold(SampledThreshold):
     """Moves tau towards the fraction that `_aim` says, along the gradient of the pinball loss."""
@@ -49,13 +52,16 @@ class TargetThreshold(SampledThreshold):
     def _move(self, share: Tensor, counted: Tensor, asked: Tensor) -> None:
         target = self._aim()
         sample = ordered(self.sample)
+        quantile = between(sample, target)
         anew = self.tau.isinf() | asked | self._is_placed_anew()
+        if self.rate > 0:
+            anew = anew | _is_far(self.tau, quantile, sample, target.double())
         now = spread(sample)
         average = torch.where(anew | (self.spread == 0), now, self.spread.lerp(now, 0.1))
         self.spread.copy_(torch.where(counted, average, self.spread))
         # in float64, where the product of a large rate and a large spread is finite
         moved = (self.tau + self.rate * (self.spread.double() * (share - target))).float()
-        moved = torch.where(anew, between(sample, target), moved)
+        moved = torch.where(anew, quantile, moved)
         self._place(torch.where(self._may_move(counted), moved, self.tau))
 
     def _is_placed_anew(self) -> bool | Tensor:
@@ -64,7 +70,7 @@ class TargetThreshold(SampledThreshold):
 
     @torch.no_grad()
     def set_threshold(self, tau: float) -> None:
-        """Sets tau by hand. Training moves a finite tau from there, and places an infinite one.
+        """Sets tau by hand. Training goes on from there, or places it anew if it is far off.
 
         Raises:
             ValueError: `tau` is NaN or no number.
@@ -97,3 +103,15 @@ class TargetThreshold(SampledThreshold):
         """Target, rate and threshold."""
         tau = super().extra_repr()
         return f"{self.fraction:g}, rate={self.rate:g}, {tau}" if tau else f"rate={self.rate:g}"
+
+
+def _is_far(tau: Tensor, quantile: Tensor, sample: Tensor, target: Tensor) -> Tensor:
+    """Whether the odds of reaching tau are off by more than `FAR`, and those of the quantile not.
+
+    Where many scores are equal, no threshold may admit the target, and tau goes from one side of
+    them to the other. So the quantile must also be less than half as far from the target as tau.
+    """
+    share, nearest = ((sample >= one).double().mean() for one in (tau, quantile))
+    reach, refuse = share * (1 - target), (1 - share) * target
+    is_off = (reach > FAR * refuse) | (refuse > FAR * reach)
+    return is_off & (2 * (nearest - target).abs() < (share - target).abs())

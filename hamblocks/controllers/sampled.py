@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamblocks.controllers.hashing import unit_hash
+from hamblocks.controllers.hashing import mix, unit_hash
 from hamblocks.controllers.quantiles import LARGEST, ordered
 from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, float32
@@ -24,9 +24,6 @@ SAMPLE_STEPS = 8
 
 REMIND_AFTER = 100
 """Forwards in training mode without a step after which a controller warns."""
-
-GOLDEN = (math.sqrt(5) - 1) / 2
-"""Its multiples fill the unit interval evenly, modulo 1."""
 
 
 class SampledThreshold(HasTau):
@@ -119,8 +116,8 @@ class SampledThreshold(HasTau):
         index = torch.searchsorted(number, place * new // SAMPLE_SIZE + 1)
         drawn = flat[index.clamp(max=flat.numel() - 1)].float()
         # Of `seen` scores since the last step `new` are of this call, and so is that share of the
-        # sample: other places in every call, and evenly spread.
-        chance = (place.double() * GOLDEN + unit_hash(self.seen)) % 1
+        # sample, in places that a hash draws anew for every call.
+        chance = unit_hash(mix(self.seen & 0xFFFFFFFF) ^ place)
         own = (chance * self.seen < new) | self.batch_sample.isnan()
         self.batch_sample.copy_(torch.where(own, drawn, self.batch_sample))
 

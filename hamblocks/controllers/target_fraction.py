@@ -20,10 +20,12 @@ class TargetFraction(TargetThreshold):
     of the scores' interquartile range over that of a standard normal, so the rate has no unit and a
     few huge scores do not make the step huge.
 
-    tau starts at -inf: until the first step everything is stored. A step that finds tau infinite
-    places it by `threshold_between`, strictly between two scores, so that no decision depends on
-    how the last bit of a score was rounded. So a target of 0 (tau = +inf) or 1 (tau = -inf) can be
-    changed in training.
+    tau starts at -inf: until the first step everything is stored. A step that finds tau infinite,
+    or far from where it belongs, places it by `threshold_between` in the scores of the last steps.
+    Far means that the odds of reaching tau are off by a factor of 4. So tau comes from any start,
+    follows scores that jump, and a target of 0 (tau = +inf) or 1 (tau = -inf) can be changed in
+    training. A threshold that is placed stands strictly between two scores, so that no decision
+    depends on how the last bit of a score was rounded.
 
     In eval mode nothing is counted and nothing moves. The fraction is what this threshold admits,
     whatever a selector combines it with. One controller may serve several layers, which then have

@@ -7,12 +7,10 @@ branch from one checkpoint per seed and differ in what they store.
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +28,7 @@ from hamblocks.experiments.training import (
     train,
     train_with_curriculum,
 )
+from hamblocks.experiments.workers import workers
 from hamblocks.models import Decoder
 from hamblocks_ops.arguments import wrong
 
@@ -183,7 +182,7 @@ def run(settings: Settings, progress: Progress) -> Results:
     parameters = sum(weight.numel() for weight in made.parameters())
     results = Results(settings, parameters, torch.__version__)
     total = len(settings.seeds) * (1 + len(ARMS)) + 1
-    with _workers(settings.workers) as submit:
+    with workers(settings.workers) as submit:
         jobs: dict[Future[Any], tuple[str, int]] = {}
         for seed in settings.seeds:
             jobs[submit(_checkpoint, settings, seed)] = ("checkpoint", seed)
@@ -214,23 +213,6 @@ def run(settings: Settings, progress: Progress) -> Results:
     results.runs.sort(key=lambda row: (order.get(row.arm, 1.5), row.seed))
     results.seconds = time.perf_counter() - began
     return results
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
-    """A function that submits work to processes of one thread each, or does it here for 0."""
-    if count == 0:
-        yield _do_here
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,)) as p:
-        yield p.submit
-
-
-def _do_here(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(function(*arguments))
-    return future
 
 
 def _model(arm: str, settings: Settings, seed: int) -> Decoder:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.experiments.arms import set_threshold
+from hamblocks.experiments.tasks import ByteText, Task
 from hamblocks.models import Decoder
 
 PERIOD = 32
@@ -86,11 +87,30 @@ def _growth(name: str, model: Decoder, fresh: Tensor, repeated: Tensor) -> Growt
 
 
 def _stored(model: Decoder, tokens: Tensor) -> Tensor:
-    """Tokens stored after each token, float32 `[T]`; a stored token stays."""
-    kept = torch.stack(
-        [
-            (stats.evict_at > stats.position[:, -1:, None]).float().mean((0, 2))
-            for stats in model(tokens).stats
-        ]
-    )
-    return kept.mean(0).cumsum(0)
+    """Tokens stored after each token, float32 `[T]`, mean over layers."""
+    return torch.stack(stored_after(model, tokens)).mean(0)
+
+
+def stored_after(model: Decoder, tokens: Tensor) -> list[Tensor]:
+    """Tokens stored after each token, float32 `[T]` per layer; a stored token stays."""
+    return [
+        (stats.evict_at > stats.position[:, -1:, None]).float().mean((0, 2)).cumsum(0)
+        for stats in model(tokens).stats
+    ]
+
+
+def passages(
+    task: Task, seed: int, *, length: int = 512, count: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh tokens, one passage of 32 repeated, and other fresh tokens, int64 `[count, length]`.
+
+    Fresh tokens are text for a task of text, and symbols drawn anew for the others.
+    """
+    if isinstance(task, ByteText):
+        generator = torch.Generator().manual_seed(seed)
+        fresh, others = (task.text_of(count, length, generator) for _ in range(2))
+    else:
+        alphabet = task.vocab_size - 1
+        fresh, others = (symbols(count, length, alphabet, seed + i) for i in range(2))
+    repeated = fresh[:, :PERIOD].repeat(1, -(-length // PERIOD))[:, :length]
+    return fresh, repeated, others

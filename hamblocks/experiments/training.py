@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hamblocks.controllers import hook_controllers
-from hamblocks.experiments.tasks import IGNORED, Task, TaskBatch
-from hamblocks.models import Decoder
+from hamblocks.experiments.tasks import IGNORED, QUESTION, Task, TaskBatch
+from hamblocks.models import Decoder, DecoderOutput
+from hamblocks.protocols import reads_given
 from hamblocks_ops.arguments import wrong
 
 Progress = Callable[[int, int, str], None]
@@ -79,15 +80,30 @@ class Trained:
     sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
+def run(model: Decoder, batch: TaskBatch) -> DecoderOutput:
+    """Runs a model on a batch, on the model's device.
+
+    Gates that read a given score get what an oracle knows: 1 for a token that an answer needs, plus
+    a number in [0, 0.5) that decides among equals.
+    """
+    device = next(model.parameters()).device
+    score = None
+    if any(reads_given(layer.gate) for layer in model.stack.layers):
+        noise = torch.rand(batch.label.shape, generator=torch.Generator().manual_seed(0))
+        score = (batch.label + 0.5 * noise)[..., None].to(device)
+    result: DecoderOutput = model(batch.tokens.to(device), given_score=score)
+    return result
+
+
 def answers(model: Decoder, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, targets and the mask of the tokens that are asked, of a batch on the model's device.
 
     Returns:
         Logits `[B, T, vocab]`, target `[B, T]`, asked bool `[B, T]`.
     """
-    device = next(model.parameters()).device
-    target = batch.target.to(device)
-    return model(batch.tokens.to(device)).logits, target, target != IGNORED
+    logits = run(model, batch).logits
+    target = batch.target.to(logits.device)
+    return logits, target, target != IGNORED
 
 
 def loss_of(model: Decoder, batch: TaskBatch, text_weight: float) -> tuple[Tensor, float]:
@@ -243,8 +259,9 @@ class Measured:
     """What a model does on held-out sequences.
 
     Attributes:
-        accuracy: share of right answers.
-        loss: mean of -log p(answer), nats.
+        accuracy: share of right answers to questions.
+        loss: mean of -log p(answer), nats, over all tokens that are scored.
+        question_loss: the same over questions alone. Where only questions are scored it is `loss`.
         keep_fraction: share of the tokens that are stored at the end.
         kept: the same for filler, keys, values and questions.
         kept_labelled: the same for the tokens that an answer needs.
@@ -252,6 +269,7 @@ class Measured:
 
     accuracy: float
     loss: float
+    question_loss: float
     keep_fraction: float
     kept: list[float]
     kept_labelled: float
@@ -264,26 +282,36 @@ def measure(
     """Measures a model in eval mode on sequences that training has not drawn."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()
-    right, losses, asked_tokens, seen = 0, 0.0, 0, 0
+    right, losses, question_losses, scored, questions, seen = 0, 0.0, 0.0, 0, 0, 0
     stored, total = torch.zeros(6), torch.zeros(6)
     while seen < sequences:
         batch = task.batch(min(at_once, sequences - seen), generator)
         seen += len(batch.tokens)
-        device = next(model.parameters()).device
-        result = model(batch.tokens.to(device))
-        target = batch.target.to(device)
+        result = run(model, batch)
+        target = batch.target.to(result.logits.device)
         asked = target != IGNORED
+        question = (batch.kind.to(target.device) == QUESTION)[asked]
         found = result.logits[asked]
-        right += int((found.argmax(-1) == target[asked]).sum())
-        losses += float(cross_entropy(found, target[asked], reduction="sum"))
-        asked_tokens += int(asked.sum())
+        lost = cross_entropy(found, target[asked], reduction="none")
+        right += int((found.argmax(-1) == target[asked])[question].sum())
+        losses += float(lost.sum())
+        question_losses += float(lost[question].sum())
+        scored += int(asked.sum())
+        questions += int(question.sum())
         kept = torch.stack([_kept(stats).cpu() for stats in result.stats]).mean(0)
         groups = [batch.kind == kind for kind in range(4)]
         groups += [batch.label, torch.ones_like(batch.label)]
         stored += torch.stack([kept[group].sum() for group in groups])
         total += torch.stack([group.sum() for group in groups])
     shares = (stored / total.clamp(min=1)).tolist()
-    return Measured(right / asked_tokens, losses / asked_tokens, shares[5], shares[:4], shares[4])
+    return Measured(
+        accuracy=right / questions,
+        loss=losses / scored,
+        question_loss=question_losses / questions,
+        keep_fraction=shares[5],
+        kept=shares[:4],
+        kept_labelled=shares[4],
+    )
 
 
 def _kept(stats: Any) -> Tensor:

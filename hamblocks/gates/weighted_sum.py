@@ -85,7 +85,7 @@ class WeightedSum(nn.Module):
         Raises:
             ValueError: the number of heads of one term does not divide that of another.
         """
-        outputs = [gate(x, _trace_for(gate, trace)) for gate in self.gates]
+        outputs = [gate(x, trace.scored_for(gate)) for gate in self.gates]
         heads = max(output.score.shape[2] for output in outputs)
         total: Tensor | None = None
         bias: Tensor | None = None
@@ -103,14 +103,6 @@ def _are_numbers(weights: object) -> bool:
         isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
         for weight in weights
     )
-
-
-def _trace_for(gate: Gate, trace: MemoryTrace) -> MemoryTrace:
-    """The trace that a gate would get in a layer of its own: `score` has the gate's metric."""
-    metric: str | None = getattr(gate, "metric", None)
-    if metric is None or metric == trace.metric or trace.residual is None:
-        return trace
-    return trace._replace(score=trace.surprise(metric), metric=metric)
 
 
 def _with_heads(score: Tensor, heads: int) -> Tensor:

@@ -54,12 +54,8 @@ class PromptFraction(Composable):
         check_count("length", length)
         self.fraction = float(fraction)
         self.length = length
-
-    @property
-    def count(self) -> int:
-        """How many tokens of the prompt are kept: ceil(fraction * length)."""
         # 0.1 * 30 is 3.0000000000000004 in floating point, so the product is taken exactly
-        return math.ceil(Fraction(repr(self.fraction)) * self.length)
+        self.count = math.ceil(Fraction(repr(self.fraction)) * length)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -111,20 +111,26 @@ POLICIES = [
     ("selector", {"type": "window", "width": 64}),
     ("selector", {"type": "first_tokens", "n": 4}),
     ("selector", {"type": "top_k", "k": 32, "delay": 8}),
-    ("selector", {"type": "prompt_fraction", "fraction": 0.25, "length": 64}),
-    ("selector", {"type": "error_mass", "share": 0.5, "capacity": 8}),
+    ("selector", {"type": "prompt_fraction", "fraction": 0.1, "length": 30}),
+    ("selector", {"type": "error_mass", "share": 0.5, "capacity": 64}),
     (
         "selector",
-        {"type": "sublinear_growth", "exponent": 0.5, "max_tokens": 512, "scale": 2.0},
+        {"type": "sublinear_growth", "exponent": 0.5, "scale": 2.0, "max_tokens": 4096},
     ),
-    ("selector", {"type": "cooldown", "inner": {"type": "window", "width": 3}, "n": 4}),
     (
         "selector",
         {
             "type": "budget",
-            "inner": {"type": "window", "width": 3},
-            "tokens": 2,
-            "leaves": "oldest",
+            "inner": {
+                "type": "cooldown",
+                "inner": {
+                    "type": "threshold",
+                    "controller": {"type": "target_fraction", "fraction": 0.1, "rate": 0.5},
+                },
+                "n": 4,
+            },
+            "tokens": 128,
+            "leaves": "lowest",
         },
     ),
     (
@@ -136,6 +142,7 @@ POLICIES = [
             "conv_values": True,
             "rope_theta": None,
             "qk_norm": False,
+            "null_sink": True,
             "impl": "auto",
         },
     ),
@@ -185,6 +192,7 @@ def test_every_part_in_the_table_was_tried():
         ("controller", "annealed_fraction"),
         ("controller", "elastic_fraction"),
         ("selector", "all_of"),
+        ("selector", "cooldown"),
     }
     assert tried == {(kind, name) for kind, names in TABLE.items() for name in names}
 
@@ -248,7 +256,7 @@ def test_what_is_left_out_is_completed():
         ({"gate": {}}, r"^gate: expected an object with one of committed_write, .* as \"type\""),
         (
             {"selector": "window"},
-            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, budget,",
+            r"^selector: expected one of hamblocks' own parts \(all_of, any_of, budget, cooldown,",
         ),
         (
             {"selector": {"type": "window"}},

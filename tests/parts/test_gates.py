@@ -109,6 +109,31 @@ class Scores:
         return read, trace._replace(metric=None), state
 
 
+class ReadsItsScore:
+    """A user's gate that reads the score of its metric, and nothing else."""
+
+    metric = "l2"
+
+    def __call__(self, x, trace):
+        return hb.GateOutput(trace.score)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gates_of_a_layer_may_name_different_metrics(metric):
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+
+    def scores(query_gate):
+        torch.manual_seed(0)
+        layer = hb.HAMLayer(12, 2, gate=ReadsItsScore(), selector=hb.TopK(2), query_gate=query_gate)
+        return layer.double()(x).stats
+
+    both = scores(hb.ThresholdQueries(hb.PredictionError(metric), 0.5))
+    close(both.score, scores(None).score)
+    torch.manual_seed(0)
+    alone = hb.HAMLayer(12, 2, gate=hb.PredictionError(metric), selector=hb.TopK(2)).double()
+    assert torch.equal(both.reads, alone(x).stats.score.mean(-1) >= 0.5)
+
+
 def test_a_layer_names_the_metric_of_a_users_memory():
     layer = hb.HAMLayer(12, 2, memory=Scores(), gate=hb.PredictionError("l2"), selector=hb.TopK(2))
     assert layer(torch.randn(2, 5, 12)).stats.score.isfinite().all()
@@ -377,6 +402,17 @@ def test_a_tied_head_learns_with_the_model():
     with torch.no_grad():
         model.head.weight.mul_(3)
     assert not torch.equal(model(tokens).stats[0].score, scores[0])
+
+
+def test_a_tied_head_learns_under_autocast():
+    # autocast may cache the narrow weight that the gate used without gradient
+    layer = hb.HAMLayer(12, 2, gate=hb.PredictionEntropy(9), selector=hb.TopK(3))
+    head = torch.nn.Linear(12, 9, bias=False)
+    layer.gate.tie(head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(layer(torch.randn(2, 7, 12)).y).float().square().mean()
+    loss.backward()
+    assert head.weight.grad.any()
 
 
 def test_a_model_refuses_a_gate_of_another_vocabulary():

@@ -7,7 +7,8 @@ from parts_cases import Size, build, close, inputs
 from torch import nn
 
 import hamblocks as hb
-from hamblocks.keys import PAGED_MAX_QUERIES
+from hamblocks.keys import PAGED_MAX_QUERIES, DenseKeys
+from hamblocks.null_sink import attend_with_null
 from hamblocks.ops import NEVER, UnsupportedError, selected_attention
 from hamblocks.testing import AttentionInputs, attention_inputs, parametrize_with_checks
 
@@ -330,3 +331,57 @@ def test_the_reason_for_a_copy_is_a_gradient():
     assert "no gradient" in reasons["paged_attention pages"]
     with torch.no_grad():
         assert layer.explain(x, state=state)["attention"]["paged_attention pages"] == "yes"
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_null_sink_is_a_softmax_with_one_more_key(impl, packed, biased):
+    generator = torch.Generator().manual_seed(0)
+    rows = (1, 12) if packed else (2, 6)
+    q = torch.randn(*rows, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(*rows, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    null = torch.randn(2, generator=generator, dtype=torch.float64)
+    bias = torch.randn(*rows, 2, generator=generator, dtype=torch.float64) if biased else None
+    position = torch.arange(6, dtype=torch.int32).repeat(12 // 6).view(rows)
+    evict_at = torch.where(torch.rand(*rows, 2, generator=generator) < 0.5, NEVER, 0).int()
+    evict_at = torch.maximum(evict_at, position[..., None])
+    borders = torch.tensor([0, 6, 12], dtype=torch.int32) if packed else None
+    leaves = [x.requires_grad_() for x in (q, k, v, null, bias) if x is not None]
+
+    def results(run):
+        keys = DenseKeys(
+            k,
+            v,
+            position=position,
+            evict_at=evict_at,
+            query_position=position,
+            logit_bias=bias,
+            cu_seqlens=borders,
+        )
+        out = run(keys)
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    def naive(keys):
+        weights = keys.softmax(keys.logits(q), null=null.repeat_interleave(2))
+        return keys.read(weights)
+
+    fast = results(lambda keys: attend_with_null(q, keys, null, impl=impl))
+    for got, right in zip(fast, results(naive), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        without = attend_with_null(
+            q,
+            DenseKeys(
+                k,
+                v,
+                position=position,
+                evict_at=evict_at,
+                query_position=position,
+                logit_bias=bias,
+                cu_seqlens=borders,
+            ),
+            null,
+            impl=impl,
+        )
+    torch.testing.assert_close(without, fast[0].detach(), rtol=1e-9, atol=1e-9)

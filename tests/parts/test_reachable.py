@@ -321,6 +321,16 @@ def test_step_controllers_finds_what_the_parts_of_layers_hold():
     assert moved.tau_source.started
 
 
+def test_controllers_inside_wrapped_selectors_are_stepped():
+    a, b = hb.TargetFraction(0.25), hb.TargetFraction(0.5)
+    inner = hb.Cooldown(hb.Threshold(a) | hb.Window(2), 2)
+    layer = hb.HAMLayer(8, 2, selector=hb.Budget(inner & hb.Budget(Mine(b), 4), 3))
+    assert model_controllers(layer) == [a, b]
+    layer(torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(0)))
+    hb.step_controllers(layer)
+    assert a.tau > b.tau > 0
+
+
 def test_a_controller_outside_of_layers_is_found_as_a_module():
     class Mixer(nn.Module):
         """A user's own layer."""

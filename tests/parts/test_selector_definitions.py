@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import hamblocks as hb
 from hamblocks.ops import NEVER
+from hamblocks.selectors import lower, start
 from hamblocks.testing import scores
 
 COUNTS = st.integers(0, 6)
@@ -234,3 +235,77 @@ def test_a_budget_is_never_exceeded(leaves, case, tokens, data):
     evict_at = hb.Budget(inner, tokens, leaves=leaves)(score).evict_at
     for t in range(score.shape[1]):
         assert (evict_at[:, : t + 1] > t).sum(1).le(tokens).all()
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.75])
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "constant"])
+def test_stored_tokens_grow_sublinearly_to_65536(exponent, order):
+    """Whatever the scores do, min(t + 1, k(t)) tokens are stored: the slope in log-log is a."""
+    tokens = 65536
+    rising = torch.arange(tokens, dtype=torch.float64)
+    score = {
+        "random": torch.rand(tokens, generator=torch.Generator().manual_seed(0)),
+        "rising": rising,
+        "falling": -rising,
+        "constant": torch.zeros(tokens),
+    }[order]
+    evict_at = hb.SublinearGrowth(exponent)(score[None, :, None]).evict_at.flatten().long()
+    change = torch.ones(tokens + 1, dtype=torch.int64)
+    change.scatter_add_(0, evict_at.clamp(max=tokens), -torch.ones_like(evict_at))
+    stored = change[:tokens].cumsum(0)
+    assert stored[::4095].tolist() == [
+        math.ceil((t + 1) ** exponent) for t in range(0, tokens, 4095)
+    ]
+    grown = stored[-1] / stored[tokens // 64 - 1]
+    assert math.log(grown, 64) == pytest.approx(exponent, abs=2e-3)
+
+
+def test_growth_in_pieces_of_every_size_gives_one_pass():
+    """The step of one token has a path of its own, and k stays at its largest in the end."""
+    selector = hb.SublinearGrowth(0.7, max_tokens=40)
+    score = (torch.randn(2, 90, 2, generator=torch.Generator().manual_seed(1)) * 2).round()
+    score[0, 7, 0] = math.nan
+    whole = selector(score).evict_at
+    for sizes in ([1] * 90, [30, 1, 1, 28, 1, 29], [89, 1]):
+        lived, position = whole[:, :0], whole[:, :0]
+        ledger = start(selector, 2, 2)
+        for piece in torch.arange(90, dtype=torch.int32).split(sizes):
+            result = selector(score[:, piece], ledger, position=piece.expand(2, -1))
+            lived = torch.cat([lower(position, lived, result.lowered), result.evict_at], 1)
+            position = torch.cat([position, piece[None, :, None].expand(2, -1, 2)], 1)
+            ledger = result.ledger
+        assert torch.equal(lived, whole)
+
+
+def test_times_near_the_end_of_int32_do_not_wrap_around():
+    score = torch.ones(1, 4, 1)
+    position = torch.arange(NEVER - 4, NEVER, dtype=torch.int64)[None].to(torch.int32)
+    for n, kept in ((1, 4), (2, 2), (NEVER, 1), (2**40, 1)):
+        got = hb.Cooldown(hb.Threshold(0.5), n)(score, position=position).evict_at
+        assert (got == NEVER).sum() == kept
+    got = hb.Budget(hb.Threshold(0.5), 2)(score, position=position).evict_at.flatten().tolist()
+    assert got == [NEVER - 2, NEVER - 1, NEVER, NEVER]
+
+
+def test_error_mass_in_pieces_gives_the_bits_of_one_pass():
+    """Sums that round differently in another order would decide otherwise here."""
+    selector = hb.ErrorMass(0.5, 64)
+    score = torch.rand(1, 200, 3, generator=torch.Generator().manual_seed(0)).double() ** 8
+    whole, one = start(selector, 1, 3), start(selector, 1, 3)
+    position = torch.arange(200, dtype=torch.int32)[None]
+    whole = selector(score, whole, position=position).ledger
+    for t in range(200):
+        one = selector(score[:, t : t + 1], one, position=position[:, t : t + 1]).ledger
+    assert all(torch.equal(*pair) for pair in zip(whole, one, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_the_operator_of_error_mass_is_registered_well(packed, slots):
+    from hamblocks.selectors.mass import error_mass
+
+    score = torch.rand(2, 6).double()
+    first = torch.tensor([True, False, False, True, False, False]) if packed else None
+    stored, total = torch.full((2, slots), -1.0).double(), torch.zeros(2, 1).double()
+    args = (score, first, stored, torch.zeros_like(stored), total, 0.5, 3)
+    torch.library.opcheck(error_mass, args, test_utils=("test_schema", "test_faketensor"))

@@ -11,7 +11,8 @@ from parts_cases import AtLeast, GlobalTopK, Smallest
 import hamblocks as hb
 from hamblocks.ops import NEVER
 from hamblocks.protocols import Lifetimes
-from hamblocks.selectors import Composable, lower, start
+from hamblocks.selectors import Composable, ignores_score, lower, start
+from hamblocks.state import leaves
 from hamblocks.testing import CHECKS, Options, ScorePieces, score_pieces
 
 LEAF = {
@@ -21,15 +22,29 @@ LEAF = {
     "threshold": hb.Threshold,
     "smallest": Smallest,
     "at least": AtLeast,
+    "late": lambda k: hb.TopK(k, delay=2),
+    "prompt": lambda length: hb.PromptFraction(0.5, length),
+    "growth": lambda most: hb.SublinearGrowth(0.6, max_tokens=most + 1),
+    "mass": lambda capacity: hb.ErrorMass(0.7, capacity + 1),
+}
+WRAPPED = {
+    "cooldown": lambda inner: hb.Cooldown(inner, 2),
+    "budget": lambda inner: hb.Budget(inner, 3),
+    "lowest": lambda inner: hb.Budget(inner, 2, leaves="lowest"),
 }
 TAUS = st.sampled_from([-math.inf, -0.5, 0.0, 0.25, 1.0, math.inf])
 LEAVES = st.one_of(
-    st.tuples(st.sampled_from(["top", "smallest"]), st.integers(0, 5)),
-    st.tuples(st.sampled_from(["window", "first"]), st.integers(0, 6)),
+    st.tuples(st.sampled_from(["top", "smallest", "late", "growth", "mass"]), st.integers(0, 5)),
+    st.tuples(st.sampled_from(["window", "first", "prompt"]), st.integers(0, 6)),
     st.tuples(st.sampled_from(["threshold", "at least"]), TAUS),
 )
 TREES = st.recursive(
-    LEAVES, lambda side: st.tuples(st.sampled_from("|&"), side, side), max_leaves=5
+    LEAVES,
+    lambda side: (
+        st.tuples(st.sampled_from("|&"), side, side)
+        | st.tuples(st.sampled_from(sorted(WRAPPED)), side)
+    ),
+    max_leaves=5,
 )
 
 
@@ -37,6 +52,8 @@ def grow(tree):
     """Makes a selector of nested tuples; a user's plain class may stand on either side."""
     if tree[0] in LEAF:
         return LEAF[tree[0]](tree[1])
+    if tree[0] in WRAPPED:
+        return WRAPPED[tree[0]](grow(tree[1]))
     sign, left, right = tree[0], grow(tree[1]), grow(tree[2])
     if not any(isinstance(side, torch.nn.Module) for side in (left, right)):
         return {"|": hb.AnyOf, "&": hb.AllOf}[sign](left, right)
@@ -106,6 +123,8 @@ def test_leaves_by_their_definition():
         lambda s: hb.Window(1) & s,
         lambda s: hb.TopK(1) | (hb.FirstTokens(1) & s),
         lambda s: hb.AllOf(s, AtLeast(0.0)),
+        lambda s: hb.Cooldown(s, 2),
+        lambda s: hb.TopK(1) | hb.Budget(hb.Window(2) & hb.Cooldown(s, 3), 4),
     ],
 )
 def test_selector_that_needs_the_whole_sequence_is_refused_by_name(wrap):
@@ -126,7 +145,17 @@ def test_only_what_revises_lifetimes_has_a_ledger():
     assert start((hb.TopK(3) | hb.TopK(2)) & hb.Window(9), 2, 2).position.shape == (2, 5, 2)
 
 
-LEDGERS = [hb.TopK(3), (hb.TopK(1) | hb.TopK(2)) & hb.Window(4)]
+LEDGERS = [
+    hb.TopK(3),
+    (hb.TopK(1) | hb.TopK(2)) & hb.Window(4),
+    hb.PromptFraction(0.5, 6),
+    hb.SublinearGrowth(0.5, max_tokens=9),
+    hb.ErrorMass(0.5, 3),
+    hb.Cooldown(hb.Window(2), 2),
+    hb.Cooldown(hb.TopK(3), 2),
+    hb.Budget(hb.TopK(4), 3),
+    hb.Budget(hb.Threshold(0.5), 3, leaves="lowest"),
+]
 
 
 class Numbers(Composable):
@@ -137,15 +166,20 @@ class Numbers(Composable):
 
 def test_the_numbers_of_a_selector_are_in_its_repr():
     assert repr(hb.TopK(3)) == "TopK(k=3)"
+    assert repr(hb.TopK(3, delay=2)) == "TopK(k=3, delay=2)"
+    assert repr(hb.PromptFraction(0.5, 6)) == "PromptFraction(fraction=0.5, length=6)"
+    assert repr(hb.ErrorMass(0.5, 6)) == "ErrorMass(share=0.5, capacity=6)"
+    growth = "SublinearGrowth(exponent=0.5, scale=1.0, max_tokens=9)"
+    assert repr(hb.SublinearGrowth(0.5, max_tokens=9)) == growth
+    assert "n=3" in repr(hb.Cooldown(hb.Window(2), 3))
+    assert "tokens=3, leaves='oldest'" in repr(hb.Budget(hb.Window(2), 3))
     assert repr(Numbers()) == "Numbers(first=1, second=2)"
 
 
 @pytest.mark.parametrize("selector", LEDGERS)
 def test_a_ledger_starts_on_the_device_it_is_asked_for(selector):
     ledger = start(selector, 1, 2, torch.device("meta"))
-    while ledger is not None:  # down the left sides
-        assert all(x.device.type == "meta" for x in ledger if isinstance(x, torch.Tensor))
-        ledger = ledger.ledgers[0] if hasattr(ledger, "ledgers") else None
+    assert all(x.device.type == "meta" for x in leaves(ledger))
 
 
 @pytest.mark.parametrize("selector", LEDGERS)
@@ -170,6 +204,39 @@ def test_an_error_names_what_a_ledger_cannot_take(selector):
     message = rf"^cu_seqlens: expected None beside a ledger {pad}, got a packed batch$"
     with pytest.raises(ValueError, match=message):
         selector(score, ledger, cu_seqlens=borders)
+
+
+@pytest.mark.parametrize(
+    ("selector", "slots"),
+    [
+        (hb.PromptFraction(0.5, 7), 4),
+        (hb.SublinearGrowth(0.5, max_tokens=16), 4),
+        (hb.ErrorMass(0.5, 5), 5),
+    ],
+)
+def test_a_ledger_of_another_size_is_refused(selector, slots):
+    ledger = start(selector, 1, 2)
+    assert ledger.position.shape[1] == slots
+    other = type(ledger)(*(torch.cat([x, x[:, :1]], 1) for x in ledger))
+    with pytest.raises(ValueError, match=rf"^ledger: expected one of .*{slots} tokens, got one of"):
+        selector(torch.zeros(1, 5, 2), other, position=torch.arange(5)[None])
+
+
+def test_a_wrapper_reads_scores_if_what_it_wraps_does():
+    by_place, by_score = hb.Window(2) | hb.FirstTokens(1), hb.Threshold(0.5)
+    assert ignores_score(hb.Cooldown(by_place, 2))
+    assert ignores_score(hb.Budget(by_place, 2))
+    assert not ignores_score(hb.Cooldown(by_score, 2))
+    assert not ignores_score(hb.Budget(by_score, 2))
+    assert not ignores_score(hb.Budget(by_place, 2, leaves="lowest"))
+    hb.HAMLayer(8, 2, gate=None, selector=hb.Budget(hb.Cooldown(by_place, 2), 3))
+
+
+def test_a_budget_of_bytes_counts_keys_and_values():
+    sizes = {"head_dim": 64, "num_kv_heads": 2, "dtype": torch.bfloat16}
+    budget = hb.Budget.of_bytes(hb.Window(9), 512 * 100 + 511, leaves="lowest", **sizes)
+    assert (budget.tokens, budget.leaves) == (100, "lowest")
+    assert hb.Budget.of_bytes(hb.Window(9), 4096, head_dim=64).tokens == 8
 
 
 def test_lower_replaces_the_lifetimes_that_are_listed():

@@ -132,6 +132,8 @@ def test_selectors(check: Any) -> None:
         hb.SelectedAttention(rope_theta=None, qk_norm=False),
         hb.SelectedAttention(impl="reference"),
         hb.SelectedAttention(conv_size=2),
+        hb.SelectedAttention(null_sink=True),
+        hb.SelectedAttention(null_sink=True, impl="reference"),
         hb.SelectedAttention(conv_size=3, conv_values=True, qk_norm=False),
     ],
 )

@@ -57,6 +57,11 @@ class ByteText:
         """See `Task.length`; the size is the length."""
         return size
 
+    def text_of(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Passages from random places of the text, int64 `[count, length]`."""
+        begin = torch.randint(len(self.text) - length, (count, 1), generator=generator)
+        return self.text[begin + torch.arange(length)].long()
+
     def batch(
         self, count: int, generator: torch.Generator, *, size: int | None = None
     ) -> TaskBatch:

@@ -244,3 +244,143 @@ class WindowOfThePiece(Threshold):
 
     def forward(self, score, ledger=None, *, position=None, cu_seqlens=None):
         return hb.Window(2)(score, cu_seqlens=cu_seqlens)
+
+
+class Around:
+    """A selector of ours that is right, and a mistake around it."""
+
+    def __init__(self):
+        self.inner = self.make()
+
+    def make(self):
+        return hb.TopK(3, delay=2)
+
+    def start(self, batch_size, heads, device=None):
+        return self.inner.start(batch_size, heads, device)
+
+    def before(self, ledger):
+        return ledger
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        ledger = None if ledger is None else self.before(ledger)
+        return self.inner(score, ledger, position=position, cu_seqlens=cu_seqlens)
+
+
+@rejected_by("selector_any_split_is_one_pass")
+class LowersTooEarly(Around):
+    """Tokens that a later piece beats leave without the delay."""
+
+    def __call__(self, score, ledger=None, **call):
+        selection = super().__call__(score, ledger, **call)
+        if ledger is None:
+            return selection
+        early = hb.TopK(3)(score, ledger, **call)
+        return selection._replace(lowered=early.lowered)
+
+
+@rejected_by("selector_any_split_is_one_pass")
+class ForgetsTheCooldown(Around):
+    """A piece may begin with a token that comes too early."""
+
+    def make(self):
+        return hb.Cooldown(hb.Threshold(0.25), 4)
+
+    def before(self, ledger):
+        return ledger._replace(last=torch.full_like(ledger.last, -1))
+
+
+@rejected_by("selector_packed_is_one_by_one")
+class CoolsDownAcrossBorders(Around):
+    """The last token of a packed sequence delays the first of the next."""
+
+    def make(self):
+        return hb.Cooldown(hb.Threshold(-1.0), 4)
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        selection = super().__call__(score, ledger, position=position, cu_seqlens=cu_seqlens)
+        if cu_seqlens is None:
+            return selection
+        apart = self.inner(score).evict_at == NEVER
+        own = hb.ops.select_window(score, 0, cu_seqlens=cu_seqlens)
+        return hb.Selection(torch.where(apart, selection.evict_at, own))
+
+
+@rejected_by("selector_only_lowers")
+class BringsBackWhatABudgetRefused(Around):
+    """The lowered lifetimes are those of the wrapped selector."""
+
+    def make(self):
+        return hb.Budget(hb.TopK(4), 2)
+
+    def __call__(self, score, ledger=None, **call):
+        selection = super().__call__(score, ledger, **call)
+        if ledger is None:
+            return selection
+        inside = self.inner.inner(score, ledger.inner, **call)
+        return selection._replace(lowered=inside.lowered)
+
+
+@rejected_by("selector_is_causal")
+class PromptOfWhatCame(Around):
+    """The fraction is of the tokens that came, not of a prompt of a given length."""
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        best = score.nan_to_num(0, 9, -9).topk(-(-score.shape[1] // 2), 1).values[:, -1:]
+        own = hb.ops.select_window(score, 0, position=position, cu_seqlens=cu_seqlens)
+        return hb.Selection(torch.where(score >= best, NEVER, own))
+
+
+@rejected_by("selector_padding_is_ignored")
+class PaddingWeighs(Around):
+    """The scores of padding count in the sum of all errors."""
+
+    def make(self):
+        return hb.ErrorMass(0.5, 20)
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        if ledger is not None:
+            more = torch.where(position[..., None] < 0, score.nan_to_num(0, 9, 0).clamp(min=0), 0)
+            ledger = ledger._replace(total=ledger.total + more.double().sum(1, keepdim=True))
+        return super().__call__(score, ledger, position=position, cu_seqlens=cu_seqlens)
+
+
+@rejected_by("selector_any_split_is_one_pass")
+class MassOfThePiece(Around):
+    """The sum of all errors starts anew with every piece."""
+
+    def make(self):
+        return hb.ErrorMass(0.5, 20)
+
+    def before(self, ledger):
+        return ledger._replace(total=torch.zeros_like(ledger.total))
+
+
+@rejected_by("selector_ledger_does_not_grow")
+class LedgerGrowsToo(Around):
+    """The ledger has as many slots as tokens are stored by now."""
+
+    def make(self):
+        return hb.SublinearGrowth(0.9, max_tokens=64)
+
+    def __call__(self, score, ledger=None, **call):
+        if ledger is not None:
+            lacks = self.inner.slots - ledger.position.shape[1]
+            ledger = type(ledger)(
+                *(
+                    torch.cat([torch.full_like(x[:, :1], -1).expand(-1, lacks, -1), x], 1)
+                    for x in ledger
+                )
+            )
+        selection = super().__call__(score, ledger, **call)
+        if ledger is None:
+            return selection
+        used = int((selection.ledger.position >= 0).sum(1).max())
+        least = selection.ledger.position.shape[1] - used
+        shorter = type(ledger)(*(x[:, least:] for x in selection.ledger))
+        taken = selection.lowered.position[:, lacks:], selection.lowered.evict_at[:, lacks:]
+        return selection._replace(ledger=shorter, lowered=hb.Lifetimes(*taken))
+
+    def start(self, batch_size, heads, device=None):
+        return type(self.inner.start(1, 1))(
+            *(x[:, :0] for x in self.inner.start(batch_size, heads, device))
+        )
