@@ -59,7 +59,7 @@ class Settings:
     elastic_steps: int = 240
     target: float = 0.25
     curriculum_steps: int = 800
-    memory_steps: int = 500
+    memory_steps: int = 640
     pairs: int = 128
     length: int = 1536
     questions: int = 32
@@ -235,17 +235,20 @@ def _checkpoint(settings: Settings, seed: int) -> tuple[bytes, Trained]:
 
 
 def _memory_from_start(settings: Settings, seed: int) -> dict[str, Any]:
-    """Trains the memory alone from the start, as many steps as checkpoint and arm may take.
+    """Trains the memory alone from the start, longer than checkpoint and arm together.
 
-    Its curriculum moves on at half of the answers right, or after its share of the steps, so that
-    it also sees the full size.
+    Three quarters of the steps are for the curriculum, which moves on at half of the answers right,
+    since a memory that learns to hold eight pairs needs hundreds of steps. The rest is at full
+    size, with the recipe of the arms.
     """
     model = _model("memory", settings, seed)
-    task = settings.task()
-    recipe = replace(settings.curriculum(), steps=settings.memory_steps)
-    trained = train_with_curriculum(
-        model, task, recipe, seed, needed=0.5, patience=max(recipe.steps // 16, 1)
-    )
+    task, last = settings.task(), max(settings.memory_steps // 4, 1)
+    recipe = replace(settings.curriculum(), steps=max(settings.memory_steps - last, 1))
+    first = train_with_curriculum(model, task, recipe, seed, needed=0.5)
+    trained = train(model, task, Recipe(steps=last), seed + HELD_OUT // 2)
+    trained.sizes = [*first.sizes, (first.steps, task.size)]
+    trained.steps += first.steps
+    trained.seconds += first.seconds
     measured = measure(model, task, HELD_OUT + seed, sequences=settings.sequences)
     return {"run": Run(seed, "memory from the start", trained, measured)}
 

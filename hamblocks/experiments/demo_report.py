@@ -216,4 +216,5 @@ def _draw_sequence(axes: Any, results: Results, shown: int = 256) -> None:
     axes.set_xlabel("token")
     axes.set_ylabel("surprise")
     axes.set_xlim(first - 1, window[-1] + 1)
+    axes.set_ylim(top=1.3 * max(picture["score"][t] for t in window))  # room for the legend
     axes.legend(frameon=False, fontsize=8.5, ncols=5, loc="upper right")

@@ -41,7 +41,7 @@ class Recipe:
     """
 
     steps: int = 120
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     batch: int = 2
     tokens: int = 1536
     warm_up: int = 20
