@@ -85,7 +85,10 @@ class CallsParts(nn.Module):
             group = self.dims.num_heads // self.dims.num_kv_heads
             k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
             return None, MemoryTrace(k, v, None, None, None, position), None
-        metric = self._metric()
+        metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
+        # the memory computes the metric that all gates name; if they differ it writes the residual
+        if self.query_gate is not None and metric != getattr(self.query_gate, "metric", None):
+            metric = None
         given = {"position": position, "state": past, "cu_seqlens": cu_seqlens, "metric": metric}
         shared = None if self._memory_projects else projected
         tokens = (None, None, None) if shared is None else shared
@@ -96,17 +99,9 @@ class CallsParts(nn.Module):
             trace = trace._replace(metric=metric)
         return read, trace, state
 
-    def _metric(self) -> str | None:
-        """The metric that the memory is to compute: the one that all gates name, if they agree."""
-        metric: str | None = getattr(self.gate, "metric", None)  # HasMetric
-        if self.query_gate is None or metric == getattr(self.query_gate, "metric", None):
-            return metric
-        return None
-
-    def _asked(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput | None:
-        """Which queries read, by the query gate; None without one: all do."""
-        if self.query_gate is None:
-            return None
+    def _asked(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
+        """Which queries read, by the query gate."""
+        assert self.query_gate is not None
         result: QueryGateOutput = self._call("query_gate", x, trace.scored_for(self.query_gate))
         contracts.check_query_gate(result, x)
         return result
@@ -115,7 +110,9 @@ class CallsParts(nn.Module):
         """Scores `[B, T, Hkv or 1]`, averaged over the query heads of a group, and logit biases."""
         if self.gate is None:
             return torch.zeros(*x.shape[:2], 1, device=x.device), None
-        result: GateOutput = self._call("gate", x, trace.scored_for(self.gate))
+        if self.query_gate is not None:  # the two may name different metrics
+            trace = trace.scored_for(self.gate)
+        result: GateOutput = self._call("gate", x, trace)
         contracts.check_gate(result, x, self.dims)
         score, logit_bias = result.score.detach(), result.logit_bias
         heads, kv_heads = score.shape[2], self.dims.num_kv_heads

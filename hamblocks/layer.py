@@ -318,7 +318,7 @@ class HAMLayer(CallsParts):
             seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
         score, logit_bias = self._scored(x, trace)
-        decision = self._asked(x, trace)
+        decision = None if self.query_gate is None else self._asked(x, trace)
         prepared = None if state is None else state.attention
         q, k, v, prepared = self._prepared(*projected, prepared, *where)
         call = _Call(q, k, v, score, logit_bias, *where, decision)

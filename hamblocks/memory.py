@@ -88,7 +88,7 @@ class _DeltaRuleMemory(Built):
         return heads, int(value)
 
     def make(self, dims: LayerDims) -> None:
-        heads, value = self.read_size(dims)
+        heads, value = self.size = self.read_size(dims)
         key = self.head_dim or dims.head_dim
         if self.own_projections:
             self.q_proj, self.k_proj, self.v_proj = (
@@ -123,9 +123,8 @@ class _DeltaRuleMemory(Built):
             ValueError: `state` is not the state of such a memory, or a bad argument of
                 `gated_delta_rule`.
         """
-        assert self.dims is not None
-        heads, value = self.read_size(self.dims)
-        if self.own_projections:
+        heads, value = self.size
+        if self.projections == "own":
             q, k, v = (
                 proj(x).unflatten(-1, (heads, -1))
                 for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -313,7 +312,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
         super().make(dims)
-        heads, _ = self.read_size(dims)
+        heads, _ = self.size
         self.a_proj = nn.Linear(dims.hidden_size, heads, bias=False)
         self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(heads))
 
