@@ -112,6 +112,52 @@ def _text_demo(text: Path, steps: int | None, seed: int, out: Path) -> None:
     console.print(f"{results.seconds:.0f} s in all on {results.device}. Written: {_written(out)}")
 
 
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="routing: which policy stores what is needed.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two tasks, four policies: five minutes.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 1000 on.", min=1)] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names of tasks, with semicolons.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for larger batches on a GPU.")] = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of one thread; 0: this process.", min=0)
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results; a run goes on where it stopped.", file_okay=False),
+    ] = Path("out/routing"),
+) -> None:
+    """Runs a study. `routing` takes about 70 minutes on two idle cores."""
+    from dataclasses import replace as changed
+
+    from hamblocks.experiments import routing
+    from hamblocks.experiments.routing_report import charts, markdown
+
+    console = Console()
+    with _usage_errors():
+        if name != "routing":
+            raise ValueError(f"name: expected routing, got {name!r}")
+        settings = routing.Settings.quick() if quick else routing.Settings()
+        if seeds is not None:
+            settings = changed(settings, seeds=tuple(range(1000, 1000 + seeds)))
+        if tasks is not None:
+            settings = changed(settings, tasks=tuple(one.strip() for one in tasks.split(";")))
+        if device != "cpu":
+            settings = changed(settings, device=device, scale=8, workers=0)
+        if workers is not None:
+            settings = changed(settings, workers=workers)
+        with _progress(console) as progress:
+            results = routing.run(settings, out, progress)
+    (out / "routing.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "routing.md").write_text(markdown(results))
+    paths = charts(results, out)
+    written = ", ".join(["routing.json", "routing.md", *(path.name for path in paths)])
+    minutes = results["core_seconds"] / 60
+    console.print(f"{minutes:.0f} core minutes. Written to {out}: {written}", highlight=False)
+
+
 def _write(out: Path, results: dict[str, Any], table: str) -> None:
     """Writes the results and the table."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,181 @@
+"""Shows what the study found: a table and a chart for each task, and one table of options."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+
+T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 %, by degrees of freedom (at 0: there is no interval)."""
+
+COLORS = {
+    "everything": "#222222",
+    "memory": "#888888",
+    "surprise": "#cc4400",
+    "committed write": "#f57900",
+    "random": "#75507b",
+    "periodic": "#ad7fa8",
+    "router": "#4e9a06",
+    "router, straight-through": "#8ae234",
+    "oracle": "#3465a4",
+}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of the seeds and half of its 95 % interval (Student's t; NaN for one seed)."""
+    if len(values) < 2:
+        return fmean(values), math.nan
+    width = T_95[min(len(values), len(T_95)) - 1] * stdev(values) / math.sqrt(len(values))
+    return fmean(values), width
+
+
+def of_seeds(results: dict[str, Any], task: str, arm: str, what: str) -> list[list[float]]:
+    """One list per budget with a value per seed; a baseline has one budget."""
+    seeds = results["tasks"][task].values()
+    return [
+        [seed["arms"][arm][place][what] for seed in seeds]
+        for place in range(len(next(iter(seeds))["arms"][arm]))
+    ]
+
+
+def is_text(task: str) -> bool:
+    """Whether a task is measured by its loss."""
+    return task == "byte text"
+
+
+def _cell(values: list[float], digits: int = 3) -> str:
+    mean, width = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(width) else f" ± {width:.{digits}f}")
+
+
+def _values(results: dict[str, Any], task: str, arm: str) -> list[list[float]]:
+    """Accuracy, or bits per byte for text."""
+    if not is_text(task):
+        return of_seeds(results, task, arm, "accuracy")
+    losses = of_seeds(results, task, arm, "loss")
+    return [[loss / math.log(2) for loss in row] for row in losses]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables: mean over seeds, ± half of the 95 % interval; then every seed at 25 %."""
+    fractions = results["fractions"]
+    lines: list[str] = []
+    for task, seeds in results["tasks"].items():
+        what = "Bits per byte" if is_text(task) else "Share of right answers"
+        lines += [f"### {task.capitalize()}", "", f"{what}, at the share of tokens stored.", ""]
+        lines.append("| stored | " + " | ".join(f"{fraction:.0%}" for fraction in fractions) + " |")
+        lines.append("|---" + "|--:" * len(fractions) + "|")
+        arms = next(iter(seeds.values()))["arms"]
+        for arm in arms:
+            rows = _values(results, task, arm)
+            cells = [_cell(row) for row in rows]
+            if len(rows) == 1:  # a baseline, trained at one budget
+                cells = [""] * (len(fractions) - 1) + cells
+                if arm == "memory":
+                    cells = cells[::-1]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        quarter = fractions.index(0.25)
+        lines += ["", f"Every seed ({', '.join(seeds)}) at 25 %:", ""]
+        for arm in arms:
+            rows = _values(results, task, arm)
+            row = rows[min(quarter, len(rows) - 1)]
+            lines.append(f"- {arm}: " + ", ".join(f"{value:.3f}" for value in row))
+        lines += ["", growth_line(results, task), ""]
+    if results["options"]:
+        lines += ["### Options of the layer", "", *option_lines(results)]
+    return "\n".join(lines) + "\n"
+
+
+def growth_line(results: dict[str, Any], task: str) -> str:
+    """Stored of fresh over stored of repeated tokens, after two repetitions, per layer."""
+    layers: list[list[float]] = []
+    for seed in results["tasks"][task].values():
+        growth = seed.get("growth")
+        if growth is None:
+            return ""
+        after = growth["tokens"].index(64)
+        for layer, curves in enumerate(zip(growth["fresh"], growth["repeated"], strict=True)):
+            late = [curve[-1] - curve[after] for curve in curves]
+            if layer == len(layers):
+                layers.append([])
+            layers[layer].append(late[0] / max(late[1], 1 / 16))
+    told = "; ".join(
+        f"layer {number}: " + ", ".join(f"{ratio:.1f}" for ratio in ratios)
+        for number, ratios in enumerate(layers)
+    )
+    return (
+        "Surprise, at a threshold that a quarter of fresh tokens reach: stored of fresh tokens over "
+        f"stored of 32 repeated ones, every seed: {told}."
+    )
+
+
+def option_lines(results: dict[str, Any]) -> list[str]:
+    """A table of the options: everything stored, then surprise at 25 %."""
+    lines = [
+        "Recall. Steps of the curriculum and accuracy at its end with everything stored; then "
+        "surprise at 25 %.",
+        "",
+        "| option | steps | everything | surprise, 25 % | every seed | values kept |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    for name, seeds in results["options"].items():
+        made = [seed["checkpoint"] for seed in seeds.values()]
+        found = [seed["measured"] for seed in seeds.values()]
+        accuracy = [one["accuracy"] for one in found]
+        lines.append(
+            f"| {name} | {fmean(one['steps'] for one in made):.0f} "
+            f"| {_cell([one['accuracy'] for one in made], 2)} | {_cell(accuracy)} "
+            f"| {', '.join(f'{value:.3f}' for value in accuracy)} "
+            f"| {_cell([one['kept_labelled'] for one in found], 2)} |"
+        )
+    return lines
+
+
+def charts(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes one PNG per task: accuracy or bits per byte against the share of tokens stored.
+
+    Bars are 95 % intervals over seeds.
+    """
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
+    paths = []
+    for task in results["tasks"]:
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+        _draw(axes, results, task)
+        words = "-".join("".join(c if c.isalnum() else " " for c in task).split())
+        paths.append(folder / f"routing-{words}.png")
+        figure.savefig(paths[-1], dpi=150)
+        plt.close(figure)
+    return paths
+
+
+def _draw(axes: Any, results: dict[str, Any], task: str) -> None:
+    arms = next(iter(results["tasks"][task].values()))["arms"]
+    for arm in arms:
+        cells = [interval(row) for row in _values(results, task, arm)]
+        kept = [fmean(row) for row in of_seeds(results, task, arm, "keep_fraction")]
+        is_baseline = len(cells) == 1
+        axes.errorbar(
+            kept,
+            [mean for mean, _ in cells],
+            yerr=[0 if math.isnan(width) else width for _, width in cells],
+            fmt="s" if is_baseline else "o-",
+            color=COLORS.get(arm, "#555555"),
+            capsize=3,
+            markersize=8 if is_baseline else 4,
+            label=arm,
+        )
+    axes.set_xlabel("stored tokens / tokens")
+    axes.set_ylabel("bits per byte" if is_text(task) else "answers right, held out")
+    axes.set_title(task.capitalize(), loc="left")
+    axes.set_xlim(-0.03, 1.03)
+    if not is_text(task):
+        axes.set_ylim(-0.03, 1.05)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
