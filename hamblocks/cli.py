@@ -68,7 +68,7 @@ def demo(
 
     seeds = tuple(range(seed, seed + (1 if quick else 3)))
     settings = Settings(seeds=seeds)
-    steps = steps or (80 if quick else None)
+    steps = steps or (60 if quick else None)
     if steps is not None:
         settings = replace(settings, steps=steps, elastic_steps=2 * steps, memory_steps=4 * steps)
     console = Console()
