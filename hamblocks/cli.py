@@ -61,6 +61,8 @@ def demo(
 ) -> None:
     """Trains small models that differ in what they store, and shows what storing is worth."""
     if text is not None:
+        if quick:
+            raise typer.BadParameter("--quick: expected without --text (use --steps with it)")
         _text_demo(text, steps, seed, out)
         return
     from hamblocks.experiments.demo import Settings, run
