@@ -168,15 +168,19 @@ class _DeltaRuleMemory(Built):
 
         Queries and keys get unit length; keys and values are repeated under grouped heads.
         """
+        heads, kv_heads = q.shape[2], k.shape[2]
         parts = q, k, v
         widths = [x.shape[2] * x.shape[3] for x in parts]
         mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
-        q, k, v = (
-            y.unflatten(-1, x.shape[2:])
-            for x, y in zip(parts, mixed.split(widths, -1), strict=True)
-        )
+        if q.shape[3] == v.shape[3]:  # fewer operations per token
+            every = mixed.unflatten(-1, (heads + 2 * kv_heads, -1))
+            q, k, v = every.split([heads, kv_heads, kv_heads], 2)
+        else:
+            q, k, v = (
+                y.unflatten(-1, x.shape[2:])
+                for x, y in zip(parts, mixed.split(widths, -1), strict=True)
+            )
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        heads, kv_heads = q.shape[2], k.shape[2]
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
         return q, k, v, conv

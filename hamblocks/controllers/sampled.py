@@ -111,7 +111,7 @@ class SampledThreshold(HasTau):
         number = (~flat.isnan()).cumsum(0)
         new = number[-1]
         self.seen.add_(new)
-        self.admitted.add_(((flat >= tau) & (tau < math.inf)).sum())
+        self.admitted.add_((flat >= tau).sum() * (tau < math.inf))
         place = torch.arange(SAMPLE_SIZE, device=flat.device)
         index = torch.searchsorted(number, place * new // SAMPLE_SIZE + 1)
         drawn = flat[index.clamp(max=flat.numel() - 1)].float()

@@ -55,7 +55,7 @@ from hamblocks.protocols import Controller, Gate
 from hamblocks.selectors import Threshold
 from hamblocks_ops.arguments import wrong
 
-FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.375, 0.5, 0.75, 1.0)
+FRACTIONS = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)
 """The budgets to which every policy is moved."""
 
 TARGET = 0.25
@@ -155,9 +155,9 @@ class TaskSetting:
 
     Attributes:
         make: makes the task; with True the one that draws held-out sequences.
-        curriculum: the most steps of the checkpoint; 0: `text_steps` at full size instead.
         options: what the layers are made of.
-        chance: share of right answers of a guess among all symbols that can be an answer.
+        has_curriculum: whether the checkpoint begins with few facts; False: `text_steps` at full
+            size.
     """
 
     make: Callable[[bool], Task]
@@ -180,7 +180,7 @@ TASKS: dict[str, TaskSetting] = {
     ),
     "unsurprising needles": TaskSetting(lambda _held_out: UnsurprisingNeedles()),
     "in-context copying": TaskSetting(lambda _held_out: InContextCopying()),
-    "selective copying": TaskSetting(lambda _held_out: SelectiveCopying()),
+    "selective copying": TaskSetting(lambda _held_out: SelectiveCopying(16, 384, distractors=16)),
     "byte text": TaskSetting(
         lambda held_out: ByteText(_corpus(), held_out=held_out),
         LayerOptions(num_layers=2, rope=True),
@@ -215,7 +215,7 @@ class Settings:
     steps: int = 160
     curriculum_steps: int = 800
     text_steps: int = 300
-    sequences: int = 24
+    sequences: int = 16
     scale: int = 1
     device: str = "cpu"
     workers: int = 2

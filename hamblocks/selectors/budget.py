@@ -158,7 +158,8 @@ class Budget(Wrapper):
         scores = None
         if ledger.score is None:
             evict_at = newest(where, lived, self.tokens)
-            placed = evict_at > where.amax(1, keepdim=True)  # the next query sees them
+            now = torch.nn.functional.pad(where, [0, 0, 1, 0], value=EMPTY).amax(1, keepdim=True)
+            placed = evict_at > now  # the next query sees them
         else:
             dtype = torch.promote_types(score.dtype, ledger.score.dtype)  # as in TopK
             scores = torch.cat([ledger.score.to(dtype), score.to(dtype)], 1)

@@ -96,11 +96,11 @@ class Cooldown(Wrapper):
         if inner.ledger is not None:
             listed = find(inner.ledger.position, where)[1]
         kept = last_slots(listed, ledger.position.shape[1])
-        newest = torch.where(admitted, own, EMPTY).amax(1, keepdim=True)
+        last = torch.cat([ledger.last, torch.where(admitted, own, EMPTY)], 1)
         after = CooldownLedger(
             kept.take(where, EMPTY),
             kept.take(torch.cat([known, evict_at], 1), EMPTY),
-            torch.maximum(ledger.last, newest),
+            last.amax(1, keepdim=True),
             inner.ledger,
         )
         return Selection(evict_at, Lifetimes(ledger.position, known), after)

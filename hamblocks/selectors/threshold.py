@@ -53,7 +53,7 @@ class Threshold(Composable):
     ) -> Selection:
         """See `hamblocks.protocols.Selector`. The controller gets NaN as the score of padding."""
         real = score
-        if position is not None:
+        if position is not None and not getattr(self.controller, "ignores_score", False):
             real = score.masked_fill(position[..., None] == EMPTY, float("nan"))
         tau = self.controller(real)
         return Selection(select_threshold(score, tau, position=position, cu_seqlens=cu_seqlens))

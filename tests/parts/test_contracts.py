@@ -198,7 +198,7 @@ def test_modules_in_plain_parts_belong_to_the_layer():
     layer, x = hb.HAMLayer(32, 4, selector=Plain()), torch.randn(2, 64, 32)
     source = layer.selector.tau_source
     assert source in set(layer.modules())
-    assert "part_modules.selector_tau_source.tau" in layer.state_dict()
+    assert "part_modules.selector_tau_source.tau_sum" in layer.state_dict()
     layer.eval()
     assert not source.training
     layer.train()

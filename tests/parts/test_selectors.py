@@ -222,6 +222,18 @@ def test_a_ledger_of_another_size_is_refused(selector, slots):
         selector(torch.zeros(1, 5, 2), other, position=torch.arange(5)[None])
 
 
+@pytest.mark.parametrize("selector", [*LEDGERS, hb.Budget(hb.Window(2), 0)])
+def test_a_piece_without_tokens_changes_nothing(selector):
+    score = torch.rand(1, 5, 2)
+    ledger = selector(score, start(selector, 1, 2), position=torch.arange(5)[None]).ledger
+    for before in (start(selector, 1, 2), ledger):
+        after = selector(score[:, :0], before, position=torch.arange(0)[None])
+        assert after.evict_at.shape == (1, 0, 2)
+        assert all(
+            torch.equal(*pair) for pair in zip(leaves(after.ledger), leaves(before), strict=True)
+        )
+
+
 def test_a_wrapper_reads_scores_if_what_it_wraps_does():
     by_place, by_score = hb.Window(2) | hb.FirstTokens(1), hb.Threshold(0.5)
     assert ignores_score(hb.Cooldown(by_place, 2))
