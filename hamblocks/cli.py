@@ -61,6 +61,8 @@ def demo(
 ) -> None:
     """Trains small models that differ in what they store, and shows what storing is worth."""
     if text is not None:
+        if quick:
+            raise typer.BadParameter("--quick: expected without --text (use --steps with it)")
         _text_demo(text, steps, seed, out)
         return
     from hamblocks.experiments.demo import Settings, run
@@ -68,7 +70,7 @@ def demo(
 
     seeds = tuple(range(seed, seed + (1 if quick else 3)))
     settings = Settings(seeds=seeds)
-    steps = steps or (80 if quick else None)
+    steps = steps or (60 if quick else None)
     if steps is not None:
         settings = replace(settings, steps=steps, elastic_steps=2 * steps, memory_steps=4 * steps)
     console = Console()

@@ -167,3 +167,9 @@ def test_steps_must_be_positive(text):
     result = CliRunner().invoke(app, ["demo", "--text", str(text), "--steps", "0"])
     assert result.exit_code == 2
     assert "--steps" in result.output
+
+
+def test_quick_is_for_recall(text):
+    result = CliRunner().invoke(app, ["demo", "--text", str(text), "--quick"])
+    assert result.exit_code == 2
+    assert "--quick" in result.output

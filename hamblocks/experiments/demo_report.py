@@ -161,7 +161,7 @@ def _draw_accuracy(axes: Any, results: Results) -> None:
             fmt=marker,
             color=COLORS[arm],
             capsize=4,
-            markersize=9,
+            markersize=6 if arm == "router" else 11,  # both may stand where random does
             label=TITLES[arm],
             zorder=3,
         )

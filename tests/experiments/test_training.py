@@ -134,7 +134,8 @@ def test_measure_counts_as_a_loop_does():
     kept = {kind: [] for kind in (*range(4), "label", "all")}
     for count in (2, 2, 1):
         batch = TASK.batch(count, generator)
-        result = net(batch.tokens)
+        with torch.no_grad():
+            result = net(batch.tokens)
         (stats,) = result.stats
         log_p = log_softmax(result.logits, -1)
         for row in range(count):
@@ -171,7 +172,7 @@ def test_what_an_arm_stores(arm):
     stats = net(TASK.batch(2, torch.Generator().manual_seed(1)).tokens).stats[0]
     assert stats.evict_at.shape[2] == 1, "one decision serves all heads"
     decay = -layer.memory.A_log.exp() * torch.nn.functional.softplus(layer.memory.dt_bias)
-    assert float(decay) == pytest.approx(-SIZES.dt, rel=0.2)
+    assert float(decay.detach()) == pytest.approx(-SIZES.dt, rel=0.2)
 
 
 def test_an_unknown_arm_is_refused():
