@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from hamblocks.cli import app
 from hamblocks.experiments import demo
-from hamblocks.experiments.arms import ARMS, ModelSizes
+from hamblocks.experiments.arms import ARMS
+from hamblocks.experiments.models import LayerOptions
 
 TINY = demo.Settings(
     seeds=(0, 1),
@@ -24,7 +25,7 @@ TINY = demo.Settings(
     burst=2,
     sequences=4,
     workers=0,
-    sizes=ModelSizes(hidden_size=16, head_dim=8),
+    sizes=LayerOptions(hidden_size=16, head_dim=8),
 )
 
 

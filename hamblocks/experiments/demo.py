@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from hamblocks.experiments.arms import ARMS, ModelSizes, model_of, set_fraction
+from hamblocks.experiments.arms import ARMS, arm_of
 from hamblocks.experiments.growth import measure_growth
+from hamblocks.experiments.models import LayerOptions, set_fraction
 from hamblocks.experiments.tasks import Recall
 from hamblocks.experiments.training import (
     Measured,
@@ -68,7 +69,7 @@ class Settings:
     burst: int = 8
     sequences: int = 32
     workers: int = min(2, os.cpu_count() or 1)
-    sizes: ModelSizes = field(default_factory=ModelSizes)
+    sizes: LayerOptions = field(default_factory=LayerOptions)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -217,7 +218,7 @@ def run(settings: Settings, progress: Progress) -> Results:
 
 def _model(arm: str, settings: Settings, seed: int) -> Decoder:
     steps = settings.recipe(arm).steps
-    return model_of(
+    return arm_of(
         arm, settings.task(), settings.sizes, seed=seed, target=settings.target, steps=steps
     )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hamblocks.experiments.arms import set_threshold
+from hamblocks.experiments.models import set_threshold
 from hamblocks.experiments.tasks import ByteText, Task
 from hamblocks.models import Decoder
 

@@ -19,11 +19,16 @@ from typing import Any
 
 import torch
 
-from hamblocks.attention import SelectedAttention
 from hamblocks.controllers import AnnealedFraction, ElasticFraction, TargetFraction
 from hamblocks.experiments.corpus import Corpus
-from hamblocks.experiments.gates import EvenlySpaced
 from hamblocks.experiments.growth import passages, stored_after
+from hamblocks.experiments.models import (
+    POLICIES,
+    LayerOptions,
+    model_of,
+    set_fraction,
+    set_threshold,
+)
 from hamblocks.experiments.tasks import (
     ByteText,
     InContextCopying,
@@ -41,18 +46,11 @@ from hamblocks.experiments.training import (
 )
 from hamblocks.experiments.workers import workers
 from hamblocks.gates import (
-    CommittedWrite,
-    GivenScore,
-    LearnedRouter,
     PredictionError,
-    RandomGate,
     SharedGate,
 )
-from hamblocks.layer import HAMLayer
-from hamblocks.memory import GatedDeltaMemory
 from hamblocks.models import Decoder
 from hamblocks.protocols import Controller, Gate
-from hamblocks.selectors import Threshold
 from hamblocks_ops.arguments import wrong
 
 FRACTIONS = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)
@@ -64,74 +62,8 @@ TARGET = 0.25
 HELD_OUT = 1_000_000
 """Added to a seed, it seeds the sequences that measure: no training draws from there."""
 
-POLICIES: dict[str, Callable[[int], Gate]] = {
-    "surprise": lambda _seed: SharedGate(PredictionError("cosine")),
-    "committed write": lambda _seed: SharedGate(CommittedWrite()),
-    "random": RandomGate,
-    "periodic": lambda _seed: EvenlySpaced(),
-    "router": lambda _seed: SharedGate(LearnedRouter()),
-    "router, straight-through": lambda _seed: SharedGate(
-        LearnedRouter(gradient="straight_through")
-    ),
-    "oracle": lambda _seed: GivenScore(),
-}
-"""What is stored where not everything is: the gates, each made for a layer by its seed."""
-
 BASELINES = {"everything": -math.inf, "memory": math.inf}
 """Arms with a fixed threshold: attention over everything, and the memory alone."""
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """What a layer is made of.
-
-    Attributes:
-        hidden_size, num_heads, head_dim, num_layers: sizes.
-        key_taps: taps of the convolution over attention's keys; 1: none.
-        memory_taps: taps of the memory's convolution.
-        dt: the memory forgets e^-dt of what it knows per token at the start; None: as it comes,
-            between e^-0.001 and e^-1.6.
-        shared: one decision per token for all heads of a layer.
-        own: projections of the memory's own.
-        rope: rotary positions.
-        null_sink: a query may read nothing.
-        annealed: the budget falls from everything to the target in the first half of the training;
-            False: it is the target from the start.
-    """
-
-    hidden_size: int = 64
-    num_heads: int = 1
-    head_dim: int = 32
-    num_layers: int = 1
-    key_taps: int = 2
-    memory_taps: int = 2
-    dt: float | None = 0.0003
-    shared: bool = True
-    own: bool = False
-    rope: bool = False
-    null_sink: bool = False
-    annealed: bool = True
-
-    def layer(self, gate: Gate, controller: Controller | float) -> HAMLayer:
-        """A layer with these options."""
-        decay: dict[str, Any] = {}
-        if self.dt is not None:
-            decay = {"A_init_range": (1.0, 1.0), "dt_min": self.dt, "dt_max": self.dt}
-        return HAMLayer(
-            self.hidden_size,
-            self.num_heads,
-            head_dim=self.head_dim,
-            memory=GatedDeltaMemory(
-                self.memory_taps, projections="own" if self.own else "shared", **decay
-            ),
-            gate=gate,
-            selector=Threshold(controller),
-            attention=SelectedAttention(
-                conv_size=self.key_taps,
-                rope_theta=10_000.0 if self.rope else None,
-                null_sink=self.null_sink,
-            ),
-        )
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -357,29 +289,12 @@ def _work(settings: Settings, job: Job) -> dict[str, Any]:
     return result | {"seconds": time.perf_counter() - began}
 
 
-def _model(
-    options: LayerOptions,
-    task: Task,
-    gate: Callable[[int], Gate],
-    controller: Callable[[], Controller | float],
-    settings: Settings,
-    seed: int,
-) -> Decoder:
-    torch.manual_seed(seed)
-    made = Decoder(
-        task.vocab_size,
-        options.num_layers,
-        lambda index: options.layer(gate(seed + index), controller()),
-    )
-    return made.to(settings.device)
-
-
 def _checkpoint(
     settings: Settings, name: str, options: LayerOptions, task: Task, seed: int
 ) -> tuple[Decoder, dict[str, Any]]:
     """A model that was trained with everything stored, and what its training took."""
     gate = POLICIES["surprise"]
-    model = _model(options, task, gate, lambda: -math.inf, settings, seed)
+    model = model_of(task, options, gate, lambda: -math.inf, seed=seed).to(settings.device)
     recipe = settings.recipe(name, checkpoint=True)
     learn = train_with_curriculum if TASKS[name].has_curriculum else train
     return model, asdict(learn(model, task, recipe, seed))
@@ -396,7 +311,8 @@ def _task(settings: Settings, name: str, seed: int) -> dict[str, Any]:
     def learned(
         gate: Callable[[int], Gate], controller: Callable[[], Controller | float]
     ) -> Decoder:
-        model = branch(base, _model(setting.options, task, gate, controller, settings, seed))
+        onto = model_of(task, setting.options, gate, controller, seed=seed)
+        model = branch(base, onto.to(settings.device))
         train(model, task, recipe, seed + HELD_OUT // 2)
         return model
 
@@ -413,7 +329,7 @@ def _task(settings: Settings, name: str, seed: int) -> dict[str, Any]:
         model = learned(POLICIES[arm], lambda: _elastic(settings, seed))
         rows = []
         for fraction in FRACTIONS:
-            _move(model, fraction)
+            set_fraction(model, fraction)
             rows.append(measured(model))
         result["arms"][arm] = rows
         result["seconds_of"][arm] = time.perf_counter() - began
@@ -427,12 +343,6 @@ def _elastic(settings: Settings, seed: int) -> ElasticFraction:
     return ElasticFraction(0.05, 1.0, seed=seed, begin=begin, spacing="uniform")
 
 
-def _move(model: Decoder, fraction: float) -> None:
-    for module in model.modules():
-        if isinstance(module, ElasticFraction):
-            module.set_fraction(fraction)
-
-
 @torch.no_grad()
 def _growth(model: Decoder, task: Task, seed: int) -> dict[str, Any]:
     """Growth on fresh and on repeated input, at a threshold that a quarter of fresh tokens reach."""
@@ -441,9 +351,7 @@ def _growth(model: Decoder, task: Task, seed: int) -> dict[str, Any]:
     model.eval()
     for layer, stats in zip(model.stack.layers, model(others.to(device)).stats, strict=True):
         assert stats.score is not None
-        for module in layer.modules():
-            if isinstance(module, ElasticFraction):
-                module.set_threshold(float(stats.score.flatten().quantile(1 - TARGET)))
+        set_threshold(layer, float(stats.score.flatten().quantile(1 - TARGET)))
     curves = [stored_after(model, tokens.to(device)) for tokens in (fresh, repeated)]
     return {
         "tokens": list(range(8, fresh.shape[1] + 1, 8)),
@@ -468,7 +376,8 @@ def _option(settings: Settings, name: str, seed: int) -> dict[str, Any]:
             return TargetFraction(TARGET)
         return AnnealedFraction(TARGET, max(settings.steps // 2, 1))
 
-    model = branch(base, _model(options, task, gate, controller, settings, seed))
+    onto = model_of(task, options, gate, controller, seed=seed)
+    model = branch(base, onto.to(settings.device))
     train(model, task, recipe, seed + HELD_OUT // 2)
     found = measure(model, task, HELD_OUT + seed, sequences=settings.sequences)
     return {"checkpoint": trained, "measured": asdict(found)}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from hamblocks.experiments.arms import ARMS, ModelSizes, model_of, set_fraction
+from hamblocks.experiments.arms import ARMS, arm_of
 from hamblocks.experiments.growth import measure_growth, symbols
+from hamblocks.experiments.models import LayerOptions, set_fraction
 from hamblocks.experiments.tasks import IGNORED, Recall
 from hamblocks.experiments.training import (
     Recipe,
@@ -21,11 +22,11 @@ from hamblocks.experiments.training import (
 from hamblocks.layer import HAMLayer
 
 TASK = Recall(8, 48, questions=4, symbols=40, burst=2)
-SIZES = ModelSizes(hidden_size=16, head_dim=8)
+SIZES = LayerOptions(hidden_size=16, head_dim=8)
 
 
 def model(arm, seed=0, steps=4):
-    return model_of(arm, TASK, SIZES, seed=seed, target=0.25, steps=steps)
+    return arm_of(arm, TASK, SIZES, seed=seed, target=0.25, steps=steps)
 
 
 def test_the_loss_is_that_of_a_loop():
