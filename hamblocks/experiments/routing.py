@@ -225,9 +225,10 @@ def run(settings: Settings, folder: Path, progress: Progress) -> dict[str, Any]:
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = waiting.pop(future)
-                found[job] = future.result()
+                text = json.dumps(future.result())
+                found[job] = json.loads(text)  # as a later run would read it
                 partial = folder / (job.file + ".partial")
-                partial.write_text(json.dumps(found[job]))
+                partial.write_text(text)
                 partial.replace(folder / job.file)  # a run that is killed leaves no half of a file
                 progress(
                     "checkpoints", len(found), len(jobs), f"{job.kind} {job.name}, seed {job.seed}"

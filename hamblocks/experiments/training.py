@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -234,24 +233,6 @@ def branch(model: Decoder, onto: Decoder) -> Decoder:
                 raise wrong("onto", f"a model with the parameter {name}", "none of that shape")
             there[name].copy_(parameter)
     return onto
-
-
-def checkpoint(path: Path | None, make: Callable[[], tuple[dict[str, Any], Any]]) -> Any:
-    """What `make` returns, read from the file if it was made before.
-
-    Args:
-        path: the file; None: nothing is read or written.
-        make: returns the state dict of a model and what is known of its training.
-    """
-    if path is not None and path.exists():
-        return torch.load(path, weights_only=False)
-    made = make()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(made, partial)
-        partial.replace(path)  # a run that is killed leaves no half of a file
-    return made
 
 
 @dataclass

@@ -13,7 +13,6 @@ from hamblocks.experiments.tasks import IGNORED, Recall
 from hamblocks.experiments.training import (
     Recipe,
     branch,
-    checkpoint,
     loss_of,
     measure,
     train,
@@ -108,21 +107,6 @@ def test_a_branch_has_the_weights_and_its_own_router():
         assert torch.equal(parameter, copied.get(name, fresh[name]))
     with pytest.raises(ValueError, match=r"onto: .*mlp"):
         branch(onto, base)
-
-
-def test_a_checkpoint_is_made_once(tmp_path):
-    path, calls = tmp_path / "deep" / "seed.pt", []
-
-    def make():
-        calls.append(1)
-        return {"w": torch.arange(3)}, "how"
-
-    first, second = checkpoint(path, make), checkpoint(path, make)
-    assert len(calls) == 1
-    assert torch.equal(first[0]["w"], second[0]["w"])
-    assert [p.name for p in path.parent.iterdir()] == ["seed.pt"]
-    assert checkpoint(None, make)[1] == "how"
-    assert len(calls) == 2
 
 
 def test_measure_counts_as_a_loop_does():
