@@ -8,10 +8,10 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from hamblocks.controllers.hashing import mix, unit_hash
 from hamblocks.controllers.quantiles import between, ordered, threshold_between
 from hamblocks.controllers.sampled import SampledThreshold
 from hamblocks.controllers.tau import float32, sum_and_weight, unit
+from hamblocks.hashing import mix, unit_hash
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamblocks.controllers.hashing import mix, unit_hash
 from hamblocks.controllers.quantiles import LARGEST, ordered
 from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, float32
+from hamblocks.hashing import mix, unit_hash
 
 SAMPLE_SIZE = 4096
 """Scores that a controller remembers: enough to place a quantile within 0.01."""

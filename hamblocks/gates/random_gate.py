@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hamblocks.hashing import mix
 from hamblocks.protocols import GateOutput, MemoryTrace
 from hamblocks_ops.arguments import wrong
 
@@ -64,23 +65,14 @@ class RandomGate:
         # the keys tell the number of heads; a layer without a memory has them too
         count = 1 if self.heads == "shared" else trace.k.shape[2]
         heads = torch.arange(count, device=x.device)
-        word = _mix(_mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads)
-        word = _mix(word ^ trace.position.long()[..., None])
+        word = mix(mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads)
+        word = mix(word ^ trace.position.long()[..., None])
         if self.per == "sequence":
             signs = x.detach()[..., :CONTENT_BITS] > 0
             powers = 1 << torch.arange(signs.shape[-1], device=x.device)
-            word = _mix(word ^ (signs * powers).sum(-1, keepdim=True))
+            word = mix(word ^ (signs * powers).sum(-1, keepdim=True))
         # float32 holds 24 bits exactly
         return GateOutput((word >> 8).to(torch.float32) * 2.0**-24)
 
     def __repr__(self) -> str:
         return f"RandomGate({self.seed}, per={self.per!r}, heads={self.heads!r})"
-
-
-def _mix(word: Tensor) -> Tensor:
-    """Mixes the bits of 32-bit words, held in int64: the finalizer of MurmurHash3, a bijection."""
-    word = word ^ (word >> 16)
-    word = (word * 0x85EBCA6B) & 0xFFFFFFFF
-    word = word ^ (word >> 13)
-    word = (word * 0xC2B2AE35) & 0xFFFFFFFF
-    return word ^ (word >> 16)

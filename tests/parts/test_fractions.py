@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hamblocks as hb
 from hamblocks.controllers import threshold_between
-from hamblocks.controllers.hashing import mix, unit_hash
+from hamblocks.hashing import mix, unit_hash
 
 DISTRIBUTIONS = {
     "normal": lambda x: x,
