@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -30,12 +31,16 @@ class ShortConvolution(nn.Module):
             it the token before, and so on.
     """
 
+    used: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
         kernel_size: int,
         activation: str | None = "silu",
         init: str = "uniform",
+        *,
+        taps: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Makes the convolution with fresh weights.
 
@@ -45,6 +50,8 @@ class ShortConvolution(nn.Module):
             activation: "silu", or None for the plain sum.
             init: the weights at the start: "uniform" in +-kernel_size ** -0.5, or "identity", which
                 weighs the token itself 1 and the tokens before it 0.
+            taps: groups of channels with fewer taps, as pairs (channels, taps): their earlier taps
+                are 0 and stay 0. None: all channels have `kernel_size` taps.
 
         Raises:
             ValueError: a size is not an integer of at least 1, or there is no such activation or
@@ -59,15 +66,33 @@ class ShortConvolution(nn.Module):
         check_count("kernel_size", kernel_size, 1)
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
         self.activation, self.init = activation, init
+        self.register_buffer("used", self._used(taps), persistent=False)
         self.weight = nn.Parameter(self.fresh())
 
+    def _used(self, taps: Sequence[tuple[int, int]] | None) -> Tensor | None:
+        """Which taps are used, bool `[hidden_size, kernel_size]`; None: all."""
+        if taps is None or all(size == self.kernel_size for _, size in taps):
+            return None
+        channels = [channels for channels, _ in taps]
+        if sum(channels) != self.hidden_size or not all(
+            1 <= size <= self.kernel_size for _, size in taps
+        ):
+            expected = f"groups of {self.hidden_size} channels, of 1 to {self.kernel_size} taps"
+            raise wrong("taps", expected, repr(taps))
+        sizes = torch.tensor([size for _, size in taps]).repeat_interleave(torch.tensor(channels))
+        return torch.arange(self.kernel_size) >= self.kernel_size - sizes[:, None]
+
     def fresh(self) -> Tensor:
-        """Initial weights `[hidden_size, kernel_size]`."""
+        """Initial weights `[hidden_size, kernel_size]`; uniform in +-(number of taps) ** -0.5."""
         weight = torch.zeros(self.hidden_size, self.kernel_size)
         if self.init == "identity":
             weight[:, -1] = 1
             return weight
-        return weight.uniform_(-1, 1) / math.sqrt(self.kernel_size)
+        weight.uniform_(-1, 1)
+        if self.used is None:
+            return weight / math.sqrt(self.kernel_size)
+        used = self.used.to(weight.device)
+        return weight * used / used.sum(1, keepdim=True).sqrt()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -120,7 +145,8 @@ class ShortConvolution(nn.Module):
 
     def _weighted(self, delayed: list[Tensor]) -> Tensor:
         """Activation of the sum over taps; `delayed[n]` is x as it was n tokens ago."""
-        y = self.weight[:, -1] * delayed[0]
+        weight = self.weight if self.used is None else self.weight * self.used
+        y = weight[:, -1] * delayed[0]
         for delay in range(1, self.kernel_size):
-            y = torch.addcmul(y, self.weight[:, self.kernel_size - 1 - delay], delayed[delay])
+            y = torch.addcmul(y, weight[:, self.kernel_size - 1 - delay], delayed[delay])
         return y if self.activation is None else F.silu(y)

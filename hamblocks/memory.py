@@ -21,7 +21,7 @@ class DeltaMemoryState(NamedTuple):
     """State of a delta-rule memory. A state of zeros equals the state before the first token.
 
     Attributes:
-        conv: `[N, conv_size - 1, (H + 2 Hkv) D]`, dtype of x: the last inputs of the short
+        conv: `[N, taps - 1, (H + 2 Hkv) D]`, dtype of x: the last inputs of the short
             convolution, oldest first.
         recurrent: `[N, H, D, D]`, float32 (float64 for float64 models): the associative memory,
             keys by values.
@@ -42,7 +42,7 @@ class _DeltaRuleMemory(Built):
 
     def __init__(
         self,
-        conv_size: int,
+        conv_size: int | Sequence[int],
         conv_init: str,
         projections: str,
         num_heads: int | None,
@@ -52,7 +52,11 @@ class _DeltaRuleMemory(Built):
         impl: str,
     ) -> None:
         super().__init__()
-        check_count("conv_size", conv_size, 1)
+        taps = [conv_size] * 3 if isinstance(conv_size, int) else list(conv_size)
+        if len(taps) != 3:
+            raise wrong("conv_size", "an integer, or three: for q, k and v", repr(conv_size))
+        for size in taps:
+            check_count("conv_size", size, 1)
         if projections not in ("shared", "own"):
             raise wrong("projections", '"shared" or "own"', repr(projections))
         sizes = {"num_heads": num_heads, "head_dim": head_dim}
@@ -64,7 +68,8 @@ class _DeltaRuleMemory(Built):
             raise wrong("projections", expected, '"shared"')
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
-        self.conv_size, self.conv_init = conv_size, conv_init
+        self.conv_size = conv_size if isinstance(conv_size, int) else taps
+        self.taps, self.conv_init = taps, conv_init
         self.projections = projections
         self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v
         self.allow_neg_eigval = allow_neg_eigval
@@ -94,11 +99,17 @@ class _DeltaRuleMemory(Built):
             self.q_proj, self.k_proj, self.v_proj = (
                 nn.Linear(dims.hidden_size, heads * size, bias=False) for size in (key, key, value)
             )
-            channels = heads * (2 * key + value)
+            channels = [heads * key, heads * key, heads * value]
         else:
-            channels = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim
+            shared = dims.num_kv_heads * dims.head_dim
+            channels = [dims.num_heads * dims.head_dim, shared, shared]
         # one convolution for q, k and v side by side
-        self.conv = ShortConvolution(channels, self.conv_size, init=self.conv_init)
+        self.conv = ShortConvolution(
+            sum(channels),
+            max(self.taps),
+            init=self.conv_init,
+            taps=list(zip(channels, self.taps, strict=True)),
+        )
         self.b_proj = nn.Linear(dims.hidden_size, heads, bias=False)
 
     def decay(self, x: Tensor) -> Tensor | None:
@@ -191,7 +202,7 @@ class _DeltaRuleMemory(Built):
         if not isinstance(state, DeltaMemoryState):
             raise wrong("state", "a DeltaMemoryState", type(state).__name__)
         wanted = (
-            ("conv", (recurrent[0], self.conv_size - 1, self.conv.hidden_size)),
+            ("conv", (recurrent[0], self.conv.kernel_size - 1, self.conv.hidden_size)),
             ("recurrent", recurrent),
         )
         for (name, sizes), tensor in zip(wanted, state, strict=True):
@@ -206,7 +217,7 @@ class DeltaMemory(_DeltaRuleMemory):
 
     def __init__(
         self,
-        conv_size: int = 4,
+        conv_size: int | Sequence[int] = 4,
         *,
         conv_init: str = "uniform",
         projections: str = "shared",
@@ -220,6 +231,7 @@ class DeltaMemory(_DeltaRuleMemory):
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
+                Three numbers: those of q, k and v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
@@ -257,7 +269,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
 
     def __init__(
         self,
-        conv_size: int = 4,
+        conv_size: int | Sequence[int] = 4,
         *,
         conv_init: str = "uniform",
         projections: str = "shared",
@@ -277,6 +289,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
+                Three numbers: those of q, k and v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.

@@ -168,6 +168,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3),
         "combiner": hb.GatedSum(output_gate=True),
     },
+    "taps-of-its-own": lambda: {
+        "memory": hb.GatedDeltaMemory((1, 3, 2)),
+        "selector": hb.Threshold(0.9) | hb.Window(2),
+    },
     "memory-of-its-own-width": lambda: {
         "memory": hb.DeltaMemory(conv_init="identity", projections="own", expand_v=0.5),
         "selector": hb.Threshold(0.9) | hb.Window(2),
@@ -307,6 +311,8 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
 
     memory = layer.memory
     taps = memory.conv.weight
+    if memory.conv.used is not None:
+        taps = taps * memory.conv.used
     own, counts = projected, (heads, kv_heads, kv_heads)
     if memory.projections == "own":
         own = [x @ p.weight.T for p in (memory.q_proj, memory.k_proj, memory.v_proj)]

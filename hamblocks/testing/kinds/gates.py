@@ -34,15 +34,19 @@ def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
 
 def _bias_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None:
     """The weights of a gate get gradients from its logit bias: selection itself has no gradient."""
-    subject = GateSubject(part, case)
-    weights = {name: x for name, x in subject.part.named_parameters() if x.requires_grad}
-    bias = subject.run(subject.inputs)[0].get("logit_bias")
-    never = f"so that its weights ({', '.join(weights)}) never learn: selection has no gradient"
-    assert bias is not None, f"logit_bias: the gate returns none, {never}"
-    assert bias.requires_grad, f"logit_bias: carries no gradient, {never}"
-    gradients = torch.autograd.grad(bias.sum(), list(weights.values()), allow_unused=True)
+    assert_learned(GateSubject(part, case), "logit_bias")
+
+
+def assert_learned(subject: GateSubject, name: str) -> None:
+    """Asserts that the weights of a part get a gradient from its result `name`."""
+    weights = {key: x for key, x in subject.part.named_parameters() if x.requires_grad}
+    result = subject.run(subject.inputs)[0].get(name)
+    never = f"so that its weights ({', '.join(weights)}) never learn: decisions have no gradient"
+    assert result is not None, f"{name}: the part returns none, {never}"
+    assert result.requires_grad, f"{name}: carries no gradient, {never}"
+    gradients = torch.autograd.grad(result.sum(), list(weights.values()), allow_unused=True)
     reached = any(x is not None and bool(x.any()) for x in gradients)
-    assert reached, f"logit_bias: its gradient reaches no weight, {never}"
+    assert reached, f"{name}: its gradient reaches no weight, {never}"
 
 
 def no_weights(part: Any, kind: type[GateSubject], options: Options) -> str | None:

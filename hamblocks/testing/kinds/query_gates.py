@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from hamblocks import contracts
 from hamblocks.protocols import QueryGateOutput
 from hamblocks.testing.check import Check, Options
 from hamblocks.testing.common import common, edges_of
 from hamblocks.testing.inputs.parts import PartInputs
-from hamblocks.testing.kinds.gates import no_weights
+from hamblocks.testing.kinds.gates import assert_learned, no_weights
 from hamblocks.testing.subjects import QueryGateSubject
 from hamblocks_ops.arguments import describe
 
@@ -31,15 +29,7 @@ def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
 
 def _weight_can_be_learned(part: Any, case: PartInputs, _options: Options) -> None:
     """The weights of a query gate get gradients from its `weight`: the decision itself has none."""
-    subject = QueryGateSubject(part, case)
-    weights = {name: x for name, x in subject.part.named_parameters() if x.requires_grad}
-    weight = subject.run(subject.inputs)[0].get("weight")
-    never = f"so that its weights ({', '.join(weights)}) never learn: decisions have no gradient"
-    assert weight is not None, f"weight: the query gate returns none, {never}"
-    assert weight.requires_grad, f"weight: carries no gradient, {never}"
-    gradients = torch.autograd.grad(weight.sum(), list(weights.values()), allow_unused=True)
-    reached = any(x is not None and bool(x.any()) for x in gradients)
-    assert reached, f"weight: its gradient reaches no weight, {never}"
+    assert_learned(QueryGateSubject(part, case), "weight")
 
 
 def _no_weights(part: Any, options: Options) -> str | None:
