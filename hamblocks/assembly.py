@@ -133,6 +133,8 @@ def parts_of(
         gate = None if gate is DEFAULT else gate
         selector = None if selector is DEFAULT else selector
     chosen = None if selector is DEFAULT else selector
+    if gate is DEFAULT:  # without a selector nobody reads a score
+        gate = None if selector is None else PredictionError()
     if gate is None and chosen is not None and not ignores_score(chosen):
         expected = "a gate, for a selector that reads scores, e.g. LearnedRouter()"
         raise wrong("gate", expected, f"None beside {selector}")
@@ -141,7 +143,7 @@ def parts_of(
         raise wrong("selector", f"{expected}, or None to store every token", "none")
     parts: dict[str, Any] = {
         "memory": GatedDeltaMemory() if memory is DEFAULT else memory,
-        "gate": PredictionError() if gate is DEFAULT else gate,
+        "gate": gate,
         "selector": selector,
         "query_gate": query_gate,
         "attention": SelectedAttention() if attention is DEFAULT else attention,

@@ -81,6 +81,8 @@ def check_query_gate(result: object, x: Tensor) -> None:
     _check_shape("query_gate: reads", reads, [batch, tokens])
     if weight is not None:
         _check_shape("query_gate: weight", weight, [batch, tokens, 1])
+        if not weight.is_floating_point():
+            raise wrong("query_gate", "a floating weight", _kind(weight))
     if isinstance(window, bool) or not isinstance(window, int) or window < 0:
         raise wrong("query_gate", "window: an integer >= 0", repr(window))
 

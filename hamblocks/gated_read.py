@@ -25,7 +25,8 @@ Attend = Callable[[Tensor, Keys], Tensor]
 def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput) -> Tensor:
     """The read of the queries that read, and the windowed read of the others.
 
-    Outside `torch.compile` the host waits once for the number of queries that read. Compiled code
+    Outside `torch.compile` the host waits for the number of queries that read, and with a window for
+    that of the others. Compiled code
     does not gather: queries that do not read keep their place, and see no key.
 
     Args:
@@ -42,35 +43,45 @@ def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput)
         return _unpacked(attend, q, keys.dense(), decision)
     reads, weight, window = decision
     real = keys.query_position != EMPTY
-    read = _read_of(attend, q, keys, reads & real)
+    read = _read_of(attend, q, lambda: keys, reads & real, keys.query_position)
     if weight is not None:
         read = read * weight[..., None].to(read.dtype)
     if window:
-        read = read + _read_of(attend, q, keys.dense().within(window), ~reads & real)
+        near = _read_of(
+            attend, q, lambda: keys.dense().within(window), ~reads & real, keys.query_position
+        )
+        read = read + near
     return read
 
 
-def _read_of(attend: Attend, q: Tensor, keys: Keys, asked: Tensor) -> Tensor:
+def _read_of(
+    attend: Attend,
+    q: Tensor,
+    keys_of: Callable[[], Keys],
+    asked: Tensor,
+    query_position: Tensor,
+) -> Tensor:
     """The read of some queries, and 0 for the others.
 
     Args:
         attend: the attention part.
         q: `[B, T, H, D]`.
-        keys: the keys.
+        keys_of: makes the keys; not called if no query reads.
         asked: bool `[B, T]`, the queries that read.
+        query_position: int32 `[B, T]`.
     """
     if torch.compiler.is_compiling():
-        position = keys.query_position.masked_fill(~asked, EMPTY)
-        return attend(q, keys.for_queries(position)).masked_fill(~asked[..., None, None], 0)
+        position = query_position.masked_fill(~asked, EMPTY)
+        return attend(q, keys_of().for_queries(position)).masked_fill(~asked[..., None, None], 0)
     most = int(asked.sum(1).amax())
     if most == 0:
         return torch.zeros_like(q)
     # the queries that read come first, in their order; the rest of a shorter row is padding
     index = (~asked).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     there = asked.gather(1, index)
-    position = keys.query_position.gather(1, index).masked_fill(~there, EMPTY)
+    position = query_position.gather(1, index).masked_fill(~there, EMPTY)
     wide = index[..., None, None].expand(-1, -1, *q.shape[2:])
-    read = attend(q.gather(1, wide), keys.for_queries(position))
+    read = attend(q.gather(1, wide), keys_of().for_queries(position))
     return torch.zeros_like(q).scatter(1, wide, read.masked_fill(~there[..., None, None], 0))
 
 

@@ -336,7 +336,12 @@ class HAMLayer(CallsParts):
         return LayerOutput(y, after, LayerStats(score, step.evict_at, *where, reads))
 
     def explain(
-        self, x: Tensor, *, state: HAMState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: HAMState | None = None,
+        cu_seqlens: Tensor | None = None,
+        given_score: Tensor | None = None,
     ) -> LayerExplanation:
         """Lists which implementation each op of a call uses, and why the others are not used.
 
@@ -347,6 +352,7 @@ class HAMLayer(CallsParts):
             x: as in `forward`.
             state: as in `forward`; it is not spent.
             cu_seqlens: as in `forward`.
+            given_score: as in `forward`.
 
         Returns:
             For each op by name, every implementation with "yes" or a reason. The entry "attention"
@@ -359,7 +365,7 @@ class HAMLayer(CallsParts):
         self.eval()
         try:
             with recorded_choices() as choices, dry_run():
-                self.forward(x, state=state, cu_seqlens=cu_seqlens)
+                self.forward(x, state=state, cu_seqlens=cu_seqlens, given_score=given_score)
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -55,8 +55,8 @@ class _DeltaRuleMemory(Built):
         taps = [conv_size] * 3 if isinstance(conv_size, int) else list(conv_size)
         if len(taps) != 3:
             raise wrong("conv_size", "an integer, or three: for q, k and v", repr(conv_size))
-        for size in taps:
-            check_count("conv_size", size, 1)
+        for number in taps:
+            check_count("conv_size", number, 1)
         if projections not in ("shared", "own"):
             raise wrong("projections", '"shared" or "own"', repr(projections))
         sizes = {"num_heads": num_heads, "head_dim": head_dim}

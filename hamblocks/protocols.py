@@ -224,11 +224,11 @@ class QueryGateOutput(NamedTuple):
     """Which queries read the stored tokens.
 
     Attributes:
-        reads: bool `[B, T]`. A query that does not read sees only the last `window` tokens.
+        reads: bool `[B, T]`. A query that reads sees all that is stored.
         weight: `[B, T, 1]`, factor of the read of the queries that read, differentiable: a learned
             query gate gets its gradient through it. None: 1.
-        window: tokens that every query sees, itself included, as far as they are stored. 0: a query
-            that does not read gets 0 and costs nothing.
+        window: tokens that a query which does not read still sees, itself included, as far as they
+            are stored. 0: such a query gets 0 and costs nothing.
     """
 
     reads: Tensor

@@ -46,7 +46,8 @@ class ThresholdQueries(nn.Module):
         Args:
             gate: scores the tokens. Its parameters and its `metric` become those of this part.
             controller: sets tau: a `hamblocks.protocols.Controller`, or a number for a fixed tau.
-            window: tokens that every query sees, itself included, as far as they are stored; >= 0.
+            window: tokens that a query which does not read still sees, itself included, as far as
+                they are stored; >= 0.
 
         Raises:
             ValueError: an argument is not what is expected.

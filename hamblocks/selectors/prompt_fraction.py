@@ -22,7 +22,7 @@ from hamblocks_ops.arguments import wrong
 class PromptFraction(Composable):
     """Keeps the largest scores of the prompt, decided at its end.
 
-    SnapKV (arXiv 2404.14469) compresses a prompt in this way.
+    SnapKV (arXiv 2404.14469) compresses a prompt at this time, by another score.
 
     The first `length` tokens are the prompt. All of them are stored until position `length`. From
     there on only its m = ceil(fraction * length) largest scores are; of equal scores the earlier

@@ -186,6 +186,9 @@ WRONG = {
     "numbers": lambda x, trace: hb.QueryGateOutput(x[..., 0]),
     "a decision per head": lambda x, trace: hb.QueryGateOutput(trace.k[..., 0] > 0),
     "a weight per channel": lambda x, trace: hb.QueryGateOutput(x[..., 0] > 0, x),
+    "an integer weight": lambda x, trace: hb.QueryGateOutput(
+        x[..., 0] > 0, torch.ones_like(x[..., :1], dtype=torch.int64)
+    ),
     "half a window": lambda x, trace: hb.QueryGateOutput(x[..., 0] > 0, None, 0.5),
 }
 
