@@ -1,6 +1,6 @@
 """HAM models for transformers.
 
-Importing this file registers the models with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing this file registers the models with `AutoModel` and `AutoModelForCausalLM`.
 Shape letters are explained in docs/reference/shapes.md.
 """
 
@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -35,6 +30,7 @@ from hamblocks.memory import GatedDeltaMemory
 from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
+from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
 from hamblocks.models.stack import Stack, StackOutput, entropy_gates
@@ -391,9 +387,16 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         """Makes the model; see `HAMModel`."""
         config = _checked(config, layer)
         super().__init__(config)
+        # transformers derives it from the name of the class, which a subclass may change
+        self.loss_type = "ForCausalLM"
         self.model = HAMModel(config, layer=layer)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lists subclasses as models that predict the next token, those of FSDP2 too."""
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
+        list_as_causal_lm(cls)
 
     def _output_weight(self) -> str | None:
         return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -525,6 +528,6 @@ def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMC
     return config
 
 
-AutoConfig.register("ham", HAMConfig)
 AutoModel.register(HAMConfig, HAMModel)
 AutoModelForCausalLM.register(HAMConfig, HAMForCausalLM)
+list_as_causal_lm(HAMForCausalLM)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from hamblocks.models.framework import FrameworkModel
 from hamblocks_ops.arguments import wrong
 
 
-class FollowsModel(PreTrainedModel):
+class FollowsModel(FrameworkModel):
     """A model whose saved configuration states the target fractions and thresholds of its layers.
 
     These numbers stand in the policy of the selector and in the weights, and can be changed in a

@@ -9,7 +9,7 @@ import hamblocks as hb
 from hamblocks.controllers.tau import HasTau
 from hamblocks.models import HAMForCausalLM
 
-peft = pytest.importorskip("peft")
+import peft
 
 
 def taus(model):
