@@ -43,22 +43,15 @@ class FrameworkModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, without tensor parallelism.
+        """As in transformers, without tensor, pipeline and expert parallelism.
 
         Raises:
-            ValueError: tensor parallelism is asked for. transformers would replicate the weights
-                on all ranks, or shard a projection that the layer takes for whole.
+            ValueError: one of them is asked for. Without a plan transformers would load all weights
+                on all ranks, and a plan would shard projections that the layer takes for whole.
         """
-        distributed = kwargs.get("distributed_config")
-        asked = {
-            "tp_plan": kwargs.get("tp_plan"),
-            "tp_size": kwargs.get("tp_size"),
-            "distributed_config": (getattr(distributed, "tp_size", None) or 1) > 1
-            or getattr(distributed, "tp_plan", None),
-        }
-        for name, value in asked.items():
-            if value:
-                expected = "no tensor parallelism: a HAM layer has no plan for it (use FSDP)"
+        for name in ("tp_plan", "tp_size", "distributed_config"):
+            if _is_parallel(kwargs.get(name)):
+                expected = "no parallelism within layers or between them (shard with FSDP instead)"
                 raise wrong(name, expected, repr(kwargs[name]))
         return super().from_pretrained(*args, **kwargs)
 
@@ -89,3 +82,13 @@ class FrameworkModel(PreTrainedModel):
             f"{type(self).__name__}: expected generate() with padded prompts, got continuous "
             "batching, whose cache cannot hold the state of a memory"
         )
+
+
+def _is_parallel(value: Any) -> bool:
+    """Whether a plan, a number of ranks or a `DistributedConfig` asks for parallelism in a model."""
+    if value is None or isinstance(value, int):
+        return (value or 1) > 1
+    if isinstance(value, (str, dict)):
+        return bool(value)
+    names = ("tp_size", "tp_plan", "pp_size", "ep_size", "ep_plan")
+    return any(_is_parallel(getattr(value, name, None)) for name in names)
