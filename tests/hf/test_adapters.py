@@ -168,7 +168,10 @@ def test_the_trainer_resumes_with_the_thresholds_of_the_checkpoint(tmp_path):
             callbacks=[ControllerCallback()],
         )
         by.train(**how)
-        return taus(model)
+        used = taus(model)
+        with model.disable_adapter():  # the base model is as it was
+            assert taus(model) == taus(loaded(tmp_path / "base"))
+        return used
 
     whole = run(4)
     assert run(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == whole
