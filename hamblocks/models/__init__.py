@@ -60,6 +60,7 @@ def __dir__() -> list[str]:
 
 
 if find_spec("transformers") is not None:
-    # a transformers that cannot be imported is an error for those who use it, in `__getattr__`
-    with contextlib.suppress(ImportError):
+    # What fails here fails again, and aloud, when a model of transformers is used. Others, who use
+    # hamblocks without transformers, must not suffer from one that cannot be imported.
+    with contextlib.suppress(Exception):
         import_module("hamblocks.models.configuration")
