@@ -181,12 +181,15 @@ class HAMPreTrainedModel(FollowsModel):
             fraction: the fraction of tokens to keep, in [0, 1].
 
         Raises:
-            ValueError: `fraction` is outside [0, 1], or the model has no `TargetFraction` or other
-                controller with a sample.
+            ValueError: `fraction` is outside [0, 1], the model has no `TargetFraction` or other
+                controller with a sample, or its buffers are offloaded.
         """
         controllers = [module for module in self.modules() if isinstance(module, SampledThreshold)]
         if not controllers:
             raise wrong("fraction", "a model with a TargetFraction to set", "one without")
+        if any(controller.tau_sum.is_meta for controller in controllers):
+            expected = "a model with its buffers in memory (offload_buffers=False)"
+            raise wrong("fraction", expected, "offloaded ones")
         for controller in controllers:
             controller.set_fraction(fraction)
 
@@ -255,8 +258,8 @@ class HAMModel(HAMPreTrainedModel):
                 a mask and a cache, every 0 begins a sequence of a packed batch.
             past_key_values: the cache of the columns seen so far; the call advances it in place.
             inputs_embeds: `[B, T, hidden]`, in place of `input_ids`.
-            use_cache: return the cache. None: as `config` says, except in training and for packed
-                batches, where no cache is returned.
+            use_cache: return the cache. None: as `config` says, except in training, for packed
+                batches and on the meta device, where no cache is returned.
             output_hidden_states: return the input of each block and the last hidden state.
             output_attentions: must be False; there is no matrix of attention weights.
             cu_seq_lens_q: int `[N+1]`, borders of sequences packed into one batch row.
@@ -277,6 +280,8 @@ class HAMModel(HAMPreTrainedModel):
             past=0 if cache is None else cache.columns,
             seen=None if cache is None else cache.seen,
         )
+        if use_cache is None and cache is None and x.is_meta:
+            use_cache = False
         use_cache = self._returns_cache(use_cache, cache, layout)
         if cache is None and use_cache:
             cache = HAMCache(self.config)

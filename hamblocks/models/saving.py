@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hamblocks.models.framework import FrameworkModel
+from hamblocks.models.weights import complete_offloaded
 from hamblocks_ops.arguments import wrong
 
 
@@ -25,6 +26,7 @@ class FollowsModel(FrameworkModel):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        complete_offloaded(model, model._tied_heads())
         for layer, held in model.config.changed_selectors(model._selectors()).items():
             expected = f"that of the checkpoint in layer {layer}, {held} (change it in the model)"
             raise wrong("selector", expected, f"{model.config.policy('selector', layer)}")
