@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hamblocks.convolution import ShortConvolution
 from hamblocks.keys import Keys
-from hamblocks.norm import normalised
+from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
 from hamblocks.protocols import Built, LayerDims, check_count
 from hamblocks_ops.arguments import wrong
@@ -101,7 +101,7 @@ class SelectedAttention(Built):
                 f"head_dim: expected an even number for rotary positions, got {dims.head_dim}"
             )
         if self.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
         if self.null_sink:
             self.null = nn.Parameter(torch.zeros(dims.num_kv_heads))
         if self.conv_size > 1:
@@ -131,8 +131,8 @@ class SelectedAttention(Built):
             k, v, after = self._convolved(k, v, state, cu_seqlens)
         if self.qk_norm:
             dtype = q.dtype
-            q = normalised(q, self.q_norm).to(dtype)
-            k = normalised(k, self.k_norm).to(dtype)
+            q = self.q_norm(q).to(dtype)
+            k = self.k_norm(k).to(dtype)
         if self.rope_theta is not None:
             turn = _angles(q, position, self.rope_theta)
             q, k = _turned(q, *turn), _turned(k, *turn)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.norm import normalised
+from hamblocks.norm import RMSNorm
 from hamblocks.protocols import Built, LayerDims
 from hamblocks_ops.arguments import wrong
 
@@ -34,10 +34,10 @@ class _Mix(Built):
         sizes = []
         if dims.has_memory:
             sizes.append(dims.memory_read)
-            self.memory_norm = nn.RMSNorm(dims.memory_read[1], eps=1e-6)
+            self.memory_norm = RMSNorm(dims.memory_read[1], eps=1e-6)
         if dims.has_attention:
             sizes.append((dims.num_heads, dims.head_dim))
-            self.attention_norm = nn.RMSNorm(dims.head_dim, eps=1e-6)
+            self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
         self.heads = [heads for heads, _ in sizes]
         self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
         widths = [heads * dim for heads, dim in sizes]
@@ -58,9 +58,9 @@ class _Mix(Built):
         """See `hamblocks.protocols.Combiner`."""
         reads = []
         if memory_read is not None:
-            reads.append(normalised(memory_read, self.memory_norm))
+            reads.append(self.memory_norm(memory_read))
         if attention_read is not None:
-            reads.append(normalised(attention_read, self.attention_norm))
+            reads.append(self.attention_norm(attention_read))
         logits = self.gate_proj(x)
         if self.is_joint:
             weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)

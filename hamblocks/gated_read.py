@@ -26,8 +26,8 @@ def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput)
     """The read of the queries that read, and the windowed read of the others.
 
     Outside `torch.compile` the host waits for the number of queries that read, and with a window for
-    that of the others. Compiled code
-    does not gather: queries that do not read keep their place, and see no key.
+    that of the others. Compiled code does not gather, and a call on the meta device has no number:
+    queries that do not read keep their place there, and see no key.
 
     Args:
         attend: the attention part.
@@ -39,7 +39,7 @@ def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput)
         `[B, T, H, D]`; 0 for a query that sees nothing.
     """
     packed = isinstance(keys, DenseKeys) and keys.cu_seqlens is not None
-    if packed and not torch.compiler.is_compiling():
+    if packed and not (torch.compiler.is_compiling() or q.is_meta):
         return _unpacked(attend, q, keys.dense(), decision)
     reads, weight, window = decision
     real = keys.query_position != EMPTY
@@ -70,7 +70,7 @@ def _read_of(
         asked: bool `[B, T]`, the queries that read.
         query_position: int32 `[B, T]`.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or q.is_meta:
         position = query_position.masked_fill(~asked, EMPTY)
         return attend(q, keys_of().for_queries(position)).masked_fill(~asked[..., None, None], 0)
     most = int(asked.sum(1).amax())

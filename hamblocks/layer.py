@@ -23,6 +23,7 @@ from hamblocks.calls import CallsParts, Projected
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
+from hamblocks.own_weights import check_like_weights, check_present
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
     PARTS,
@@ -239,7 +240,8 @@ class HAMLayer(CallsParts):
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         given = {"cu_seqlens": cu_seqlens, "given_score": given_score}
-        return self.forward(x, state=state, **given)
+        result: LayerOutput = self(x, state=state, **given)
+        return result
 
     def decode(
         self, x: Tensor, state: HAMState, *, given_score: Tensor | None = None
@@ -264,7 +266,8 @@ class HAMLayer(CallsParts):
         if given_score is not None:
             check_tensor("given_score", given_score, "[N, heads]", [x.shape[0], None])
             given_score = given_score[:, None]
-        result = self.forward(x[:, None], state=state, given_score=given_score)
+        # the module itself and not its `forward`: hooks of others belong to every call
+        result: LayerOutput = self(x[:, None], state=state, given_score=given_score)
         return result._replace(y=result.y[:, 0])
 
     def forward(
@@ -300,16 +303,13 @@ class HAMLayer(CallsParts):
             own = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
             position = position + own
         where = position, cu_seqlens
-        projected = None
-        if self.dims.has_attention or not self._memory_projects:
-            projected = Projected(
-                *(
-                    proj(x).unflatten(-1, (-1, self.dims.head_dim))
-                    for proj in (self.q_proj, self.k_proj, self.v_proj)
-                )
-            )
         past = None if state is None else state.memory
-        memory_read, trace, memory = self._remembered(x, projected, position, past, cu_seqlens)
+        try:
+            projected = self._projected(x)
+            memory_read, trace, memory = self._remembered(x, projected, position, past, cu_seqlens)
+        except RuntimeError:
+            check_like_weights(self, x)
+            raise
         trace = trace if given_score is None else trace._replace(given=given_score)
         if self.attention is None or projected is None:
             y, stats = self._combined(x, memory_read, None), LayerStats(None, None, *where)
@@ -365,7 +365,7 @@ class HAMLayer(CallsParts):
         self.eval()
         try:
             with recorded_choices() as choices, dry_run():
-                self.forward(x, state=state, cu_seqlens=cu_seqlens, given_score=given_score)
+                self(x, state=state, cu_seqlens=cu_seqlens, given_score=given_score)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -375,6 +375,14 @@ class HAMLayer(CallsParts):
         how = "whole sequences" if state is None else "the next piece of each sequence of a state"
         learns = "with" if torch.is_grad_enabled() else "without"
         return LayerExplanation(answers, f"{how}, x {list(x.shape)}, {learns} gradients", names)
+
+    def _projected(self, x: Tensor) -> Projected | None:
+        """q, k and v, if attention or the memory uses them."""
+        if self._memory_projects and not self.dims.has_attention:
+            return None
+        size = -1, self.dims.head_dim
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return Projected(q.unflatten(-1, size), k.unflatten(-1, size), v.unflatten(-1, size))
 
     def _of_no_token(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
@@ -445,11 +453,10 @@ class HAMLayer(CallsParts):
     ) -> None:
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
         check_floating("x", x)
-        weight = next(self.parameters())
-        if x.device != weight.device:
-            raise wrong("x", f"device {weight.device}, as the layer", x)
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise wrong("x", f"dtype {str(weight.dtype).removeprefix('torch.')}, as the layer", x)
+        weight = next(self.parameters(), None)
+        # torch computes from x on one device and a weight on the meta device, without an error
+        if weight is not None and weight.is_meta != x.is_meta:
+            check_present(self, x, weight)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x)
         if given_score is not None:
@@ -462,3 +469,6 @@ class HAMLayer(CallsParts):
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             contracts.check_state(state, self.dims, sequences)
+            if x.is_meta and state.cache is not None:
+                expected = "values beside a state with a cache: its pages are counted by them"
+                raise wrong("x", expected, x)

@@ -1,11 +1,31 @@
-"""RMSNorm of reads, queries and keys, computed in the dtype of its weight even under autocast."""
+"""RMSNorm of reads, queries and keys."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """norm(x), with x cast to the dtype of the weight first; under autocast x is narrower."""
-    y: Tensor = norm(x.to(norm.weight.dtype))
-    return y
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm`, computed in the wider of the dtypes of x and of its own weight.
+
+    Under autocast x is narrower than the weight, and in a model with a narrow weight x may be
+    wider. The module reads its weight only inside its own call. There the weight is the one that
+    counts, also if hooks gather it, load it or cast it for the call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of x.
+
+        Args:
+            x: `[..., D]`, floating.
+
+        Returns:
+            The shape of x, in the wider of both dtypes.
+        """
+        weight: Tensor = self.weight
+        if x.dtype != weight.dtype:
+            wider = torch.promote_types(x.dtype, weight.dtype)
+            x, weight = x.to(wider), weight.to(wider)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)

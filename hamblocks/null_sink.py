@@ -95,7 +95,7 @@ def _with_null_key(keys: DenseKeys, null: Tensor) -> DenseKeys:
     def behind(x: Tensor, value: float) -> Tensor:
         return torch.cat([x, x.new_full((batch, 1, *x.shape[2:]), value)], 1)
 
-    bias = _bias(keys, null.dtype).expand(-1, -1, heads)
+    bias = _bias(keys, wide(keys.k)).expand(-1, -1, heads)
     return DenseKeys(
         behind(keys.k, 0),
         behind(keys.v, 0),

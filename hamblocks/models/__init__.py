@@ -1,8 +1,14 @@
-"""Models: stacks of blocks. Those for transformers are imported when they are first used."""
+"""Models: stacks of blocks. Those for transformers are imported when they are first used.
+
+Where transformers is installed, importing this package registers the configuration with its Auto
+classes, so that `AutoModelForCausalLM.from_pretrained` loads a saved model.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from hamblocks.extras import require
@@ -43,7 +49,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for an attribute
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         require("hf", f"hamblocks.models.{name}", "transformers")
-        # `modeling` registers the models with the Auto classes, whichever name is used first
+        # the Auto classes know the models from here, whichever name is used first
         import_module("hamblocks.models.modeling")
         value: object = getattr(import_module(f"hamblocks.models.{_HOME[name]}"), name)
         return value
@@ -51,3 +57,10 @@ if not TYPE_CHECKING:  # type checkers would take any name for an attribute
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if find_spec("transformers") is not None:
+    # What fails here fails again, and aloud, when a model of transformers is used. Others, who use
+    # hamblocks without transformers, must not suffer from one that cannot be imported.
+    with contextlib.suppress(Exception):
+        import_module("hamblocks.models.configuration")

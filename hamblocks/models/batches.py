@@ -89,6 +89,8 @@ def batch_layout(
 ) -> BatchLayout:
     """Finds the layout of a batch from the arguments with which transformers describes it.
 
+    On the meta device, where there are no values, every batch row is one sequence without padding.
+
     Args:
         x: `[B, T]` or `[B, T, hidden]`, the new columns.
         attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding. Padding stands before or
@@ -117,7 +119,8 @@ def batch_layout(
         layout, real = BatchLayout(batch, tokens, None, None), None
     else:
         real = _real(x, attention_mask, past, seen)
-        if bool(real.all()):
+        # without values nobody knows what is padding, and the sizes are at most those of T tokens
+        if real.is_meta or bool(real.all()):
             layout = BatchLayout(batch, tokens, None, None)
         else:
             borders = F.pad(real.sum(1).cumsum(0), [1, 0]).to(torch.int32)
@@ -165,7 +168,9 @@ def _restarting(position_ids: Tensor) -> BatchLayout:
     """
     batch, tokens = position_ids.shape
     begins = position_ids == 0
-    if bool((position_ids == torch.arange(tokens, device=position_ids.device)).all()):
+    if position_ids.is_meta or bool(
+        (position_ids == torch.arange(tokens, device=position_ids.device)).all()
+    ):
         return BatchLayout(batch, tokens, None, None)
     if values_are_checked(position_ids):
         follows = F.pad(position_ids, [1, 0])[:, :-1] + 1

@@ -1,11 +1,16 @@
-"""The configuration of a model in transformers: sizes, the kinds of layers, policies as JSON."""
+"""The configuration of a model in transformers: sizes, the kinds of layers, policies as JSON.
+
+Importing this file registers the configuration with `AutoConfig`. A configuration that is made or
+loaded imports the models, which registers them too: until then they cost no time.
+"""
 
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hamblocks.models.policies import Policy, complete, part_of, policy_of
 from hamblocks.protocols import PARTS, check_count
@@ -129,6 +134,8 @@ class HAMConfig(PreTrainedConfig):
         Raises:
             ValueError: a bad argument; the message names it, what was expected and what came.
         """
+        # the Auto classes look for the model as soon as they have its configuration
+        import_module("hamblocks.models.modeling")
         for name, own in OTHER_NAMES.items():
             if kwargs.get(name) is not None:
                 raise wrong(name, f"no such argument (its name here is {own})", kwargs[name])
@@ -311,3 +318,6 @@ def _agree(rope_theta: float | None, policy: Policy) -> None:
     if policy["rope_theta"] != rope_theta:
         expected = f"{policy['rope_theta']}, as the policy of attention has it (or state it once)"
         raise wrong("rope_theta", expected, f"{rope_theta}")
+
+
+AutoConfig.register(HAMConfig.model_type, HAMConfig)

@@ -1,6 +1,6 @@
 """HAM models for transformers.
 
-Importing this file registers the models with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing this file registers the models with `AutoModel` and `AutoModelForCausalLM`.
 Shape letters are explained in docs/reference/shapes.md.
 """
 
@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -35,6 +30,7 @@ from hamblocks.memory import GatedDeltaMemory
 from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
+from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
 from hamblocks.models.stack import Stack, StackOutput, entropy_gates
@@ -185,12 +181,15 @@ class HAMPreTrainedModel(FollowsModel):
             fraction: the fraction of tokens to keep, in [0, 1].
 
         Raises:
-            ValueError: `fraction` is outside [0, 1], or the model has no `TargetFraction` or other
-                controller with a sample.
+            ValueError: `fraction` is outside [0, 1], the model has no `TargetFraction` or other
+                controller with a sample, or its buffers are offloaded.
         """
         controllers = [module for module in self.modules() if isinstance(module, SampledThreshold)]
         if not controllers:
             raise wrong("fraction", "a model with a TargetFraction to set", "one without")
+        if any(controller.tau_sum.is_meta for controller in controllers):
+            expected = "a model with its buffers in memory (offload_buffers=False)"
+            raise wrong("fraction", expected, "offloaded ones")
         for controller in controllers:
             controller.set_fraction(fraction)
 
@@ -259,8 +258,8 @@ class HAMModel(HAMPreTrainedModel):
                 a mask and a cache, every 0 begins a sequence of a packed batch.
             past_key_values: the cache of the columns seen so far; the call advances it in place.
             inputs_embeds: `[B, T, hidden]`, in place of `input_ids`.
-            use_cache: return the cache. None: as `config` says, except in training and for packed
-                batches, where no cache is returned.
+            use_cache: return the cache. None: as `config` says, except in training, for packed
+                batches and on the meta device, where no cache is returned.
             output_hidden_states: return the input of each block and the last hidden state.
             output_attentions: must be False; there is no matrix of attention weights.
             cu_seq_lens_q: int `[N+1]`, borders of sequences packed into one batch row.
@@ -281,6 +280,8 @@ class HAMModel(HAMPreTrainedModel):
             past=0 if cache is None else cache.columns,
             seen=None if cache is None else cache.seen,
         )
+        if use_cache is None and cache is None and x.is_meta:
+            use_cache = False
         use_cache = self._returns_cache(use_cache, cache, layout)
         if cache is None and use_cache:
             cache = HAMCache(self.config)
@@ -391,9 +392,16 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         """Makes the model; see `HAMModel`."""
         config = _checked(config, layer)
         super().__init__(config)
+        # transformers derives it from the name of the class, which a subclass may change
+        self.loss_type = "ForCausalLM"
         self.model = HAMModel(config, layer=layer)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lists subclasses as models that predict the next token, those of FSDP2 too."""
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
+        list_as_causal_lm(cls)
 
     def _output_weight(self) -> str | None:
         return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -525,6 +533,6 @@ def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMC
     return config
 
 
-AutoConfig.register("ham", HAMConfig)
 AutoModel.register(HAMConfig, HAMModel)
 AutoModelForCausalLM.register(HAMConfig, HAMForCausalLM)
+list_as_causal_lm(HAMForCausalLM)

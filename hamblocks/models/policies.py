@@ -30,6 +30,7 @@ from hamblocks.controllers import (
     TargetFraction,
     shortest,
 )
+from hamblocks.controllers.adapters import without_adapter
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
@@ -198,6 +199,7 @@ def policy_of(kind: str, part: object) -> Policy:
     Raises:
         ValueError: it is none of hamblocks' own.
     """
+    part = without_adapter(part)
     own = type(part)
     if own not in PARTS[kind]:
         names = ", ".join(TABLE[kind])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from hamblocks.models.framework import FrameworkModel
+from hamblocks.models.weights import complete_offloaded
 from hamblocks_ops.arguments import wrong
 
 
-class FollowsModel(PreTrainedModel):
+class FollowsModel(FrameworkModel):
     """A model whose saved configuration states the target fractions and thresholds of its layers.
 
     These numbers stand in the policy of the selector and in the weights, and can be changed in a
@@ -26,6 +26,7 @@ class FollowsModel(PreTrainedModel):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        complete_offloaded(model, model._tied_heads())
         for layer, held in model.config.changed_selectors(model._selectors()).items():
             expected = f"that of the checkpoint in layer {layer}, {held} (change it in the model)"
             raise wrong("selector", expected, f"{model.config.policy('selector', layer)}")

@@ -18,8 +18,12 @@ class ControllerCallback(TrainerCallback):
     saves the thresholds too.
     """
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer calls this when it is made, before it loads a checkpoint to resume from."""
+        save_with_adapter(kwargs["model"])
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer calls this once, before the first step."""
+        """The Trainer calls this once, before the first step: it may have got the callback late."""
         save_with_adapter(kwargs["model"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hamblocks.layer import HAMLayer
@@ -42,3 +44,25 @@ def lacks(model: nn.Module, weight: Tensor) -> bool:
     The weight is then uninitialised memory and needs a value.
     """
     return not is_loaded(weight) and any(is_loaded(other) for other in model.parameters())
+
+
+def complete_offloaded(model: nn.Module, tied: dict[str, str]) -> None:
+    """Gives accelerate the weights of gates' heads, which are tied, where their layers are on disk.
+
+    accelerate fetches the weight of a module on disk when the module runs. A tied weight is not in
+    the checkpoint, so it is found only if its source is on disk as well.
+
+    Args:
+        model: a model that was loaded with a device map, or any other.
+        tied: names of the heads' weights, and of the weight that each is tied to.
+    """
+    for name, source in tied.items():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        origin: Any = model.get_submodule(source.rpartition(".")[0])
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is None or "weight" in weights:
+            continue
+        weight = origin.weight
+        if weight.is_meta:  # in memory, while the origin runs on another device
+            weight = origin._hf_hook.weights_map["weight"]
+        module._hf_hook.weights_map = {"weight": weight.detach()}

@@ -190,8 +190,10 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
         run = pick(self.__name__, self.table, impl, cast("Call", call))
         device = call[0].device.type
         # the dtypes of the inputs decide, also under autocast; entering the context costs more
-        # than asking
-        if not torch.is_autocast_enabled(device):
+        # than asking. A device such as "meta" has no autocast, and to ask for its state is an
+        # error.
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not on:
             return self._finish(cast("Call", call), run(cast("Call", call)))
         with torch.autocast(device_type=device, enabled=False):
             return self._finish(cast("Call", call), run(cast("Call", call)))

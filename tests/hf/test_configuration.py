@@ -439,12 +439,29 @@ def test_layers_are_what_layer_types_says():
     assert type(layers[1].selector) is hb.TopK
 
 
+def run(code):
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_importing_hamblocks_needs_torch_alone():
-    code = (
-        "import sys, hamblocks, hamblocks.models; assert 'transformers' not in sys.modules;"
+    run(
+        "import sys, hamblocks; assert 'transformers' not in sys.modules;"
+        # a configuration is registered, and models cost no time before there is one
+        "import hamblocks.models; assert 'transformers.modeling_utils' not in sys.modules;"
         "hamblocks.models.HAMConfig; from transformers import AutoModel;"
         "AutoModel._model_mapping[hamblocks.models.HAMConfig]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     with pytest.raises(AttributeError, match="no attribute 'HAMFor'"):
         hb.models.HAMFor  # noqa: B018
+
+
+def test_a_transformers_that_fails_is_an_error_for_its_users_alone(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise FutureWarning('as an error')")
+    run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import hamblocks.models\n"
+        "assert hamblocks.Window(3).width == 3\n"
+        "try:\n    hamblocks.models.HAMConfig\n"
+        "except FutureWarning:\n    pass\n"
+        "else:\n    raise SystemExit(1)"
+    )
