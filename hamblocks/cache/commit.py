@@ -17,7 +17,8 @@ class Commit:
     """A change of a cache, planned by the constructor and applied later.
 
     The plan counts pages but does not choose them: until it is applied, another cache may take
-    pages of the same pool. Planning waits for the device unless pages were reserved. With reserved
+    pages of the same pool. Whoever plans holds the lock of the pool; `apply` and `drop` take it.
+    Planning waits for the device unless pages were reserved. With reserved
     pages, new tokens fill holes, but no token moves and no page is freed, because both would need
     values from the device.
 
@@ -153,42 +154,45 @@ class Commit:
 
     def drop(self) -> None:
         """Releases the pages that were reserved for the change."""
-        self.kept.release()
-        self._set_pending(False)
+        with self.pool.lock:
+            self.kept.release()
+            self._set_pending(False)
 
     @lasting
     def apply(self) -> None:
         """Makes the change."""
-        streams, pool = self.streams, self.pool
-        self.drop()  # the reserved pages are taken from the pool below
-        if self.wait:
-            streams.reservation.release()
-        # copy shared pages before the first write: other streams must not see the change
-        if self.copies is not None:
-            streams.unshare(self.copies)
-        if self.until is not None:
-            # only in pages that stay: a page that is returned may still be listed by another stream
-            streams.put_back(self.until, pool.evict_at, self.keep)
-        streams.lease.widen(self.width)
-        if self.most:
-            self._take_pages()
-        streams.width = max(self.width, streams.width)
-        # moves read slots of pages that are returned, so they come before `_return_pages`
-        if self.moves is not None:
-            self._move(self.moves)
-        if self.new is not None:
-            stream = torch.arange(len(self.place), device=self.place.device)[:, None]
-            slots = streams.slots(stream.expand_as(self.place), self.place)
-            pool.scatter(slots.flatten(), self.new, wait=self.wait)
-        if self.wait:
-            self._return_pages()
-        else:
-            streams.reservation.steps -= self.count
-        streams.seen.copy_(self.seen)
-        # all older handles are spent, also those made before the streams were allocated
-        streams.turn += 1
-        if self.origin is not None:
-            self.origin.turn += 1
+        # in one step for other threads: they see the cache either before or after the change
+        with self.pool.lock:
+            streams, pool = self.streams, self.pool
+            self.drop()  # the reserved pages are taken from the pool below
+            if self.wait:
+                streams.reservation.release()
+            # copy shared pages before the first write: other streams must not see the change
+            if self.copies is not None:
+                streams.unshare(self.copies)
+            if self.until is not None:
+                # only in pages that stay: a page that is returned may be listed by another stream
+                streams.put_back(self.until, pool.evict_at, self.keep)
+            streams.lease.widen(self.width)
+            if self.most:
+                self._take_pages()
+            streams.width = max(self.width, streams.width)
+            # moves read slots of pages that are returned, so they come before `_return_pages`
+            if self.moves is not None:
+                self._move(self.moves)
+            if self.new is not None:
+                stream = torch.arange(len(self.place), device=self.place.device)[:, None]
+                slots = streams.slots(stream.expand_as(self.place), self.place)
+                pool.scatter(slots.flatten(), self.new, wait=self.wait)
+            if self.wait:
+                self._return_pages()
+            else:
+                streams.reservation.steps -= self.count
+            streams.seen.copy_(self.seen)
+            # all older handles are spent, also those made before the streams were allocated
+            streams.turn += 1
+            if self.origin is not None:
+                self.origin.turn += 1
 
     def _set_pending(self, pending: bool) -> None:
         self.streams.pending = pending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple, final
 
@@ -47,11 +48,17 @@ class Pool:
     all-zero page that streams without a page point to, and a scratch page that absorbs masked
     writes. Each slab of keys and values has its own scratch page as its last page.
 
+    Forks of a cache share a pool, and threads may use the forks at the same time. Whoever reads or
+    writes the tables or the list of slabs holds `lock`: growing replaces these tensors, and a page
+    is chosen in one step and marked as used in another. Reading the keys and values of one's own
+    pages needs no lock: a page that two streams list is copied before either changes it.
+
     Attributes:
+        lock: guards everything below, and the streams of the pool; reentrant.
         users: int32 `[P + 2]`, how many streams list a page.
         promised: number of free pages that are reserved (see `Reservation`).
-        returned: page tables `[R, C + 1]` of dead caches, whose pages `collect` returns. The last
-            column is not part of the table.
+        returned: page tables `[R, C + 1]` of dead caches and their reservations, which `collect`
+            takes back. The last column is not part of the table. Appending needs no lock.
     """
 
     def __init__(
@@ -81,9 +88,10 @@ class Pool:
             max_pages,
         )
         self.dtype, self.device = like.dtype, like.device
+        self.lock = threading.RLock()
         self.keys: list[tuple[Tensor, Tensor]] = []
         self.promised = 0
-        self.returned: list[Tensor] = []
+        self.returned: list[tuple[Tensor, Reservation]] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
         self.bias = None
@@ -138,7 +146,9 @@ class Pool:
         """Takes back the pages of dead caches, and returns whether there were any."""
         some = bool(self.returned)
         while self.returned:
-            self.count_users(self.returned.pop()[:, :-1], -1)
+            table, reservation = self.returned.pop()
+            reservation.release()
+            self.count_users(table[:, :-1], -1)
         return some
 
     def used(self) -> int:
@@ -188,6 +198,7 @@ class Pool:
         A slab is freed only if at least two thirds of the remaining pages are free, so that a pool
         with varying load does not allocate and free the same slab repeatedly.
         """
+        self.collect()
         # A reservation does not say which pages it will take, so no slab is freed while any page is
         # reserved.
         while self.keys and self.promised == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, final
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -29,6 +31,24 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.context import CHECKED
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def locked(method: Callable[Concatenate[KVCache, P], T]) -> Callable[Concatenate[KVCache, P], T]:
+    """Runs a method of a cache while no other thread uses the pool.
+
+    A handle is found to be the newest and then used, and forks are made in several steps; both must
+    happen without another thread in between.
+    """
+
+    @functools.wraps(method)
+    def alone(cache: KVCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with cache._own.lock:
+            return method(cache, *args, **kwargs)
+
+    return alone
 
 
 class CacheSizes(NamedTuple):
@@ -68,6 +88,9 @@ class KVCache:
 
     An evicted token leaves a hole, which the next new token fills. If the remaining tokens of a
     stream fit into fewer pages, the last ones move into holes and the pages return to the pool.
+
+    Forks share pages, and each of them may be used by a thread of its own. A handle that two
+    threads use at once goes on for one of them and raises an error for the other.
 
     Users read `tokens`, `nbytes` and `stored()`. States and layers call the other methods.
     """
@@ -130,6 +153,7 @@ class KVCache:
         )
 
     @property
+    @locked
     def tokens(self) -> Tensor:
         """Number of stored tokens, int64 `[N, Hkv]`; `[N, 0]` before the first token."""
         own = self._newest()
@@ -139,6 +163,7 @@ class KVCache:
         return count.repeat_interleave(own.pool.heads, 1)
 
     @property
+    @locked
     def nbytes(self) -> int:
         """Bytes in use: pages (a shared page counts once) and tables. Waits for the device."""
         own = self._newest()
@@ -149,6 +174,7 @@ class KVCache:
         return pages * page_nbytes + own.table.nbytes + own.seen.nbytes
 
     @property
+    @locked
     def capacity_nbytes(self) -> int:
         """Bytes allocated: tables, and the slabs of the pool with free pages and those of forks."""
         own = self._newest()
@@ -156,6 +182,7 @@ class KVCache:
             return 0
         return own.pool.nbytes + own.lease.table.nbytes + own.seen.nbytes
 
+    @locked
     def stored(self) -> Stored:
         """A copy of the stored tokens as padded tensors; before the first token, with 0 heads."""
         own = self._newest()
@@ -247,6 +274,7 @@ class KVCache:
         )
 
     @lasting
+    @locked
     def reserve(self, steps: int) -> None:
         """Reserves the pages that `steps` more tokens per sequence need at most.
 
@@ -265,6 +293,7 @@ class KVCache:
             own.reserve(steps)
 
     @lasting
+    @locked
     def fork(self) -> KVCache:
         """A second cache with the same tokens; a page is shared until one of the two changes it."""
         own = self._newest()
@@ -278,6 +307,7 @@ class KVCache:
         return KVCache._of(Streams(own.pool, own.table, own.seen.clone(), own.heads, private=False))
 
     @lasting
+    @locked
     def reorder(self, index: Tensor) -> KVCache:
         """The cache of sequences index[0], index[1], ..., for beam search; this handle is spent.
 
@@ -305,6 +335,7 @@ class KVCache:
         return KVCache._of(Streams(own.pool, table, own.seen[index], own.heads, private=False))
 
     @lasting
+    @locked
     def reset(self, sequences: Tensor) -> KVCache:
         """The cache after all tokens of some sequences were dropped; this handle is spent.
 
@@ -326,6 +357,7 @@ class KVCache:
         own.turn += 1
         return KVCache._of(own)
 
+    @locked
     def state_dict(self) -> dict[str, Any]:
         """The stored tokens as flat tensors, and sizes as numbers, for `torch.save` and `load`."""
         own = self._newest()
@@ -445,6 +477,8 @@ def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor
         logit_bias=logit_bias is not None,
         max_pages=own.max_pages,
     )
+    # a handle without tokens and the pool that it becomes are guarded by one lock
+    pool.lock = own.lock
     streams = Streams.empty(pool, own.sequences, heads)
     if own.steps:
         streams.reserve(own.steps)

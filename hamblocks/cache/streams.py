@@ -6,6 +6,7 @@ heads together. There are R = N * H streams with S slots each.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, final
@@ -50,13 +51,13 @@ class Lease:
             self.table = pad(self.table[:, :-1], [0, room], value=-1)
 
     def end(self) -> None:
-        """Ends the reservation, and queues the table so that `Pool.collect` returns its pages.
+        """Queues table and reservation, so that `Pool.collect` takes back their pages.
 
         It touches no tensor, because the garbage collector may call it at any time, also while a
-        CUDA graph is captured or a function is traced.
+        CUDA graph is captured or a function is traced. It waits for no lock, because the collector
+        may call it in a thread that holds the lock of another pool.
         """
-        self.reservation.release()
-        self.pool.returned.append(self.table)
+        self.pool.returned.append((self.table, self.reservation))
 
 
 @final
@@ -69,6 +70,7 @@ class Streams:
         heads: H, streams per sequence.
         width: columns of the page table that may hold a page; S = width * page_size.
         private: True if each page is known to be listed by one stream only.
+        lock: the lock of the pool.
         pending: whether an open transaction has planned a change of these streams.
         turn: number of changes; a handle that was made for another turn is spent.
         end: returns all pages; called once, at the latest when the last handle is gone.
@@ -87,6 +89,7 @@ class Streams:
             private: see the attributes.
         """
         self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
+        self.lock = pool.lock
         self.lease, self.width = Lease(pool, table), table.shape[1]
         self.end = weakref.finalize(self, self.lease.end)
         self.end.atexit = False
@@ -117,11 +120,13 @@ class Streams:
 
     def position(self) -> Tensor:
         """Position in every slot, `[R, S]`; a hole keeps the position of its last token."""
-        return self.pool.position[self.pool.listed(self.table)].flatten(1)
+        with self.lock:
+            return self.pool.position[self.pool.listed(self.table)].flatten(1)
 
     def lifetimes(self) -> Tensor:
         """Lifetime in every slot, `[R, S]`; 0 where there is no page."""
-        return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
+        with self.lock:
+            return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
 
     def put_back(self, until: Tensor, evict_at: Tensor, keep: Tensor | None = None) -> Tensor:
         """Writes lifetimes by stream into a tensor of lifetimes by page, and returns it.
@@ -211,6 +216,7 @@ class Unallocated:
         page_size: tokens in a page.
         max_pages: upper limit of pages in the pool; None: no limit.
         steps: number of tokens per sequence to reserve pages for when the pool is made.
+        lock: guards the handles; it becomes the lock of the pool.
         pending: as in `Streams`.
         turn: as in `Streams`.
     """
@@ -219,6 +225,7 @@ class Unallocated:
         self.sequences, self.page_size, self.max_pages = sequences, page_size, max_pages
         self.steps = self.turn = 0
         self.pending = False
+        self.lock = threading.RLock()
 
     def copy(self, sequences: int | None = None) -> Unallocated:
         """Another one with the same sizes."""
