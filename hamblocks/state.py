@@ -127,6 +127,18 @@ class HAMState(NamedTuple):
         if self.cache is not None:
             self.cache.reserve(steps)
 
+    def check(self) -> None:
+        """Checks that the state can be continued. Waits for the device.
+
+        Call it after replays of a CUDA graph, which no other check of the host sees.
+
+        Raises:
+            ValueError: the state is spent, or a replayed CUDA graph went past the steps that
+                `reserve` took pages for.
+        """
+        if self.cache is not None:
+            self.cache.check_reserve()
+
     def to(self, device: torch.device | str) -> HAMState:
         """An independent copy on a device."""
         cache = None

@@ -54,7 +54,8 @@ class Commit:
             origin: the `Unallocated` that became the streams, if this is their first change.
 
         Raises:
-            ValueError: the pool would exceed `max_pages`; nothing was changed.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past the
+                reservation; nothing was changed.
         """
         self.streams, self.pool, self.origin = streams, streams.pool, origin
         self.seen, self.until, self.new = seen, until, new
@@ -64,6 +65,8 @@ class Commit:
         # A reservation is enough for `steps` more tokens if no page is shared. Shared pages have to
         # be copied first, and how many that are depends on values on the device.
         self.wait = streams.reservation.steps < max(self.count, 1) or not streams.private
+        if self.wait:
+            streams.reservation.settle(streams.seen)
         # if pages became free here, `_return_pages` tries to shrink the pool
         self.freed = self.wait and self.pool.collect()
         stays, enters = self._who_stays(), self._who_enters()
@@ -101,8 +104,8 @@ class Commit:
         return self.streams.alive(arriving, self.seen) & stored
 
     def _count_pages(self, stays: Tensor, enters: Tensor) -> None:
-        page_size = self.pool.page_size
-        self.have = (self.streams.table >= 0).sum(1)
+        streams, page_size = self.streams, self.pool.page_size
+        self.have = (streams.table >= 0).sum(1)
         self.keep = -(-(stays.sum(1) + enters.sum(1)) // page_size)  # rounded up
         if self.wait:
             self.more = (self.keep - self.have).clamp(min=0)
@@ -110,14 +113,19 @@ class Commit:
             return
         # Without reading values: no page is returned, and every stream is assumed to take as many
         # pages as `count` tokens can need. `Streams.reserve` has widened the table for them.
-        self.keep = self.keep.maximum(self.have)
+        # A replayed CUDA graph repeats this without the host, which counts the steps. After the
+        # last reserved page it gets no other: `_find_places` then finds no hole, and the token is
+        # dropped. `Reservation.settle` reports that.
+        self.keep = torch.clamp(self.keep, self.have, streams.reservation.most_pages)
         self.more = (self.keep - self.have).clamp(min=0)
-        self.most, self.width = -(-self.count // page_size), self.streams.width
+        self.most, self.width = -(-self.count // page_size), streams.width
 
     def _find_places(self, stays: Tensor, enters: Tensor) -> None:
         """Assigns holes: the n-th token takes the n-th hole, moving tokens before new ones.
 
-        `keep` pages have room for all tokens that stay or enter, so there are enough holes.
+        `keep` pages have room for all tokens that stay or enter, so there are enough holes, except
+        in a CUDA graph that is replayed past a reservation. There a token without a hole gets the
+        slot after the last one, which `Streams.slots` turns into -1.
         """
         page_size = self.pool.page_size
         slots = max(self.width, self.streams.width) * page_size

@@ -166,7 +166,7 @@ class KVCache:
     @locked
     def nbytes(self) -> int:
         """Bytes in use: pages (a shared page counts once) and tables. Waits for the device."""
-        own = self._newest()
+        own = self._settled()
         if isinstance(own, Unallocated):
             return 0
         pages = int((own.table.unique() >= 0).sum())
@@ -185,7 +185,7 @@ class KVCache:
     @locked
     def stored(self) -> Stored:
         """A copy of the stored tokens as padded tensors; before the first token, with 0 heads."""
-        own = self._newest()
+        own = self._settled()
         if not isinstance(own, Unallocated):
             return stored(own)
         keys = torch.zeros(own.sequences, 0, 0, 0, device="cpu")
@@ -225,6 +225,17 @@ class KVCache:
             ValueError: the handle is spent, or an open transaction has already planned a change.
         """
         self._newest()
+
+    @locked
+    def check_reserve(self) -> None:
+        """Checks that no replayed CUDA graph went past the reserved steps. Waits for the device.
+
+        Methods that wait for the device anyway check it too.
+
+        Raises:
+            ValueError: a sequence has seen more tokens than were reserved, or the handle is spent.
+        """
+        self._settled()
 
     def extend(
         self,
@@ -282,8 +293,12 @@ class KVCache:
         device, because its shapes depend on no values. Slabs and tables keep their addresses, which
         a CUDA graph needs. In an empty cache the pages are reserved by the first call.
 
+        A CUDA graph that is replayed past the reservation stores tokens only as long as reserved
+        pages have room, and drops the others. `check_reserve` reports it.
+
         Raises:
-            ValueError: the pool would exceed `max_pages`; the cache is as it was.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past an
+                earlier reservation; the cache is as it was.
         """
         steps = check_count("steps", steps)
         own = self._newest()
@@ -296,7 +311,7 @@ class KVCache:
     @locked
     def fork(self) -> KVCache:
         """A second cache with the same tokens; a page is shared until one of the two changes it."""
-        own = self._newest()
+        own = self._settled()
         if isinstance(own, Unallocated):
             return KVCache._of(own.copy())
         # A reservation promises not to wait, but a shared page must be copied before it changes,
@@ -317,7 +332,7 @@ class KVCache:
         Raises:
             ValueError: an index is out of range.
         """
-        own = self._newest()
+        own = self._settled()
         like = None if isinstance(own, Unallocated) else own.table
         check_tensor("index", index, "[K]", [None], like=like)
         check_integer("index", index)
@@ -354,13 +369,14 @@ class KVCache:
             own.pool.count_users(torch.where(gone, own.table, -1), -1)
             own.table.masked_fill_(gone, -1)
             own.seen.masked_fill_(sequences, 0)
+            own.reservation.renew(sequences, gone[:, 0])
         own.turn += 1
         return KVCache._of(own)
 
     @locked
     def state_dict(self) -> dict[str, Any]:
         """The stored tokens as flat tensors, and sizes as numbers, for `torch.save` and `load`."""
-        own = self._newest()
+        own = self._settled()
         if isinstance(own, Unallocated):
             return {
                 "batch_size": own.sequences,
@@ -441,6 +457,13 @@ class KVCache:
         check_tokens(k, v, position, evict_at, logit_bias, own.sequences)
         if isinstance(own, Streams):
             check_decisions(own, evict_at, logit_bias)
+
+    def _settled(self) -> Streams | Unallocated:
+        """As `_newest`; it also raises as `check_reserve` does."""
+        own = self._newest()
+        if isinstance(own, Streams):
+            own.reservation.settle(own.seen)
+        return own
 
     def _newest(self) -> Streams | Unallocated:
         """What the handle refers to; raises as `check` does."""

@@ -154,12 +154,15 @@ class Streams:
         return (self.pool.users[self.pool.listed(self.table)] > 1) & (self.table >= 0)
 
     def slots(self, stream: Tensor, place: Tensor) -> Tensor:
-        """Converts slots of streams to slots of the pool, int64, any shape; -1 stays -1."""
-        if self.width == 0:
-            return torch.full_like(place, -1)
+        """Converts slots of streams to slots of the pool, int64, any shape.
+
+        -1 stays -1. The slot after the last one becomes -1 too.
+        """
         size = self.pool.page_size
-        page = self.table[stream, place.clamp(min=0) // size].long()
-        return torch.where(place < 0, -1, page * size + place % size)
+        # -1 // size is -1, the last column of the lease's table, which is always -1; so are the
+        # columns after `width`
+        page = self.lease.table[stream, place // size].long()
+        return torch.where(page < 0, -1, page * size + place % size)
 
     def unshare(self, copies: Tensor) -> None:
         """Replaces some pages, bool `[R, width]`, by private copies. Waits for the device."""
@@ -176,8 +179,10 @@ class Streams:
         """Reserves the pages that `steps` more tokens per sequence need at most.
 
         Raises:
-            ValueError: the pool would exceed `max_pages`; nothing changed.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past an
+                earlier reservation; nothing changed.
         """
+        self.reservation.settle(self.seen)
         each = -(-steps // self.pool.page_size)  # rounded up
         wanted, common = each * len(self.table), self.common()
         self.pool.ensure(wanted + int(common.sum()) - self.reservation.pages)
@@ -185,10 +190,11 @@ class Streams:
         self.reservation.release()
         self.unshare(common)
         self.private = True
-        most = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
+        have = (self.table >= 0).sum(1)
+        most = int(have.max()) if len(have) else 0
         self.lease.widen(most + each)
         self.width = most + each
-        self.reservation.take(wanted, steps)
+        self.reservation.take_steps(steps, each, have, self.seen)
 
     # conversions between tensors by stream [R, S, ...] and by sequence [N, S, H, ...]
 
