@@ -77,6 +77,16 @@ def dry_run() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def apply_at_once() -> Iterator[None]:
+    """Context in which changes are applied at once, for caches that only one call knows of."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
 def _collecting() -> Iterator[_Transaction]:
     """Context in which `apply_or_queue` queues changes in the transaction that it gives."""
     transaction = _Transaction()

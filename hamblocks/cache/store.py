@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from hamblocks.cache.changes import apply_or_queue
 from hamblocks.cache.checks import (
     check_decisions,
     check_keys,
@@ -321,6 +323,47 @@ class KVCache:
         own.pool.count_users(own.table, 1)
         return KVCache._of(Streams(own.pool, own.table, own.seen.clone(), own.heads, private=False))
 
+    @locked
+    def renewed(self) -> KVCache:
+        """The same tokens under a handle of their own; this one is spent.
+
+        In a transaction it is spent when the transaction ends.
+        """
+        own = self._newest()
+        following = KVCache._of(own, own.turn + 1)
+        apply_or_queue(_Renewal(own))
+        return following
+
+    @staticmethod
+    @lasting
+    def mixed(caches: Sequence[KVCache], choice: Sequence[int]) -> KVCache:
+        """The cache whose sequence n is that of `caches[choice[n]]`; the caches stay as they are.
+
+        Args:
+            caches: forks of one cache, with tokens.
+            choice: N numbers.
+
+        Raises:
+            ValueError: a cache is spent.
+        """
+        with caches[0]._own.lock:
+            streams = [cache._settled() for cache in caches]
+            some = [one for one in streams if isinstance(one, Streams)]
+            assert len(some) == len(caches)
+            assert all(one.pool is some[0].pool for one in some)
+            for one in some:
+                # as in `fork`
+                one.reservation.release()
+                one.private = False
+            pool, heads = some[0].pool, some[0].heads
+            index = torch.tensor(choice, device=pool.device), torch.arange(len(choice))
+            width = max(one.width for one in some)
+            tables = [pad(one.table, [0, width - one.width], value=-1) for one in some]
+            table = torch.stack(tables).unflatten(1, (len(choice), heads))[index].flatten(0, 1)
+            pool.count_users(table, 1)
+            seen = torch.stack([one.seen for one in some])[index]
+            return KVCache._of(Streams(pool, table, seen, heads, private=False))
+
     @lasting
     @locked
     def reorder(self, index: Tensor) -> KVCache:
@@ -478,6 +521,26 @@ class KVCache:
                 "to return"
             )
         return self._own
+
+
+@final
+class _Renewal:
+    """A change by which older handles are spent and no token changes."""
+
+    def __init__(self, own: Streams | Unallocated) -> None:
+        self.own = own
+        own.pending = True
+
+    def apply(self) -> None:
+        """Spends the older handles."""
+        with self.own.lock:
+            self.own.pending = False
+            self.own.turn += 1
+
+    def drop(self) -> None:
+        """Leaves the older handles valid."""
+        with self.own.lock:
+            self.own.pending = False
 
 
 def _following(streams: Streams) -> KVCache:
