@@ -42,6 +42,24 @@ class Ring(NamedTuple):
     states: tuple[HAMState, ...] = ()
 
 
+class StateBytes(NamedTuple):
+    """Bytes of a state, all in use; their sum is `HAMState.nbytes`.
+
+    Attributes:
+        memory: the state of the memory.
+        attention: the state of the attention part.
+        ledger: the selector's ledger.
+        pages: keys, values, positions, lifetimes and biases in the pages that the state lists.
+        tables: page tables, and the numbers of tokens seen.
+    """
+
+    memory: int
+    attention: int
+    ledger: int
+    pages: int
+    tables: int
+
+
 class HAMState(NamedTuple):
     """The state of a layer between two calls. Calls take it as an argument and return the next one.
 
@@ -83,8 +101,20 @@ class HAMState(NamedTuple):
 
         What only checkpoints and the ring hold is not counted; `cache.capacity_nbytes` has it.
         """
-        stored = 0 if self.cache is None else self.cache.nbytes
-        return stored + sum(tensor.nbytes for tensor in leaves(self.trees))
+        return sum(self.nbytes_by_part)
+
+    @property
+    def nbytes_by_part(self) -> StateBytes:
+        """`nbytes` apart: memory, attention part, ledger, pages and tables. Waits for the device.
+
+        Forks that share pages count each of them, so the sum over forks is more than they take.
+        """
+        position, memory, attention, ledger = (
+            sum(tensor.nbytes for tensor in leaves(tree)) for tree in self.trees
+        )
+        pages = 0 if self.cache is None else self.cache.pages_nbytes
+        tables = 0 if self.cache is None else self.cache.tables_nbytes
+        return StateBytes(memory, attention, ledger, pages, tables + position)
 
     def fork(self) -> HAMState:
         """A second, independent state; a page is shared until one of the two states changes it."""

@@ -168,12 +168,24 @@ class KVCache:
     @locked
     def nbytes(self) -> int:
         """Bytes in use: pages (a shared page counts once) and tables. Waits for the device."""
+        return self.pages_nbytes + self.tables_nbytes
+
+    @property
+    @locked
+    def pages_nbytes(self) -> int:
+        """Bytes of the pages in use; a shared page counts once. Waits for the device."""
         own = self._settled()
         if isinstance(own, Unallocated):
             return 0
         pages = int((own.table.unique() >= 0).sum())
-        page_nbytes = own.pool.page_size * own.pool.token_nbytes
-        return pages * page_nbytes + own.table.nbytes + own.seen.nbytes
+        return pages * own.pool.page_size * own.pool.token_nbytes
+
+    @property
+    @locked
+    def tables_nbytes(self) -> int:
+        """Bytes of the page tables and of the numbers of tokens seen."""
+        own = self._newest()
+        return 0 if isinstance(own, Unallocated) else own.table.nbytes + own.seen.nbytes
 
     @property
     @locked
