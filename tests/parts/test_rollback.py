@@ -278,3 +278,40 @@ def test_arguments_and_what_drops_the_ring():
     later = layer.decode(x[:, 0], marked).state
     assert later.rollback(1).crop(PROMPT + 1).rollback(1).position.tolist() == [PROMPT] * 2
     assert [len(s.checkpoints) for s in (later, later.rollback(1), later.rollback(2))] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"attention": None},
+        {"memory": None},
+        {"memory": None, "selector": hb.FirstTokens(2) | hb.Window(3)},
+        {"gate": hb.GivenScore(), "selector": hb.TopK(3)},
+    ],
+    ids=["no attention", "no memory", "a window", "a given score"],
+)
+@torch.no_grad()
+def test_layers_without_some_parts(parts):
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(16, 4, num_kv_heads=2, **parts).double().eval()
+    draw = draws(9)
+    x, more, after = draw(PROMPT), draw(RING + 2), draw(2)
+    given = draw(PROMPT + RING + 4)[..., :2] if "gate" in parts else None
+
+    def piece(tokens, state, begin):
+        score = None if given is None else given[:, begin : begin + tokens.shape[1]]
+        return layer(tokens, state=state, given_score=score)
+
+    state = piece(x, layer.init_state(2, page_size=3, rollback=RING), 0).state
+    shadow = piece(more[:, :-3], state.fork(), PROMPT).state
+    y, state, _ = piece(more, state, PROMPT)
+    state = state.rollback(3)
+    begin = PROMPT + RING - 1
+    assert state.position.tolist() == shadow.position.tolist() == [begin] * 2
+    got, right = piece(after, state, begin), piece(after, shadow, begin)
+    close(got.y, right.y)
+    score = None if given is None else given[:, : begin + 2]
+    whole = layer(torch.cat([x, more[:, :-3], after], 1), given_score=score).y
+    close(torch.cat([y[:, :-3], got.y], 1), whole[:, PROMPT:])
+    mixed = got.state.rollback(torch.tensor([1, 2]))
+    assert mixed.position.tolist() == [begin + 1, begin]

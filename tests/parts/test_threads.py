@@ -133,3 +133,61 @@ def test_a_task_that_outlives_a_transaction_applies_its_changes():
         state = inherited.run(layer.decode, x, state).state
         state = inherited.run(layer.decode, x, state).state
     assert int(state.cache._own.seen) == PROMPT + 2
+
+
+def speculated(layer, state, seed):
+    """Decodes tokens of which some are taken back, and returns all outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    reads = []
+    with torch.no_grad():
+        for step in range(STEPS // 2):
+            x = torch.randn(1, 3, 16, generator=generator, dtype=torch.float64)
+            y, state, _ = layer.prefill(x, state)
+            state = state.rollback(step % 3)
+            reads.append(y)
+    return torch.stack(reads), state.cache.tokens
+
+
+def decoded_by_a_model(model, states, seed):
+    """Decodes tokens of a model, whose layers change their caches in one transaction."""
+    generator = torch.Generator().manual_seed(seed)
+    reads = []
+    with torch.no_grad():
+        for _ in range(STEPS // 2):
+            tokens = torch.randint(11, (1, 1), generator=generator)
+            logits, states, _ = model(tokens, state=states)
+            reads.append(logits)
+    return torch.stack(reads), states[0].cache.tokens
+
+
+def of_a_layer():
+    layer = layer_of("evicts later")
+    x = torch.ones(1, PROMPT, 16, dtype=torch.float64).cumsum(1).sin()
+    with torch.no_grad():
+        state = layer.prefill(x, layer.init_state(1, page_size=2, rollback=2)).state
+    return lambda seed: speculated(layer, state.fork(), seed)
+
+
+def of_a_model():
+    torch.manual_seed(0)
+    model = hb.models.Decoder(11, 2, lambda _: layer_of("evicts later")).double().eval()
+    with torch.no_grad():
+        states = [layer.init_state(1, page_size=2) for layer in model.stack.layers]
+        states = model(torch.arange(PROMPT)[None] % 11, state=states).state
+    return lambda seed: decoded_by_a_model(model, [one.fork() for one in states], seed)
+
+
+@pytest.mark.parametrize("make", [of_a_layer, of_a_model])
+def test_threads_that_roll_back_or_decode_with_a_model(make):
+    right = [make()(seed) for seed in range(THREADS)]
+    reply, begin = make(), threading.Barrier(THREADS)
+
+    def work(seed):
+        begin.wait()
+        return reply(seed)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        got = list(pool.map(work, range(THREADS)))
+    for (ours, stored), (theirs, kept) in zip(got, right, strict=True):
+        assert torch.equal(stored, kept)
+        assert torch.equal(ours, theirs)
