@@ -35,11 +35,13 @@ from hamblocks.protocols import (
     QueryGate,
     QueryGateOutput,
     Selector,
+    check_count,
 )
 from hamblocks.reachable import hidden_modules
+from hamblocks.rollback import call_and_record
 from hamblocks.saved import load
 from hamblocks.selectors import start
-from hamblocks.state import HAMState, tree_map
+from hamblocks.state import HAMState, Ring, tree_map
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.context import arguments_are_checked, recorded_choices
 from hamblocks_ops.packing import positions, sequence_of
@@ -156,7 +158,12 @@ class HAMLayer(CallsParts):
     # states
 
     def init_state(
-        self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
+        self,
+        batch_size: int,
+        *,
+        page_size: int = 32,
+        max_pages: int | None = None,
+        rollback: int = 0,
     ) -> HAMState:
         """The empty state before the first token, to call the layer piece by piece.
 
@@ -166,20 +173,25 @@ class HAMLayer(CallsParts):
             batch_size: number of sequences, N.
             page_size: tokens in a page of the cache.
             max_pages: upper limit of pages in the cache's pool; None: no limit.
+            rollback: how many of the last tokens `HAMState.rollback` can take back. Above 0, the
+                last `rollback` tokens of a call run one by one, and each step copies the pages that
+                it changes.
 
         Raises:
             ValueError: a size is not an integer, or too small.
         """
+        rollback = check_count("rollback", rollback)
         cache = KVCache(batch_size, page_size=page_size, max_pages=max_pages)
         return HAMState(
             position=torch.zeros(batch_size, dtype=torch.int32, device="cpu"),
             cache=None if self.attention is None else cache,
+            ring=Ring(rollback) if rollback else None,
         )
 
     def reset(self, state: HAMState, sequences: Tensor) -> HAMState:
         """The state with some sequences emptied, so that new sequences can take their place.
 
-        Checkpoints are dropped.
+        Checkpoints and the states of the ring are dropped.
 
         Args:
             state: the state; it is spent.
@@ -204,7 +216,9 @@ class HAMLayer(CallsParts):
             heads, device = ledger.position.shape[2], ledger.position.device
             ledger = tree_map(renewed, ledger, self._ledger(len(sequences), heads, device))
         gone = sequences.to(state.position.device)
-        return HAMState(state.position.masked_fill(gone, 0), memory, attention, ledger, cache)
+        ring = None if state.ring is None else Ring(state.ring.size)
+        position = state.position.masked_fill(gone, 0)
+        return HAMState(position, memory, attention, ledger, cache, ring=ring)
 
     def load_state(
         self, saved: Mapping[str, Any], device: torch.device | str | None = None
@@ -298,6 +312,8 @@ class HAMLayer(CallsParts):
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if batch * tokens == 0:
             return self._of_no_token(x, position, state, cu_seqlens)
+        if state is not None and state.ring is not None:
+            return call_and_record(self, x, state, cu_seqlens, given_score)
         begin = None if state is None else state.position.to(x.device)
         if begin is not None:
             own = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from hamblocks.cache import KVCache
 from hamblocks.protocols import Attention, HasStateType, Memory, Selector
 from hamblocks.selectors import start
-from hamblocks.state import HAMState, leaves, tree_map
+from hamblocks.state import FORMAT, HAMState, Ring, leaves, tree_map
 from hamblocks_ops.arguments import wrong
 
 
@@ -32,8 +32,10 @@ def load(
         device: device of the state; None: the device of the saved tensors.
 
     Raises:
-        ValueError: the state of a part has a wrong number of entries.
+        ValueError: the format is missing or newer than this release, or the state of a part has a
+            wrong number of entries.
     """
+    _check_format(saved)
 
     def moved(x: Tensor) -> Tensor:
         return x if device is None else x.to(device)
@@ -44,6 +46,21 @@ def load(
         attention=tree_map(moved, _typed("attention", attention, saved["attention"])),
         ledger=_ledger(selector, [moved(x) for x in saved["ledger"]]),
         cache=None if saved["cache"] is None else KVCache.load(saved["cache"], device),
+        ring=Ring(saved["rollback"]) if saved["rollback"] else None,
+    )
+
+
+def _check_format(saved: Mapping[str, Any]) -> None:
+    found = saved.get("format")
+    known = isinstance(found, int) and not isinstance(found, bool) and 1 <= found <= FORMAT
+    if known:
+        return
+    if isinstance(found, int) and found > FORMAT:
+        got = f"{found}: a newer release of hamblocks saved it"
+    else:
+        got = f"{found}: it is no saved state of hamblocks 0.1 or newer"
+    raise wrong(
+        "format", f"1 to {FORMAT} in a saved state" if FORMAT > 1 else "1 in a saved state", got
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hamblocks.cache import KVCache
+from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
+
+FORMAT = 1
+"""The format of `HAMState.state_dict()`. A change that older code would misread raises it."""
 
 
 class Checkpoint(NamedTuple):
@@ -22,6 +26,38 @@ class Checkpoint(NamedTuple):
 
     key: int | None
     state: HAMState
+
+
+class Ring(NamedTuple):
+    """The states before the last tokens, which `HAMState.rollback` goes back to.
+
+    They are forked but never changed, so several states may hold the same ones.
+
+    Attributes:
+        size: most states.
+        states: oldest first, each without a ring of its own.
+    """
+
+    size: int
+    states: tuple[HAMState, ...] = ()
+
+
+class StateBytes(NamedTuple):
+    """Bytes of a state, all in use; their sum is `HAMState.nbytes`.
+
+    Attributes:
+        memory: the state of the memory.
+        attention: the state of the attention part.
+        ledger: the selector's ledger.
+        pages: keys, values, positions, lifetimes and biases in the pages that the state lists.
+        tables: page tables, and the numbers of tokens seen.
+    """
+
+    memory: int
+    attention: int
+    ledger: int
+    pages: int
+    tables: int
 
 
 class HAMState(NamedTuple):
@@ -42,6 +78,8 @@ class HAMState(NamedTuple):
             a selector that never lowers a lifetime later.
         cache: keys and values that are stored for attention; None in a layer without attention.
         checkpoints: points to `crop` back to, oldest first.
+        ring: the states before the last tokens, for `rollback`; None if the layer's `init_state`
+            was not asked for it.
     """
 
     position: Tensor
@@ -50,6 +88,7 @@ class HAMState(NamedTuple):
     ledger: Any = None
     cache: KVCache | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
+    ring: Ring | None = None
 
     @property
     def trees(self) -> tuple[Tensor, Any, Any, Any]:
@@ -58,9 +97,24 @@ class HAMState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: states of parts, pages and tables of the cache, without checkpoints."""
-        stored = 0 if self.cache is None else self.cache.nbytes
-        return stored + sum(tensor.nbytes for tensor in leaves(self.trees))
+        """Bytes in use: states of parts, pages and tables of the cache.
+
+        What only checkpoints and the ring hold is not counted; `cache.capacity_nbytes` has it.
+        """
+        return sum(self.nbytes_by_part)
+
+    @property
+    def nbytes_by_part(self) -> StateBytes:
+        """`nbytes` apart: memory, attention part, ledger, pages and tables. Waits for the device.
+
+        Forks that share pages count each of them, so the sum over forks is more than they take.
+        """
+        position, memory, attention, ledger = (
+            sum(tensor.nbytes for tensor in leaves(tree)) for tree in self.trees
+        )
+        pages = 0 if self.cache is None else self.cache.pages_nbytes
+        tables = 0 if self.cache is None else self.cache.tables_nbytes
+        return StateBytes(memory, attention, ledger, pages, tables + position)
 
     def fork(self) -> HAMState:
         """A second, independent state; a page is shared until one of the two states changes it."""
@@ -82,8 +136,14 @@ class HAMState(NamedTuple):
         check_range("index", index, 0, len(self.position) - 1)
         cache = None if self.cache is None else self.cache.reorder(index)
         state = self._mapped(lambda x: x.index_select(0, index.to(x.device)))
-        points = tuple(Checkpoint(key, state.reorder(index)) for key, state in self.checkpoints)
-        return state._replace(cache=cache, checkpoints=points)
+        # by forks, because other states may hold the same checkpoints and ring
+        points = tuple(
+            Checkpoint(key, point.fork().reorder(index)) for key, point in self.checkpoints
+        )
+        ring = self.ring
+        if ring is not None:
+            ring = ring._replace(states=tuple(one.fork().reorder(index) for one in ring.states))
+        return state._replace(cache=cache, checkpoints=points, ring=ring)
 
     def checkpoint(self, key: int | None = None) -> HAMState:
         """This state with a checkpoint of itself added, to `crop` back to later.
@@ -122,19 +182,80 @@ class HAMState(NamedTuple):
         recorded = ", ".join(places) or "none"
         raise wrong("position", f"one that checkpoint() recorded ({recorded})", f"{wanted}")
 
+    def rollback(self, n: int | Tensor) -> HAMState:
+        """The state without the last `n` tokens, as if they had never been seen.
+
+        Speculative decoding rejects tokens in this way. A state that `init_state(..., rollback=r)`
+        made can go back by up to r tokens, without a checkpoint. This state stays valid.
+
+        Args:
+            n: tokens to take back, 0 to r: one int for all sequences, or int `[N]`.
+
+        Raises:
+            ValueError: fewer tokens are recorded: the state was made without `rollback`, is
+                younger, or has been moved or loaded since. With different `n`, a sequence that
+                goes back to before its first token, beside one that does not.
+        """
+        if self.ring is None:
+            raise wrong("n", "0 for a state without rollback (see init_state)", n)
+        if isinstance(n, Tensor):
+            check_tensor("n", n, "[N]", [len(self.position)])
+            check_integer("n", n)
+            n = n.to(self.position.device)
+        else:
+            n = check_count("n", n)
+        states = (*self.ring.states, self)
+        position = torch.stack([one.position.to(self.position.device) for one in states])
+        found = (position == self.position - n).flip(0)
+        # the newest state of those at the same position; a sequence may pause for some calls
+        chosen = [len(states) - 1 - back for back in found.int().argmax(0).tolist()]
+        if not bool(found.any(0).all()):
+            most = (self.position - position[0]).tolist()
+            raise wrong("n", f"at most the tokens that are recorded, {most}", f"{n}")
+        if len({*chosen}) <= 1:
+            index = chosen[0] if chosen else len(states) - 1
+            back = states[index].fork()
+            return back._replace(ring=self.ring._replace(states=self.ring.states[:index]))
+        earlier = [
+            _mixed(states, [index - step for index in chosen])
+            for step in range(min(chosen), 0, -1)
+            if not _are_fresh([states[index - step] for index in chosen])
+        ]
+        ring = self.ring._replace(states=tuple(earlier))
+        return _mixed(states, chosen)._replace(ring=ring)
+
     def reserve(self, steps: int) -> None:
-        """Takes the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`)."""
+        """Takes the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
+
+        Raises:
+            ValueError: the state has a ring: recording copies pages, which waits for the device.
+        """
+        if self.ring is not None:
+            raise wrong("steps", "no reservation in a state with rollback", steps)
         if self.cache is not None:
             self.cache.reserve(steps)
 
+    def check(self) -> None:
+        """Checks that the state can be continued. Waits for the device.
+
+        Call it after replays of a CUDA graph, which no other check of the host sees.
+
+        Raises:
+            ValueError: the state is spent, or a replayed CUDA graph went past the steps that
+                `reserve` took pages for.
+        """
+        if self.cache is not None:
+            self.cache.check_reserve()
+
     def to(self, device: torch.device | str) -> HAMState:
-        """An independent copy on a device."""
+        """An independent copy on a device. Its ring is empty."""
         cache = None
         if self.cache is not None:
             cache = KVCache.load(self.cache.state_dict(), device)
         points = tuple(Checkpoint(key, state.to(device)) for key, state in self.checkpoints)
         state = self._mapped(lambda x: x.to(device))
-        return state._replace(cache=cache, checkpoints=points)
+        ring = None if self.ring is None else Ring(self.ring.size)
+        return state._replace(cache=cache, checkpoints=points, ring=ring)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> HAMState:
         """This state with every tensor outside the cache changed."""
@@ -142,11 +263,14 @@ class HAMState(NamedTuple):
         return HAMState(position, memory, attention, ledger)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as tensors, numbers, lists and plain tuples, without checkpoints.
+        """The state as tensors, numbers, lists and plain tuples.
 
-        `torch.save` can store it, and `HAMLayer.load_state` takes it.
+        `torch.save` can store it, and `HAMLayer.load_state` takes it. Checkpoints and the states of
+        the ring are left out.
         """
         return {
+            "format": FORMAT,
+            "rollback": 0 if self.ring is None else self.ring.size,
             "position": self.position,
             "memory": plain(self.memory),
             "attention": plain(self.attention),
@@ -156,6 +280,37 @@ class HAMState(NamedTuple):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HAMState:
         return self.to(self.position.device)
+
+
+def _are_fresh(states: Sequence[HAMState]) -> bool:
+    """Whether some of the states have seen a token and others have not."""
+
+    def begun(state: HAMState) -> tuple[bool, ...]:
+        parts = state.memory, state.attention, state.ledger
+        sizes = None if state.cache is None else state.cache.sizes
+        return (*(part is not None for part in parts), sizes is not None)
+
+    return len({begun(state) for state in states}) > 1
+
+
+def _mixed(states: Sequence[HAMState], choice: list[int]) -> HAMState:
+    """The state whose sequence n is that of `states[choice[n]]`, without a ring."""
+    used = sorted({*choice})
+    some = [states[index] for index in used]
+    if _are_fresh(some):
+        expected = "the same for all sequences, if one goes back to before its first token"
+        raise wrong("n", expected, "different numbers")
+    which = [used.index(index) for index in choice]
+
+    def chosen(*tensors: Tensor) -> Tensor:
+        index = torch.tensor(which), torch.arange(len(which))
+        return torch.stack(tensors)[tuple(x.to(tensors[0].device) for x in index)]
+
+    position, memory, attention, ledger = tree_map(chosen, *(one.trees for one in some))
+    caches = [one.cache for one in some if one.cache is not None]
+    points = some[0].fork().checkpoints
+    cache = KVCache.mixed(caches, which) if caches else None
+    return HAMState(position, memory, attention, ledger, cache, points)
 
 
 def _is_at(state: HAMState, position: int | Tensor) -> bool:

@@ -17,7 +17,8 @@ class Commit:
     """A change of a cache, planned by the constructor and applied later.
 
     The plan counts pages but does not choose them: until it is applied, another cache may take
-    pages of the same pool. Planning waits for the device unless pages were reserved. With reserved
+    pages of the same pool. Whoever plans holds the lock of the pool; `apply` and `drop` take it.
+    Planning waits for the device unless pages were reserved. With reserved
     pages, new tokens fill holes, but no token moves and no page is freed, because both would need
     values from the device.
 
@@ -53,7 +54,8 @@ class Commit:
             origin: the `Unallocated` that became the streams, if this is their first change.
 
         Raises:
-            ValueError: the pool would exceed `max_pages`; nothing was changed.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past the
+                reservation; nothing was changed.
         """
         self.streams, self.pool, self.origin = streams, streams.pool, origin
         self.seen, self.until, self.new = seen, until, new
@@ -63,6 +65,8 @@ class Commit:
         # A reservation is enough for `steps` more tokens if no page is shared. Shared pages have to
         # be copied first, and how many that are depends on values on the device.
         self.wait = streams.reservation.steps < max(self.count, 1) or not streams.private
+        if self.wait:
+            streams.reservation.settle(streams.seen)
         # if pages became free here, `_return_pages` tries to shrink the pool
         self.freed = self.wait and self.pool.collect()
         stays, enters = self._who_stays(), self._who_enters()
@@ -100,8 +104,8 @@ class Commit:
         return self.streams.alive(arriving, self.seen) & stored
 
     def _count_pages(self, stays: Tensor, enters: Tensor) -> None:
-        page_size = self.pool.page_size
-        self.have = (self.streams.table >= 0).sum(1)
+        streams, page_size = self.streams, self.pool.page_size
+        self.have = (streams.table >= 0).sum(1)
         self.keep = -(-(stays.sum(1) + enters.sum(1)) // page_size)  # rounded up
         if self.wait:
             self.more = (self.keep - self.have).clamp(min=0)
@@ -109,14 +113,19 @@ class Commit:
             return
         # Without reading values: no page is returned, and every stream is assumed to take as many
         # pages as `count` tokens can need. `Streams.reserve` has widened the table for them.
-        self.keep = self.keep.maximum(self.have)
+        # A replayed CUDA graph repeats this without the host, which counts the steps. After the
+        # last reserved page it gets no other: `_find_places` then finds no hole, and the token is
+        # dropped. `Reservation.settle` reports that.
+        self.keep = torch.clamp(self.keep, self.have, streams.reservation.most_pages)
         self.more = (self.keep - self.have).clamp(min=0)
-        self.most, self.width = -(-self.count // page_size), self.streams.width
+        self.most, self.width = -(-self.count // page_size), streams.width
 
     def _find_places(self, stays: Tensor, enters: Tensor) -> None:
         """Assigns holes: the n-th token takes the n-th hole, moving tokens before new ones.
 
-        `keep` pages have room for all tokens that stay or enter, so there are enough holes.
+        `keep` pages have room for all tokens that stay or enter, so there are enough holes, except
+        in a CUDA graph that is replayed past a reservation. There a token without a hole gets the
+        slot after the last one, which `Streams.slots` turns into -1.
         """
         page_size = self.pool.page_size
         slots = max(self.width, self.streams.width) * page_size
@@ -153,42 +162,45 @@ class Commit:
 
     def drop(self) -> None:
         """Releases the pages that were reserved for the change."""
-        self.kept.release()
-        self._set_pending(False)
+        with self.pool.lock:
+            self.kept.release()
+            self._set_pending(False)
 
     @lasting
     def apply(self) -> None:
         """Makes the change."""
-        streams, pool = self.streams, self.pool
-        self.drop()  # the reserved pages are taken from the pool below
-        if self.wait:
-            streams.reservation.release()
-        # copy shared pages before the first write: other streams must not see the change
-        if self.copies is not None:
-            streams.unshare(self.copies)
-        if self.until is not None:
-            # only in pages that stay: a page that is returned may still be listed by another stream
-            streams.put_back(self.until, pool.evict_at, self.keep)
-        streams.lease.widen(self.width)
-        if self.most:
-            self._take_pages()
-        streams.width = max(self.width, streams.width)
-        # moves read slots of pages that are returned, so they come before `_return_pages`
-        if self.moves is not None:
-            self._move(self.moves)
-        if self.new is not None:
-            stream = torch.arange(len(self.place), device=self.place.device)[:, None]
-            slots = streams.slots(stream.expand_as(self.place), self.place)
-            pool.scatter(slots.flatten(), self.new, wait=self.wait)
-        if self.wait:
-            self._return_pages()
-        else:
-            streams.reservation.steps -= self.count
-        streams.seen.copy_(self.seen)
-        # all older handles are spent, also those made before the streams were allocated
-        streams.turn += 1
-        if self.origin is not None:
-            self.origin.turn += 1
+        # in one step for other threads: they see the cache either before or after the change
+        with self.pool.lock:
+            streams, pool = self.streams, self.pool
+            self.drop()  # the reserved pages are taken from the pool below
+            if self.wait:
+                streams.reservation.release()
+            # copy shared pages before the first write: other streams must not see the change
+            if self.copies is not None:
+                streams.unshare(self.copies)
+            if self.until is not None:
+                # only in pages that stay: a page that is returned may be listed by another stream
+                streams.put_back(self.until, pool.evict_at, self.keep)
+            streams.lease.widen(self.width)
+            if self.most:
+                self._take_pages()
+            streams.width = max(self.width, streams.width)
+            # moves read slots of pages that are returned, so they come before `_return_pages`
+            if self.moves is not None:
+                self._move(self.moves)
+            if self.new is not None:
+                stream = torch.arange(len(self.place), device=self.place.device)[:, None]
+                slots = streams.slots(stream.expand_as(self.place), self.place)
+                pool.scatter(slots.flatten(), self.new, wait=self.wait)
+            if self.wait:
+                self._return_pages()
+            else:
+                streams.reservation.steps -= self.count
+            streams.seen.copy_(self.seen)
+            # all older handles are spent, also those made before the streams were allocated
+            streams.turn += 1
+            if self.origin is not None:
+                self.origin.turn += 1
 
     def _set_pending(self, pending: bool) -> None:
         self.streams.pending = pending

@@ -114,16 +114,18 @@ class Extension:
         Raises:
             ValueError: the pool would exceed `max_pages`; the cache is as it was.
         """
-        self._check()
         if not CHECKED.get():
             check_tensor("seen", seen, "[N]", [self._streams.sequences])
         k, v, position, evict_at, bias = self._by_stream()
         k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
         bias = None if bias is None else bias.detach().flatten()
         tokens = Tokens(k, v, position, evict_at, bias)
-        # made before the change is applied, because a transaction may apply it later
-        following = self._following(self._streams)
-        apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
+        with self._streams.lock:
+            # under the lock: another thread may be about to commit to the same handle
+            self._check()
+            # made before the change is applied, because a transaction may apply it later
+            following = self._following(self._streams)
+            apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
         return following
 
     def _not_in_place(self) -> str | None:
@@ -138,17 +140,17 @@ class Extension:
 
     def _pages(self) -> tuple[list[Pages], Tensor]:
         """Slabs and page table: the pool's slabs, then a slab of new tokens, one page a stream."""
-        streams, pool = self._streams, self._streams.pool
-        evict_at = None
-        # a clone, since the pool must not change before the commit
-        if self._until is not None:
-            evict_at = streams.put_back(self._until, pool.evict_at.clone())
-        slabs = [*pool.slabs(evict_at), self._by_stream()]
-        table = streams.table
+        streams, pool, new = self._streams, self._streams.pool, self._by_stream()
+        # The lock is needed for a consistent list of slabs. They are read without it: growing and
+        # shrinking the pool leave the memory of slabs that are in use as it is.
+        with streams.lock:
+            evict_at = None
+            # a clone, since the pool must not change before the commit
+            if self._until is not None:
+                evict_at = streams.put_back(self._until, pool.evict_at.clone())
+            slabs, pages, table = [*pool.slabs(evict_at), new], pool.pages, streams.table
         # pages are numbered through all slabs, so those of the new tokens follow those of the pool
-        own = torch.arange(
-            pool.pages, pool.pages + len(table), dtype=torch.int32, device=table.device
-        )
+        own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
         table = torch.cat([table, own[:, None]], 1)
         return slabs, table.view(streams.sequences, streams.heads, table.shape[1])
 
@@ -180,13 +182,14 @@ def stored(streams: Streams, until: Tensor | None = None) -> Stored:
         streams: the streams.
         until: int32 `[R, S]`, lifetimes to use instead of the stored ones.
     """
-    table = streams.table.view(streams.sequences, streams.heads, streams.width)
-    k, v, _, _, bias = unpage(streams.pool.slabs(), table)
-    until = streams.lifetimes() if until is None else until
-    # a hole keeps the position and lifetime of its last token: hide it from queries
-    alive = streams.alive(until)
-    position, until = (
-        streams.for_heads(streams.by_sequence(x))
-        for x in (streams.position().where(alive, NEVER), until.where(alive, 0))
-    )
+    with streams.lock:
+        table = streams.table.view(streams.sequences, streams.heads, streams.width)
+        k, v, _, _, bias = unpage(streams.pool.slabs(), table)
+        until = streams.lifetimes() if until is None else until
+        # a hole keeps the position and lifetime of its last token: hide it from queries
+        alive = streams.alive(until)
+        position, until = (
+            streams.for_heads(streams.by_sequence(x))
+            for x in (streams.position().where(alive, NEVER), until.where(alive, 0))
+        )
     return Stored(k, v, position, until, None if bias is None else streams.for_heads(bias))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple, final
 
@@ -47,11 +48,17 @@ class Pool:
     all-zero page that streams without a page point to, and a scratch page that absorbs masked
     writes. Each slab of keys and values has its own scratch page as its last page.
 
+    Forks of a cache share a pool, and threads may use the forks at the same time. Whoever reads or
+    writes the tables or the list of slabs holds `lock`: growing replaces these tensors, and a page
+    is chosen in one step and marked as used in another. Reading the keys and values of one's own
+    pages needs no lock: a page that two streams list is copied before either changes it.
+
     Attributes:
+        lock: guards everything below, and the streams of the pool; reentrant.
         users: int32 `[P + 2]`, how many streams list a page.
         promised: number of free pages that are reserved (see `Reservation`).
-        returned: page tables `[R, C + 1]` of dead caches, whose pages `collect` returns. The last
-            column is not part of the table.
+        returned: page tables `[R, C + 1]` of dead caches and their reservations, which `collect`
+            takes back. The last column is not part of the table. Appending needs no lock.
     """
 
     def __init__(
@@ -81,9 +88,10 @@ class Pool:
             max_pages,
         )
         self.dtype, self.device = like.dtype, like.device
+        self.lock = threading.RLock()
         self.keys: list[tuple[Tensor, Tensor]] = []
         self.promised = 0
-        self.returned: list[Tensor] = []
+        self.returned: list[tuple[Tensor, Reservation]] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
         self.bias = None
@@ -138,7 +146,9 @@ class Pool:
         """Takes back the pages of dead caches, and returns whether there were any."""
         some = bool(self.returned)
         while self.returned:
-            self.count_users(self.returned.pop()[:, :-1], -1)
+            table, reservation = self.returned.pop()
+            reservation.release()
+            self.count_users(table[:, :-1], -1)
         return some
 
     def used(self) -> int:
@@ -188,6 +198,7 @@ class Pool:
         A slab is freed only if at least two thirds of the remaining pages are free, so that a pool
         with varying load does not allocate and free the same slab repeatedly.
         """
+        self.collect()
         # A reservation does not say which pages it will take, so no slab is freed while any page is
         # reserved.
         while self.keys and self.promised == 0:
@@ -280,21 +291,78 @@ class Pool:
 class Reservation:
     """A number of pages reserved for the next tokens of a cache, or for a planned change.
 
+    `steps` is counted by the host, which does not run when a CUDA graph is replayed. Two tensors on
+    the device therefore bound what replays can do: a change never gives a stream more pages than
+    `most_pages`, and whoever waits for the device compares the tokens seen with `end` (`settle`).
+
     Attributes:
         pages: reserved pages; `Pool.promised` is the sum over all reservations.
         steps: tokens per sequence that can still be stored without waiting for the device.
+        total: `steps` when the pages were reserved.
+        most_pages: int64 `[R]`, pages that each stream may have; None if `steps` was never set.
+        end: int32 `[N]`, tokens seen when the reservation is used up; None likewise.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool, self.pages, self.steps = pool, 0, 0
+    most_pages: Tensor | None
+    end: Tensor | None
 
-    def take(self, pages: int, steps: int = 0) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.pages, self.steps, self.total = pool, 0, 0, 0
+        self.most_pages = self.end = None
+
+    def take(self, pages: int) -> None:
         """Reserves pages, instead of those reserved before. Call `Pool.ensure` first."""
         self.release()
-        self.pages, self.steps = pages, steps
+        self.pages = pages
         self.pool.promised += pages
+
+    def take_steps(self, steps: int, each: int, have: Tensor, seen: Tensor) -> None:
+        """Reserves pages for `steps` more tokens per sequence.
+
+        Args:
+            steps: tokens per sequence.
+            each: pages that a stream needs for them at most.
+            have: int64 `[R]`, pages of the streams now.
+            seen: int32 `[N]`, tokens seen now.
+        """
+        self.take(each * len(have))
+        self.steps = self.total = steps
+        self.most_pages, self.end = have + each, seen + steps
+
+    def renew(self, sequences: Tensor, streams: Tensor) -> None:
+        """Gives sequences that were emptied all of their reservation again, without waiting.
+
+        Args:
+            sequences: bool `[N]`.
+            streams: bool `[R]`.
+        """
+        if self.most_pages is not None and self.end is not None and len(self.most_pages):
+            each = self.pages // len(self.most_pages)
+            self.most_pages.masked_fill_(streams, each)
+            self.end.masked_fill_(sequences, self.total)
+
+    def settle(self, seen: Tensor) -> None:
+        """Takes the steps of replayed CUDA graphs into account. Waits for the device.
+
+        Args:
+            seen: int32 `[N]`, tokens seen now.
+
+        Raises:
+            ValueError: a sequence has seen more tokens than were reserved.
+        """
+        if self.end is None or not len(seen):
+            return
+        left = int((self.end - seen).min())
+        if left < 0:
+            raise wrong(
+                "reserve",
+                f"at most the {self.total} tokens per sequence that were reserved",
+                f"{self.total - left} (a replayed CUDA graph went on; later tokens may be missing)",
+            )
+        self.steps = min(self.steps, left)
 
     def release(self) -> None:
         """Ends the reservation."""
         self.pool.promised -= self.pages
-        self.pages = self.steps = 0
+        self.pages = self.steps = self.total = 0
+        self.most_pages = self.end = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, final
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from hamblocks.cache.changes import apply_or_queue
 from hamblocks.cache.checks import (
     check_decisions,
     check_keys,
@@ -29,6 +33,24 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.context import CHECKED
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def locked(method: Callable[Concatenate[KVCache, P], T]) -> Callable[Concatenate[KVCache, P], T]:
+    """Runs a method of a cache while no other thread uses the pool.
+
+    A handle is found to be the newest and then used, and forks are made in several steps; both must
+    happen without another thread in between.
+    """
+
+    @functools.wraps(method)
+    def alone(cache: KVCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with cache._own.lock:
+            return method(cache, *args, **kwargs)
+
+    return alone
 
 
 class CacheSizes(NamedTuple):
@@ -68,6 +90,9 @@ class KVCache:
 
     An evicted token leaves a hole, which the next new token fills. If the remaining tokens of a
     stream fit into fewer pages, the last ones move into holes and the pages return to the pool.
+
+    Forks share pages, and each of them may be used by a thread of its own. A handle that two
+    threads use at once goes on for one of them and raises an error for the other.
 
     Users read `tokens`, `nbytes` and `stored()`. States and layers call the other methods.
     """
@@ -130,6 +155,7 @@ class KVCache:
         )
 
     @property
+    @locked
     def tokens(self) -> Tensor:
         """Number of stored tokens, int64 `[N, Hkv]`; `[N, 0]` before the first token."""
         own = self._newest()
@@ -139,16 +165,30 @@ class KVCache:
         return count.repeat_interleave(own.pool.heads, 1)
 
     @property
+    @locked
     def nbytes(self) -> int:
         """Bytes in use: pages (a shared page counts once) and tables. Waits for the device."""
-        own = self._newest()
+        return self.pages_nbytes + self.tables_nbytes
+
+    @property
+    @locked
+    def pages_nbytes(self) -> int:
+        """Bytes of the pages in use; a shared page counts once. Waits for the device."""
+        own = self._settled()
         if isinstance(own, Unallocated):
             return 0
         pages = int((own.table.unique() >= 0).sum())
-        page_nbytes = own.pool.page_size * own.pool.token_nbytes
-        return pages * page_nbytes + own.table.nbytes + own.seen.nbytes
+        return pages * own.pool.page_size * own.pool.token_nbytes
 
     @property
+    @locked
+    def tables_nbytes(self) -> int:
+        """Bytes of the page tables and of the numbers of tokens seen."""
+        own = self._newest()
+        return 0 if isinstance(own, Unallocated) else own.table.nbytes + own.seen.nbytes
+
+    @property
+    @locked
     def capacity_nbytes(self) -> int:
         """Bytes allocated: tables, and the slabs of the pool with free pages and those of forks."""
         own = self._newest()
@@ -156,9 +196,10 @@ class KVCache:
             return 0
         return own.pool.nbytes + own.lease.table.nbytes + own.seen.nbytes
 
+    @locked
     def stored(self) -> Stored:
         """A copy of the stored tokens as padded tensors; before the first token, with 0 heads."""
-        own = self._newest()
+        own = self._settled()
         if not isinstance(own, Unallocated):
             return stored(own)
         keys = torch.zeros(own.sequences, 0, 0, 0, device="cpu")
@@ -198,6 +239,17 @@ class KVCache:
             ValueError: the handle is spent, or an open transaction has already planned a change.
         """
         self._newest()
+
+    @locked
+    def check_reserve(self) -> None:
+        """Checks that no replayed CUDA graph went past the reserved steps. Waits for the device.
+
+        Methods that wait for the device anyway check it too.
+
+        Raises:
+            ValueError: a sequence has seen more tokens than were reserved, or the handle is spent.
+        """
+        self._settled()
 
     def extend(
         self,
@@ -247,6 +299,7 @@ class KVCache:
         )
 
     @lasting
+    @locked
     def reserve(self, steps: int) -> None:
         """Reserves the pages that `steps` more tokens per sequence need at most.
 
@@ -254,8 +307,12 @@ class KVCache:
         device, because its shapes depend on no values. Slabs and tables keep their addresses, which
         a CUDA graph needs. In an empty cache the pages are reserved by the first call.
 
+        A CUDA graph that is replayed past the reservation stores tokens only as long as reserved
+        pages have room, and drops the others. `check_reserve` reports it.
+
         Raises:
-            ValueError: the pool would exceed `max_pages`; the cache is as it was.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past an
+                earlier reservation; the cache is as it was.
         """
         steps = check_count("steps", steps)
         own = self._newest()
@@ -265,9 +322,10 @@ class KVCache:
             own.reserve(steps)
 
     @lasting
+    @locked
     def fork(self) -> KVCache:
         """A second cache with the same tokens; a page is shared until one of the two changes it."""
-        own = self._newest()
+        own = self._settled()
         if isinstance(own, Unallocated):
             return KVCache._of(own.copy())
         # A reservation promises not to wait, but a shared page must be copied before it changes,
@@ -277,7 +335,49 @@ class KVCache:
         own.pool.count_users(own.table, 1)
         return KVCache._of(Streams(own.pool, own.table, own.seen.clone(), own.heads, private=False))
 
+    @locked
+    def renewed(self) -> KVCache:
+        """The same tokens under a handle of their own; this one is spent.
+
+        In a transaction it is spent when the transaction ends.
+        """
+        own = self._newest()
+        following = KVCache._of(own, own.turn + 1)
+        apply_or_queue(_Renewal(own))
+        return following
+
+    @staticmethod
     @lasting
+    def mixed(caches: Sequence[KVCache], choice: Sequence[int]) -> KVCache:
+        """The cache whose sequence n is that of `caches[choice[n]]`; the caches stay as they are.
+
+        Args:
+            caches: forks of one cache, with tokens.
+            choice: N numbers.
+
+        Raises:
+            ValueError: a cache is spent.
+        """
+        with caches[0]._own.lock:
+            streams = [cache._settled() for cache in caches]
+            some = [one for one in streams if isinstance(one, Streams)]
+            assert len(some) == len(caches)
+            assert all(one.pool is some[0].pool for one in some)
+            for one in some:
+                # as in `fork`
+                one.reservation.release()
+                one.private = False
+            pool, heads = some[0].pool, some[0].heads
+            index = torch.tensor(choice, device=pool.device), torch.arange(len(choice))
+            width = max(one.width for one in some)
+            tables = [pad(one.table, [0, width - one.width], value=-1) for one in some]
+            table = torch.stack(tables).unflatten(1, (len(choice), heads))[index].flatten(0, 1)
+            pool.count_users(table, 1)
+            seen = torch.stack([one.seen for one in some])[index]
+            return KVCache._of(Streams(pool, table, seen, heads, private=False))
+
+    @lasting
+    @locked
     def reorder(self, index: Tensor) -> KVCache:
         """The cache of sequences index[0], index[1], ..., for beam search; this handle is spent.
 
@@ -287,7 +387,7 @@ class KVCache:
         Raises:
             ValueError: an index is out of range.
         """
-        own = self._newest()
+        own = self._settled()
         like = None if isinstance(own, Unallocated) else own.table
         check_tensor("index", index, "[K]", [None], like=like)
         check_integer("index", index)
@@ -305,6 +405,7 @@ class KVCache:
         return KVCache._of(Streams(own.pool, table, own.seen[index], own.heads, private=False))
 
     @lasting
+    @locked
     def reset(self, sequences: Tensor) -> KVCache:
         """The cache after all tokens of some sequences were dropped; this handle is spent.
 
@@ -323,12 +424,14 @@ class KVCache:
             own.pool.count_users(torch.where(gone, own.table, -1), -1)
             own.table.masked_fill_(gone, -1)
             own.seen.masked_fill_(sequences, 0)
+            own.reservation.renew(sequences, gone[:, 0])
         own.turn += 1
         return KVCache._of(own)
 
+    @locked
     def state_dict(self) -> dict[str, Any]:
         """The stored tokens as flat tensors, and sizes as numbers, for `torch.save` and `load`."""
-        own = self._newest()
+        own = self._settled()
         if isinstance(own, Unallocated):
             return {
                 "batch_size": own.sequences,
@@ -410,6 +513,13 @@ class KVCache:
         if isinstance(own, Streams):
             check_decisions(own, evict_at, logit_bias)
 
+    def _settled(self) -> Streams | Unallocated:
+        """As `_newest`; it also raises as `check_reserve` does."""
+        own = self._newest()
+        if isinstance(own, Streams):
+            own.reservation.settle(own.seen)
+        return own
+
     def _newest(self) -> Streams | Unallocated:
         """What the handle refers to; raises as `check` does."""
         if self._own.pending:
@@ -423,6 +533,26 @@ class KVCache:
                 "to return"
             )
         return self._own
+
+
+@final
+class _Renewal:
+    """A change by which older handles are spent and no token changes."""
+
+    def __init__(self, own: Streams | Unallocated) -> None:
+        self.own = own
+        own.pending = True
+
+    def apply(self) -> None:
+        """Spends the older handles."""
+        with self.own.lock:
+            self.own.pending = False
+            self.own.turn += 1
+
+    def drop(self) -> None:
+        """Leaves the older handles valid."""
+        with self.own.lock:
+            self.own.pending = False
 
 
 def _following(streams: Streams) -> KVCache:
@@ -445,6 +575,8 @@ def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor
         logit_bias=logit_bias is not None,
         max_pages=own.max_pages,
     )
+    # a handle without tokens and the pool that it becomes are guarded by one lock
+    pool.lock = own.lock
     streams = Streams.empty(pool, own.sequences, heads)
     if own.steps:
         streams.reserve(own.steps)

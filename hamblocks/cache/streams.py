@@ -6,6 +6,7 @@ heads together. There are R = N * H streams with S slots each.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, final
@@ -50,13 +51,13 @@ class Lease:
             self.table = pad(self.table[:, :-1], [0, room], value=-1)
 
     def end(self) -> None:
-        """Ends the reservation, and queues the table so that `Pool.collect` returns its pages.
+        """Queues table and reservation, so that `Pool.collect` takes back their pages.
 
         It touches no tensor, because the garbage collector may call it at any time, also while a
-        CUDA graph is captured or a function is traced.
+        CUDA graph is captured or a function is traced. It waits for no lock, because the collector
+        may call it in a thread that holds the lock of another pool.
         """
-        self.reservation.release()
-        self.pool.returned.append(self.table)
+        self.pool.returned.append((self.table, self.reservation))
 
 
 @final
@@ -69,6 +70,7 @@ class Streams:
         heads: H, streams per sequence.
         width: columns of the page table that may hold a page; S = width * page_size.
         private: True if each page is known to be listed by one stream only.
+        lock: the lock of the pool.
         pending: whether an open transaction has planned a change of these streams.
         turn: number of changes; a handle that was made for another turn is spent.
         end: returns all pages; called once, at the latest when the last handle is gone.
@@ -87,6 +89,7 @@ class Streams:
             private: see the attributes.
         """
         self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
+        self.lock = pool.lock
         self.lease, self.width = Lease(pool, table), table.shape[1]
         self.end = weakref.finalize(self, self.lease.end)
         self.end.atexit = False
@@ -117,11 +120,13 @@ class Streams:
 
     def position(self) -> Tensor:
         """Position in every slot, `[R, S]`; a hole keeps the position of its last token."""
-        return self.pool.position[self.pool.listed(self.table)].flatten(1)
+        with self.lock:
+            return self.pool.position[self.pool.listed(self.table)].flatten(1)
 
     def lifetimes(self) -> Tensor:
         """Lifetime in every slot, `[R, S]`; 0 where there is no page."""
-        return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
+        with self.lock:
+            return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
 
     def put_back(self, until: Tensor, evict_at: Tensor, keep: Tensor | None = None) -> Tensor:
         """Writes lifetimes by stream into a tensor of lifetimes by page, and returns it.
@@ -149,12 +154,15 @@ class Streams:
         return (self.pool.users[self.pool.listed(self.table)] > 1) & (self.table >= 0)
 
     def slots(self, stream: Tensor, place: Tensor) -> Tensor:
-        """Converts slots of streams to slots of the pool, int64, any shape; -1 stays -1."""
-        if self.width == 0:
-            return torch.full_like(place, -1)
+        """Converts slots of streams to slots of the pool, int64, any shape.
+
+        -1 stays -1. The slot after the last one becomes -1 too.
+        """
         size = self.pool.page_size
-        page = self.table[stream, place.clamp(min=0) // size].long()
-        return torch.where(place < 0, -1, page * size + place % size)
+        # -1 // size is -1, the last column of the lease's table, which is always -1; so are the
+        # columns after `width`
+        page = self.lease.table[stream, place // size].long()
+        return torch.where(page < 0, -1, page * size + place % size)
 
     def unshare(self, copies: Tensor) -> None:
         """Replaces some pages, bool `[R, width]`, by private copies. Waits for the device."""
@@ -171,8 +179,10 @@ class Streams:
         """Reserves the pages that `steps` more tokens per sequence need at most.
 
         Raises:
-            ValueError: the pool would exceed `max_pages`; nothing changed.
+            ValueError: the pool would exceed `max_pages`, or a CUDA graph was replayed past an
+                earlier reservation; nothing changed.
         """
+        self.reservation.settle(self.seen)
         each = -(-steps // self.pool.page_size)  # rounded up
         wanted, common = each * len(self.table), self.common()
         self.pool.ensure(wanted + int(common.sum()) - self.reservation.pages)
@@ -180,10 +190,11 @@ class Streams:
         self.reservation.release()
         self.unshare(common)
         self.private = True
-        most = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
+        have = (self.table >= 0).sum(1)
+        most = int(have.max()) if len(have) else 0
         self.lease.widen(most + each)
         self.width = most + each
-        self.reservation.take(wanted, steps)
+        self.reservation.take_steps(steps, each, have, self.seen)
 
     # conversions between tensors by stream [R, S, ...] and by sequence [N, S, H, ...]
 
@@ -211,6 +222,7 @@ class Unallocated:
         page_size: tokens in a page.
         max_pages: upper limit of pages in the pool; None: no limit.
         steps: number of tokens per sequence to reserve pages for when the pool is made.
+        lock: guards the handles; it becomes the lock of the pool.
         pending: as in `Streams`.
         turn: as in `Streams`.
     """
@@ -219,6 +231,7 @@ class Unallocated:
         self.sequences, self.page_size, self.max_pages = sequences, page_size, max_pages
         self.steps = self.turn = 0
         self.pending = False
+        self.lock = threading.RLock()
 
     def copy(self, sequences: int | None = None) -> Unallocated:
         """Another one with the same sizes."""

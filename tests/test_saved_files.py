@@ -1,0 +1,67 @@
+"""Files of earlier releases load, and give what they gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from saved_0_1 import FOLDER, PROMPT, SEQUENCES, inputs_0_1, layer_0_1
+
+from hamblocks.state import FORMAT
+
+
+def load(name):
+    return torch.load(FOLDER / name, weights_only=True)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def loaded_layer():
+    layer = layer_0_1()
+    layer.load_state_dict(load("layer.pt"))
+    return layer
+
+
+@torch.no_grad()
+def test_a_state_of_0_1_goes_on():
+    layer, (x, _), expected = loaded_layer(), inputs_0_1(), load("expected.pt")
+    saved = load("state.pt")
+    assert saved["format"] == 1
+    state = layer.load_state(saved)
+    assert state.position.tolist() == [PROMPT] * SEQUENCES
+    y, state, _ = layer.prefill(x[:, PROMPT:], state)
+    close(y, expected["y"])
+    assert y.std() > 0.01
+    # it can take tokens back, as the state that was saved could
+    y, state, _ = layer.prefill(x[:, -2:], state.rollback(2))
+    close(y, expected["y"][:, -2:])
+    # it was saved in the middle of a sequence, and one pass gives the same
+    close(layer(x).y[:, PROMPT:], expected["y"])
+
+
+@torch.no_grad()
+def test_a_model_of_0_1_gives_what_it_gave():
+    models = pytest.importorskip("hamblocks.models")
+    model = models.HAMForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float64).eval()
+    _, tokens = inputs_0_1()
+    close(model(tokens).logits, load("expected.pt")["logits"])
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (None, r"^format: expected 1 in a saved state, got None: it is no saved state"),
+        (0, r"^format: expected 1 in a saved state, got 0: it is no saved state"),
+        ("1", r"^format: expected 1 in a saved state, got 1: it is no saved state"),
+        (True, r"^format: expected 1 in a saved state, got True: it is no saved state"),
+        (FORMAT + 1, r"^format: expected 1 .* got 2: a newer release of hamblocks saved it"),
+    ],
+)
+def test_a_state_of_an_unknown_format_is_refused(number, message):
+    layer, saved = loaded_layer(), load("state.pt")
+    del saved["format"]
+    if number is not None:
+        saved["format"] = number
+    with pytest.raises(ValueError, match=message):
+        layer.load_state(saved)
