@@ -14,6 +14,7 @@ from hamblocks.controllers import (
     step_controllers,
 )
 from hamblocks.convolution import ShortConvolution
+from hamblocks.decoder import Decoder, DecoderOutput
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
@@ -29,7 +30,6 @@ from hamblocks.gates import (
 from hamblocks.keys import DenseKeys, Keys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import DeltaMemory, DeltaMemoryState, GatedDeltaMemory
-from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.packed import per_sequence
 from hamblocks.protocols import (

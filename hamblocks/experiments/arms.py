@@ -6,9 +6,9 @@ import math
 from functools import partial
 
 from hamblocks.controllers import AnnealedFraction, ElasticFraction
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.models import POLICIES, LayerOptions, model_of
 from hamblocks.experiments.tasks import Task
-from hamblocks.models import Decoder
 from hamblocks.protocols import Controller
 from hamblocks_ops.arguments import wrong
 

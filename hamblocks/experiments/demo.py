@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.arms import ARMS, arm_of
 from hamblocks.experiments.growth import measure_growth
 from hamblocks.experiments.models import LayerOptions, set_fraction
@@ -30,7 +31,6 @@ from hamblocks.experiments.training import (
     train_with_curriculum,
 )
 from hamblocks.experiments.workers import workers
-from hamblocks.models import Decoder
 from hamblocks_ops.arguments import wrong
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.375, 0.5, 0.75, 1.0)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.models import set_threshold
 from hamblocks.experiments.tasks import ByteText, Task
-from hamblocks.models import Decoder
 
 PERIOD = 32
 """Symbols of the passage that is repeated."""

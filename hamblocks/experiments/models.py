@@ -11,6 +11,7 @@ from torch import nn
 
 from hamblocks.attention import SelectedAttention
 from hamblocks.controllers import ElasticFraction
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.gates import EvenlySpaced
 from hamblocks.experiments.tasks import Task
 from hamblocks.gates import (
@@ -23,7 +24,6 @@ from hamblocks.gates import (
 )
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.models import Decoder
 from hamblocks.protocols import Controller, Gate
 from hamblocks.selectors import Threshold
 from hamblocks_ops.arguments import wrong

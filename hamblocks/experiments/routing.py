@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hamblocks.controllers import AnnealedFraction, ElasticFraction, TargetFraction
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.corpus import Corpus
 from hamblocks.experiments.growth import passages, stored_after
 from hamblocks.experiments.models import (
@@ -49,7 +50,6 @@ from hamblocks.gates import (
     PredictionError,
     SharedGate,
 )
-from hamblocks.models import Decoder
 from hamblocks.protocols import Controller, Gate
 from hamblocks_ops.arguments import wrong
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hamblocks.controllers import TargetFraction, hook_controllers
+from hamblocks.decoder import Decoder
 from hamblocks.experiments.corpus import Corpus
 from hamblocks.gates import PredictionError, RandomGate
 from hamblocks.layer import HAMLayer
-from hamblocks.models import Decoder
 from hamblocks.protocols import Gate, Selector
 from hamblocks.selectors import Threshold, Window
 

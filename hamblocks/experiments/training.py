@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hamblocks.controllers import hook_controllers
+from hamblocks.decoder import Decoder, DecoderOutput
 from hamblocks.experiments.tasks import IGNORED, QUESTION, Task, TaskBatch
-from hamblocks.models import Decoder, DecoderOutput
 from hamblocks.protocols import reads_given
 from hamblocks_ops.arguments import wrong
 

@@ -11,9 +11,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from hamblocks.decoder import Decoder, DecoderOutput
 from hamblocks.extras import require
-from hamblocks.models.decoder import Decoder, DecoderOutput
-from hamblocks.models.stack import Stack, StackOutput
+from hamblocks.stack import Stack, StackOutput
 
 if TYPE_CHECKING:
     from hamblocks.models.cache import HAMCache

@@ -33,9 +33,9 @@ from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
-from hamblocks.models.stack import Stack, StackOutput, entropy_gates
 from hamblocks.models.weights import is_loaded, keep_weights, lacks, repeated
 from hamblocks.outputs import LayerStats
+from hamblocks.stack import Stack, StackOutput, entropy_gates
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
 from hamblocks.layer import HAMLayer
-from hamblocks.models.stack import Stack, entropy_gates
 from hamblocks.outputs import LayerStats
 from hamblocks.protocols import check_count
+from hamblocks.stack import Stack, entropy_gates
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor
 
