@@ -107,9 +107,9 @@ def _pieces(x: Tensor, size: int, cu_seqlens: Tensor | None) -> list[_Piece]:
     for number, part in enumerate(parts):
         chosen = [token for row in part for token in row]
         if chosen:
-            ends = torch.tensor([0, *(len(row) for row in part)]).cumsum(0)
+            ends = list(itertools.accumulate((len(row) for row in part), initial=0))
             index = torch.tensor(chosen, device=x.device)
-            pieces.append(_Piece(index, ends.to(cu_seqlens), number > 0))
+            pieces.append(_Piece(index, cu_seqlens.new_tensor(ends), number > 0))
     return pieces
 
 

@@ -303,8 +303,9 @@ def _mixed(states: Sequence[HAMState], choice: list[int]) -> HAMState:
     which = [used.index(index) for index in choice]
 
     def chosen(*tensors: Tensor) -> Tensor:
-        index = torch.tensor(which), torch.arange(len(which))
-        return torch.stack(tensors)[tuple(x.to(tensors[0].device) for x in index)]
+        device = tensors[0].device
+        index = torch.tensor(which, device=device), torch.arange(len(which), device=device)
+        return torch.stack(tensors)[index]
 
     position, memory, attention, ledger = tree_map(chosen, *(one.trees for one in some))
     caches = [one.cache for one in some if one.cache is not None]

@@ -8,7 +8,6 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hamblocks.cache.changes import apply_or_queue
 from hamblocks.cache.checks import (
@@ -18,11 +17,13 @@ from hamblocks.cache.checks import (
     check_sequences,
     check_tokens,
 )
+from hamblocks.cache.decisions import lowered_lifetimes
 from hamblocks.cache.extension import Extension, Stored, stored
-from hamblocks.cache.pool import Pool, Tokens
-from hamblocks.cache.streams import Streams, Unallocated, lasting, ranked
+from hamblocks.cache.forks import Renewal, mixed
+from hamblocks.cache.pool import Pool
+from hamblocks.cache.saving import loaded, saved
+from hamblocks.cache.streams import Streams, Unallocated, lasting
 from hamblocks.keys import PagedKeys
-from hamblocks.ledger import EMPTY, lower
 from hamblocks.protocols import Lifetimes, check_count
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import (
@@ -283,7 +284,7 @@ class KVCache:
             streams, origin = own, None
         if values_are_checked(position):
             check_order(position, streams.seen)
-        until = None if lowered is None else _lowered(streams, lowered)
+        until = None if lowered is None else lowered_lifetimes(streams, lowered)
         kv_heads = k.shape[2]
         evict_at = evict_at.to(torch.int32).expand(-1, -1, streams.heads)
         # position NEVER: no query sees padding, and the commit does not store it
@@ -343,7 +344,7 @@ class KVCache:
         """
         own = self._newest()
         following = KVCache._of(own, own.turn + 1)
-        apply_or_queue(_Renewal(own))
+        apply_or_queue(Renewal(own))
         return following
 
     @staticmethod
@@ -360,21 +361,9 @@ class KVCache:
         """
         with caches[0]._own.lock:
             streams = [cache._settled() for cache in caches]
-            some = [one for one in streams if isinstance(one, Streams)]
-            assert len(some) == len(caches)
-            assert all(one.pool is some[0].pool for one in some)
-            for one in some:
-                # as in `fork`
-                one.reservation.release()
-                one.private = False
-            pool, heads = some[0].pool, some[0].heads
-            index = torch.tensor(choice, device=pool.device), torch.arange(len(choice))
-            width = max(one.width for one in some)
-            tables = [pad(one.table, [0, width - one.width], value=-1) for one in some]
-            table = torch.stack(tables).unflatten(1, (len(choice), heads))[index].flatten(0, 1)
-            pool.count_users(table, 1)
-            seen = torch.stack([one.seen for one in some])[index]
-            return KVCache._of(Streams(pool, table, seen, heads, private=False))
+            allocated = [one for one in streams if isinstance(one, Streams)]
+            assert len(allocated) == len(caches)
+            return KVCache._of(mixed(allocated, choice))
 
     @lasting
     @locked
@@ -431,29 +420,9 @@ class KVCache:
     @locked
     def state_dict(self) -> dict[str, Any]:
         """The stored tokens as flat tensors, and sizes as numbers, for `torch.save` and `load`."""
-        own = self._settled()
-        if isinstance(own, Unallocated):
-            return {
-                "batch_size": own.sequences,
-                "page_size": own.page_size,
-                "max_pages": own.max_pages,
-            }
-        alive = own.alive(own.lifetimes())
-        count = alive.sum(1)
-        # living tokens first, in order of position; holes last
-        order = own.position().where(alive, NEVER).argsort(dim=1, stable=True)
-        stream, place = ranked(count, order)
-        tokens = own.pool.gather(own.slots(stream, place))
-        return {
-            **{name: x for name, x in tokens._asdict().items() if x is not None},
-            "lengths": count.view(own.sequences, own.heads),
-            "seen": own.seen.clone(),
-            "page_size": own.pool.page_size,
-            "max_pages": own.pool.max_pages,
-        }
+        return saved(self._settled())
 
     @staticmethod
-    @lasting
     def load(state: dict[str, Any], device: torch.device | str | None = None) -> KVCache:
         """Makes a cache from `state_dict()`.
 
@@ -466,32 +435,7 @@ class KVCache:
         """
         if "seen" not in state:  # the cache was saved before its first token
             return KVCache(**state)
-        state = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
-        k, lengths, bias = state["k"], state["lengths"], state.get("logit_bias")
-        pool = Pool(
-            state["page_size"],
-            k.shape[1],
-            k.shape[2],
-            k,
-            logit_bias=bias is not None,
-            max_pages=state["max_pages"],
-        )
-        counts = lengths.flatten()
-        pages = -(-counts // pool.page_size)
-        total, most = (int(pages.sum()), int(pages.max())) if len(pages) else (0, 0)
-        pool.ensure(total)
-        table = torch.full((len(pages), most), -1, dtype=torch.int32, device=k.device)
-        # the pool is new, so its pages 0, 1, ... are free: streams take them in order
-        taken = torch.arange(most, device=k.device) < pages[:, None]
-        table[taken] = torch.arange(total, dtype=torch.int32, device=k.device)
-        pool.count_users(table, 1)
-        streams = Streams(pool, table, state["seen"].clone(), lengths.shape[1])
-        # saved tokens have no holes between them: they fill the first slots of their stream
-        slots = torch.arange(most * pool.page_size, device=k.device).expand(len(pages), -1)
-        stream, place = ranked(counts, slots)
-        tokens = Tokens(k, state["v"], state["position"], state["evict_at"], bias)
-        pool.scatter(streams.slots(stream, place), tokens, wait=True)
-        return KVCache._of(streams)
+        return KVCache._of(loaded(state, device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         return KVCache.load(self.state_dict())
@@ -535,26 +479,6 @@ class KVCache:
         return self._own
 
 
-@final
-class _Renewal:
-    """A change by which older handles are spent and no token changes."""
-
-    def __init__(self, own: Streams | Unallocated) -> None:
-        self.own = own
-        own.pending = True
-
-    def apply(self) -> None:
-        """Spends the older handles."""
-        with self.own.lock:
-            self.own.pending = False
-            self.own.turn += 1
-
-    def drop(self) -> None:
-        """Leaves the older handles valid."""
-        with self.own.lock:
-            self.own.pending = False
-
-
 def _following(streams: Streams) -> KVCache:
     """The handle that a commit returns; it is valid once the change is applied."""
     return KVCache._of(streams, streams.turn + 1)
@@ -581,16 +505,3 @@ def _allocated(own: Unallocated, k: Tensor, evict_at: Tensor, logit_bias: Tensor
     if own.steps:
         streams.reserve(own.steps)
     return streams
-
-
-def _lowered(streams: Streams, lowered: Lifetimes) -> Tensor:
-    """Lifetimes of every slot after a selector lowered some, int32 `[R, S]`."""
-    if lowered.position.shape[2] not in (1, streams.heads):
-        got = f"{lowered.position.shape[2]} heads"
-        raise wrong("lowered", f"{streams.heads} heads, as the cache", got)
-    lowered = Lifetimes(*(x.expand(-1, -1, streams.heads) for x in lowered))
-    until = streams.lifetimes()
-    # a hole keeps the position of its last token, which must not match a lowered one
-    position = streams.position().where(streams.alive(until), EMPTY)
-    changed = lower(streams.by_sequence(position), streams.by_sequence(until), lowered)
-    return changed.mT.flatten(0, 1)
