@@ -44,6 +44,19 @@ def test_gates_at_the_edge_of_range_are_finite(memory, combiner, dtype, logits):
         assert weight.grad is None or weight.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("logit", [-6e4, -90.0, 90.0, 6e4])
+def test_a_learned_router_at_the_edge_of_range_is_finite(logit, dtype):
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(8, 2, gate=hb.LearnedRouter(), selector=hb.Window(3)).to(dtype)
+    layer.gate.mlp[2].bias.data.fill_(logit)
+    x = torch.randn(1, 6, 8, dtype=dtype, requires_grad=True)
+    y = layer(x).y
+    y.float().square().sum().backward()
+    for result in (y, x.grad, *(weight.grad for weight in layer.parameters())):
+        assert result.isfinite().all()
+
+
 def outcome(layer, x):
     """y, scores, lifetimes and gradients of one pass, and y of a prefill and a decoded token."""
     layer.zero_grad()
