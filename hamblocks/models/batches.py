@@ -31,14 +31,17 @@ class BatchLayout(NamedTuple):
         batch: B, the number of batch rows.
         tokens: T, the number of columns.
         real: int64 `[K]`, indices of the real tokens among all B * T; None: no token is padding.
+            While a model is exported, the padding follows as one more sequence, so that K is B * T.
         cu_seqlens: int32 `[N+1]`, borders of the sequences among the real tokens. None: every batch
             row is one sequence without padding.
+        padding: bool `[B * T]`, the tokens of that one more sequence; None: there is none.
     """
 
     batch: int
     tokens: int
     real: Tensor | None
     cu_seqlens: Tensor | None
+    padding: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -61,6 +64,8 @@ class BatchLayout(NamedTuple):
             return x
         if self.real is not None:
             x = x.new_zeros(self.batch * self.tokens, *x.shape[2:]).index_copy(0, self.real, x[0])
+        if self.padding is not None:
+            x = x.masked_fill(self.padding.view(-1, *[1] * (x.dim() - 1)), 0)
         return x.view(self.batch, self.tokens, *x.shape[2 if self.real is None else 1 :])
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -119,8 +124,11 @@ def batch_layout(
         layout, real = BatchLayout(batch, tokens, None, None), None
     else:
         real = _real(x, attention_mask, past, seen)
+        # torch before 2.7 does not say that it exports, and stops at the branch below
+        if seen is None and getattr(torch.compiler, "is_exporting", bool)():
+            layout = _exported(real)
         # without values nobody knows what is padding, and the sizes are at most those of T tokens
-        if real.is_meta or bool(real.all()):
+        elif real.is_meta or bool(real.all()):
             layout = BatchLayout(batch, tokens, None, None)
         else:
             borders = F.pad(real.sum(1).cumsum(0), [1, 0]).to(torch.int32)
@@ -128,6 +136,21 @@ def batch_layout(
     if position_ids is not None:
         _check_positions(position_ids, real, seen)
     return layout
+
+
+def _exported(real: Tensor) -> BatchLayout:
+    """The layout of a padded batch `[B, T]` with sizes that depend on no value.
+
+    The tokens of every batch row come first. All padding comes after them, as a sequence that no
+    token of another one sees.
+    """
+    batch, tokens = real.shape
+    padding = ~real.flatten()
+    order = padding.to(torch.int8).argsort(stable=True)
+    ends = torch.cat(
+        [real.sum(1).cumsum(0), padding.new_full((1,), batch * tokens, dtype=torch.int64)]
+    )
+    return BatchLayout(batch, tokens, order, F.pad(ends, [1, 0]).to(torch.int32), padding)
 
 
 def last_columns(x: Tensor, count: int | Tensor) -> Tensor:

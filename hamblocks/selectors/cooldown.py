@@ -13,6 +13,7 @@ from hamblocks.selectors.questions import start
 from hamblocks.selectors.times import time_keys
 from hamblocks.selectors.wrapper import Wrapper
 from hamblocks_ops import NEVER, select_window
+from hamblocks_ops.lengths import is_symbolic
 
 
 class CooldownLedger(NamedTuple):
@@ -124,10 +125,12 @@ class Cooldown(Wrapper):
         # the first wanted token at column t or later; the column `tokens` stands for none
         column = torch.arange(tokens, device=own.device).expand(key.shape)
         first = torch.where(wanted.mT, column, tokens).flip(2).cummin(2).values.flip(2)
-        first = torch.nn.functional.pad(first, [0, 1], value=tokens)
+        # no `pad`: its fill value would make a traced length a constant
+        none = first.new_full((*first.shape[:2], 1), tokens)
+        first = torch.cat([first, none], 2)
         # the wanted token that follows each token if it is admitted
         jump = first.gather(2, torch.searchsorted(key, key + apart))
-        jump = torch.nn.functional.pad(jump, [0, 1], value=tokens)
+        jump = torch.cat([jump, none], 2)
         if last is None:
             begin = torch.zeros_like(first[..., :1])
         else:
@@ -135,9 +138,35 @@ class Cooldown(Wrapper):
             begin = torch.searchsorted(key, free.contiguous())
         admitted = torch.zeros_like(jump, dtype=torch.bool)
         admitted = admitted.scatter(2, first.gather(2, begin), True)
-        # After i rounds the first 2**i tokens of the chain are marked, and `jump` goes 2**i ahead.
-        for _ in range(tokens.bit_length()):
-            reached = torch.where(admitted, jump, tokens)
-            admitted = admitted.scatter(2, reached, True)
-            jump = jump.gather(2, jump)
-        return admitted[..., :tokens].mT
+        follow = _chain_op if is_symbolic(tokens) else _chain
+        return follow(admitted, jump)[..., :tokens].mT
+
+
+def _chain(admitted: Tensor, jump: Tensor) -> Tensor:
+    """Marks every token that is reached from a marked one.
+
+    Args:
+        admitted: bool `[B, H, T + 1]`, the first token of each chain.
+        jump: int64 `[B, H, T + 1]`, the token after each one; T for none.
+
+    Returns:
+        bool `[B, H, T + 1]`.
+    """
+    tokens = jump.shape[2] - 1
+    # After i rounds the first 2**i tokens of the chain are marked, and `jump` goes 2**i ahead.
+    for _ in range(tokens.bit_length()):
+        reached = torch.where(admitted, jump, tokens)
+        admitted = admitted.scatter(2, reached, True)
+        jump = jump.gather(2, jump)
+    return admitted
+
+
+@torch.library.custom_op("hamblocks::cooldown_chain", mutates_args=())
+def _chain_op(admitted: Tensor, jump: Tensor) -> Tensor:
+    """`_chain` as one operator, where a loop over the bits of T cannot be unrolled."""
+    return _chain(admitted, jump)
+
+
+@_chain_op.register_fake
+def _(admitted: Tensor, _jump: Tensor) -> Tensor:
+    return admitted.new_empty(admitted.shape)

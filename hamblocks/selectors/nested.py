@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops import NEVER
+from hamblocks_ops.lengths import is_symbolic
 from hamblocks_ops.select.topk import ranks
 
 
@@ -61,30 +62,53 @@ def grown_topk(
     batch, tokens, heads = score.shape
     if tokens == 0:
         return position.clone()
-    width = 1 << (tokens - 1).bit_length()
-    beyond = width - tokens
-    many = 2 * width  # more places than tokens
-    # streams side by side: [R, P]
     rank = ranks(score, position)
     if sequence is not None:
         # Tokens of later sequences count as better. They come later, so they change no D of the
         # own sequence, and tokens of earlier sequences do not count.
         rank = rank - tokens * sequence[:, None]
-    rank = torch.nn.functional.pad(
-        rank.mT.reshape(batch * heads, tokens), [0, beyond], value=tokens
-    )
-    order = rank.argsort(dim=1, stable=True)
-    room = places.clamp(max=many).masked_fill(position < 0, many)
-    room = torch.nn.functional.pad(room.mT.reshape(batch * heads, tokens), [0, beyond], value=many)
-    column = torch.arange(width, device=score.device).expand_as(order)
-    better = torch.empty_like(order).scatter_(1, order, column)
-    leaves = _first_full(_levels(order, room), better, room)[:, :tokens]
+    room = places.masked_fill(position < 0, NEVER)
+    # streams side by side
+    rank, room = (x.mT.reshape(batch * heads, tokens) for x in (rank, room))
+    leaves = _leaves_op(rank, room) if is_symbolic(tokens) else _leaves(rank, room)
     leaves = leaves.view(batch, heads, tokens).mT
     when = position.gather(1, leaves.clamp(max=tokens - 1))
     stays = leaves >= tokens
     if sequence is not None:
         stays |= sequence[leaves.clamp(max=tokens - 1)] != sequence[:, None]
     return torch.where(position < 0, position, torch.where(stays, NEVER, when))
+
+
+def _leaves(rank: Tensor, room: Tensor) -> Tensor:
+    """The column at which each token leaves; T or a later one if it stays.
+
+    Args:
+        rank: int64 `[R, T]`, ascending from the best token to the worst.
+        room: int64 `[R, T]`, places at each column.
+
+    Returns:
+        int64 `[R, T]`.
+    """
+    tokens = rank.shape[1]
+    width = 1 << (tokens - 1).bit_length()
+    beyond = [0, width - tokens]
+    many = 2 * width  # more places than tokens
+    order = torch.nn.functional.pad(rank, beyond, value=tokens).argsort(dim=1, stable=True)
+    room = torch.nn.functional.pad(room.clamp(max=many), beyond, value=many)
+    column = torch.arange(width, device=rank.device).expand_as(order)
+    better = torch.empty_like(order).scatter_(1, order, column)
+    return _first_full(_levels(order, room), better, room)[:, :tokens].contiguous()
+
+
+@torch.library.custom_op("hamblocks::grown_topk_leaves", mutates_args=())
+def _leaves_op(rank: Tensor, room: Tensor) -> Tensor:
+    """`_leaves` as one operator, where the tree over T columns cannot be unrolled."""
+    return _leaves(rank, room)
+
+
+@_leaves_op.register_fake
+def _(rank: Tensor, _room: Tensor) -> Tensor:
+    return rank.new_empty(rank.shape)
 
 
 def _levels(order: Tensor, room: Tensor) -> list[Level]:

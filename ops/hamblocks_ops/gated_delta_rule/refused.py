@@ -34,11 +34,12 @@ def recurs(call: DeltaRuleCall) -> bool:
 
 def refused(call: DeltaRuleCall) -> str | None:
     """Why fla cannot run this call, or None when it can."""
-    reason = not_supported() or _by_dtype(call)
+    # the device first: what follows compares sizes, which traced code would be specialised by
     return (
-        reason
-        or _by_size(call)
+        not_supported()
         or without_triton(call.q)
+        or _by_dtype(call)
+        or _by_size(call)
         or (wrong_on_hopper() if learns(call) else None)
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hamblocks_ops.lengths import is_symbolic
 from hamblocks_ops.packing import NEVER
 
 
@@ -68,6 +69,13 @@ def kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Ten
     Returns:
         int64 `[R, Q]`: `rank[low:high].sort()[wanted]`; undefined where the range is too short.
     """
+    if is_symbolic(rank.shape[1]):
+        found: Tensor = _kth_smallest_op(rank, low, high, wanted)
+        return found
+    return _kth_smallest(rank, low, high, wanted)
+
+
+def _kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Tensor:
     tokens = rank.shape[1]
     found = torch.zeros_like(low)
     level = rank
@@ -89,3 +97,14 @@ def kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Ten
         place = torch.where(one == 1, zeros + place - zeros_before[:, :-1], zeros_before[:, :-1])
         level = torch.empty_like(level).scatter_(1, place, level)
     return found
+
+
+@torch.library.custom_op("hamblocks::kth_smallest", mutates_args=())
+def _kth_smallest_op(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Tensor:
+    """`kth_smallest` as one operator, where a loop over the bits of T cannot be unrolled."""
+    return _kth_smallest(rank, low, high, wanted)
+
+
+@_kth_smallest_op.register_fake
+def _(_rank: Tensor, low: Tensor, _high: Tensor, _wanted: Tensor) -> Tensor:
+    return low.new_empty(low.shape)
