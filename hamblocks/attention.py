@@ -75,7 +75,8 @@ class SelectedAttention(Built):
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
             qk_norm: RMSNorm of queries and keys, per head.
             null_sink: one more key per key/value head, with a learned logit and the value 0: a
-                query may read nothing (HOLA, arXiv 2607.02303).
+                query may read nothing (HOLA, arXiv 2607.02303). It scales the read of a query, which
+                a combiner that normalises reads takes back: use `GatedSum(read_norm=False)`.
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
 
         Raises:

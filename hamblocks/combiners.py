@@ -14,30 +14,34 @@ from hamblocks_ops.arguments import wrong
 
 
 class _Mix(Built):
-    """Normalises each read per head, weights it per head by a gate on x, and projects the sum.
+    """Weights each read per head by a gate on x, and projects the sum; reads are normalised first.
 
-    A layer with only one read has one norm and one gate. Where the memory has sizes of its own,
+    The norm is RMSNorm per head. It takes away what scales a whole read, such as the null sink of
+    attention. A layer with only one read has one norm and one gate. Where the memory has sizes of its own,
     each read has a projection of its own, and the projections are added.
     """
 
-    def __init__(self, output_gate: bool = False) -> None:
+    def __init__(self, output_gate: bool = False, read_norm: bool = True) -> None:
         """Makes the part; the layer that owns it makes the parameters.
 
         Args:
             output_gate: multiply what is projected by SiLU(g_proj(x)), channel by channel, as
                 `fla.layers.GatedDeltaNet` does.
+            read_norm: normalise each read per head; False: take it as it is.
         """
         super().__init__()
-        self.output_gate = output_gate
+        self.output_gate, self.read_norm = output_gate, read_norm
 
     def make(self, dims: LayerDims) -> None:
         sizes = []
         if dims.has_memory:
             sizes.append(dims.memory_read)
-            self.memory_norm = RMSNorm(dims.memory_read[1], eps=1e-6)
+            if self.read_norm:
+                self.memory_norm = RMSNorm(dims.memory_read[1], eps=1e-6)
         if dims.has_attention:
             sizes.append((dims.num_heads, dims.head_dim))
-            self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
+            if self.read_norm:
+                self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
         self.heads = [heads for heads, _ in sizes]
         self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
         widths = [heads * dim for heads, dim in sizes]
@@ -58,9 +62,9 @@ class _Mix(Built):
         """See `hamblocks.protocols.Combiner`."""
         reads = []
         if memory_read is not None:
-            reads.append(self.memory_norm(memory_read))
+            reads.append(self.memory_norm(memory_read) if self.read_norm else memory_read)
         if attention_read is not None:
-            reads.append(self.attention_norm(attention_read))
+            reads.append(self.attention_norm(attention_read) if self.read_norm else attention_read)
         logits = self.gate_proj(x)
         if self.is_joint:
             weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)

@@ -191,6 +191,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "gate": hb.LearnedRouter(),
         "selector": hb.TopK(3) | hb.Window(2),
         "attention": hb.SelectedAttention(null_sink=True),
+        "combiner": hb.GatedSum(read_norm=False),
     },
     "convolved-keys-and-values": lambda: {
         "selector": hb.TopK(3),
@@ -385,7 +386,9 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     combiner = layer.combiner
     if isinstance(combiner, Sum):
         return Plain((remembered - attended).flatten(1), residuals, mv)
-    reads = rms(remembered, combiner.memory_norm), rms(attended, combiner.attention_norm)
+    reads = remembered, attended
+    if combiner.read_norm:
+        reads = rms(remembered, combiner.memory_norm), rms(attended, combiner.attention_norm)
     gates = x @ combiner.gate_proj.weight.T + combiner.gate_proj.bias
     squash = torch.sigmoid
     if isinstance(combiner, hb.SoftmaxMix):

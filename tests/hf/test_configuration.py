@@ -155,8 +155,8 @@ POLICIES = [
             "window": 8,
         },
     ),
-    ("combiner", {"type": "gated_sum", "output_gate": True}),
-    ("combiner", {"type": "softmax_mix", "output_gate": False}),
+    ("combiner", {"type": "gated_sum", "output_gate": True, "read_norm": False}),
+    ("combiner", {"type": "softmax_mix", "output_gate": False, "read_norm": True}),
     (
         "selector",
         {
@@ -272,7 +272,7 @@ def test_what_is_left_out_is_completed():
         ),
         (
             {"combiner": {"type": "gated_sum", "n": 1}},
-            r"^combiner gated_sum: expected the arguments output_gate \(optional\), got n",
+            r"^combiner gated_sum: expected the arguments output_gate \(optional\), .*, got n",
         ),
         (
             {"selector": {"type": "any_of", "of": []}},

@@ -385,3 +385,22 @@ def test_a_null_sink_is_a_softmax_with_one_more_key(impl, packed, biased):
             impl=impl,
         )
     torch.testing.assert_close(without, fast[0].detach(), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_norm_of_reads_takes_a_null_sink_back():
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    for read_norm in (True, False):
+        ys = []
+        for null_sink in (True, False):
+            torch.manual_seed(0)
+            layer = hb.HAMLayer(
+                8,
+                2,
+                selector=hb.Window(4),
+                attention=hb.SelectedAttention(null_sink=null_sink),
+                combiner=hb.GatedSum(read_norm=read_norm),
+            )
+            ys.append(layer.double()(x).y)
+        change = float((ys[0] - ys[1]).abs().max())
+        assert change < 1e-4 if read_norm else change > 1e-2
