@@ -66,7 +66,11 @@ class ShortConvolution(nn.Module):
         check_count("kernel_size", kernel_size, 1)
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
         self.activation, self.init = activation, init
-        self.register_buffer("used", self._used(taps), persistent=False)
+        used = self._used(taps)
+        if used is None:  # a buffer that is None breaks what walks over buffers
+            self.used = None
+        else:
+            self.register_buffer("used", used, persistent=False)
         self.weight = nn.Parameter(self.fresh())
 
     def _used(self, taps: Sequence[tuple[int, int]] | None) -> Tensor | None:

@@ -52,7 +52,7 @@ class _DeltaRuleMemory(Built):
         impl: str,
     ) -> None:
         super().__init__()
-        taps = [conv_size] * 3 if isinstance(conv_size, int) else list(conv_size)
+        taps = list(conv_size) if isinstance(conv_size, Sequence) else [conv_size] * 3
         if len(taps) != 3:
             raise wrong("conv_size", "an integer, or three: for q, k and v", repr(conv_size))
         for number in taps:
@@ -68,7 +68,7 @@ class _DeltaRuleMemory(Built):
             raise wrong("projections", expected, '"shared"')
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
-        self.conv_size = conv_size if isinstance(conv_size, int) else taps
+        self.conv_size = taps if isinstance(conv_size, Sequence) else conv_size
         self.taps, self.conv_init = taps, conv_init
         self.projections = projections
         self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v

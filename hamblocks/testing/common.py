@@ -90,7 +90,8 @@ def _no_build(part: Any, options: Options) -> str | None:
 
 
 def _no_finite_differences(part: Any, options: Options) -> str | None:
-    if surrogate_gradient(part):
+    gates = part, getattr(part, "gate", None), getattr(part, "query_gate", None)
+    if any(surrogate_gradient(one) for one in gates):
         return "its gradient is a surrogate, not that of its values"
     return None if torch.float64 in options.dtypes else "finite differences need float64"
 

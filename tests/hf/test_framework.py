@@ -123,7 +123,7 @@ print(type(AutoModelForCausalLM.from_pretrained({folder!r})).__name__)
     "imports",
     [
         "import hamblocks.models",
-        "from hamblocks import Window",
+        "from hamblocks.models import Decoder",
     ],
 )
 def test_a_new_process_loads_a_model_without_naming_its_class(tmp_path, imports):

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hamblocks as hb
-from hamblocks.controllers import save_with_adapter
 from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, sum_and_weight
 
@@ -257,66 +256,6 @@ class ModulesToSave(nn.Module):
 
 class Config:
     modules_to_save = None
-
-
-class Adapted(nn.Module):
-    """The calls of a `peft.PeftModel` that controllers need, as peft defines them."""
-
-    active_adapter = "default"
-
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = nn.Module()
-        self.base_model.model = model
-        self.peft_config = {"default": Config()}
-
-    def set_additional_trainable_modules(self, config, adapter):
-        for name, module in list(self.named_modules()):
-            if any(name.endswith(target) for target in config.modules_to_save):
-                parent, _, last = name.rpartition(".")
-                setattr(self.get_submodule(parent), last, ModulesToSave(module, adapter))
-
-    def saved(self):
-        return {k: v for k, v in self.state_dict().items() if ".modules_to_save." in k}
-
-
-def adapted(names=None):
-    controllers = [hb.TargetFraction(0.3), hb.AnnealedFraction(0.5, 4)]
-    made = Adapted(nn.ModuleList(Holder(controller) for controller in controllers))
-    if names is not None:
-        made.peft_config["default"].modules_to_save = names
-        made.set_additional_trainable_modules(made.peft_config["default"], "default")
-    return made
-
-
-@pytest.mark.parametrize("given", [None, ["controller"]], ids=["added", "named by the user"])
-def test_an_adapter_saves_the_thresholds_that_train_with_it(given):
-    model = adapted(given)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    hb.hook_controllers(optimizer, model)
-    for seed in range(4):
-        for holder in model.base_model.model:
-            holder.selector(scores(seed, 1, 80, 1))
-        optimizer.step()
-        save_with_adapter(model)  # a second time changes nothing
-    names = model.peft_config["default"].modules_to_save
-    assert len(names) == (2 if given is None else 1)
-    other = adapted(names)
-    other.load_state_dict(model.saved(), strict=False)
-    taus = [
-        [module.tau.item() for module in one.modules() if isinstance(module, HasTau)]
-        for one in (model, other)
-    ]
-    assert taus[0] == taus[1]
-    # of each pair the controller of the base model stays as it was
-    assert [math.isfinite(tau) for tau in taus[0]] == [False, True] * 2
-
-
-def test_a_shared_controller_under_adapters_is_refused():
-    controller = hb.TargetFraction(0.3)
-    model = Adapted(nn.ModuleList([Holder(controller), Holder(controller)]))
-    with pytest.raises(ValueError, match=r"^model: expected a controller of its own"):
-        save_with_adapter(model)
 
 
 def first_of(x):

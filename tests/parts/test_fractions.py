@@ -53,18 +53,19 @@ def test_converges_from_any_start_for_any_distribution(seed, kind, scale, shift,
     def draw(number, *shape):
         return scale * (DISTRIBUTIONS[kind](scores(seed + number, *shape)) + shift)
 
+    # where a heavy tail is thin, a step moves the share little: the slowest starts need 200 steps
     controller = hb.TargetFraction(fraction, rate=0.3)
     if start is not None:
         controller.set_threshold(start)
     shares = []
     held_out = draw(1000, 1, 4000, 1)
-    for number in range(48):
+    for number in range(320):
         controller(draw(number, 2, 128, 2))
         controller.step()
         assert controller.tau.isfinite()
         shares.append(share(controller, held_out))
+    assert sum(shares[256:]) / 64 == pytest.approx(fraction, abs=0.03)
     # from the tenth step on, when the sample holds no other scores than these
-    assert sum(shares[16:]) / 32 == pytest.approx(fraction, abs=0.03)
     for one in shares[9:]:
         assert 1 / 8 < odds(one) / odds(fraction) < 8
 

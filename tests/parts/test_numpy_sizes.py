@@ -54,7 +54,7 @@ def test_a_layer_is_that_of_plain_numbers(maker, integer):
     (plain, expected), (layer, got) = results
     assert torch.equal(got, expected)
     assert layer.dims == plain.dims
-    assert all(type(value) in (int, bool) for value in layer.dims)
+    assert all(type(value) in (int, bool, type(None)) for value in layer.dims)
 
 
 def test_a_decoder():
