@@ -118,7 +118,7 @@ def _text_demo(text: Path, steps: int | None, seed: int, out: Path) -> None:
 def experiment(
     name: Annotated[str, typer.Argument(help="routing: which policy stores what is needed.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two tasks, four policies: five minutes.")
+        bool, typer.Option("--quick", help="One seed, two tasks, four policies: two minutes.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 1000 on.", min=1)] = None,
     tasks: Annotated[str | None, typer.Option(help="Names of tasks, with semicolons.")] = None,
@@ -131,7 +131,7 @@ def experiment(
         typer.Option(help="Folder for results; a run goes on where it stopped.", file_okay=False),
     ] = Path("out/routing"),
 ) -> None:
-    """Runs a study. `routing` takes about 70 minutes on two idle cores."""
+    """Runs a study. `routing` takes about an hour on two cores."""
     from dataclasses import replace as changed
 
     from hamblocks.experiments import routing

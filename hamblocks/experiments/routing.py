@@ -160,7 +160,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        """One seed, two tasks and four policies: five minutes."""
+        """One seed, two tasks and four policies: two minutes."""
         return cls(
             seeds=(1000,),
             tasks=("recall", "selective copying"),
