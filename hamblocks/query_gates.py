@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import cast, final
+from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hamblocks.controllers import FixedThreshold
+from hamblocks.controllers import controller_of
+from hamblocks.gates.around import AroundGate
 from hamblocks.protocols import (
-    Buildable,
     Controller,
     Gate,
-    HasMetric,
-    LayerDims,
     MemoryTrace,
     QueryGateOutput,
     check_count,
-    check_part,
-    reads_given,
-    surrogate_gradient,
 )
-from hamblocks.reachable import is_controller
-from hamblocks_ops.arguments import wrong
 
 
 @final
-class ThresholdQueries(nn.Module):
+class ThresholdQueries(AroundGate):
     """A query reads if its score, of any gate, reaches tau.
 
         ThresholdQueries(PredictionEntropy(vocab_size), TargetFraction(0.2))  # reads when unsure
@@ -37,7 +29,6 @@ class ThresholdQueries(nn.Module):
     of the read, exp(bias): sigmoid(MLP(x)) for `LearnedRouter`, which so learns where to read.
     """
 
-    gate: Gate
     controller: Controller
 
     def __init__(self, gate: Gate, controller: Controller | float, window: int = 0) -> None:
@@ -52,24 +43,9 @@ class ThresholdQueries(nn.Module):
         Raises:
             ValueError: an argument is not what is expected.
         """
-        super().__init__()
-        check_part("gate", gate)
+        super().__init__(gate)
         check_count("window", window)
-        if isinstance(controller, numbers.Real):
-            controller = FixedThreshold(cast("float", controller))
-        if not is_controller(controller):
-            expected = "a number or a Controller (called with a score, and with a method step())"
-            raise wrong("controller", expected, controller)
-        self.gate, self.controller, self.window = gate, controller, window
-        if isinstance(gate, HasMetric):
-            self.metric = gate.metric
-        self.reads_given = reads_given(gate)
-        self.surrogate_gradient = surrogate_gradient(gate)
-
-    def build(self, dims: LayerDims) -> None:
-        """Builds the gate, if it has parameters."""
-        if isinstance(self.gate, Buildable):
-            self.gate.build(dims)
+        self.controller, self.window = controller_of(controller), window
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
         """See `hamblocks.protocols.QueryGate`."""

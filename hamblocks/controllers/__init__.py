@@ -9,7 +9,7 @@ wrapper of a model overwrites it.
 from hamblocks.controllers.adapters import save_with_adapter
 from hamblocks.controllers.annealed_fraction import AnnealedFraction
 from hamblocks.controllers.elastic_fraction import ElasticFraction
-from hamblocks.controllers.fixed_threshold import FixedThreshold
+from hamblocks.controllers.fixed_threshold import FixedThreshold, controller_of
 from hamblocks.controllers.quantiles import threshold_between
 from hamblocks.controllers.sampled import (
     REMIND_AFTER,
@@ -30,6 +30,7 @@ __all__ = [
     "FixedThreshold",
     "SampledThreshold",
     "TargetFraction",
+    "controller_of",
     "hook_controllers",
     "save_with_adapter",
     "shortest",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import final
+import numbers
+from typing import cast, final
 
 import torch
 from torch import Tensor
 
 from hamblocks.controllers.tau import HasTau, float32, number
+from hamblocks.protocols import Controller
+from hamblocks.reachable import is_controller
+from hamblocks_ops.arguments import wrong
 
 
 @final
@@ -41,3 +45,17 @@ class FixedThreshold(HasTau):
 
     def step(self) -> None:
         """Does nothing: the threshold is fixed."""
+
+
+def controller_of(given: Controller | float) -> Controller:
+    """The controller that was given, or a fixed threshold for a number.
+
+    Raises:
+        ValueError: `given` is NaN, or neither a number nor a controller: nothing could step it.
+    """
+    if isinstance(given, numbers.Real):
+        return FixedThreshold(cast("float", given))
+    if not is_controller(given):
+        expected = "a number or a Controller (called with a score, and with a method step())"
+        raise wrong("controller", expected, given)
+    return given

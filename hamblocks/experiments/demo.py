@@ -273,7 +273,7 @@ def _arm(settings: Settings, seed: int, arm: str, weights: bytes) -> dict[str, A
         budgets.append(measure(model, task, held_out, sequences=settings.sequences))
     set_fraction(model, settings.target)
     measured = measure(model, task, held_out, sequences=settings.sequences)
-    growth = measure_growth(model, settings.symbols, settings.target, seed=held_out)
+    growth = measure_growth(model, task, settings.target, seed=held_out)
     return {
         "run": Run(seed, arm, trained, measured),
         "budgets": {seed: budgets},

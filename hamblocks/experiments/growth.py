@@ -43,7 +43,7 @@ def symbols(count: int, length: int, alphabet: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def measure_growth(
-    model: Decoder, alphabet: int, share: float, *, seed: int, length: int = 512, count: int = 16
+    model: Decoder, task: Task, share: float, *, seed: int, length: int = 512, count: int = 16
 ) -> list[Growth]:
     """Measures the growth at the model's own threshold and at one that fresh symbols set.
 
@@ -53,18 +53,16 @@ def measure_growth(
 
     Args:
         model: a model with elastic controllers; their thresholds are left at the second one.
-        alphabet: symbols to draw from.
+        task: the task whose symbols are drawn.
         share: share of the tokens of fresh sequences that the second threshold admits.
         seed: of the symbols.
         length: tokens to read.
         count: sequences.
     """
     model.eval()
-    fresh = symbols(count, length, alphabet, seed)
-    repeated = fresh[:, :PERIOD].repeat(1, -(-length // PERIOD))[:, :length]
+    fresh, repeated, others = passages(task, seed, length=length, count=count)
     growth = [_growth("the model's own threshold", model, fresh, repeated)]
-    others = model(symbols(count, length, alphabet, seed + 1)).stats
-    scores = torch.cat([stats.score.flatten() for stats in others])
+    scores = torch.cat([stats.score.flatten() for stats in model(others).stats])
     set_threshold(model, float(scores.quantile(1 - share)))
     name = f"a threshold that {share:.0%} of fresh symbols reach"
     return [*growth, _growth(name, model, fresh, repeated)]

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from hamblocks.protocols import (
-    Buildable,
-    Gate,
-    GateOutput,
-    HasMetric,
-    LayerDims,
-    MemoryTrace,
-    check_part,
-    reads_given,
-    surrogate_gradient,
-)
+from hamblocks.gates.around import AroundGate
+from hamblocks.protocols import Gate, GateOutput, MemoryTrace
 
 
 @final
-class SharedGate(nn.Module):
+class SharedGate(AroundGate):
     """Averages the score and the logit bias of another gate over heads.
 
     The layer then takes one decision for all of its heads.
@@ -35,18 +26,7 @@ class SharedGate(nn.Module):
         Raises:
             ValueError: `gate` is not a gate.
         """
-        super().__init__()
-        check_part("gate", gate)
-        self.gate = gate
-        if isinstance(gate, HasMetric):
-            self.metric = gate.metric
-        self.reads_given = reads_given(gate)
-        self.surrogate_gradient = surrogate_gradient(gate)
-
-    def build(self, dims: LayerDims) -> None:
-        """Builds the inner gate, if it has parameters."""
-        if isinstance(self.gate, Buildable):
-            self.gate.build(dims)
+        super().__init__(gate)
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Returns score and logit bias, `[B, T, 1]`."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import cast, final
+from typing import final
 
 from torch import Tensor
 
-from hamblocks.controllers import FixedThreshold
+from hamblocks.controllers import controller_of
 from hamblocks.ledger import EMPTY
 from hamblocks.protocols import Controller, Selection
-from hamblocks.reachable import is_controller
 from hamblocks.selectors.combined import Composable
 from hamblocks_ops import select_threshold
-from hamblocks_ops.arguments import wrong
 
 
 @final
@@ -36,12 +33,7 @@ class Threshold(Composable):
                 step it.
         """
         super().__init__()
-        if isinstance(controller, numbers.Real):
-            controller = FixedThreshold(cast("float", controller))
-        if not is_controller(controller):
-            expected = "a number or a Controller (called with a score, and with a method step())"
-            raise wrong("controller", expected, controller)
-        self.controller = controller
+        self.controller = controller_of(controller)
 
     def forward(
         self,

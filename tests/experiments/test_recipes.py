@@ -171,7 +171,7 @@ def test_growth_counts_what_is_stored_of_both():
     net = model("elastic", steps=10)
     train(net, TASK, Recipe(steps=10, tokens=200), 5)
     set_fraction(net, 0.25)
-    own, moved = measure_growth(net, 40, 0.25, seed=4, length=160, count=3)
+    own, moved = measure_growth(net, TASK, 0.25, seed=4, length=160, count=3)
     assert moved.threshold == "a threshold that 25% of fresh symbols reach"
     fresh = symbols(3, 160, 40, 4)
     assert all(len(set(row[i : i + 40])) == 40 for row in fresh.tolist() for i in range(0, 160, 40))
