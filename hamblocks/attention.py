@@ -139,6 +139,15 @@ class SelectedAttention(Built):
             q, k = _turned(q, *turn), _turned(k, *turn)
         return q, k, v, after
 
+    @property
+    def border_size(self) -> int:
+        """See `hamblocks.slices.HasBorder`."""
+        return self.conv_size - 1
+
+    def border_inputs(self, k: Tensor, v: Tensor) -> Tensor:
+        """Inputs of the convolution, `[B, T, channels]`."""
+        return (torch.cat([k, v], 2) if self.conv_values else k).flatten(2)
+
     def _convolved(
         self, k: Tensor, v: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,9 +158,8 @@ class SelectedAttention(Built):
             if not isinstance(past, Tensor) or past.shape != sizes or past.device != k.device:
                 raise wrong("state.attention", f"a tensor {list(sizes)} on {k.device}", past)
         dtype = k.dtype
-        x = torch.cat([k, v], 2) if self.conv_values else k
-        mixed, after = self.conv(x.flatten(2), past, cu_seqlens)
-        mixed = mixed.unflatten(2, x.shape[2:]).to(dtype)
+        mixed, after = self.conv(self.border_inputs(k, v), past, cu_seqlens)
+        mixed = mixed.unflatten(2, (-1, k.shape[3])).to(dtype)
         if self.conv_values:
             k, v = mixed.chunk(2, 2)
             return k, v, after

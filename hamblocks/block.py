@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerOutput
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.state import HAMState
 
 
@@ -64,9 +65,10 @@ class HAMBlock(nn.Module):
         state: HAMState | None = None,
         cu_seqlens: Tensor | None = None,
         given_score: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> LayerOutput:
         """Runs the block on x `[B, T, hidden]`; arguments and errors as in `HAMLayer.forward`."""
-        given = {"cu_seqlens": cu_seqlens, "given_score": given_score}
+        given = {"cu_seqlens": cu_seqlens, "given_score": given_score, "shard": shard}
         mixed = self.layer(self.layer_norm(x), state=state, **given)
         x = x + mixed.y
         return LayerOutput(x + self.mlp(self.mlp_norm(x)), mixed.state, mixed.stats)

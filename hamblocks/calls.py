@@ -47,6 +47,9 @@ class CallsParts(nn.Module):
     query_gate: QueryGate | None
     attention: Attention | None
     combiner: Combiner
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
     _memory_projects: bool
 
     def __init__(self) -> None:
@@ -69,6 +72,14 @@ class CallsParts(nn.Module):
             return part(*args, **kwargs)
         with arguments_are_checked():
             return part(*args, **kwargs)
+
+    def _projected(self, x: Tensor) -> Projected | None:
+        """q, k and v, if attention or the memory uses them."""
+        if self._memory_projects and not self.dims.has_attention:
+            return None
+        size = -1, self.dims.head_dim
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return Projected(q.unflatten(-1, size), k.unflatten(-1, size), v.unflatten(-1, size))
 
     def _remembered(
         self,

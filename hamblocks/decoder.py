@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hamblocks.block import HAMBlock
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerStats
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.protocols import check_count
 from hamblocks.stack import Stack, entropy_gates
 from hamblocks.state import HAMState
@@ -77,6 +78,7 @@ class Decoder(nn.Module):
         state: list[HAMState] | None = None,
         cu_seqlens: Tensor | None = None,
         given_score: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> DecoderOutput:
         """Returns next-token logits.
 
@@ -85,6 +87,7 @@ class Decoder(nn.Module):
             state: from `init_state(N)` or the last call. None: the batch holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
             given_score: floating `[B, T, 1]`, a score from outside for gates that read one.
+            shard: which tokens `tokens` holds where several ranks share each sequence.
 
         Raises:
             ValueError: an argument is wrong. The message names it, what was expected and what came.
@@ -93,5 +96,6 @@ class Decoder(nn.Module):
         check_integer("tokens", tokens)
         check_range("tokens", tokens, 0, self.embedding.num_embeddings - 1)
         x = self.embedding(tokens)
-        result = self.stack(x, state=state, cu_seqlens=cu_seqlens, given_score=given_score)
+        given = {"cu_seqlens": cu_seqlens, "given_score": given_score, "shard": shard}
+        result = self.stack(x, state=state, **given)
         return DecoderOutput(self.head(result.y), result.state, result.stats)

@@ -19,11 +19,13 @@ from hamblocks.assembly import (
 )
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
-from hamblocks.calls import CallsParts, Projected
+from hamblocks.calls import CallsParts
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.own_weights import check_like_weights, check_present
+from hamblocks.parallel.layer import call_sharded, check_alone
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
     PARTS,
@@ -291,8 +293,9 @@ class HAMLayer(CallsParts):
         state: HAMState | None = None,
         cu_seqlens: Tensor | None = None,
         given_score: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> LayerOutput:
-        """Mixes a batch, or its next piece.
+        """Mixes a batch, or its next piece, or the tokens of it that this rank holds.
 
         Args:
             x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`.
@@ -302,12 +305,17 @@ class HAMLayer(CallsParts):
             cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row.
             given_score: floating `[B, T, heads]` with 1, Hkv or H heads, a score from outside for
                 gates that read one (`GivenScore`): labels, or another model's entropy.
+            shard: context parallel: x holds the tokens of this rank, and every rank of the shard's
+                group calls the layer. It says where packed sequences end, so `cu_seqlens` is None.
 
         Raises:
             ValueError: a bad argument, or a part returned a value that its protocol does not allow.
                 The message names the argument or part, what was expected and what it got.
         """
         self._check(x, state, cu_seqlens, given_score)
+        if shard is not None:
+            check_alone(state, cu_seqlens)
+            return call_sharded(self, x, shard, given_score)
         batch, tokens = x.shape[:2]
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if batch * tokens == 0:
@@ -391,14 +399,6 @@ class HAMLayer(CallsParts):
         how = "whole sequences" if state is None else "the next piece of each sequence of a state"
         learns = "with" if torch.is_grad_enabled() else "without"
         return LayerExplanation(answers, f"{how}, x {list(x.shape)}, {learns} gradients", names)
-
-    def _projected(self, x: Tensor) -> Projected | None:
-        """q, k and v, if attention or the memory uses them."""
-        if self._memory_projects and not self.dims.has_attention:
-            return None
-        size = -1, self.dims.head_dim
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return Projected(q.unflatten(-1, size), k.unflatten(-1, size), v.unflatten(-1, size))
 
     def _of_no_token(
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hamblocks.convolution import ShortConvolution
 from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
+from hamblocks.slices import Transition
 from hamblocks_ops import gated_delta_rule
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
@@ -94,7 +95,7 @@ class _DeltaRuleMemory(Built):
 
     def make(self, dims: LayerDims) -> None:
         heads, value = self.size = self.read_size(dims)
-        key = self.head_dim or dims.head_dim
+        key = self.key_size = self.head_dim or dims.head_dim
         if self.own_projections:
             self.q_proj, self.k_proj, self.v_proj = (
                 nn.Linear(dims.hidden_size, heads * size, bias=False) for size in (key, key, value)
@@ -116,6 +117,27 @@ class _DeltaRuleMemory(Built):
         """Log decay `[B, T, H]` for x `[B, T, hidden]`, or None for no decay."""
         raise NotImplementedError
 
+    def strength(self, x: Tensor) -> Tensor:
+        """Write strength beta `[B, T, H]` for x `[B, T, hidden]`."""
+        beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        return beta
+
+    def _inputs(
+        self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v before the convolution."""
+        if self.own_projections:
+            size = self.size[0], -1
+            return (
+                self.q_proj(x).unflatten(-1, size),
+                self.k_proj(x).unflatten(-1, size),
+                self.v_proj(x).unflatten(-1, size),
+            )
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        return q, k, v
+
     def forward(
         self,
         x: Tensor,
@@ -134,20 +156,13 @@ class _DeltaRuleMemory(Built):
             ValueError: `state` is not the state of such a memory, or a bad argument of
                 `gated_delta_rule`.
         """
+        q, k, v = self._inputs(x, q, k, v)
         heads, value = self.size
-        if self.projections == "own":
-            q, k, v = (
-                proj(x).unflatten(-1, (heads, -1))
-                for proj in (self.q_proj, self.k_proj, self.v_proj)
-            )
-        assert q is not None
-        assert k is not None
-        assert v is not None
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             self._check_state(state, x, (sequences, heads, q.shape[3], value))
         q, k, v, conv = self._convolved(q, k, v, None if state is None else state.conv, cu_seqlens)
-        beta = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        beta = self.strength(x)
         result = gated_delta_rule(
             q,
             k,
@@ -170,6 +185,58 @@ class _DeltaRuleMemory(Built):
             metric=metric,
         )
         return result.out, trace, DeltaMemoryState(conv, result.final_state)
+
+    # slices of a sequence on several ranks (see `hamblocks.slices.HasTransition`)
+
+    @property
+    def border_size(self) -> int:
+        """Tokens before its first one that a slice must know."""
+        return self.conv.kernel_size - 1
+
+    @property
+    def recurrent_size(self) -> tuple[int, int, int]:
+        """Heads, size of a key and size of a value of the recurrent state."""
+        heads, value = self.size
+        return heads, self.key_size, value
+
+    def border_inputs(
+        self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
+    ) -> Tensor:
+        """Inputs of the convolution, `[B, T, channels]`."""
+        return torch.cat([one.flatten(2) for one in self._inputs(x, q, k, v)], -1)
+
+    def transition(
+        self,
+        x: Tensor,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        *,
+        border: Tensor,
+    ) -> Transition:
+        """What tokens do to the recurrent state, by the same op on the unit state."""
+        q, k, v, _ = self._convolved(*self._inputs(x, q, k, v), border, None)
+        unit = torch.eye(k.shape[3], dtype=wide(x), device=x.device)
+        unit = unit.expand(x.shape[0], k.shape[2], *unit.shape)
+
+        def state_after(v: Tensor, state: Tensor | None) -> Tensor:
+            return gated_delta_rule(
+                q,
+                k,
+                v,
+                beta=beta,
+                g=g,
+                initial_state=state,
+                output_residual=False,
+                impl=self.impl,
+            ).final_state
+
+        beta, g = self.strength(x), self.decay(x)
+        return Transition(state_after(torch.zeros_like(k), unit), state_after(v, None))
+
+    def state_of(self, border: Tensor, recurrent: Tensor) -> DeltaMemoryState:
+        """The state that a call continues from."""
+        return DeltaMemoryState(border, recurrent)
 
     def _convolved(
         self, q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, cu_seqlens: Tensor | None

@@ -23,6 +23,8 @@ class LayerStats(NamedTuple):
         position: int32 `[B, T]`, position of each token within its sequence.
         cu_seqlens: int32 `[N+1]`, or None.
         reads: bool `[B, T]`, the queries that the query gate lets read; None without one.
+        last: int32 `[B, T]`, position of the last token of each token's sequence, where the call
+            holds slices of sequences; None: the last one of the call.
     """
 
     score: Tensor | None
@@ -30,12 +32,15 @@ class LayerStats(NamedTuple):
     position: Tensor
     cu_seqlens: Tensor | None
     reads: Tensor | None = None
+    last: Tensor | None = None
 
     def keep_fraction(self) -> Tensor:
         """Fraction of the call's tokens that are stored at its end, float32 `[]`; 0 if T is 0."""
         if self.evict_at is None or self.position.numel() == 0:
             return torch.zeros((), dtype=torch.float32, device=self.position.device)
-        if self.cu_seqlens is None:
+        if self.last is not None:
+            last = self.last
+        elif self.cu_seqlens is None:
             last = self.position[:, -1:]
         else:
             sequence = sequence_of(self.cu_seqlens, self.position.shape[1])

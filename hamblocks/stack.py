@@ -12,6 +12,7 @@ from hamblocks.cache import cache_transaction
 from hamblocks.gates import PredictionEntropy
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerStats
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
 
@@ -85,6 +86,7 @@ class Stack(nn.Module):
         state: list[HAMState] | None = None,
         cu_seqlens: Tensor | None = None,
         given_score: Tensor | None = None,
+        shard: ContextShard | None = None,
         keep_inputs: bool = False,
     ) -> StackOutput:
         """Runs x through all blocks; an error leaves every layer's cache unchanged.
@@ -95,6 +97,7 @@ class Stack(nn.Module):
                 whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of packed sequences.
             given_score: `[B, T, 1]`, for the gates of all layers that read one.
+            shard: which tokens x holds where several ranks share each sequence (see `HAMLayer`).
             keep_inputs: return the input of each block.
 
         Raises:
@@ -106,9 +109,10 @@ class Stack(nn.Module):
         inputs: list[Tensor] = []
         states: list[HAMState] = []
         stats: list[LayerStats] = []
-        given: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens}
-        if given_score is not None:
-            given["given_score"] = given_score
+        given: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+        # a block of the user's need not know what the caller does not use
+        more = {"given_score": given_score, "shard": shard}
+        given |= {name: value for name, value in more.items() if value is not None}
         # Caches of all layers change together or not at all. Without a state there is no cache, and
         # torch.compile cannot trace a transaction.
         with contextlib.nullcontext() if state is None else cache_transaction():

@@ -1,0 +1,35 @@
+"""The processes that the tests of several ranks share."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import Workers
+
+
+class _Keeper:
+    """Makes the processes when a test asks, and anew after one has failed."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory, self.workers = factory, None
+
+    def get(self) -> Workers:
+        if self.workers is None or not self.workers.alive:
+            self.close()
+            self.workers = Workers(self.factory.mktemp("ranks"))
+        return self.workers
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+
+
+@pytest.fixture(scope="session")
+def _keeper(tmp_path_factory):
+    keeper = _Keeper(tmp_path_factory)
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def workers(_keeper) -> Workers:
+    return _keeper.get()

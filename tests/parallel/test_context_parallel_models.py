@@ -1,0 +1,208 @@
+"""Context parallel in a model: with sharded parameters, recomputation and other dtypes."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import hamblocks as hb
+from hamblocks.parallel import ContextShard
+from hamblocks_ops import NEVER
+
+VOCAB, HIDDEN = 17, 16
+
+
+def decoder(dtype: torch.dtype = torch.float64) -> hb.Decoder:
+    torch.manual_seed(0)
+    selector = partial(hb.Threshold, hb.FixedThreshold(0.9))
+    return hb.Decoder(
+        VOCAB,
+        2,
+        lambda _: hb.HAMLayer(
+            HIDDEN,
+            2,
+            selector=selector() | hb.Window(4),
+            attention=hb.SelectedAttention(conv_size=2),
+        ),
+    ).to(dtype)
+
+
+def batch(tokens: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (2, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: Any, tokens: Any, target: Any, **given: Any) -> Any:
+    logits = model(tokens, **given).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), reduction="sum"
+    )
+
+
+def recomputed(model: Any) -> None:
+    """Every block runs again in the backward pass."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def trains_sharded(group: Any, is_sharded: bool, is_recomputed: bool) -> None:
+    tokens = batch(27)
+    target = tokens.roll(-1, 1)
+    whole = decoder()
+    loss_of(whole, tokens, target).backward()
+    wanted = {name: weight.grad for name, weight in whole.named_parameters()}
+
+    model = decoder()
+    if is_recomputed:
+        recomputed(model)
+    if is_sharded:
+        mesh = DeviceMesh.from_group(dist.group.WORLD if group is None else group, "cpu")
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    shard = ContextShard(tokens.shape[1], group=group)
+    loss_of(model, shard.take(tokens), shard.take(target), shard=shard).backward()
+    for name, weight in model.named_parameters():
+        if is_sharded:  # FSDP averages over ranks
+            found = weight.grad.full_tensor() * shard.ranks
+        else:
+            found = weight.grad.clone()
+            dist.all_reduce(found, group=group)
+        torch.testing.assert_close(found, wanted[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_model_trains_as_in_one_process(workers, is_sharded, is_recomputed):
+    workers.run(trains_sharded, 4, is_sharded, is_recomputed)
+
+
+def in_dtype(group: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(HIDDEN, 2, selector=hb.FirstTokens(3) | hb.Window(9))
+    x = torch.randn(2, 41, HIDDEN)
+    exact = layer.double()(x.double()).y
+    layer = layer.to(dtype)
+    one = (layer(x.to(dtype)).y.double() - exact).norm()
+    shard = ContextShard(41, group=group)
+    many = shard.gather(layer(shard.take(x).to(dtype), shard=shard).y)
+    assert many.dtype == dtype
+    # the error that one process makes in this dtype
+    assert (many.double() - exact).norm() <= 2 * one + torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_as_near_as_in_one_process(workers, dtype):
+    workers.run(in_dtype, 4, dtype)
+
+
+class EveryNth:
+    """Stores every n-th token."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __call__(self, score, ledger=None, *, position=None, cu_seqlens=None):
+        kept = (position % self.n == 0)[..., None].expand(score.shape)
+        evict_at = torch.where(kept, NEVER, position[..., None]).to(torch.int32)
+        return hb.Selection(evict_at)
+
+
+def sent(group: Any, tokens: int, n: int, window: int) -> int:
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(64, 1, selector=EveryNth(n) if n else hb.Window(window))
+    shard = ContextShard(tokens, group=group)
+    with torch.no_grad():
+        layer(shard.take(torch.randn(1, tokens, 64)), shard=shard)
+    sent = torch.tensor([shard.sent_nbytes])
+    dist.all_reduce(sent, group=group)
+    return int(sent)
+
+
+def test_bytes_follow_what_is_stored(workers):
+    def bytes_of(tokens, n=0, window=0):
+        return workers.run(sent, 4, tokens, n, window)[0]
+
+    # the state of the memory and short convolutions do not grow
+    fixed = bytes_of(512, window=8)
+    assert bytes_of(2048, window=8) == fixed
+    everything = bytes_of(2048, 1) - fixed
+    # every rank but the last holder of the row gets all keys and values before it
+    ring = 3 * 2048 * 2 * 64 * 4
+    assert 0.7 * ring < everything <= 1.1 * ring
+    for n in (2, 4, 8):
+        assert (bytes_of(2048, n) - fixed) / everything == pytest.approx(1 / n, rel=0.1)
+
+
+class Sum(torch.nn.Module):
+    """A memory whose state does not say how it passes on."""
+
+    def forward(self, x, q, k, v, *, position, state=None, cu_seqlens=None, metric=None):
+        nothing = torch.zeros_like(v)
+        return nothing, hb.MemoryTrace(k, v, None, v, v.norm(dim=-1), position), state
+
+
+def wrong_use(group: Any) -> None:
+    layer = hb.HAMLayer(HIDDEN, 2, selector=hb.Window(3))
+    shard = ContextShard(24, group=group)
+    x = torch.randn(1, shard.local_tokens, HIDDEN)
+    with pytest.raises(ValueError, match="x: expected"):
+        layer(x[:, 1:], shard=shard)
+    with pytest.raises(ValueError, match="state: expected None beside a shard"):
+        layer(x, shard=shard, state=layer.init_state(1))
+    with pytest.raises(ValueError, match="cu_seqlens: expected None beside a shard"):
+        layer(x, shard=shard, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32))
+    other = hb.HAMLayer(HIDDEN, 2, memory=Sum(), gate=None, selector=hb.Window(3))
+    with pytest.raises(ValueError, match="memory: expected one that passes its state on"):
+        other(x, shard=shard)
+    with pytest.raises(ValueError, match="order: expected one of head-tail, contiguous"):
+        ContextShard(24, order="ring")
+    with pytest.raises(ValueError, match="cu_seqlens: expected ascending borders"):
+        ContextShard(24, cu_seqlens=[0, 20])
+    with pytest.raises(ValueError, match="x: expected 24 tokens along dimension 1"):
+        shard.take(torch.zeros(1, 23))
+
+
+def test_wrong_use_is_named_on_every_rank(workers):
+    workers.run(wrong_use, 4)
+
+
+def test_without_a_process_group_there_is_no_shard():
+    with pytest.raises(ValueError, match="group: expected a process group"):
+        ContextShard(8)
+
+
+def one_dies(group: Any, how: str) -> str:
+    layer = hb.HAMLayer(HIDDEN, 2, selector=hb.TopK(3))
+    shard = ContextShard(24, group=group)
+    x = torch.randn(1, shard.local_tokens, HIDDEN)
+    if dist.get_rank() == 2:
+        if how == "dies":
+            os._exit(1)
+        raise ZeroDivisionError
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        layer(x, shard=shard)
+    assert time.monotonic() - begin < 30
+    return "ended"
+
+
+@pytest.mark.parametrize("how", ["dies", "raises"])
+def test_a_rank_that_ends_ends_the_others(tmp_path, how):
+    from ranks import Workers
+
+    workers = Workers(tmp_path)
+    try:
+        with pytest.raises((AssertionError, EOFError)):
+            workers.run(one_dies, 4, how)
+        assert workers.answers.count((True, "ended")) == 3
+    finally:
+        workers.close()
