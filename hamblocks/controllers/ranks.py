@@ -5,34 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hamblocks.controllers.drawn import drawn
 
-def over_ranks(counts: Tensor, sample: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums counts over the ranks and draws one sample from those of all ranks.
+
+def over_ranks(counts: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums counts over the ranks, and makes one sample of those of all ranks.
 
     Without a process group both are those of the caller. Every rank gets the same numbers, bit for
-    bit.
+    bit, and they are those of one process with the scores of all ranks.
 
     Args:
         counts: int64 `[n]`.
-        sample: float32 `[size]`, evenly drawn from the scores that this rank saw.
-        weight: int64 `[]`, how many scores this rank saw; with 0 the sample is ignored.
+        keys: int64 `[size]`, a sample of the scores that this rank saw (see `drawn`).
 
     Returns:
-        The sums, int64 `[n]`, and an ascending sample, float32 `[size]`, in which every rank has a
-        share that is its share of the scores.
+        The sums, int64 `[n]`, and the sample of all scores, int64 `[size]`.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return counts, sample.sort().values
-    size, ranks = len(sample), torch.distributed.get_world_size()
+        return counts, keys
     counts = counts.clone()
     torch.distributed.all_reduce(counts)
-    samples = [torch.empty_like(sample) for _ in range(ranks)]
-    torch.distributed.all_gather(samples, sample)
-    weights = [torch.empty_like(weight) for _ in range(ranks)]
-    torch.distributed.all_gather(weights, weight)
-    values, order = torch.cat(samples).sort(stable=True)
-    mass = torch.stack(weights).repeat_interleave(size, output_size=ranks * size)[order].cumsum(0)
-    # the middles of `size` equal shares of the mass, in integers: 2 i + 1 of 2 size parts
-    middle = (2 * torch.arange(size, device=mass.device) + 1) * mass[-1]
-    place = torch.searchsorted(2 * size * mass, middle).clamp(max=len(values) - 1)
-    return counts, values[place]
+    every = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, keys)
+    return counts, drawn(torch.cat(every), len(keys))

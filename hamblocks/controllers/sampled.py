@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamblocks.controllers.drawn import NO_SCORE, drawn, keys_of, scores_of
 from hamblocks.controllers.quantiles import LARGEST, ordered
 from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, float32
-from hamblocks.hashing import mix, unit_hash
 
 SAMPLE_SIZE = 4096
 """Scores that a controller remembers: enough to place a quantile within 0.01."""
@@ -30,8 +30,10 @@ class SampledThreshold(HasTau):
     """A threshold among the scores seen in training. A subclass says where, in `_move`.
 
     A call in training mode counts, over all calls since the last step: the scores, those that reach
-    tau, and a sample in which every call has its share. `step()` reduces all three over the ranks,
-    adds the sample to that of the last steps, and moves tau.
+    tau, and a sample. `step()` reduces all three over the ranks, adds the sample to that of the last
+    steps, and moves tau. Counts and sample depend on the scores of the step alone: the same batch
+    gives the same tau on any number of ranks and in any number of forward passes, bit for bit, as
+    long as its rows stay whole.
 
     Saved are tau, the sample, and what a subclass adds, in float32 buffers that others may average:
     of each step the quantiles are saved, and the average of the quantiles of two distributions is a
@@ -51,7 +53,7 @@ class SampledThreshold(HasTau):
     asked: Tensor
     """1 after `set_fraction`, until a step places tau anew, int64 `[]`."""
     batch_sample: Tensor
-    """A sample of the scores counted since the last step, float32 `[SAMPLE_SIZE]`."""
+    """A sample of the scores counted since the last step, int64 `[SAMPLE_SIZE]` (see `drawn`)."""
 
     _unstepped: int | None = 0
     """Forwards in training mode so far; None once a step came or the warning was given."""
@@ -102,24 +104,16 @@ class SampledThreshold(HasTau):
         tau = self.tau
         if self.training and score.numel():
             self._remind()
-            self._count(score.detach().flatten(), tau)
+            self._count(score.detach(), tau)
         return tau
 
     @torch.no_grad()
-    def _count(self, flat: Tensor, tau: Tensor) -> None:
-        self._move_scratch(flat.device)
-        number = (~flat.isnan()).cumsum(0)
-        new = number[-1]
-        self.seen.add_(new)
-        self.admitted.add_((flat >= tau).sum() * (tau < math.inf))
-        place = torch.arange(SAMPLE_SIZE, device=flat.device)
-        index = torch.searchsorted(number, place * new // SAMPLE_SIZE + 1)
-        drawn = flat[index.clamp(max=flat.numel() - 1)].float()
-        # Of `seen` scores since the last step `new` are of this call, and so is that share of the
-        # sample, in places that a hash draws anew for every call.
-        chance = unit_hash(mix(self.seen & 0xFFFFFFFF) ^ place)
-        own = (chance * self.seen < new) | self.batch_sample.isnan()
-        self.batch_sample.copy_(torch.where(own, drawn, self.batch_sample))
+    def _count(self, score: Tensor, tau: Tensor) -> None:
+        self._move_scratch(score.device)
+        self.seen.add_((~score.isnan()).sum())
+        self.admitted.add_((score >= tau).sum() * (tau < math.inf))
+        keys = torch.cat([self.batch_sample, keys_of(score)])
+        self.batch_sample.copy_(drawn(keys, SAMPLE_SIZE))
 
     def _remind(self) -> None:
         """Warns once if forwards in training mode are never followed by a step.
@@ -151,12 +145,13 @@ class SampledThreshold(HasTau):
         self._unstepped = None
         self._move_scratch(self.sampled.device)
         counts = torch.stack([self.admitted, self.seen, self.asked])
-        counts, scores = over_ranks(counts, self.batch_sample, self.seen)
+        counts, keys = over_ranks(counts, self.batch_sample)
         admitted, seen, asked = counts.unbind()
         counted = seen > 0
         self.admitted.zero_()
         self.seen.zero_()
-        self._remember(scores, counted)
+        self._remember(scores_of(keys), counted)
+        self.batch_sample.fill_(NO_SCORE)
         self._move(admitted.double() / seen.clamp(min=1), counted, asked > 0)
         self.asked.mul_(~counted)
 
@@ -206,4 +201,4 @@ class SampledThreshold(HasTau):
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.admitted = torch.zeros((), dtype=torch.int64, device=device)
         self.asked = torch.zeros((), dtype=torch.int64, device=device)
-        self.batch_sample = torch.full((SAMPLE_SIZE,), math.nan, device=device, dtype=torch.float32)
+        self.batch_sample = torch.full((SAMPLE_SIZE,), NO_SCORE, device=device)

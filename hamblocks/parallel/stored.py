@@ -111,8 +111,8 @@ def _bias(tokens: Tokens, index: Tensor, heads: int) -> Tensor:
     bias = tokens.logit_bias
     assert bias is not None
     if bias.shape[2] > 1:
-        bias = bias.unflatten(2, (heads, -1))
-        return bias[row, token, head]
+        own: Tensor = bias.unflatten(2, (heads, -1))[row, token, head]
+        return own
     return bias[row, token]  # one bias, of a token that any head may have stored
 
 

@@ -345,40 +345,6 @@ def test_gradient_checkpointing_gives_the_same_tau():
     assert train(True) == taus
 
 
-def rank_main(rank, store, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    controller, taus = hb.TargetFraction(0.3), []
-    for score in batches():
-        # unequal shares: the first rank has a third of the tokens
-        controller(score[:, :512] if rank == 0 else score[:, 512:])
-        controller.step()
-        taus.append(controller.tau.item())
-    torch.save(taus, f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def batches():
-    return [scores(seed, 1, 1536, 1, mean=0.05 * seed) for seed in range(12)]
-
-
-def test_two_ranks_agree_and_follow_one_process(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (tmp_path / "store", tmp_path / "rank"), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    assert first == second
-    alone, taus = hb.TargetFraction(0.3), []
-    for score in batches():
-        alone(score)
-        alone.step()
-        taus.append(alone.tau.item())
-    # Counts are summed exactly. The start and the spread come from equally many scores of each rank,
-    # whatever its share of the tokens.
-    assert first == pytest.approx(taus, abs=0.08)
-    assert first[-1] > first[0] + 0.1
-
-
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_follows_scores_that_drift(fraction, scale):

@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parts_cases import SEEDS
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hamblocks as hb
-from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, sum_and_weight
 
 MAKERS = {
@@ -131,7 +129,7 @@ def test_counts_follow_the_model_and_begin_anew_after_the_meta_device(maker):
     seen = controller.seen.clone()
     model = nn.Sequential(controller).to(torch.bfloat16).to("cpu")
     assert model[0].seen == seen
-    assert model[0].batch_sample.dtype == torch.float32
+    assert model[0].batch_sample.dtype == torch.int64
     state = controller.state_dict()
     controller.to("meta")
     assert controller.seen.is_meta
@@ -311,57 +309,3 @@ def test_under_ddp_no_forward_of_a_step_is_lost(tmp_path):
             )
             # one score for both heads
             assert got[2 * number : 2 * number + 2] == [int((score >= tau).sum()), score.numel()]
-
-
-def resampled(pieces, size=64):
-    """A reference of `over_ranks`: every rank's scores repeated as its weight says."""
-    repeated = sorted((x, n) for sample, n in pieces if n for x in sample)
-    mass = sum(n for _, n in repeated)
-    result, index, below = [], 0, 0
-    for place in range(size):
-        middle = (2 * place + 1) * mass
-        while (below + repeated[index][1]) * 2 * size < middle:
-            below += repeated[index][1]
-            index += 1
-        result.append(repeated[index][0])
-    return result
-
-
-@given(seed=SEEDS, weights=st.lists(st.integers(0, 500), min_size=1, max_size=4))
-def test_ranks_share_a_sample_by_their_scores(seed, weights):
-    samples = [scores(seed + rank, 64) for rank in range(len(weights))]
-    if not any(weights):
-        return
-    fake = FakeGroup(samples, weights)
-    expected = torch.tensor(
-        resampled(list(zip([x.tolist() for x in samples], weights, strict=True)))
-    )
-    with fake:
-        counts, got = over_ranks(
-            torch.tensor([1, 2, 3]), samples[0], torch.tensor(weights[0], dtype=torch.int64)
-        )
-    assert torch.equal(got, expected)
-    assert counts.tolist() == [len(weights) * x for x in (1, 2, 3)]
-
-
-class FakeGroup:
-    """Stands in for a process group of several ranks, whose first rank is this process."""
-
-    def __init__(self, samples, weights):
-        self.samples, self.weights = samples, weights
-        self.patch = pytest.MonkeyPatch()
-
-    def __enter__(self):
-        group = torch.distributed
-        self.patch.setattr(group, "is_initialized", lambda: True)
-        self.patch.setattr(group, "get_world_size", lambda: len(self.samples))
-        self.patch.setattr(group, "all_reduce", lambda x: x.mul_(len(self.samples)))
-        self.patch.setattr(group, "all_gather", self.gather)
-
-    def gather(self, outputs, given):
-        all_of = self.weights if given.dim() == 0 else self.samples
-        for output, value in zip(outputs, all_of, strict=True):
-            output.copy_(torch.as_tensor(value))
-
-    def __exit__(self, *_):
-        self.patch.undo()

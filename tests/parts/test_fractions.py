@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hamblocks as hb
 from hamblocks.controllers import threshold_between
+from hamblocks.controllers.drawn import drawn, keys_of, scores_of
 from hamblocks.hashing import mix, unit_hash
 
 DISTRIBUTIONS = {
@@ -366,20 +367,52 @@ def test_one_target_for_the_model_leaves_its_layers_free():
     assert share(shared, every) == pytest.approx(0.3, abs=0.05)
 
 
-@given(seed=SEEDS, sizes=st.lists(st.integers(1, 400), min_size=2, max_size=5), order=st.booleans())
-def test_a_sample_has_its_share_of_every_forward(seed, sizes, order):
-    controller = hb.TargetFraction(0.5)
-    sizes = sizes if order else sizes[::-1]
-    for number, size in enumerate(sizes):
-        score = 10.0 * number + torch.rand(
-            1, size, 1, generator=torch.Generator().manual_seed(seed + number)
-        )
-        controller(score)
-    drawn = controller.batch_sample
-    for number, size in enumerate(sizes):
-        part = ((drawn >= 10 * number) & (drawn < 10 * number + 5)).float().mean().item()
-        assert part == pytest.approx(size / sum(sizes), abs=0.05)
-    assert controller.seen == sum(sizes)
+@given(
+    seed=SEEDS,
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    rows=st.integers(1, 4),
+    nans=st.booleans(),
+)
+def test_a_sample_does_not_depend_on_pieces_and_their_order(seed, sizes, rows, nans):
+    tokens, size = 60, 64
+    every = torch.randn(sum(sizes), tokens, 2, generator=torch.Generator().manual_seed(seed))
+    every = every.round(decimals=1)  # many equal scores
+    if nans:
+        every[every > 1] = torch.nan
+    whole = drawn(keys_of(every), size)
+    parts = [drawn(keys_of(part), size) for part in every.split(sizes)]
+    assert torch.equal(drawn(torch.cat(parts[::-1]), size), whole)
+    found = scores_of(whole)
+    valid = every[~every.isnan()]
+    if valid.numel() == 0:
+        assert found.isnan().all()
+    elif valid.numel() <= size:
+        # each score stands as often as any other, give or take one
+        values, times = valid.unique(return_counts=True)
+        counts = torch.tensor([(found == value).sum() for value in values])
+        assert ((counts - times * size / valid.numel()).abs() <= times + 1).all()
+    else:
+        assert not found.isnan().any()
+        assert torch.isin(found, valid).all()
+    assert torch.equal(found, found.sort().values) or found.isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_is_drawn_evenly(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(16, 4096, 1, generator=generator)
+    score[torch.rand(score.shape, generator=generator) < 0.3] = 0.5  # many equal scores
+    found = scores_of(drawn(keys_of(score), 4096))
+    for value in (0.05, 0.2, 0.4, 0.5, 0.6, 0.9):
+        share, wanted = ((x <= value).double().mean().item() for x in (found, score))
+        # five standard deviations of an even sample
+        assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / 4096) ** 0.5
+
+
+def test_keys_hold_every_float():
+    score = torch.tensor([0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, 1e-45, -3e38])
+    found = scores_of(drawn(keys_of(score.view(1, -1, 1)), 8))
+    assert torch.equal(found, score.sort().values)
 
 
 def test_the_words_of_the_hash_are_all_different():

@@ -1,0 +1,94 @@
+"""Checkpoints of torch.distributed: saved on four ranks, loaded on any number, thresholds included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+import hamblocks as hb
+
+VOCAB = 17
+
+
+def decoder(seed: int) -> hb.Decoder:
+    torch.manual_seed(seed)
+    return hb.Decoder(
+        VOCAB, 2, lambda _: hb.HAMLayer(16, 2, selector=hb.Threshold(hb.TargetFraction(0.4)))
+    )
+
+
+def tokens(seed: int, rows: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def sharded(model: Any, group: Any) -> Any:
+    mesh = DeviceMesh.from_group(dist.group.WORLD if group is None else group, "cpu")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model: Any, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    hb.hook_controllers(optimizer, model)
+    for step in range(steps):
+        own = tokens(step, 8).chunk(dist.get_world_size())[dist.get_rank()]
+        logits = model(own[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
+        for name, x in model.state_dict().items()
+    }
+
+
+def save(group: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model = sharded(decoder(0), group)
+    train(model, 3)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder))
+    return full(model)
+
+
+def load(group: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model = sharded(decoder(1), group)
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=str(folder), process_group=group)
+    set_model_state_dict(model, state["model"])
+    return full(model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_four_ranks_save_and_others_load(workers, tmp_path, ranks):
+    saved = workers.run(save, 4, tmp_path / "dcp")
+    for other in saved[1:]:
+        for name, x in saved[0].items():
+            assert torch.equal(x, other[name]), name
+    for loaded in workers.run(load, ranks, tmp_path / "dcp"):
+        assert loaded.keys() == saved[0].keys()
+        for name, x in saved[0].items():
+            assert torch.equal(x, loaded[name]), name
+
+
+def test_one_file_of_it_is_a_plain_model(workers, tmp_path):
+    saved = workers.run(save, 4, tmp_path / "dcp")[0]
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "model.pt")
+    model = decoder(1)
+    model.load_state_dict(torch.load(tmp_path / "model.pt")["model"])
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, saved[name]), name
+    taus = [layer.selector.controller.tau for layer in model.stack.layers]
+    assert all(tau.isfinite() for tau in taus)
+    assert len(set(taus)) == 2
