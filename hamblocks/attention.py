@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import final
+import copy
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +13,8 @@ from hamblocks.keys import Keys
 from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
 from hamblocks.protocols import Built, LayerDims, check_count
+from hamblocks.rope import angles, check_scaling, turned
 from hamblocks_ops.arguments import wrong
-from hamblocks_ops.precision import wide
-
-
-def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), with `rotate_half` of transformers.
-
-    Args:
-        x: `[B, T, H, D]`, D even.
-        position: int `[B, T]`, or `[1, T]`.
-        theta: base of the wavelengths.
-
-    Returns:
-        Shape and dtype as x. Angles are computed in float32, or float64 for float64 x.
-    """
-    return _turned(x, *_angles(x, position, theta))
-
-
-def _angles(x: Tensor, position: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, `[B, T, 1, D // 2]`."""
-    dtype, half = wide(x), x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = (position.to(dtype)[..., None] * frequency)[:, :, None]
-    return angle.cos(), angle.sin()
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.to(x.dtype)
 
 
 @final
@@ -60,7 +33,9 @@ class SelectedAttention(Built):
         conv_init: str = "uniform",
         conv_values: bool = False,
         rope_theta: float | None = 10_000.0,
+        rope_scaling: dict[str, Any] | None = None,
         qk_norm: bool = True,
+        norm_eps: float = 1e-6,
         null_sink: bool = False,
         impl: str = "auto",
     ) -> None:
@@ -73,36 +48,45 @@ class SelectedAttention(Built):
                 `ShortConvolution`).
             conv_values: whether the values are convolved too.
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
+            rope_scaling: how the rotary frequencies are scaled, in transformers' terms: an object
+                with "linear", "dynamic", "llama3" or "yarn" as `rope_type`, and its numbers
+                (`hamblocks.rope`). With "dynamic" a token's frequencies depend on the number of
+                tokens up to it.
             qk_norm: RMSNorm of queries and keys, per head.
+            norm_eps: epsilon of these norms.
             null_sink: one more key per key/value head, with a learned logit and the value 0: a
                 query may read nothing (HOLA, arXiv 2607.02303). It scales the read of a query, which
                 a combiner that normalises reads takes back: use `GatedSum(read_norm=False)`.
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
 
         Raises:
-            ValueError: `conv_size` is not an integer of at least 1, or values are to be convolved
-                with one tap.
+            ValueError: `conv_size` is not an integer of at least 1, values are to be convolved with
+                one tap, or `rope_scaling` is unknown or has no rotary positions to scale.
         """
         super().__init__()
         check_count("conv_size", conv_size, 1)
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
+        check_scaling(rope_scaling)
+        if rope_scaling is not None and rope_theta is None:
+            raise wrong("rope_scaling", "None where rope_theta = None", repr(rope_scaling))
         self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
-        self.rope_theta, self.qk_norm = rope_theta, qk_norm
+        self.rope_theta, self.rope_scaling = rope_theta, copy.copy(rope_scaling)
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.null_sink, self.impl = null_sink, impl
 
     def make(self, dims: LayerDims) -> None:
         """Makes norms, convolution and null logits.
 
         Raises:
-            ValueError: rotary positions need an even head_dim.
+            ValueError: rotary positions need an even head_dim, of at least 4 if they are scaled.
         """
         if self.rope_theta is not None and dims.head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number for rotary positions, got {dims.head_dim}"
-            )
+            raise wrong("head_dim", "an even number for rotary positions", f"{dims.head_dim}")
+        if self.rope_scaling is not None and dims.head_dim < 4:
+            raise wrong("head_dim", "at least 4 for rope_scaling", f"{dims.head_dim}")
         if self.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(dims.head_dim, eps=1e-6) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(dims.head_dim, eps=self.norm_eps) for _ in range(2))
         if self.null_sink:
             self.null = nn.Parameter(torch.zeros(dims.num_kv_heads))
         if self.conv_size > 1:
@@ -135,8 +119,8 @@ class SelectedAttention(Built):
             q = self.q_norm(q).to(dtype)
             k = self.k_norm(k).to(dtype)
         if self.rope_theta is not None:
-            turn = _angles(q, position, self.rope_theta)
-            q, k = _turned(q, *turn), _turned(k, *turn)
+            turn = angles(q, position, self.rope_theta, self.rope_scaling)
+            q, k = turned(q, *turn), turned(k, *turn)
         return q, k, v, after
 
     @property

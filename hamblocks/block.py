@@ -17,16 +17,17 @@ from hamblocks.state import HAMState
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, the SwiGLU MLP (arXiv 2002.05202)."""
 
-    def __init__(self, hidden_size: int, width: int) -> None:
+    def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
         """Makes the MLP.
 
         Args:
             hidden_size: size of x and y.
             width: size of the inner layer.
+            bias: whether the projections have biases.
         """
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, 2 * width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x `[..., hidden]` to y of the same shape."""
@@ -40,7 +41,12 @@ class HAMBlock(nn.Module):
     """`x = x + layer(norm(x))`, then `x = x + mlp(norm(x))`."""
 
     def __init__(
-        self, layer: HAMLayer, *, intermediate_size: int | None = None, norm_eps: float = 1e-6
+        self,
+        layer: HAMLayer,
+        *,
+        intermediate_size: int | None = None,
+        norm_eps: float = 1e-6,
+        mlp_bias: bool = False,
     ) -> None:
         """Makes the block.
 
@@ -48,6 +54,7 @@ class HAMBlock(nn.Module):
             layer: the HAM layer; the block takes its hidden size.
             intermediate_size: inner width of the MLP; None: 8/3 of the hidden size.
             norm_eps: epsilon of both norms.
+            mlp_bias: whether the projections of the MLP have biases.
         """
         super().__init__()
         hidden = layer.dims.hidden_size
@@ -56,7 +63,7 @@ class HAMBlock(nn.Module):
             nn.RMSNorm(hidden, eps=norm_eps),
             nn.RMSNorm(hidden, eps=norm_eps),
         )
-        self.mlp = SwiGLU(hidden, intermediate_size or hidden * 8 // 3)
+        self.mlp = SwiGLU(hidden, intermediate_size or hidden * 8 // 3, mlp_bias)
 
     def forward(
         self,

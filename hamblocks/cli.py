@@ -1,4 +1,4 @@
-"""The commands `hamblocks demo`, `hamblocks info`, `hamblocks check` and `hamblocks record`.
+"""The commands `hamblocks demo`, `experiment`, `info`, `check`, `record` and `convert`.
 
 It needs the extra `cli`; `hamblocks.__main__` says so where it is missing.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,20 +15,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+
+from hamblocks import retrofit_cli
+from hamblocks.terminal import progress_bars as _progress
+from hamblocks.terminal import usage_errors as _usage_errors
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Building blocks for Hybrid Associative Memory.",
 )
+
+
+app.command()(retrofit_cli.convert)
 
 
 @app.callback()
@@ -169,27 +166,6 @@ def _write(out: Path, results: dict[str, Any], table: str) -> None:
 
 def _written(out: Path) -> str:
     return ", ".join(str(out / name) for name in ("results.json", "table.md", "chart.png"))
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A function `(name, done, total, remark)` that shows one progress bar for every name."""
-    columns = (
-        TextColumn("{task.description:26}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[remark]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(name: str, done: int, total: int, remark: str) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, remark="")
-            bars.update(tasks[name], completed=done, remark=remark)
-
-        yield progress
 
 
 @app.command()
@@ -400,15 +376,6 @@ def _testing() -> Any:
     for name in ("golden", "report", "settings", "suite", "target"):
         import_module(f"hamblocks.testing.{name}")
     return testing
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns a ValueError into a usage error, which is one line and the exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _options(dims: str | None, dtypes: str | None) -> dict[str, Any]:

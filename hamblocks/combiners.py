@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -31,6 +32,7 @@ class _Mix(Built):
         """
         super().__init__()
         self.output_gate, self.read_norm = output_gate, read_norm
+        self.attention_read_norm, self.bias = read_norm, False
 
     def make(self, dims: LayerDims) -> None:
         sizes = []
@@ -40,7 +42,7 @@ class _Mix(Built):
                 self.memory_norm = RMSNorm(dims.memory_read[1], eps=1e-6)
         if dims.has_attention:
             sizes.append((dims.num_heads, dims.head_dim))
-            if self.read_norm:
+            if self.attention_read_norm:
                 self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
         self.heads = [heads for heads, _ in sizes]
         self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
@@ -48,7 +50,7 @@ class _Mix(Built):
         # one projection of the sum where both reads have one size
         self.is_joint = len(set(sizes)) == 1
         width = widths[0] if self.is_joint else sum(widths)
-        self.o_proj = nn.Linear(width, dims.hidden_size, bias=False)
+        self.o_proj = nn.Linear(width, dims.hidden_size, bias=self.bias)
         if self.output_gate:
             self.g_proj = nn.Linear(dims.hidden_size, width, bias=False)
 
@@ -64,7 +66,8 @@ class _Mix(Built):
         if memory_read is not None:
             reads.append(self.memory_norm(memory_read) if self.read_norm else memory_read)
         if attention_read is not None:
-            reads.append(self.attention_norm(attention_read) if self.read_norm else attention_read)
+            normed = self.attention_read_norm
+            reads.append(self.attention_norm(attention_read) if normed else attention_read)
         logits = self.gate_proj(x)
         if self.is_joint:
             weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)
@@ -124,3 +127,65 @@ class SoftmaxMix(_Mix):
     def apart(self, logits: Tensor) -> Tensor:
         """A softmax over the reads of every head."""
         return torch.softmax(logits.unflatten(-1, (2, -1)), -2).flatten(-2)
+
+
+@final
+class ConstantStart(nn.Linear):
+    """A linear map whose result does not depend on its input at the start.
+
+    Attributes:
+        start: the result at the start, which is its bias; its weight is 0.
+    """
+
+    def __init__(self, in_features: int, start: Sequence[float]) -> None:
+        """Makes the map to `len(start)` numbers."""
+        super().__init__(in_features, len(start))
+        self.start = list(start)
+        with torch.no_grad():
+            self.weight.zero_()
+            self.bias.copy_(self.fresh_bias())
+
+    def fresh_bias(self) -> Tensor:
+        """The bias at the start."""
+        return torch.tensor(self.start)
+
+
+@final
+class ScaledSum(_Mix):
+    """Adds the memory's read to attention's, each scaled per head; it starts at attention alone.
+
+    `y = o_proj(a * attention_read + m * norm(memory_read))`, with a and m `[H]` from `gate_proj(x)`,
+    whose weight starts at 0 and whose bias starts at a = 1 and m = 0. So a layer of a trained
+    attention model, given a memory, starts as it was. Where the memory is the only read, m starts
+    at 1.
+    """
+
+    def __init__(self, bias: bool = False, read_norm: bool = True) -> None:
+        """Makes the part; the layer that owns it makes the parameters.
+
+        Args:
+            bias: whether `o_proj` has a bias.
+            read_norm: normalise the memory's read per head; False: take it as it is. The read of
+                attention is never normalised.
+        """
+        super().__init__(read_norm=read_norm)
+        self.attention_read_norm, self.bias = False, bias
+
+    def make(self, dims: LayerDims) -> None:
+        """Makes the parameters."""
+        super().make(dims)
+        if len(self.heads) == 1:
+            start = [1.0] * self.heads[0]
+        elif self.is_joint:  # memory and attention take turns, head by head
+            start = [0.0, 1.0] * self.heads[0]
+        else:
+            start = [0.0] * self.heads[0] + [1.0] * self.heads[1]
+        self.gate_proj = ConstantStart(dims.hidden_size, start)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """The logits themselves."""
+        return logits
+
+    def apart(self, logits: Tensor) -> Tensor:
+        """The logits themselves."""
+        return logits

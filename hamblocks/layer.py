@@ -106,6 +106,7 @@ class HAMLayer(CallsParts):
         combiner: Combiner | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        qkv_bias: bool = False,
     ) -> None:
         """Builds the layer from its parts; each part belongs to one layer.
 
@@ -125,6 +126,7 @@ class HAMLayer(CallsParts):
             num_kv_heads: key/value heads, a divisor of num_heads; each may store other tokens.
                 None: num_heads.
             head_dim: None: hidden_size // num_heads.
+            qkv_bias: whether the projections to q, k and v have biases.
 
         Raises:
             ValueError: sizes that do not divide, a selector that is not causal, a part that already
@@ -138,9 +140,9 @@ class HAMLayer(CallsParts):
         _, _, kv_heads, head_dim, *_ = self.dims
         self._memory_projects = projects_itself(parts["memory"])
         if self.dims.has_attention or not self._memory_projects:
-            self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-            self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
-            self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
+            self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+            self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=qkv_bias)
+            self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=qkv_bias)
         for name, part in parts.items():
             if isinstance(part, Buildable):
                 part.build(self.dims)

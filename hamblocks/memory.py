@@ -45,6 +45,7 @@ class _DeltaRuleMemory(Built):
         self,
         conv_size: int | Sequence[int],
         conv_init: str,
+        conv_activation: str | None,
         projections: str,
         num_heads: int | None,
         head_dim: int | None,
@@ -70,7 +71,7 @@ class _DeltaRuleMemory(Built):
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
         self.conv_size = taps if isinstance(conv_size, Sequence) else conv_size
-        self.taps, self.conv_init = taps, conv_init
+        self.taps, self.conv_init, self.conv_activation = taps, conv_init, conv_activation
         self.projections = projections
         self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v
         self.allow_neg_eigval = allow_neg_eigval
@@ -108,7 +109,8 @@ class _DeltaRuleMemory(Built):
         self.conv = ShortConvolution(
             sum(channels),
             max(self.taps),
-            init=self.conv_init,
+            self.conv_activation,
+            self.conv_init,
             taps=list(zip(channels, self.taps, strict=True)),
         )
         self.b_proj = nn.Linear(dims.hidden_size, heads, bias=False)
@@ -287,6 +289,7 @@ class DeltaMemory(_DeltaRuleMemory):
         conv_size: int | Sequence[int] = 4,
         *,
         conv_init: str = "uniform",
+        conv_activation: str | None = "silu",
         projections: str = "shared",
         num_heads: int | None = None,
         head_dim: int | None = None,
@@ -300,6 +303,8 @@ class DeltaMemory(_DeltaRuleMemory):
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
                 Three numbers: those of q, k and v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
+            conv_activation: "silu" or None, after the convolution. With None and "identity" the
+                memory starts from q, k and v as they are.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
             num_heads: heads of the memory; None: those of the layer.
@@ -314,6 +319,7 @@ class DeltaMemory(_DeltaRuleMemory):
         super().__init__(
             conv_size,
             conv_init,
+            conv_activation,
             projections,
             num_heads,
             head_dim,
@@ -339,6 +345,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         conv_size: int | Sequence[int] = 4,
         *,
         conv_init: str = "uniform",
+        conv_activation: str | None = "silu",
         projections: str = "shared",
         num_heads: int | None = None,
         head_dim: int | None = None,
@@ -358,6 +365,8 @@ class GatedDeltaMemory(_DeltaRuleMemory):
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
                 Three numbers: those of q, k and v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
+            conv_activation: "silu" or None, after the convolution. With None and "identity" the
+                memory starts from q, k and v as they are.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
             num_heads: heads of the memory; None: those of the layer.
@@ -375,6 +384,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         super().__init__(
             conv_size,
             conv_init,
+            conv_activation,
             projections,
             num_heads,
             head_dim,

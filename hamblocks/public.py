@@ -4,7 +4,7 @@ from hamblocks import ops
 from hamblocks.attention import SelectedAttention
 from hamblocks.block import HAMBlock, SwiGLU
 from hamblocks.cache import KVCache, cache_transaction
-from hamblocks.combiners import GatedSum, SoftmaxMix
+from hamblocks.combiners import GatedSum, ScaledSum, SoftmaxMix
 from hamblocks.controllers import (
     AnnealedFraction,
     ElasticFraction,
@@ -96,6 +96,7 @@ __all__ = [
     "QueryGateOutput",
     "RandomGate",
     "RecallError",
+    "ScaledSum",
     "SelectedAttention",
     "Selection",
     "SharedGate",

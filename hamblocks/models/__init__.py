@@ -18,20 +18,25 @@ from hamblocks.stack import Stack, StackOutput
 if TYPE_CHECKING:
     from hamblocks.models.cache import HAMCache
     from hamblocks.models.configuration import HAMConfig
+    from hamblocks.models.conversion import Conversion, convert, convert_recorded
     from hamblocks.models.modeling import HAMForCausalLM, HAMModel
     from hamblocks.models.training import ControllerCallback
 
 _HOME = {
     "ControllerCallback": "training",
+    "Conversion": "conversion",
     "HAMCache": "cache",
     "HAMConfig": "configuration",
     "HAMForCausalLM": "modeling",
     "HAMModel": "modeling",
+    "convert": "conversion",
+    "convert_recorded": "conversion",
 }
 """The module of every name that needs transformers."""
 
 __all__ = [
     "ControllerCallback",
+    "Conversion",
     "Decoder",
     "DecoderOutput",
     "HAMCache",
@@ -40,6 +45,8 @@ __all__ = [
     "HAMModel",
     "Stack",
     "StackOutput",
+    "convert",
+    "convert_recorded",
 ]
 
 

@@ -43,8 +43,9 @@ OTHER_NAMES = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "num_layers": "num_hidden_layers",
-    "rope_parameters": "rope_theta",
-    "rope_scaling": "rope_theta",
+    "attention_bias": "qkv_bias, and bias in the policy of the combiner",
+    "rope_parameters": "rope_theta, and rope_scaling in the policy of attention",
+    "rope_scaling": "rope_scaling in the policy of attention",
 }
 """Arguments that would be a second statement of another one, which transformers would ignore."""
 
@@ -92,6 +93,8 @@ class HAMConfig(PreTrainedConfig):
         combiner: policy of the combiner; None: the gated sum.
         rope_theta: base of the rotary wavelengths, 10,000 if no policy of attention states one;
             None: no rotary positions. A list where layers differ.
+        qkv_bias: the projections to q, k and v have biases.
+        mlp_bias: the projections of the MLPs have biases.
         rms_norm_eps: epsilon of the blocks' norms.
         initializer_range: standard deviation of new weights.
         use_cache: return the cache, outside of training.
@@ -119,6 +122,8 @@ class HAMConfig(PreTrainedConfig):
     attention: Any = None
     combiner: Any = None
     rope_theta: float | list[float | None] | None = DEFAULT_ROPE_THETA
+    qkv_bias: bool = False
+    mlp_bias: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from hamblocks.block import HAMBlock
+from hamblocks.combiners import ConstantStart
 from hamblocks.controllers import FixedThreshold, SampledThreshold
 from hamblocks.convolution import ShortConvolution
 from hamblocks.layer import HAMLayer
@@ -71,7 +72,10 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, layer: HAMLayer, config: HAMConfig) -> None:
         super().__init__()
         self.block = HAMBlock(
-            layer, intermediate_size=config.intermediate_size, norm_eps=config.rms_norm_eps
+            layer,
+            intermediate_size=config.intermediate_size,
+            norm_eps=config.rms_norm_eps,
+            mlp_bias=config.mlp_bias,
         )
 
     @property
@@ -96,6 +100,7 @@ def layer_of(config: HAMConfig, index: int) -> HAMLayer:
         config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
+        qkv_bias=config.qkv_bias,
         **parts,
     )
 
@@ -168,6 +173,9 @@ class HAMPreTrainedModel(FollowsModel):
                 (module.A_log, module.dt_bias), module.initial_decay(len(module.A_log)), strict=True
             ):
                 init.copy_(weight, initial)
+        elif isinstance(module, ConstantStart):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.fresh_bias())
         elif isinstance(module, (FixedThreshold, SampledThreshold)) and lacks(self, module.tau_sum):
             module.reset()
 

@@ -12,6 +12,7 @@ Nothing is imported by name. Parts of a user's own go to the model as objects (`
 
 from __future__ import annotations
 
+import copy
 import inspect
 import numbers
 import re
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from hamblocks.attention import SelectedAttention
-from hamblocks.combiners import GatedSum, SoftmaxMix
+from hamblocks.combiners import GatedSum, ScaledSum, SoftmaxMix
 from hamblocks.controllers import (
     AnnealedFraction,
     ElasticFraction,
@@ -102,7 +103,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     "query_gate": (ThresholdQueries,),
     "controller": (AnnealedFraction, ElasticFraction, FixedThreshold, TargetFraction),
     "attention": (SelectedAttention,),
-    "combiner": (GatedSum, SoftmaxMix),
+    "combiner": (GatedSum, ScaledSum, SoftmaxMix),
 }
 """Kinds of parts, and the classes that a policy can name. To add a part, add its class here.
 
@@ -160,7 +161,7 @@ def complete(kind: str, policy: object) -> Policy:
     _check_arguments(where, given, defaults)
     # JSON has lists only, so a policy compares equal after it was saved and loaded
     full = {
-        argument: list(value) if isinstance(value, tuple) else value
+        argument: list(value) if isinstance(value, tuple) else copy.deepcopy(value)
         for argument, value in {**defaults, **given}.items()
     }
     for argument, inner in _inner_parts(names[name]).items():
@@ -218,6 +219,8 @@ def policy_of(kind: str, part: object) -> Policy:
 
 def _plain(value: Any) -> Any:
     """An argument as JSON gives it back: a list for a tuple, numbers of torch and numpy as Python's."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, Tensor):

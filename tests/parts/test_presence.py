@@ -9,8 +9,8 @@ from parts_cases import SIZES, Size, close, inputs, pack
 from torch.nn import functional as F
 
 import hamblocks as hb
-from hamblocks.attention import rotate
 from hamblocks.ops import NEVER
+from hamblocks.rope import rotate
 from hamblocks.testing import check_layer
 
 PARTS = {"memory": {"memory": None}, "attention": {"attention": None}}

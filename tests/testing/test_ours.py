@@ -68,7 +68,13 @@ def test_ops(check: Any) -> None:
         hb.ElasticFraction(),
         hb.ElasticFraction(0.0, 0.6, seed=3, begin=2, spacing="uniform"),
     ],
-    combiners=[hb.GatedSum(), hb.SoftmaxMix(), hb.GatedSum(output_gate=True, read_norm=False)],
+    combiners=[
+        hb.GatedSum(),
+        hb.SoftmaxMix(),
+        hb.GatedSum(output_gate=True, read_norm=False),
+        hb.ScaledSum(),
+        hb.ScaledSum(bias=True, read_norm=False),
+    ],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
         hb.ThresholdQueries(hb.LearnedRouter(), 0.0, window=2),

@@ -34,6 +34,20 @@ class PoolsTime(Combiner):
         return y - y.mean(1, keepdim=True)
 
 
+@rejected_by("combiner_is_causal")
+class ScalesByTheSequence(Combiner):
+    """Scales the memory's read by its largest value over all time."""
+
+    def make(self, dims):
+        self.inner = hb.ScaledSum(read_norm=False)
+        self.inner.build(dims)
+        torch.nn.init.ones_(self.inner.gate_proj.bias)
+
+    def forward(self, x, memory_read, attention_read):
+        peak = memory_read.abs().amax(1, keepdim=True)
+        return self.inner(x, memory_read / (1 + peak), attention_read)
+
+
 @rejected_by("combiner_gradients_are_causal")
 class GradientOverTime(Combiner):
     """Adds a sum over later tokens minus itself, detached: only its gradient is left."""

@@ -1,0 +1,124 @@
+"""Tiny models of transformers to convert, with random weights, and float64 for code that asks for
+float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hf_cases import PAD, VOCAB
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def _scaled(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **numbers}}
+
+
+LENGTH = {"original_max_position_embeddings": 16}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LENGTH}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}
+
+SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama biased tied": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 12, "rms_norm_eps": 0.1}),
+    "llama linear": (LlamaForCausalLM, LlamaConfig, _scaled("linear", factor=3.0)),
+    "llama dynamic": (LlamaForCausalLM, LlamaConfig, _scaled("dynamic", factor=3.0)),
+    "llama llama3": (LlamaForCausalLM, LlamaConfig, _scaled("llama3", **LLAMA3)),
+    "llama yarn": (LlamaForCausalLM, LlamaConfig, _scaled("yarn", factor=4.0, **LENGTH)),
+    "llama yarn mscale": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        _scaled("yarn", factor=4.0, truncate=False, **LENGTH, **MSCALE),
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layer_interval": 2}),
+}
+"""Classes of models and of configurations, and what differs from `SIZES`."""
+
+
+class InFloat64(TorchFunctionMode):
+    """Code that asks for float32 gets float64.
+
+    The norms, angles and softmax of transformers are in float32 whatever the dtype of the model. A
+    comparison to nine digits needs the same formulas in float64.
+    """
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def wide(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        if func is torch.Tensor.float:
+            func, args = torch.Tensor.to, (args[0], torch.float64)
+        kwargs = {name: wide(x) for name, x in (kwargs or {}).items()}
+        return func(*(wide(x) for x in args), **kwargs)
+
+
+def source(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+    """A model in eval mode; every weight is moved, because an initial value may hide a mistake."""
+    model_class, config_class, given = SOURCES[name]
+    torch.manual_seed(seed)
+    config = config_class(**{**SIZES, **given, **changes}, attn_implementation="eager")
+    if dtype != torch.float64:
+        return _moved(model_class(config).to(dtype))
+    with InFloat64():
+        return _moved(model_class(config))
+
+
+@torch.no_grad()
+def _moved(model: Any) -> Any:
+    for weight in model.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The logits of a model of transformers, in float64 where its weights are."""
+    if model.dtype != torch.float64:
+        return model(ids, **given).logits
+    with InFloat64():
+        return model(ids, **given).logits
