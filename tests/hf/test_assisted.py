@@ -38,8 +38,10 @@ def prompt_of(seed):
 
 
 def generated(made, ids, **how):
-    how = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, **how}
-    return made.generate(ids, **how)
+    # transformers 5.6 looks up candidates only where some token ends a text; here none does
+    ends = {"eos_token_id": VOCAB, "pad_token_id": VOCAB}
+    given = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True}
+    return made.generate(ids, **given | ends | how)
 
 
 def content(cache):

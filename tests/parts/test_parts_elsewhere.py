@@ -147,3 +147,55 @@ def test_a_part_that_prepares_outside_its_call_is_refused(mesh):
     accelerate.cpu_offload(inside.attention, execution_device="cpu")
     for got, want in zip(run(inside, x), wanted, strict=True):
         close(got, want)
+
+
+CONTROLLERS = {
+    "target": lambda: hb.TargetFraction(0.5),
+    "annealed": lambda: hb.AnnealedFraction(0.5, steps=3),
+    "elastic": lambda: hb.ElasticFraction(0.1),
+}
+CHANGES = {
+    "step": lambda layer: hb.step_controllers(layer),
+    "fraction": lambda layer: layer.selector.controller.set_fraction(0.3),
+    "threshold": lambda layer: layer.selector.controller.set_threshold(0.3),
+    "freeze": lambda layer: layer.selector.controller.freeze(),
+    "unfreeze": lambda layer: layer.selector.controller.unfreeze(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_changes_of_an_offloaded_controller_are_not_lost_without_a_word(name, change):
+    accelerate = pytest.importorskip("accelerate")
+    layer = layer_of(selector=hb.Threshold(CONTROLLERS[name]()), query_gate=None)
+    inside, outside = copy.deepcopy(layer), copy.deepcopy(layer)
+    accelerate.cpu_offload(inside, execution_device="cpu")
+    accelerate.cpu_offload(outside, execution_device="cpu", offload_buffers=True)
+    x = torch.randn(2, 9, 16)
+    for one in (layer, inside, outside):
+        with torch.no_grad():
+            one.train()(x)
+    for one in (layer, inside):
+        CHANGES[change](one)
+    for buffer, other in zip(layer.buffers(), inside.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, equal_nan=True)
+    seen = outside.selector.controller.seen.clone()
+    with pytest.raises(ValueError, match=r"^controller: expected one with its buffers in memory"):
+        CHANGES[change](outside)
+    assert torch.equal(outside.selector.controller.seen, seen)
+
+
+def test_a_fixed_threshold_has_no_step_and_refuses_a_change_when_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    layer = layer_of(selector=hb.Threshold(0.5), query_gate=None).train()
+    accelerate.cpu_offload(layer, execution_device="cpu", offload_buffers=True)
+    hb.step_controllers(layer)
+    with pytest.raises(ValueError, match=r"^controller: .* got FixedThreshold with offloaded"):
+        layer.selector.controller.set_threshold(0.1)
+
+
+def test_steps_on_the_meta_device_move_nothing():
+    layer = layer_of().to("meta").train()
+    layer(torch.randn(2, 9, 16, device="meta"))
+    hb.step_controllers(layer)
+    assert all(buffer.is_meta for buffer in layer.buffers())
