@@ -523,7 +523,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Makes a HAMCache where generate() would make one of transformers' own caches."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        # "dynamic_full" is what earlier releases set for assisted generation
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise wrong(
                 "cache_implementation", "None", repr(generation_config.cache_implementation)
             )
