@@ -12,7 +12,7 @@ from hamblocks.convolution import ShortConvolution
 from hamblocks.keys import Keys
 from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
-from hamblocks.protocols import Built, LayerDims, check_count
+from hamblocks.protocols import Built, LayerDims, NewTokens, check_count
 from hamblocks.rope import angles, check_scaling, turned
 from hamblocks_ops.arguments import wrong
 
@@ -25,6 +25,9 @@ class SelectedAttention(Built):
     rotated by their position in the sequence, and are then stored. With a convolution the key of a
     token knows the token before it: a value that follows its key is then found by that key.
     """
+
+    prepares_when_called = True
+    """See `hamblocks.protocols.PreparesWhenCalled`."""
 
     def __init__(
         self,
@@ -149,8 +152,10 @@ class SelectedAttention(Built):
             return k, v, after
         return mixed, v, after
 
-    def forward(self, q: Tensor, keys: Keys) -> Tensor:
-        """See `hamblocks.protocols.Attention`."""
+    def forward(self, q: Tensor, keys: Keys | NewTokens) -> Any:
+        """See `hamblocks.protocols.Attention`, and for `NewTokens` `PreparesWhenCalled`."""
+        if isinstance(keys, NewTokens):
+            return keys.prepared_by(self, q)
         if self.null_sink:
             return attend_with_null(q, keys, self.null, impl=self.impl)
         return keys.attend(q, impl=self.impl).out

@@ -12,6 +12,7 @@ from hamblocks.assembly import is_own
 from hamblocks.gated_read import gated_read
 from hamblocks.keys import Keys
 from hamblocks.ledger import EMPTY
+from hamblocks.own_weights import check_within_reach
 from hamblocks.protocols import (
     Attention,
     Combiner,
@@ -20,6 +21,7 @@ from hamblocks.protocols import (
     LayerDims,
     Memory,
     MemoryTrace,
+    NewTokens,
     QueryGate,
     QueryGateOutput,
     Selection,
@@ -155,12 +157,16 @@ class CallsParts(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Queries, keys and values after `prepare` of the attention part, and its next state."""
-        prepare = getattr(self.attention, "prepare", None)  # PreparesTokens
-        if prepare is None:
+        part: Any = self.attention
+        if getattr(part, "prepare", None) is None:  # PreparesTokens
             return q, k, v, None
-        result: tuple[Tensor, Tensor, Tensor, Any] = prepare(
-            q, k, v, position=position, state=past, cu_seqlens=cu_seqlens
-        )
+        tokens = NewTokens(k, v, position, past, cu_seqlens)
+        result: tuple[Tensor, Tensor, Tensor, Any]
+        if getattr(part, "prepares_when_called", False):  # PreparesWhenCalled
+            result = self._call("attention", q, tokens)
+        else:
+            check_within_reach(part)
+            result = tokens.prepared_by(part, q)
         contracts.check_prepared(result, q, k, v)
         return result
 

@@ -8,11 +8,15 @@ module that owns them is called.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from hamblocks_ops.arguments import wrong
+
+FSDP = "torch.distributed.fsdp"
 
 
 def check_present(layer: nn.Module, x: Tensor, weight: Tensor) -> None:
@@ -41,6 +45,26 @@ def _is_absent(layer: nn.Module) -> bool:
         if not owner._forward_pre_hooks and "forward" not in vars(owner)
         for weight in owner.parameters(recurse=False)
     )
+
+
+def check_within_reach(part: object) -> None:
+    """Checks that a method of a part can use its parameters outside the part's own call.
+
+    They are out of reach where the part itself was sharded, or offloaded with a hook of its own.
+
+    Raises:
+        ValueError: they are.
+    """
+    if not isinstance(part, nn.Module):
+        return
+    sharded = isinstance(part, getattr(sys.modules.get(FSDP), "FSDPModule", ()))
+    hooked = part._forward_pre_hooks or "forward" in vars(part)
+    if not sharded and not (hooked and any(x.is_meta for x in part.parameters(recurse=False))):
+        return
+    expected = (
+        "a part with prepares_when_called = True (see hamblocks.protocols) where its weights "
+    )
+    raise wrong("attention", expected + "come for its own call", type(part).__name__)
 
 
 def check_like_weights(layer: nn.Module, x: Tensor) -> None:

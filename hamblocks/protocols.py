@@ -428,6 +428,36 @@ class PreparesTokens(Protocol):
         ...
 
 
+class NewTokens(NamedTuple):
+    """Tokens that an attention part is to prepare, in place of keys to read.
+
+    Attributes are arguments of `PreparesTokens.prepare`.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    state: Any = None
+    cu_seqlens: Tensor | None = None
+
+    def prepared_by(self, part: PreparesTokens, q: Tensor) -> Any:
+        """What the part's `prepare` returns for these tokens and their queries q."""
+        where = {"position": self.position, "state": self.state, "cu_seqlens": self.cu_seqlens}
+        return part.prepare(q, self.k, self.v, **where)
+
+
+@runtime_checkable
+class PreparesWhenCalled(Protocol):
+    """A part with `prepare` that prepares within its own call, if `prepares_when_called` is True.
+
+    Its layer then calls `part(q, new_tokens)` with `NewTokens` where it would call `prepare`. So
+    what others hang on the calls of the part happens first: FSDP2 gathers the parameters of a part
+    that is sharded by itself, and hooks load what is offloaded.
+    """
+
+    prepares_when_called: bool
+
+
 @runtime_checkable
 class Combiner(Protocol):
     """Joins the two reads."""

@@ -35,7 +35,7 @@ def load(
         ValueError: the format is missing or newer than this release, or the state of a part has a
             wrong number of entries.
     """
-    _check_format(saved)
+    check_format(saved.get("format"), FORMAT, "state")
 
     def moved(x: Tensor) -> Tensor:
         return x if device is None else x.to(device)
@@ -50,18 +50,25 @@ def load(
     )
 
 
-def _check_format(saved: Mapping[str, Any]) -> None:
-    found = saved.get("format")
-    known = isinstance(found, int) and not isinstance(found, bool) and 1 <= found <= FORMAT
+def check_format(found: object, newest: int, what: str) -> None:
+    """Checks the format number of something saved.
+
+    Args:
+        found: the number.
+        newest: the newest format that this release knows; it knows all from 1.
+        what: what was saved.
+
+    Raises:
+        ValueError: the number is none, or newer.
+    """
+    known = isinstance(found, int) and not isinstance(found, bool) and 1 <= found <= newest
     if known:
         return
-    if isinstance(found, int) and found > FORMAT:
+    if isinstance(found, int) and found > newest:
         got = f"{found}: a newer release of hamblocks saved it"
     else:
-        got = f"{found}: it is no saved state of hamblocks 0.1 or newer"
-    raise wrong(
-        "format", f"1 to {FORMAT} in a saved state" if FORMAT > 1 else "1 in a saved state", got
-    )
+        got = f"{found}: it is no saved {what} of hamblocks 0.1 or newer"
+    raise wrong("format", f"1{f' to {newest}' if newest > 1 else ''} in a saved {what}", got)
 
 
 def _ledger(selector: Selector | None, tensors: list[Tensor]) -> Any:

@@ -65,7 +65,12 @@ class Stack(nn.Module):
         return layers
 
     def init_state(
-        self, batch_size: int, *, page_size: int = 32, max_pages: int | None = None
+        self,
+        batch_size: int,
+        *,
+        page_size: int = 32,
+        max_pages: int | None = None,
+        rollback: int = 0,
     ) -> list[HAMState]:
         """Returns the states before the first token, one per layer.
 
@@ -73,9 +78,12 @@ class Stack(nn.Module):
             batch_size: number of sequences N.
             page_size: tokens in a page of a layer's cache.
             max_pages: limit to the pages of a layer's cache; None: no limit.
+            rollback: how many of the last tokens can be taken back (see `HAMLayer.init_state`).
         """
         return [
-            layer.init_state(batch_size, page_size=page_size, max_pages=max_pages)
+            layer.init_state(
+                batch_size, page_size=page_size, max_pages=max_pages, rollback=rollback
+            )
             for layer in self.layers
         ]
 

@@ -224,6 +224,21 @@ class HAMState(NamedTuple):
         ring = self.ring._replace(states=tuple(earlier))
         return _mixed(states, chosen)._replace(ring=ring)
 
+    def with_rollback(self, n: int) -> HAMState:
+        """This state with room to take back the last `n` tokens from now on; it takes its place.
+
+        What is recorded stays, but no more than the states before the last n tokens.
+
+        Args:
+            n: size of the ring, as `rollback` of `HAMLayer.init_state`; 0: no ring.
+
+        Raises:
+            ValueError: `n` is not an integer of at least 0.
+        """
+        n = check_count("n", n)
+        recorded = () if self.ring is None else self.ring.states
+        return self._replace(ring=Ring(n, recorded[-n:]) if n else None)
+
     def reserve(self, steps: int) -> None:
         """Takes the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
 

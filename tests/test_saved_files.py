@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from saved_0_1 import FOLDER, PROMPT, SEQUENCES, inputs_0_1, layer_0_1
@@ -46,6 +48,30 @@ def test_a_model_of_0_1_gives_what_it_gave():
     model = models.HAMForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float64).eval()
     _, tokens = inputs_0_1()
     close(model(tokens).logits, load("expected.pt")["logits"])
+    assert "format" not in json.loads((FOLDER / "model" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (None, r"^format: expected 1 in a saved configuration, got None: it is no saved"),
+        (0, r"^format: expected 1 in a saved configuration, got 0: it is no saved configuration"),
+        (7, r"^format: expected 1 .* got 7: a newer release of hamblocks saved it"),
+    ],
+)
+def test_a_model_of_an_unknown_format_is_refused(tmp_path, number, message):
+    models = pytest.importorskip("hamblocks.models")
+    transformers = pytest.importorskip("transformers")
+    models.HAMConfig(vocab_size=23, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["format"] == 1
+    # what else a newer file holds does not matter
+    file.write_text(json.dumps({**saved, "format": number, "memory": {"type": "of_the_future"}}))
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        models.HAMForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

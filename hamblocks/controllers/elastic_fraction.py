@@ -129,7 +129,7 @@ class ElasticFraction(SampledThreshold):
         """Sets the tau of eval mode by hand; training does not move it.
 
         Raises:
-            ValueError: `tau` is NaN or no number.
+            ValueError: `tau` is NaN or no number, or the buffers are offloaded.
         """
         super().set_threshold(tau)
         self.by_hand.fill_(1)
@@ -143,9 +143,11 @@ class ElasticFraction(SampledThreshold):
         sample, and a fraction > 0 stores everything.
 
         Raises:
-            ValueError: `fraction` is outside [0, 1].
+            ValueError: `fraction` is outside [0, 1], or the buffers are offloaded.
         """
-        self.used.fill_(unit("fraction", fraction))
+        fraction = unit("fraction", fraction)
+        self._check_in_memory()
+        self.used.fill_(fraction)
         self.by_hand.zero_()
         self._place(threshold_between(self.sample, self.used))
 

@@ -73,7 +73,7 @@ class TargetThreshold(SampledThreshold):
         """Sets tau by hand. Training goes on from there, or places it anew if it is far off.
 
         Raises:
-            ValueError: `tau` is NaN or no number.
+            ValueError: `tau` is NaN or no number, or the buffers are offloaded.
         """
         super().set_threshold(tau)
         self.asked.zero_()
@@ -90,9 +90,10 @@ class TargetThreshold(SampledThreshold):
         everything is stored until the first step.
 
         Raises:
-            ValueError: `fraction` is outside [0, 1].
+            ValueError: `fraction` is outside [0, 1], or the buffers are offloaded.
         """
         fraction = unit("fraction", fraction)
+        self._check_in_memory()
         if not bool(self.started):
             self.fraction = fraction
             return

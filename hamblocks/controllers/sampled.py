@@ -88,12 +88,22 @@ class SampledThreshold(HasTau):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """From now on no step moves tau. `set_fraction` and `set_threshold` still do."""
+        """From now on no step moves tau. `set_fraction` and `set_threshold` still do.
+
+        Raises:
+            ValueError: the buffers are offloaded.
+        """
+        self._check_in_memory()
         self.frozen.fill_(1)
 
     @torch.no_grad()
     def unfreeze(self) -> None:
-        """Steps move tau again."""
+        """Steps move tau again.
+
+        Raises:
+            ValueError: the buffers are offloaded.
+        """
+        self._check_in_memory()
         self.frozen.zero_()
 
     def forward(self, score: Tensor) -> Tensor:
@@ -138,10 +148,15 @@ class SampledThreshold(HasTau):
         """Moves tau by what was counted since the last step, over all ranks, and counts anew.
 
         Every rank of a process group must call it. In eval mode nothing moves, and tau does not
-        move if nothing was counted.
+        move if nothing was counted. On the meta device there is nothing to move.
+
+        Raises:
+            ValueError: scores were counted, and the buffers are offloaded.
         """
         if not self.training:
             return
+        if not self.seen.is_meta:
+            self._check_in_memory()
         self._unstepped = None
         self._move_scratch(self.sampled.device)
         counts = torch.stack([self.admitted, self.seen, self.asked])

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hamblocks_ops.arguments import wrong
+
 INFINITE = 1e-30
 """Stands for infinity with weight 0: too small to change a mean that also has finite thresholds."""
 
@@ -63,9 +65,22 @@ class HasTau(nn.Module):
         """Sets tau by hand, at any time.
 
         Raises:
-            ValueError: `tau` is NaN or no number.
+            ValueError: `tau` is NaN or no number, or the buffers are offloaded.
         """
+        self._check_in_memory()
         self._place(float32(number("tau", tau)))
+
+    def _check_in_memory(self) -> None:
+        """Checks that the buffers are here: what is written to offloaded ones would be lost.
+
+        Offloading fetches them for the module's call, and writes nothing back.
+
+        Raises:
+            ValueError: they are on the meta device.
+        """
+        if self.tau_sum.is_meta:
+            expected = "one with its buffers in memory (offload_buffers=False) where they change"
+            raise wrong("controller", expected, f"{type(self).__name__} with offloaded buffers")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves buffers between devices, but casts none of them."""

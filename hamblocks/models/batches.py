@@ -68,6 +68,12 @@ class BatchLayout(NamedTuple):
             x = x.masked_fill(self.padding.view(-1, *[1] * (x.dim() - 1)), 0)
         return x.view(self.batch, self.tokens, *x.shape[2 if self.real is None else 1 :])
 
+    def tokens_of_columns(self, device: torch.device) -> Tensor:
+        """Which columns hold tokens, bool `[B, T]`."""
+        if self.real is None:
+            return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=device)
+        return self.unpack(torch.ones(1, len(self.real), dtype=torch.bool, device=device))
+
     def targets(self, labels: Tensor) -> Tensor:
         """Shifts labels `[B, T]`, so that each token gets the label of the next one.
 

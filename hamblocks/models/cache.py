@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import Cache
 
 from hamblocks.cache import cache_transaction
+from hamblocks.models.batches import BatchLayout
 from hamblocks.models.configuration import HAMConfig
+from hamblocks.protocols import check_count
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
 
@@ -50,10 +52,18 @@ class HAMCache(Cache):
         config: configuration of the model that the cache belongs to; None before the first token.
         page_size: tokens in a page of a layer's cache.
         max_pages: limit to the pages of a layer's cache, or None.
+        rollback: number of last columns that `crop` can always take back.
+        is_recording: whether every column since the last `crop` can be taken back too. Assisted
+            generation sets it while it runs.
     """
 
     def __init__(
-        self, config: HAMConfig | None = None, *, page_size: int = 32, max_pages: int | None = None
+        self,
+        config: HAMConfig | None = None,
+        *,
+        page_size: int = 32,
+        max_pages: int | None = None,
+        rollback: int = 0,
     ) -> None:
         """Makes an empty cache, for any batch size.
 
@@ -63,11 +73,20 @@ class HAMCache(Cache):
             page_size: tokens in a page of a layer's cache.
             max_pages: limit to the pages of a layer's cache. A call that needs more pages raises a
                 ValueError. None: no limit.
+            rollback: how many of the last columns `crop` can take back without a checkpoint. Above
+                0, the last `rollback` columns of a call run one by one (see
+                `HAMLayer.init_state`).
+
+        Raises:
+            ValueError: `rollback` is not an integer of at least 0.
         """
         super().__init__(layers=[])
         self.config, self.page_size, self.max_pages = config, page_size, max_pages
+        self.rollback, self.is_recording = check_count("rollback", rollback), False
         self.states: list[HAMState] | None = None
         self.columns = 0
+        # bool [N, C]: which of the last C columns, those that can be taken back, hold tokens
+        self._recorded: Tensor | None = None
 
     # called by the models
 
@@ -103,17 +122,55 @@ class HAMCache(Cache):
     @contextlib.contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
         """Restores the cache if the body raises."""
-        before = self.config, self.states, self.columns
+        before = self.config, self.states, self.columns, self._recorded
         try:
             with cache_transaction():
                 yield
         except BaseException:
-            self.config, self.states, self.columns = before
+            self.config, self.states, self.columns, self._recorded = before
             raise
 
-    def advance(self, config: HAMConfig, states: list[HAMState], columns: int) -> None:
-        """Stores the states after `columns` more columns."""
-        self.config, self.states, self.columns = config, states, self.columns + columns
+    def with_room(self, states: list[HAMState], columns: int) -> list[HAMState]:
+        """The states with room to take back what this cache promises, before a call.
+
+        Args:
+            states: the states that the call continues.
+            columns: how many of the call's last columns may be taken back while the cache records.
+        """
+        size = self.rollback
+        if self.is_recording:
+            size = max(size, self._recordable + columns)
+        if not size and states[0].ring is None:
+            return states
+        return [state.with_rollback(size) for state in states]
+
+    def advance(self, config: HAMConfig, states: list[HAMState], layout: BatchLayout) -> None:
+        """Stores the states after the columns of a batch with this layout."""
+        ring, recorded = states[0].ring, None
+        if ring is not None:
+            recorded = layout.tokens_of_columns(states[0].position.device)
+            if self._recorded is not None:
+                recorded = torch.cat([self._recorded, recorded], 1)
+            recorded = recorded[:, -ring.size :]
+        self._recorded = recorded
+        self.config, self.states, self.columns = config, states, self.columns + layout.tokens
+
+    def stop_recording(self) -> None:
+        """Ends a recording; `crop` can take back the last `rollback` columns again."""
+        self.is_recording = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what is recorded of more than the last `rollback` columns."""
+        size = self.rollback
+        self._change(lambda state: state.with_rollback(size))
+        if self._recorded is not None:
+            self._recorded = self._recorded[:, -size:] if size else None
+
+    @property
+    def _recordable(self) -> int:
+        """How many of the last columns can be taken back."""
+        return 0 if self._recorded is None else self._recorded.shape[1]
 
     # called by transformers
 
@@ -167,8 +224,8 @@ class HAMCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: a recurrence can only return to a `checkpoint`."""
-        return False
+        """Whether `crop` can take columns back without a `checkpoint`, as `rollback` says."""
+        return self.rollback > 0
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -197,7 +254,7 @@ class HAMCache(Cache):
 
     def reset(self) -> None:
         """Empties the cache; the next batch may have any size."""
-        self.states, self.columns = None, 0
+        self.states, self.columns, self._recorded = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces the sequences by sequences `beam_idx[0]`, `beam_idx[1]`, and so on.
@@ -206,6 +263,8 @@ class HAMCache(Cache):
             beam_idx: int64 `[N']`; a sequence may appear several times or not at all.
         """
         self._change(lambda state: state.reorder(beam_idx.to(state.position.device)))
+        if self._recorded is not None:
+            self._recorded = self._recorded[beam_idx.to(self._recorded.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times; the copies of a sequence are neighbours."""
@@ -223,25 +282,48 @@ class HAMCache(Cache):
         self._change(lambda state: state.checkpoint(key=self.columns))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Returns to a recorded checkpoint.
+        """Takes the last columns back, or returns to a recorded checkpoint.
+
+        The cache is then as if the columns had never been seen. It can go back by the last
+        `rollback` columns; while it records, by all columns since the last `crop`. A call of this
+        method ends what may be taken back by the recording, 0 columns included.
 
         Args:
             tokens_to_remove: a negative number counts the columns to remove; a positive number is
                 the length to return to, as in transformers.
 
         Raises:
-            ValueError: no `checkpoint` was recorded at that length, or the cache is empty.
+            ValueError: the columns are not recorded, and no `checkpoint` was recorded at that
+                length; or the cache is empty.
         """
         columns = self.columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        if columns == self.columns:
-            return
-        recorded = [point.key for point in self.states[0].checkpoints] if self.states else []
-        if columns not in recorded:
-            known = ", ".join(map(str, recorded)) or "none"
-            expected = f"the length of a checkpoint ({known})"
-            raise wrong("tokens_to_remove", expected, f"a length of {columns}")
-        self._change(lambda state: state.crop(key=columns))
+        back = self.columns - columns
+        if 0 < back <= self._recordable:
+            self._take_back(back)
+        elif back:
+            self._return_to(columns)
         self.columns = columns
+        if self.is_recording:
+            self._forget()
+
+    def _take_back(self, columns: int) -> None:
+        assert self._recorded is not None
+        tokens = self._recorded[:, -columns:].sum(1)
+        self._change(lambda state: state.rollback(tokens))
+        self._recorded = self._recorded[:, :-columns]
+
+    def _return_to(self, columns: int) -> None:
+        """Returns to the checkpoint with that number of columns."""
+        known = [point.key for point in self.states[0].checkpoints] if self.states else []
+        if columns not in known:
+            shown = ", ".join(map(str, known)) or "none"
+            expected = f"the length of a checkpoint ({shown})"
+            if self._recordable:
+                expected += f" or the last {self._recordable} columns"
+            raise wrong("tokens_to_remove", expected, f"a length of {columns}")
+        # the columns before a checkpoint are not known any more, so none of them can be taken back
+        self._change(lambda state: state.crop(key=columns).with_rollback(0))
+        self._recorded = None
 
     # what the cache holds
 
@@ -250,8 +332,13 @@ class HAMCache(Cache):
 
         The two share their pages; a page is copied when one of them changes it.
         """
-        fork = HAMCache(self.config, page_size=self.page_size, max_pages=self.max_pages)
-        fork.columns = self.columns
+        fork = HAMCache(
+            self.config,
+            page_size=self.page_size,
+            max_pages=self.max_pages,
+            rollback=self.rollback,
+        )
+        fork.columns, fork._recorded = self.columns, self._recorded
         fork.states = None if self.states is None else [state.fork() for state in self.states]
         return fork
 

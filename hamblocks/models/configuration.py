@@ -14,7 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hamblocks.models.policies import Policy, complete, part_of, policy_of
 from hamblocks.protocols import PARTS, check_count
+from hamblocks.saved import check_format
 from hamblocks_ops.arguments import wrong
+
+FORMAT = 1
+"""The format of a saved configuration. A change that older code would misread raises it."""
 
 LAYER_TYPES = {
     "hybrid": PARTS,
@@ -101,6 +105,8 @@ class HAMConfig(PreTrainedConfig):
         tie_word_embeddings: the head's weights are the embedding's.
         own_layers: set by a model whose layers came from `layer=`, without which it cannot be
             loaded.
+        format: the format of the file that the configuration is loaded from or saved to. One of a
+            later format than this release knows is refused; a file without a number is of format 1.
     """
 
     model_type = "ham"
@@ -132,6 +138,7 @@ class HAMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     own_layers: bool = False
+    format: int = FORMAT
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks the arguments and completes what was left out.
@@ -139,6 +146,9 @@ class HAMConfig(PreTrainedConfig):
         Raises:
             ValueError: a bad argument; the message names it, what was expected and what came.
         """
+        # first: what else is wrong with a newer file does not matter
+        check_format(self.format, FORMAT, "configuration")
+        self.format = FORMAT
         # the Auto classes look for the model as soon as they have its configuration
         import_module("hamblocks.models.modeling")
         for name, own in OTHER_NAMES.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
@@ -115,9 +116,9 @@ class HAMPreTrainedModel(FollowsModel):
     _no_split_modules = ["HAMDecoderLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "state"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
-    # a recurrence cannot drop rejected candidate tokens: transformers refuses assisted generation
-    # for stateful models, with an error that names it
-    _is_stateful = True
+    # transformers refuses assisted generation for stateful models; a `HAMCache` records what it
+    # needs to drop rejected candidate tokens
+    _is_stateful = False
 
     def post_init(self) -> None:
         """Finishes the construction, as every transformers model does.
@@ -271,7 +272,9 @@ class HAMModel(HAMPreTrainedModel):
             output_hidden_states: return the input of each block and the last hidden state.
             output_attentions: must be False; there is no matrix of attention weights.
             cu_seq_lens_q: int `[N+1]`, borders of sequences packed into one batch row.
-            kwargs: further arguments of transformers, which are ignored.
+            kwargs: `logits_to_keep` says of how many columns the caller makes logits, for a cache
+                that records: no other column can be rejected. Further arguments of transformers
+                are ignored.
 
         Raises:
             ValueError: an argument is wrong. The message names it, what was expected and what came.
@@ -295,7 +298,9 @@ class HAMModel(HAMPreTrainedModel):
             cache = HAMCache(self.config)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        result = self._run(x, layout, cache, keep_inputs=output_hidden_states)
+        kept = kwargs.get("logits_to_keep") or x.shape[1]
+        kept = kept if isinstance(kept, int) else x.shape[1]
+        result = self._run(x, layout, cache, kept, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)
         inputs = (*(layout.unpack(x) for x in result.inputs), y)
         return HAMModelOutput(
@@ -306,17 +311,29 @@ class HAMModel(HAMPreTrainedModel):
         )
 
     def _run(
-        self, x: Tensor, layout: BatchLayout, cache: HAMCache | None, *, keep_inputs: bool
+        self,
+        x: Tensor,
+        layout: BatchLayout,
+        cache: HAMCache | None,
+        kept: int,
+        *,
+        keep_inputs: bool,
     ) -> StackOutput:
-        """Runs the blocks, and advances the cache if there is one; an error leaves it unchanged."""
+        """Runs the blocks, and advances the cache if there is one; an error leaves it unchanged.
+
+        While the cache records, the last `kept` columns can be taken back.
+        """
         with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
-            states = None if cache is None else cache.states or self._first(cache, x.shape[0])
+            states = None
+            if cache is not None:
+                states = cache.states or self._first(cache, x.shape[0])
+                states = cache.with_room(states, min(kept, x.shape[1]))
             result: StackOutput = self.stack(
                 layout.pack(x), state=states, cu_seqlens=layout.cu_seqlens, keep_inputs=keep_inputs
             )
             if cache is not None:
                 assert result.state is not None  # the stack returns states where it is given some
-                cache.advance(self.config, result.state, x.shape[1])
+                cache.advance(self.config, result.state, layout)
         return result
 
     def _check_output_attentions(self, output_attentions: bool | None) -> None:
@@ -467,6 +484,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 output_hidden_states=output_hidden_states,
                 output_attentions=output_attentions,
                 cu_seq_lens_q=cu_seq_lens_q,
+                logits_to_keep=logits_to_keep,
                 return_dict=True,
             )
             hidden = outputs.last_hidden_state
@@ -513,7 +531,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Makes a HAMCache where generate() would make one of transformers' own caches."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        # "dynamic_full" is what earlier releases set for assisted generation
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise wrong(
                 "cache_implementation", "None", repr(generation_config.cache_implementation)
             )
@@ -521,7 +540,21 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         result: bool = super()._prepare_cache_for_generation(*given)  # type: ignore[misc]
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HAMCache(self.config)
+        cache = model_kwargs.get("past_key_values")
+        # candidate tokens can be rejected, in the model that checks them and in its assistant
+        rejects = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if isinstance(cache, HAMCache) and (rejects or generation_config.is_assistant):
+            cache.is_recording = True
         return result
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the cache that the caller gets records no longer."""
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, HAMCache):
+                cache.stop_recording()
 
 
 def _checked(config: HAMConfig, layer: Callable[[int], HAMLayer] | None) -> HAMConfig:

@@ -22,7 +22,7 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace, ProjectsItself, reads_given
+from hamblocks.protocols import LayerDims, MemoryTrace, NewTokens, ProjectsItself, reads_given
 from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
@@ -287,7 +287,9 @@ class AttentionSubject(Subject):
         """What `prepare` returns, with the change of `changed`."""
         after, prepare = None, getattr(self.part, "prepare", None)
         if prepare is not None:
-            q, k, v, after = prepare(q, k, v, position=position, state=past, cu_seqlens=cu_seqlens)
+            tokens = NewTokens(k, v, position, past, cu_seqlens)
+            called = getattr(self.part, "prepares_when_called", False)
+            q, k, v, after = self.part(q, tokens) if called else tokens.prepared_by(self.part, q)
         if self.changed is not None:
             q, k, v = self.changed({"q": q, "k": k, "v": v}).values()
         return q, k, v, after

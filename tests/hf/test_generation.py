@@ -160,10 +160,6 @@ def test_embeddings_instead_of_tokens():
 
 def test_what_generate_cannot_do_is_said():
     made, ids = model(), text(0, 1, 5)
-    with pytest.raises(
-        ValueError, match=r"not supported with stateful models, such as HAMForCausalLM"
-    ):
-        made.generate(ids, assistant_model=model(), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"^cache_implementation: expected None, got 'static'"):
         made.generate(ids, cache_implementation="static", max_new_tokens=3)
     with pytest.raises(ValueError, match=r"^output_attentions: expected False"):
