@@ -148,12 +148,13 @@ class _DeltaRuleMemory(Built):
             self._check_state(state, x, (sequences, heads, q.shape[3], value))
         q, k, v, conv = self._convolved(q, k, v, None if state is None else state.conv, cu_seqlens)
         beta = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        g = self.decay(x)
         result = gated_delta_rule(
             q,
             k,
             v,
             beta=beta,
-            g=self.decay(x),
+            g=g,
             initial_state=None if state is None else state.recurrent,
             cu_seqlens=cu_seqlens,
             output_residual=metric is None,
@@ -168,6 +169,8 @@ class _DeltaRuleMemory(Built):
             score=result.score,
             position=position,
             metric=metric,
+            q=q,
+            g=g,
         )
         return result.out, trace, DeltaMemoryState(conv, result.final_state)
 
