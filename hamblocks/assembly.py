@@ -21,12 +21,13 @@ from hamblocks.protocols import (
     Memory,
     ProjectsItself,
     QueryGate,
+    ReadsUnstored,
     Selector,
     check_count,
     check_part,
 )
 from hamblocks.reachable import find_controllers
-from hamblocks.selectors import ignores_score, not_causal
+from hamblocks.selectors import ignores_score, not_causal, revises
 from hamblocks_ops.arguments import wrong
 
 
@@ -101,6 +102,20 @@ def dims_of(
     )
 
 
+def _check_waits(selector: Selector | None, attention: object) -> None:
+    """Checks the selector beside a memory that waits for what is stored.
+
+    Raises:
+        ValueError: there is none, or it may revise a lifetime.
+    """
+    expected = "a selector that never revises a lifetime, e.g. Threshold(TargetFraction(0.25))"
+    why = "the memory reads what is not stored for good"
+    if attention is None or selector is None:
+        raise wrong("selector", f"{expected} ({why})", "none")
+    if revises(selector):
+        raise wrong("selector", f"{expected} ({why})", selector)
+
+
 def projects_itself(memory: object) -> bool:
     """Whether a memory projects x itself, and gets no q, k and v."""
     return isinstance(memory, ProjectsItself) and bool(memory.own_projections)
@@ -152,6 +167,8 @@ def parts_of(
     for kind, given in parts.items():
         if given is not None:
             check_part(kind, given)
+    if isinstance(memory, ReadsUnstored):
+        _check_waits(chosen, attention)
     acausal = None if selector is None else not_causal(selector)
     if acausal is not None:
         expected = "one that decides from the past"

@@ -21,9 +21,10 @@ from hamblocks_ops.arguments import wrong
 class SelectedAttention(Built):
     """Softmax attention over the stored tokens.
 
-    Keys (and values) go through a short causal convolution if asked, keys are normalised and
-    rotated by their position in the sequence, and are then stored. With a convolution the key of a
-    token knows the token before it: a value that follows its key is then found by that key.
+    Keys go through a short causal convolution (values too if asked), are normalised and rotated by
+    their position in the sequence, and are then stored. With the convolution the key of a token
+    knows the token before it: a value that follows its key is then found by that key. Without it
+    one layer does not learn recall (see the page on the routing study).
     """
 
     prepares_when_called = True
@@ -32,7 +33,7 @@ class SelectedAttention(Built):
     def __init__(
         self,
         *,
-        conv_size: int = 1,
+        conv_size: int = 2,
         conv_init: str = "uniform",
         conv_values: bool = False,
         rope_theta: float | None = 10_000.0,
@@ -45,8 +46,9 @@ class SelectedAttention(Built):
         """Makes the part.
 
         Args:
-            conv_size: taps of a causal depthwise convolution over the keys, without an activation;
-                1: none. The part then has a state, the last `conv_size - 1` tokens.
+            conv_size: taps of a causal depthwise convolution over the keys, without an activation.
+                The part has a state, the last `conv_size - 1` tokens. 1: no convolution and no
+                state.
             conv_init: "uniform", or "identity": the part starts as one without a convolution (see
                 `ShortConvolution`).
             conv_values: whether the values are convolved too.

@@ -28,6 +28,7 @@ from hamblocks.protocols import (
     Selector,
 )
 from hamblocks_ops import NEVER
+from hamblocks_ops.arguments import wrong
 from hamblocks_ops.context import arguments_are_checked
 
 
@@ -112,6 +113,18 @@ class CallsParts(nn.Module):
             trace = trace._replace(metric=metric)
         return read, trace, state
 
+    def _read_unstored(
+        self, trace: MemoryTrace, evict_at: Tensor, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The read of a memory that waits for the selector, and its state (see `ReadsUnstored`)."""
+        heads = self.dims.memory_read[0]
+        stored = _of_heads(evict_at == NEVER, heads)
+        result: tuple[Tensor, Any] = self.memory.read_unstored(  # type: ignore[union-attr]
+            trace, stored, state=state, cu_seqlens=cu_seqlens
+        )
+        contracts.check_unstored(result, trace, self.dims)
+        return result
+
     def _asked(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
         """Which queries read, by the query gate."""
         assert self.query_gate is not None
@@ -186,3 +199,21 @@ class CallsParts(nn.Module):
         y: Tensor = self._call("combiner", x, memory_read, attention_read)
         contracts.check_combiner(y, x)
         return y
+
+
+def _of_heads(stored: Tensor, heads: int) -> Tensor:
+    """`stored`, bool `[B, T, 1 or Hkv]`, for every head of a memory: `[B, T, heads]`.
+
+    A head that serves several key/value heads has stored what all of them have.
+
+    Raises:
+        ValueError: the heads of neither serve those of the other evenly.
+    """
+    deciding = stored.shape[2]
+    if heads % deciding == 0:
+        return stored.repeat_interleave(heads // deciding, 2)
+    if deciding % heads:
+        expected = f"one decision per token (SharedGate), or a multiple or divisor of {deciding}"
+        raise wrong("num_heads of the memory", expected, str(heads))
+    by_head: Tensor = stored.unflatten(2, (heads, -1))
+    return by_head.all(3)

@@ -39,6 +39,17 @@ def check_memory(result: object, x: Tensor, dims: LayerDims, metric: str | None)
         _check_shape("memory: trace.score", trace.score, [batch, tokens, heads])
 
 
+def check_unstored(result: object, trace: MemoryTrace, dims: LayerDims) -> None:
+    """Checks what `read_unstored` of the memory returned.
+
+    Raises:
+        ValueError: it is not (read, state), or the shape of the read is wrong.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise wrong("memory", "(read, state) from read_unstored", _kind(result))
+    _check_read("memory", result[0], [*trace.k.shape[:2], *dims.memory_read])
+
+
 def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     """Checks what the gate returned for x `[B, T, hidden_size]`.
 

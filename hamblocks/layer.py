@@ -36,6 +36,7 @@ from hamblocks.protocols import (
     Memory,
     QueryGate,
     QueryGateOutput,
+    ReadsUnstored,
     Selector,
     check_count,
 )
@@ -139,6 +140,7 @@ class HAMLayer(CallsParts):
         self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, *has)
         _, _, kv_heads, head_dim, *_ = self.dims
         self._memory_projects = projects_itself(parts["memory"])
+        self._memory_waits = isinstance(parts["memory"], ReadsUnstored)
         if self.dims.has_attention or not self._memory_projects:
             self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
             self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=qkv_bias)
@@ -351,9 +353,13 @@ class HAMLayer(CallsParts):
         reads = None if decision is None else decision.reads
         if state is None or begin is None:
             read, evict_at = self._read_whole(call)
+            if self._memory_waits:
+                memory_read, _ = self._read_unstored(trace, evict_at, memory, cu_seqlens)
             y = self._combined(x, memory_read, read)
             return LayerOutput(y, None, LayerStats(score, evict_at, *where, reads))
         step = self._read_stored(call, state, begin)
+        if self._memory_waits:
+            memory_read, memory = self._read_unstored(trace, step.evict_at, memory, cu_seqlens)
         y = self._combined(x, memory_read, step.read)
         # The only change in place, and the last step: an error above leaves the cache as it was.
         with arguments_are_checked():

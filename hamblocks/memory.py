@@ -164,13 +164,13 @@ class _DeltaRuleMemory(Built):
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             self._check_state(state, x, (sequences, heads, q.shape[3], value))
         q, k, v, conv = self._convolved(q, k, v, None if state is None else state.conv, cu_seqlens)
-        beta = self.strength(x)
+        beta, g = self.strength(x), self.decay(x)
         result = gated_delta_rule(
             q,
             k,
             v,
             beta=beta,
-            g=self.decay(x),
+            g=g,
             initial_state=None if state is None else state.recurrent,
             cu_seqlens=cu_seqlens,
             output_residual=metric is None,
@@ -185,6 +185,8 @@ class _DeltaRuleMemory(Built):
             score=result.score,
             position=position,
             metric=metric,
+            q=q,
+            g=g,
         )
         return result.out, trace, DeltaMemoryState(conv, result.final_state)
 

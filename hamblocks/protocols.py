@@ -84,6 +84,8 @@ class MemoryTrace(NamedTuple):
         metric: the metric of `score`, or None without a score.
         given: `[B, T, heads]` or `[B, T, 1]`, the score that the caller of the layer handed in, or
             None.
+        q: `[B, T, H, D]`, the queries as the memory read with them; None: it does not tell.
+        g: `[B, T, H]`, the log decay; None: nothing decays, or the memory does not tell.
     """
 
     k: Tensor
@@ -94,6 +96,8 @@ class MemoryTrace(NamedTuple):
     position: Tensor
     metric: str | None = None
     given: Tensor | None = None
+    q: Tensor | None = None
+    g: Tensor | None = None
 
     def surprise(self, metric: str) -> Tensor:
         """The prediction error under any metric, detached.
@@ -187,6 +191,39 @@ class ProjectsItself(Protocol):
 
     def read_size(self, dims: LayerDims) -> tuple[int, int]:
         """Heads and size of the read in a layer of these sizes."""
+        ...
+
+
+@runtime_checkable
+class ReadsUnstored(Protocol):
+    """A memory that reads once the selector has decided, from the tokens that are not stored.
+
+    Its call scores the tokens; the layer drops the read of the call. It needs attention, and a
+    selector that never revises a lifetime.
+    """
+
+    def read_unstored(
+        self,
+        trace: MemoryTrace,
+        stored: Tensor,
+        *,
+        state: Any,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Reads for every token of the call, and writes those that are not stored.
+
+        Args:
+            trace: what the call returned.
+            stored: bool `[B, T, H]`, H the heads of the read: the tokens that attention stores for
+                good.
+            state: what the call returned.
+            cu_seqlens: int32 `[N+1]`, borders of packed sequences.
+
+        Returns:
+            The read, shape and dtype as that of the call, and the state for the next call. With
+            nothing stored it is the read of the call; with everything stored since the first token
+            it is 0.
+        """
         ...
 
 

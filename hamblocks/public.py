@@ -55,6 +55,7 @@ from hamblocks.selectors import (
     Window,
 )
 from hamblocks.state import HAMState
+from hamblocks.unstored_memory import UnstoredMemory
 from hamblocks_ops import explain
 
 __all__ = [
@@ -108,6 +109,7 @@ __all__ = [
     "Threshold",
     "ThresholdQueries",
     "TopK",
+    "UnstoredMemory",
     "WeightedSum",
     "Window",
     "cache_transaction",

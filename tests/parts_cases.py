@@ -182,6 +182,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.Threshold(0.9) | hb.Window(2),
         "combiner": hb.SoftmaxMix(output_gate=True),
     },
+    "memory-of-the-rest": lambda: {
+        "memory": hb.UnstoredMemory(hb.GatedDeltaMemory(2)),
+        "selector": hb.Threshold(0.9) & hb.Cooldown(hb.Threshold(0.9), 2),
+    },
     "convolved-keys": lambda: {
         "memory": hb.GatedDeltaMemory(2, A_init_range=(1.0, 1.0), dt_min=0.002, dt_max=0.002),
         "selector": hb.Threshold(0.9) | hb.Window(2),
@@ -310,7 +314,8 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     tokens = len(x)
     projected = [x @ proj.weight.T for proj in (layer.q_proj, layer.k_proj, layer.v_proj)]
 
-    memory = layer.memory
+    waits = isinstance(layer.memory, hb.UnstoredMemory)
+    memory = layer.memory.inner if waits else layer.memory
     taps = memory.conv.weight
     if memory.conv.used is not None:
         taps = taps * memory.conv.used
@@ -331,13 +336,11 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     if isinstance(memory, hb.GatedDeltaMemory):
         step = F.softplus(x @ memory.a_proj.weight.T + memory.dt_bias)
         decay = torch.exp(-memory.A_log.exp() * step)
-    state = x.new_zeros(mk.shape[1], mk.shape[2], mv.shape[2])
-    remembered, residuals = torch.zeros_like(mv), torch.zeros_like(mv)
-    for t in range(tokens):
-        state = decay[t, :, None, None] * state
-        residuals[t] = mv[t] - (mk[t, :, :, None] * state).sum(1)
-        state = state + beta[t, :, None, None] * mk[t, :, :, None] * residuals[t, :, None]
-        remembered[t] = (mq[t, :, :, None] * state).sum(1) / mq.shape[2] ** 0.5
+    remembered, residuals = recalled(mq, mk, mv, beta, decay)
+    if waits and tokens:
+        # what the last query sees is stored for good: the selector of the case lists nothing else
+        stored = visible[-1].repeat_interleave(mk.shape[1] // kv_heads, 1)
+        remembered, _ = recalled(mq, mk, mv, beta.where(~stored, 0), decay)
 
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in projected)
     attention = layer.attention
@@ -410,6 +413,18 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     if combiner.output_gate:
         mixed = mixed * F.silu(x @ combiner.g_proj.weight.T)
     return Plain(mixed @ combiner.o_proj.weight.T, residuals, mv)
+
+
+def recalled(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The delta rule in a loop over tokens: read and residual, `[T, H, D]`."""
+    state = q.new_zeros(k.shape[1], k.shape[2], v.shape[2])
+    read, residual = torch.zeros_like(v), torch.zeros_like(v)
+    for t in range(len(q)):
+        state = decay[t, :, None, None] * state
+        residual[t] = v[t] - (k[t, :, :, None] * state).sum(1)
+        state = state + beta[t, :, None, None] * k[t, :, :, None] * residual[t, :, None]
+        read[t] = (q[t, :, :, None] * state).sum(1) / q.shape[2] ** 0.5
+    return read, residual
 
 
 def asked(layer: hb.HAMLayer, x: Tensor, residual: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

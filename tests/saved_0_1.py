@@ -39,6 +39,7 @@ def config_0_1() -> hb.models.HAMConfig:
         num_attention_heads=2,
         layer_types=["linear_attention", "hybrid", "full_attention"],
         selector=hb.Threshold(hb.TargetFraction(0.5)) | hb.Window(3),
+        attention=hb.SelectedAttention(conv_size=1),
     )
 
 

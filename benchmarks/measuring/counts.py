@@ -93,16 +93,24 @@ def count(call: Callable[[], object]) -> Counts:
 
 
 @torch.no_grad()
-def decode_step(reserved: bool) -> Callable[[], None]:
+def decode_step(reserved: bool, attention: hb.SelectedAttention) -> Callable[[], None]:
     """A call that decodes one token of both sequences through one layer.
 
     The layer has hidden size 256 and 4 heads and is in eval mode. 100 tokens stand before the
-    first that is decoded. With `reserved` the pages of the cache are taken in advance, so that a
-    step reads no value from the device and allocates no page.
+    first that is decoded.
+
+    Args:
+        reserved: take the pages of the cache in advance, so that a step reads no value from the
+            device and allocates no page.
+        attention: the layer's attention.
     """
     torch.manual_seed(0)
     layer = hb.HAMLayer(
-        256, 4, gate=hb.PredictionError("cosine"), selector=hb.Threshold(0.9) | hb.Window(16)
+        256,
+        4,
+        gate=hb.PredictionError("cosine"),
+        selector=hb.Threshold(0.9) | hb.Window(16),
+        attention=attention,
     ).eval()
     x = torch.randn(2, 100, 256)
     state = layer.prefill(x).state

@@ -70,8 +70,7 @@ def measure_growth(
 
 def _growth(name: str, model: Decoder, fresh: Tensor, repeated: Tensor) -> Growth:
     curves = [_stored(model, tokens) for tokens in (fresh, repeated)]
-    after = 2 * PERIOD
-    late = [float(curve[-1] - curve[after - 1]) for curve in curves]
+    stored = [late(curve) for curve in curves]
     # one token in all sequences is the least that can be told from none
     least = 1 / len(fresh)
     at = range(7, fresh.shape[1], 8)
@@ -80,7 +79,7 @@ def _growth(name: str, model: Decoder, fresh: Tensor, repeated: Tensor) -> Growt
         [t + 1 for t in at],
         [float(curves[0][t]) for t in at],
         [float(curves[1][t]) for t in at],
-        late[0] / max(late[1], least),
+        stored[0] / max(stored[1], least),
     )
 
 
@@ -95,6 +94,11 @@ def stored_after(model: Decoder, tokens: Tensor) -> list[Tensor]:
         (stats.evict_at > stats.position[:, -1:, None]).float().mean((0, 2)).cumsum(0)
         for stats in model(tokens).stats
     ]
+
+
+def late(curve: Tensor) -> float:
+    """Tokens stored after two repetitions, of a curve `[T]` of tokens stored after each token."""
+    return float(curve[-1] - curve[2 * PERIOD - 1])
 
 
 def passages(

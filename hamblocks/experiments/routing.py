@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hamblocks.controllers import AnnealedFraction, ElasticFraction, TargetFraction
 from hamblocks.decoder import Decoder
 from hamblocks.experiments.corpus import Corpus
-from hamblocks.experiments.growth import passages, stored_after
+from hamblocks.experiments.growth import late, passages, stored_after
 from hamblocks.experiments.models import (
     POLICIES,
     LayerOptions,
@@ -346,19 +347,33 @@ def _elastic(settings: Settings, seed: int) -> ElasticFraction:
 
 @torch.no_grad()
 def _growth(model: Decoder, task: Task, seed: int) -> dict[str, Any]:
-    """Growth on fresh and on repeated input, at a threshold that a quarter of fresh tokens reach."""
+    """Growth on fresh and on repeated input, at thresholds that a share of fresh tokens reaches.
+
+    Returns:
+        The curves of stored tokens at `TARGET`, every eighth token, one per layer; and for every
+        budget the tokens that each layer stores after two repetitions.
+    """
     fresh, repeated, others = passages(task, HELD_OUT + seed)
     device = next(model.parameters()).device
     model.eval()
-    for layer, stats in zip(model.stack.layers, model(others.to(device)).stats, strict=True):
-        assert stats.score is not None
-        set_threshold(layer, float(stats.score.flatten().quantile(1 - TARGET)))
-    curves = [stored_after(model, tokens.to(device)) for tokens in (fresh, repeated)]
-    return {
-        "tokens": list(range(8, fresh.shape[1] + 1, 8)),
-        "fresh": [curve[7::8].tolist() for curve in curves[0]],
-        "repeated": [curve[7::8].tolist() for curve in curves[1]],
+    scores = [stats.score for stats in model(others.to(device)).stats]
+
+    def stored(fraction: float) -> dict[str, list[Tensor]]:
+        for layer, score in zip(model.stack.layers, scores, strict=True):
+            assert score is not None
+            set_threshold(layer, float(score.flatten().quantile(1 - fraction)))
+        read = {"fresh": fresh, "repeated": repeated}
+        return {name: stored_after(model, tokens.to(device)) for name, tokens in read.items()}
+
+    budgets = [
+        {"fraction": fraction}
+        | {name: [late(curve) for curve in curves] for name, curves in stored(fraction).items()}
+        for fraction in FRACTIONS
+    ]
+    curves = {
+        name: [curve[7::8].tolist() for curve in layers] for name, layers in stored(TARGET).items()
     }
+    return {"tokens": list(range(8, fresh.shape[1] + 1, 8)), **curves, "budgets": budgets}
 
 
 def _option(settings: Settings, name: str, seed: int) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -85,6 +86,8 @@ def markdown(results: dict[str, Any]) -> str:
             row = rows[min(quarter, len(rows) - 1)]
             lines.append(f"- {arm}: " + ", ".join(f"{value:.3f}" for value in row))
         lines += ["", growth_line(results, task), ""]
+        if has_trade_off(results, task):
+            lines += [*trade_off_lines(results, task), ""]
     if results["options"]:
         lines += ["### Options of the layer", "", *option_lines(results)]
     return "\n".join(lines) + "\n"
@@ -113,6 +116,67 @@ def growth_line(results: dict[str, Any], task: str) -> str:
     )
 
 
+def has_trade_off(results: dict[str, Any], task: str) -> bool:
+    """Whether growth was measured at every budget, in every seed."""
+    return all("budgets" in seed.get("growth", {}) for seed in results["tasks"][task].values())
+
+
+class TradeOff(NamedTuple):
+    """What a smaller budget costs, and how much slower the cache then grows on repeated input.
+
+    Attributes:
+        cost: at every budget, per seed: what is lost against the same model at 25 %, in bits per
+            byte or as a share of the answers.
+        ratios: by name (the cache as a whole, then every layer), at every budget, per seed: tokens
+            stored of fresh input over tokens stored of repeated input.
+    """
+
+    cost: list[list[float]]
+    ratios: dict[str, list[list[float]]]
+
+
+def trade_off(results: dict[str, Any], task: str) -> TradeOff:
+    """The trade-off of a task, from the surprise arm and its growth."""
+    values = _values(results, task, "surprise")
+    quarter = values[results["fractions"].index(0.25)]
+    sign = 1 if is_text(task) else -1  # more bits are a loss, and fewer answers
+    cost = [[sign * (a - b) for a, b in zip(row, quarter, strict=True)] for row in values]
+    seeds = [seed["growth"]["budgets"] for seed in results["tasks"][task].values()]
+    layers = range(len(seeds[0][0]["fresh"]))
+    groups = {"the cache": layers} | {f"layer {layer}": [layer] for layer in layers}
+
+    def ratio(budget: dict[str, list[float]], group: Iterable[int]) -> float:
+        fresh, repeated = (
+            sum(budget[name][layer] for layer in group) for name in ("fresh", "repeated")
+        )
+        return fresh / max(repeated, 1 / 16)
+
+    ratios = {
+        name: [[ratio(seed[place], group) for seed in seeds] for place in range(len(values))]
+        for name, group in groups.items()
+    }
+    return TradeOff(cost, ratios)
+
+
+def trade_off_lines(results: dict[str, Any], task: str) -> list[str]:
+    """A table of the trade-off: one line per budget, then every seed at 25 %."""
+    cost, ratios = trade_off(results, task)
+    what = "bits per byte" if is_text(task) else "answers right"
+    lines = [
+        "Stored of fresh tokens over stored of 32 repeated ones, at thresholds that a share of "
+        f"fresh tokens reaches, and what surprise loses at this budget against 25 % ({what}).",
+        "",
+        "| stored | lost against 25 % | " + " | ".join(ratios) + " |",
+        "|---" + "|--:" * (1 + len(ratios)) + "|",
+    ]
+    for place, fraction in enumerate(results["fractions"]):
+        cells = [_cell(cost[place]), *(_cell(rows[place], 1) for rows in ratios.values())]
+        lines.append(f"| {fraction:.0%} | " + " | ".join(cells) + " |")
+    quarter = ratios["the cache"][results["fractions"].index(0.25)]
+    told = ", ".join(f"{ratio:.2f}" for ratio in quarter)
+    return [*lines, "", f"The cache at 25 %, every seed: {told}."]
+
+
 def option_lines(results: dict[str, Any]) -> list[str]:
     """A table of the options: everything stored, then surprise at 25 %."""
     lines = [
@@ -138,7 +202,8 @@ def option_lines(results: dict[str, Any]) -> list[str]:
 def charts(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes one PNG per task: accuracy or bits per byte against the share of tokens stored.
 
-    Bars are 95 % intervals over seeds.
+    A second one shows growth against what is lost, where it was measured at every budget. Bars are
+    95 % intervals over seeds.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
@@ -152,7 +217,55 @@ def charts(results: dict[str, Any], folder: Path) -> list[Path]:
         paths.append(folder / f"routing-{words}.png")
         figure.savefig(paths[-1], dpi=150)
         plt.close(figure)
+        if has_trade_off(results, task):
+            figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+            _draw_trade_off(axes, results, task)
+            paths.append(folder / f"routing-{words}-growth.png")
+            figure.savefig(paths[-1], dpi=150)
+            plt.close(figure)
     return paths
+
+
+def _draw_trade_off(axes: Any, results: dict[str, Any], task: str) -> None:
+    """Growth against what the budget costs; 100 % is left out, where both inputs are stored."""
+    cost, ratios = trade_off(results, task)
+    places = [place for place, share in enumerate(results["fractions"]) if share < 1]
+    x = [interval(cost[place]) for place in places]
+    colors = ("#cc4400", "#3465a4", "#4e9a06", "#75507b", "#888888")
+    for number, (name, rows) in enumerate(ratios.items()):
+        y = [interval(rows[place]) for place in places]
+        axes.errorbar(
+            [mean for mean, _ in x],
+            [mean for mean, _ in y],
+            xerr=[0 if math.isnan(width) else width for _, width in x],
+            yerr=[0 if math.isnan(width) else width for _, width in y],
+            fmt="o-",
+            color=colors[number % len(colors)],
+            capsize=3,
+            markersize=4,
+            elinewidth=0.8,
+            label=name,
+        )
+        if number == 0:
+            for place, (at, _), (ratio, _) in zip(places, x, y, strict=True):
+                axes.annotate(
+                    f"{results['fractions'][place]:.0%}",
+                    (at, ratio),
+                    textcoords="offset points",
+                    xytext=(5, 5),
+                    fontsize=8,
+                )
+    axes.axhline(1, color="#888888", linewidth=0.8)
+    axes.set_yscale("log")
+    ticks = [1, 2, 4, 8, 16]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    what = "bits per byte" if is_text(task) else "share of right answers"
+    axes.set_xlabel(f"{what} lost against the same model at 25 %")
+    axes.set_ylabel("stored of fresh / stored of repeated tokens")
+    axes.set_title(f"{task.capitalize()}: growth at every budget", loc="left")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _draw(axes: Any, results: dict[str, Any], task: str) -> None:

@@ -93,7 +93,8 @@ class HAMConfig(PreTrainedConfig):
         gate: policy of the gate; None: the cosine prediction error.
         selector: policy of the selector; None: a quarter of the tokens for good, and the last 64.
         query_gate: policy of the query gate; None: every query reads.
-        attention: policy of attention; None: with rotary positions and query/key norm.
+        attention: policy of attention; None: with a convolution of two taps over the keys, rotary
+            positions and query/key norm.
         combiner: policy of the combiner; None: the gated sum.
         rope_theta: base of the rotary wavelengths, 10,000 if no policy of attention states one;
             None: no rotary positions. A list where layers differ.

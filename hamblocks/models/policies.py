@@ -69,12 +69,13 @@ from hamblocks.selectors import (
     TopK,
     Window,
 )
+from hamblocks.unstored_memory import UnstoredMemory
 from hamblocks_ops.arguments import wrong
 
 Policy = dict[str, Any]
 
 PARTS: dict[str, tuple[type[Any], ...]] = {
-    "memory": (DeltaMemory, GatedDeltaMemory),
+    "memory": (DeltaMemory, GatedDeltaMemory, UnstoredMemory),
     "gate": (
         CommittedWrite,
         GivenScore,

@@ -12,7 +12,7 @@ from hamblocks.selectors.cooldown import Cooldown
 from hamblocks.selectors.error_mass import ErrorMass
 from hamblocks.selectors.first_tokens import FirstTokens
 from hamblocks.selectors.prompt_fraction import PromptFraction
-from hamblocks.selectors.questions import ignores_score, is_causal, start
+from hamblocks.selectors.questions import ignores_score, is_causal, revises, start
 from hamblocks.selectors.sublinear_growth import SublinearGrowth
 from hamblocks.selectors.threshold import Threshold
 from hamblocks.selectors.topk import TopK
@@ -38,5 +38,6 @@ __all__ = [
     "is_causal",
     "lower",
     "not_causal",
+    "revises",
     "start",
 ]

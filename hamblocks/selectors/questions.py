@@ -1,4 +1,4 @@
-"""What a selector says of itself: its empty ledger, causality, and whether it reads scores."""
+"""What a selector says of itself: its empty ledger, what it revises, causality, and scores."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def start(
         return None
     ledger: Ledger | None = selector.start(batch_size, heads, device)
     return ledger
+
+
+def revises(selector: Selector) -> bool:
+    """Whether a selector may lower the lifetime of a token that it has seen: its ledger has slots."""
+    ledger = start(selector, 1, 1)
+    return ledger is not None and ledger.position.shape[1] > 0
 
 
 def is_causal(selector: Selector) -> bool:

@@ -22,7 +22,14 @@ from hamblocks.gates import PredictionError
 from hamblocks.keys import DenseKeys
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.protocols import LayerDims, MemoryTrace, NewTokens, ProjectsItself, reads_given
+from hamblocks.protocols import (
+    LayerDims,
+    MemoryTrace,
+    NewTokens,
+    ProjectsItself,
+    ReadsUnstored,
+    reads_given,
+)
 from hamblocks.reachable import hidden_modules
 from hamblocks.selectors import Threshold, TopK, Window
 from hamblocks.testing.inputs.draw import Draw
@@ -173,29 +180,39 @@ class QueryGateSubject(GateSubject):
 
 
 class MemorySubject(Subject):
-    """`memory(x, q, k, v, position=) -> read, trace, state`."""
+    """`memory(x, q, k, v, position=) -> read, trace, state`.
+
+    A memory that waits for the selector (`ReadsUnstored`) then reads, with drawn decisions.
+    """
 
     kind = "memory"
     metric: str | None = None
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
-        """x, q, k, v, position."""
+        """x, q, k, v, position, and what is stored for a memory that waits for it."""
         draw, (hidden, heads, kv_heads, dim) = Draw(case.seed), case.dims[:4]
-        return {
+        inputs = {
             "x": case.numbers(draw, hidden),
             "q": case.numbers(draw, heads, dim),
             "k": case.numbers(draw, kv_heads, dim),
             "v": case.numbers(draw, kv_heads, dim),
             "position": case.position,
         }
+        if isinstance(self.part, ReadsUnstored):
+            inputs["stored"] = draw.integers(0, 2, (*case.rows, self.read_size()[0])) == 1
+        return inputs
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Results, Any]:
         """Results: the read, and the fields of the trace that are not None."""
+        given = dict(inputs)
+        stored = given.pop("stored", None)
         read, trace, state = self.part(
-            **inputs, state=state, cu_seqlens=cu_seqlens, metric=self.metric
+            **given, state=state, cu_seqlens=cu_seqlens, metric=self.metric
         )
+        if stored is not None:
+            read, state = self.part.read_unstored(trace, stored, state=state, cu_seqlens=cu_seqlens)
         fields = {
             name: x
             for name, x in trace._asdict().items()
@@ -203,18 +220,24 @@ class MemorySubject(Subject):
         }
         return {"read": read} | fields, state
 
+    def read_size(self) -> tuple[int, int]:
+        """Heads and size of the read."""
+        dims = self.case.dims
+        if isinstance(self.part, ProjectsItself) and self.part.own_projections:
+            return self.part.read_size(dims)
+        return dims.num_heads, dims.head_dim
+
     def shapes(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype | None]]:
         """Those of the `Memory` protocol."""
-        dims = self.case.dims
-        sizes = dims.num_heads, dims.head_dim
-        if isinstance(self.part, ProjectsItself) and self.part.own_projections:
-            sizes = self.part.read_size(dims)
-        heads, dtype = sizes[0], self.case.dtype
+        sizes, dtype = self.read_size(), self.case.dtype
+        heads = sizes[0]
         return {
             "read": (sizes, dtype),
+            "q": ((heads, None), None),
             "k": ((heads, None), None),
             "v": (sizes, None),
             "beta": ((heads,), None),
+            "g": ((heads,), None),
             "residual": (sizes, None),
             "score": ((heads,), None),
         }
@@ -415,6 +438,8 @@ def layer_with(kind: str, part: Any, dims: LayerDims) -> HAMLayer:
     if kind == "attention":
         parts["memory"] = parts["gate"] = None
         parts["selector"] = Window(4)
+    if isinstance(part, ReadsUnstored):  # lifetimes are final
+        parts["selector"] = Threshold(0.9) | Window(6)
     parts[kind] = copy.deepcopy(part)
     hidden, heads, kv_heads, dim = dims[:4]
     return HAMLayer(hidden, heads, num_kv_heads=kv_heads, head_dim=dim, **parts)

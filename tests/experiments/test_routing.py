@@ -13,7 +13,13 @@ from hamblocks.cli import app
 from hamblocks.experiments import routing
 from hamblocks.experiments.gates import EvenlySpaced
 from hamblocks.experiments.models import POLICIES, LayerOptions
-from hamblocks.experiments.routing_report import charts, interval, markdown
+from hamblocks.experiments.routing_report import (
+    charts,
+    interval,
+    markdown,
+    trade_off,
+    trade_off_lines,
+)
 from hamblocks.experiments.tasks import InContextCopying, Recall
 from hamblocks.experiments.training import run as run_model
 
@@ -88,8 +94,35 @@ def test_tables_and_charts_show_every_seed(small, tmp_path):
     for option in TINY.options:
         assert f"| {option} |" in text
     paths = charts(results, tmp_path)
-    assert [path.name for path in paths] == ["routing-recall.png", "routing-in-context-copying.png"]
+    assert [path.name for path in paths] == [
+        f"routing-{task}{kind}.png"
+        for task in ("recall", "in-context-copying")
+        for kind in ("", "-growth")
+    ]
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_growth_at_every_budget_is_set_against_what_the_budget_costs(small, tmp_path):
+    results = routing.run(replace(TINY, tasks=("recall",), options=()), tmp_path, _quiet)
+    cost, ratios = trade_off(results, "recall")
+    quarter = routing.FRACTIONS.index(0.25)
+    seeds = results["tasks"]["recall"].values()
+    assert cost[quarter] == [0, 0]
+    assert cost[0] == [
+        seed["arms"]["surprise"][quarter]["accuracy"] - seed["arms"]["surprise"][0]["accuracy"]
+        for seed in seeds
+    ]
+    # one layer is the whole cache; with everything stored both inputs are
+    assert ratios["the cache"] == ratios["layer 0"]
+    assert ratios["the cache"][-1] == pytest.approx([1, 1], rel=0.2)
+    for seed, ratio in zip(seeds, ratios["the cache"][quarter], strict=True):
+        growth = seed["growth"]
+        after = growth["tokens"].index(64)
+        late = [growth[name][0][-1] - growth[name][0][after] for name in ("fresh", "repeated")]
+        assert ratio == pytest.approx(late[0] / max(late[1], 1 / 16))
+    text = "\n".join(trade_off_lines(results, "recall"))
+    assert "| 25% | 0.000 ± 0.000 |" in text
+    assert f"every seed: {ratios['the cache'][quarter][0]:.2f}, " in text
 
 
 def test_the_command_writes_all_of_it(small, tmp_path, monkeypatch):

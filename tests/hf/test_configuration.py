@@ -136,6 +136,13 @@ POLICIES = [
         },
     ),
     (
+        "memory",
+        {
+            "type": "unstored_memory",
+            "inner": complete("memory", {"type": "delta_memory", "conv_size": 3}),
+        },
+    ),
+    (
         "attention",
         {
             "type": "selected_attention",

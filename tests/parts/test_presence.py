@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import example, given
-from parts_cases import SIZES, Size, close, inputs, pack
+from parts_cases import SIZES, Size, close, convolved, inputs, pack
 from torch.nn import functional as F
 
 import hamblocks as hb
@@ -34,6 +34,8 @@ def test_without_memory_attention_sees_everything(size):
     q, k, v = (
         proj(x).unflatten(-1, (-1, 4)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
+    taps = layer.attention.conv.weight
+    k = torch.stack([convolved(row, taps) for row in k.flatten(2)]).view_as(k)
     q, k = layer.attention.q_norm(q), layer.attention.k_norm(k)
     q, k = (rotate(part, torch.arange(size.tokens)[None], 10_000.0) for part in (q, k))
     group = size.heads[0] // size.heads[1]
@@ -71,6 +73,7 @@ def test_an_absent_part_has_no_weights_and_no_cache():
         "v_proj.weight",
         "attention.q_norm.weight",
         "attention.k_norm.weight",
+        "attention.conv.weight",
         "combiner.attention_norm.weight",
         "combiner.gate_proj.weight",
         "combiner.gate_proj.bias",

@@ -27,7 +27,7 @@ KINDS = (gates, selectors, memories, controllers, attentions, combiners, layers,
 SOUND: dict[str, list[Any]] = {
     "gate": [gates.Gate(), gates.Router()],
     "selector": [selectors.TopK(), selectors.Threshold()],
-    "memory": [memories.Memory()],
+    "memory": [memories.Memory(), memories.Waits()],
     "controller": [controllers.Controller()],
     "attention": [attentions.Attention()],
     "combiner": [combiners.Combiner()],

@@ -132,6 +132,7 @@ def test_selectors(check: Any) -> None:
         hb.DeltaMemory(),
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
         hb.GatedDeltaMemory(2, projections="own", num_heads=6, head_dim=4, expand_v=0.5),
+        hb.UnstoredMemory(hb.GatedDeltaMemory(2)),
     ],
     attentions=[
         hb.SelectedAttention(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hamblocks.protocols import MemoryTrace
+from hamblocks.protocols import MemoryTrace, ReadsUnstored
 from hamblocks.state import leaves, tree_map
 from hamblocks.testing.budget import assert_same
 from hamblocks.testing.check import Check, Options
@@ -25,7 +25,8 @@ def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
     """Called as a layer calls it, the memory returns (read, MemoryTrace, state)."""
     subject = MemorySubject(part, case)
     expected = "expected a tuple (read, MemoryTrace, state)"
-    output = subject.part(**subject.inputs, state=None, cu_seqlens=None, metric=None)
+    inputs = {name: x for name, x in subject.inputs.items() if name != "stored"}
+    output = subject.part(**inputs, state=None, cu_seqlens=None, metric=None)
     assert isinstance(output, tuple), f"output: {expected}, got {describe(output)}"
     assert len(output) == 3, f"output: {expected}, got {len(output)} values"
     assert isinstance(output[1], MemoryTrace), (
@@ -156,6 +157,30 @@ def _packed_states_are_one_by_one(part: Any, case: PartInputs, _options: Options
             assert_same(got, alone(), alone)
 
 
+def _reads_what_is_not_stored(part: Any, case: PartInputs, _options: Options) -> None:
+    """`read_unstored` reads 0 where all is stored, and what the call reads where nothing is."""
+    subject = MemorySubject(part, case)
+    inputs = dict(subject.inputs)
+    stored = inputs.pop("stored")
+
+    @torch.no_grad()
+    def read(stored: torch.Tensor) -> Results:
+        return {"read": subject.run(inputs | {"stored": stored})[0]["read"]}
+
+    @torch.no_grad()
+    def called() -> Results:
+        return {"read": subject.run(inputs)[0]["read"]}
+
+    everything = read(torch.ones_like(stored))["read"]
+    assert not bool(everything.any()), "read: not 0, with every token stored since the first"
+    with prefixed("with nothing stored the read differs from that of the call"):
+        assert_same(read(torch.zeros_like(stored)), called(), called)
+
+
+def _does_not_wait(part: Any, _options: Options) -> str | None:
+    return None if isinstance(part, ReadsUnstored) else "it has no read_unstored"
+
+
 CHECKS = [
     *common(MemorySubject),
     Check("check_memory_can_be_called", "memory", _can_be_called, edges=edges_of({})),
@@ -196,5 +221,14 @@ CHECKS = [
         _packed_states_are_one_by_one,
         cases_of(packed_part_inputs),
         PACKED,
+    ),
+    Check(
+        "check_memory_reads_what_is_not_stored",
+        "memory",
+        _reads_what_is_not_stored,
+        cases_of(part_inputs),
+        EDGES,
+        share=2,
+        applies=_does_not_wait,
     ),
 ]

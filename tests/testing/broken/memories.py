@@ -262,3 +262,62 @@ class DecaysByPosition(Memory):
     def rule(self, q, k, v, *, beta, **call):
         gone = -0.1 * torch.arange(q.shape[1], dtype=beta.dtype)[None, :, None].expand_as(beta)
         return super().rule(q, k, v, beta=beta, g=gone, **call)
+
+
+class Waits(Memory):
+    """A memory that is right and waits for the selector: two states, of all tokens and of the rest."""
+
+    def forward(self, x, q, k, v, *, state=None, **call):
+        read, trace, after = super().forward(
+            x, q, k, v, state=None if state is None else state[0], **call
+        )
+        rest = torch.zeros_like(after) if state is None else state[1]
+        return read, trace._replace(q=q), (after, rest)
+
+    def written(self, stored):
+        return ~stored
+
+    def read_unstored(self, trace, stored, *, state, cu_seqlens=None):
+        result = ops.gated_delta_rule(
+            trace.q,
+            trace.k,
+            trace.v,
+            beta=trace.beta * self.written(stored),
+            initial_state=state[1],
+            cu_seqlens=cu_seqlens,
+            output_residual=False,
+        )
+        return result.out, (state[0], result.final_state)
+
+
+@rejected_by("memory_reads_what_is_not_stored")
+class WritesWhatIsStored(Waits):
+    """Reads from all tokens, whatever is stored."""
+
+    def written(self, stored):
+        return torch.ones_like(stored)
+
+
+@rejected_by("memory_reads_what_is_not_stored")
+class WritesHalf(Waits):
+    """What is not stored is written with half of its strength."""
+
+    def written(self, stored):
+        return 0.5 * ~stored
+
+
+@rejected_by("memory_is_causal")
+class DecidesAtTheEnd(Waits):
+    """A head whose last token is stored takes all tokens for stored."""
+
+    def written(self, stored):
+        return ~stored & ~stored[:, -1:]
+
+
+@rejected_by("memory_any_split_is_one_pass")
+class ForgetsTheRest(Waits):
+    """Hands on the state of all tokens only."""
+
+    def read_unstored(self, trace, stored, *, state, cu_seqlens=None):
+        read, after = super().read_unstored(trace, stored, state=state, cu_seqlens=cu_seqlens)
+        return read, (after[0], torch.zeros_like(after[1]))
