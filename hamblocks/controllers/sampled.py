@@ -149,6 +149,7 @@ class SampledThreshold(HasTau):
         if not self.training:
             return
         self._unstepped = None
+        self._keep_float32()
         self._move_scratch(self.sampled.device)
         counts = torch.stack([self.admitted, self.seen, self.asked])
         counts, scores = over_ranks(counts, self.batch_sample, self.seen)
