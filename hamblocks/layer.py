@@ -475,6 +475,8 @@ class HAMLayer(CallsParts):
         cu_seqlens: Tensor | None,
         given_score: Tensor | None,
     ) -> None:
+        if torch.jit.is_tracing():  # it would record how many tokens this x stores
+            raise wrong("x", "a call by torch.compile or torch.export", "one by torch.jit.trace")
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
         check_floating("x", x)
         weight = next(self.parameters(), None)

@@ -437,8 +437,9 @@ class KVCache:
             return KVCache(**state)
         return KVCache._of(loaded(state, device))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return KVCache.load(self.state_dict())
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle and copy take the stored tokens: a pool has a lock, and may be shared by forks
+        return KVCache.load, (self.state_dict(),)
 
     def __repr__(self) -> str:
         sizes = self.sizes

@@ -158,6 +158,7 @@ class SampledThreshold(HasTau):
         if not self.seen.is_meta:
             self._check_in_memory()
         self._unstepped = None
+        self._keep_float32()
         self._move_scratch(self.sampled.device)
         counts = torch.stack([self.admitted, self.seen, self.asked])
         counts, keys = over_ranks(counts, self.batch_sample)

@@ -53,7 +53,7 @@ class HasTau(nn.Module):
 
     def _held(self) -> Tensor:
         """The threshold that the buffers hold."""
-        return self.tau_sum / self.tau_weight
+        return self.tau_sum.float() / self.tau_weight.float()
 
     def _place(self, tau: Tensor) -> None:
         """Sets tau, float32 `[]`."""
@@ -91,6 +91,17 @@ class HasTau(nn.Module):
             if moved.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device))
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # with assign=True, torch takes buffers over in the dtype of the state dict
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_float32()
+
+    def _keep_float32(self) -> None:
+        """Makes float32 again what others have cast, as FSDP does by `buffer_dtype`."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
 
     def extra_repr(self) -> str:
         """The threshold, where reading it does not wait for a device."""

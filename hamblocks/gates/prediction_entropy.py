@@ -7,10 +7,29 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hamblocks.protocols import Built, GateOutput, LayerDims, MemoryTrace, check_count
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.precision import wide
+
+
+class UntrainedHead(nn.Module):
+    """A linear map of the hidden state to logits, whose weight is not trained through it.
+
+    It is no `nn.Linear`: tools that adapt, merge or quantise every `nn.Linear` of a model would
+    change the model's own head through the weight that both share.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        weight = torch.empty(vocab_size, hidden_size)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as an nn.Linear
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x `[..., hidden_size]` to logits `[..., vocab_size]`."""
+        return functional.linear(x, self.weight)
 
 
 @final
@@ -51,8 +70,7 @@ class PredictionEntropy(Built):
 
     def make(self, dims: LayerDims) -> None:
         """Makes the head, which is not trained until it is tied."""
-        self.head = nn.Linear(dims.hidden_size, self.vocab_size, bias=False)
-        self.head.weight.requires_grad_(False)
+        self.head = UntrainedHead(dims.hidden_size, self.vocab_size)
 
     def tie(self, weight: Tensor) -> None:
         """Makes a parameter the weight of the head, as `gate.head.weight = weight` does.

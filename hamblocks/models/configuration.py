@@ -230,6 +230,12 @@ class HAMConfig(PreTrainedConfig):
         read = [policies[layer] for layer, _ in self._read_selectors(selectors)]
         self.selector = read[0] if all(policy == read[0] for policy in read) else policies
 
+    def follow_vocabulary(self) -> None:
+        """Sets the vocabulary of the gates that predict tokens to `vocab_size`."""
+        self.gate, self.query_gate = (
+            _with_vocabulary(policy, self.vocab_size) for policy in (self.gate, self.query_gate)
+        )
+
     def _read_selectors(self, selectors: list[Any]) -> list[tuple[int, Any]]:
         """Indices and selectors of the layers that were made from a policy of the selector."""
         kinds = [] if self.own_layers else self.layer_types or []
@@ -322,6 +328,16 @@ class HAMConfig(PreTrainedConfig):
         layers = self.num_hidden_layers
         if len(values) != layers:
             raise wrong(name, f"one {what}, or num_hidden_layers = {layers}", f"{len(values)}")
+
+
+def _with_vocabulary(policy: Any, size: int) -> Any:
+    """A policy or a list of them with another vocabulary for every `PredictionEntropy` in it."""
+    if isinstance(policy, list):
+        return [_with_vocabulary(one, size) for one in policy]
+    if not isinstance(policy, dict):
+        return policy
+    changed = {name: _with_vocabulary(value, size) for name, value in policy.items()}
+    return {**changed, "vocab_size": size} if policy["type"] == "prediction_entropy" else changed
 
 
 def _of_layer(value: Any, layer: int) -> Any:

@@ -27,9 +27,10 @@ from hamblocks.block import HAMBlock
 from hamblocks.combiners import ConstantStart
 from hamblocks.controllers import FixedThreshold, SampledThreshold
 from hamblocks.convolution import ShortConvolution
+from hamblocks.gates.prediction_entropy import UntrainedHead
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.models.batches import BatchLayout, batch_layout, last_columns
+from hamblocks.models.batches import IGNORE, BatchLayout, batch_layout, last_columns
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
@@ -138,6 +139,21 @@ class HAMPreTrainedModel(FollowsModel):
         """The name of the weight that predicts tokens; None: the model has none."""
         raise NotImplementedError
 
+    def _tie_gates(self) -> None:
+        """Ties the heads of gates to a weight that was replaced, perhaps by one of another size."""
+        source = self._output_weight()
+        for gate in {} if source is None else entropy_gates(self).values():
+            weight = self.get_parameter(str(source))
+            gate.vocab_size = weight.shape[0]
+            gate.tie(weight)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the gates that predict tokens follow, in the configuration too."""
+        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        self._tie_gates()
+        self.config.follow_vocabulary()
+        return resized
+
     def _tied_heads(self) -> dict[str, str]:
         """Names of the heads of gates, and of the weight that each is tied to."""
         source = self._output_weight()
@@ -167,7 +183,9 @@ class HAMPreTrainedModel(FollowsModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        if isinstance(module, ShortConvolution):
+        if isinstance(module, UntrainedHead):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.fresh())
         elif isinstance(module, GatedDeltaMemory):
             for weight, initial in zip(
@@ -363,7 +381,8 @@ class HAMModel(HAMPreTrainedModel):
                 )
                 use_cache = False
             if cache is not None:
-                raise wrong("past_key_values", "None under gradient checkpointing", "a cache")
+                expected = "None under gradient checkpointing (generate in eval mode)"
+                raise wrong("past_key_values", expected, "a cache")
         if packed and (use_cache or cache is not None):
             raise wrong("use_cache", "False for a packed batch", "True")
         return use_cache
@@ -398,7 +417,9 @@ class HAMModel(HAMPreTrainedModel):
         check_tensor("input_ids", input_ids, "[B, T]", [None, None])
         assert input_ids is not None
         check_integer("input_ids", input_ids)
-        check_range("input_ids", input_ids, 0, self.embed_tokens.num_embeddings - 1)
+        # the module may be a wrapper of another library, which has no such attribute
+        tokens = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        check_range("input_ids", input_ids, 0, tokens - 1)
         x: Tensor = self.embed_tokens(input_ids)
         return x
 
@@ -427,6 +448,11 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         """Lists subclasses as models that predict the next token, those of FSDP2 too."""
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
         list_as_causal_lm(cls)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in transformers; the heads of gates are tied to the new head."""
+        super().set_output_embeddings(new_embeddings)  # type: ignore[no-untyped-call]
+        self._tie_gates()
 
     def _output_weight(self) -> str | None:
         return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -503,12 +529,16 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                     past=past,
                     seen=seen,
                 )
+                targets = layout.targets(labels).contiguous().long()
+                count = kwargs.get("num_items_in_batch")
+                if count is None:  # a mean over no label would be NaN
+                    count = (targets != IGNORE).sum().clamp(min=1)
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
                     vocab_size=self.config.vocab_size,
-                    shift_labels=layout.targets(labels).contiguous(),
-                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                    shift_labels=targets,
+                    num_items_in_batch=count,
                 )
         return HAMCausalLMOutput(
             loss=loss,

@@ -100,7 +100,7 @@ class Check:
     @property
     def purpose(self) -> str:
         """The law in one sentence."""
-        return (self.body.__doc__ or "").strip().splitlines()[0]
+        return (self.body.__doc__ or "").strip().partition("\n")[0]
 
     def __call__(
         self,
@@ -131,8 +131,13 @@ class Check:
         Raises:
             CheckFailed: the law does not hold.
             NotApplicableError: the check does not apply to this part. It is a ValueError.
+            RuntimeError: Python runs with -O, which removes the `assert` statements of a check.
         """
         __tracebackhide__ = True
+        if not __debug__:
+            raise RuntimeError(
+                f"{self.name}: expected Python without -O, which removes its asserts"
+            )
         options = options or Options()
         reason = self.why_not(part, options)
         if reason is not None:

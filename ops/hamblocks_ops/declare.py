@@ -4,7 +4,7 @@ An op is a function with its real signature and docstring, decorated with `op` o
 choice of implementations, with `op_with_choice`:
 
     @op_with_choice(
-        Implementation("triton", _run_triton, refuses=_refused_by_triton, passed_over=interpreted),
+        Implementation("triton", _run_triton, refuses=_refused, passed_over=interpreted, opaque=True),
         Implementation("reference", reference.run),
         finish=lambda _call, score: score,
         hints=Hints(differentiable=True),
@@ -33,7 +33,13 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 
 from hamblocks_ops.context import CHECKED, CHOICES, Choice
-from hamblocks_ops.dispatch import Explanation, Implementation, explain_table, pick
+from hamblocks_ops.dispatch import (
+    Explanation,
+    Implementation,
+    UnsupportedError,
+    explain_table,
+    pick,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -220,6 +226,23 @@ class OpWithChoice(Op[P, R], Generic[P, R, Call]):
     def implementations(self) -> tuple[str, ...]:
         """Names that `impl` takes, in the order in which "auto" tries them."""
         return tuple(row.name for row in self.table)
+
+
+def without_second_derivative(name: str, backward: Any) -> None:
+    """Registers the gradient of a backward operator: an error that names what has one.
+
+    Args:
+        name: op and implementation, for the message.
+        backward: the operator of the backward pass.
+    """
+
+    def refuse(*_: object) -> None:
+        raise UnsupportedError(
+            f"{name} has no second derivatives; impl='reference' has all (the parts of a layer "
+            "take it as an argument)"
+        )
+
+    backward.register_autograd(refuse)
 
 
 def op(hints: Hints) -> Callable[[Callable[P, R]], Op[P, R]]:

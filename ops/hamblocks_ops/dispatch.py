@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hamblocks_ops.arguments import wrong
 
@@ -46,12 +47,16 @@ class Implementation(Generic[Call, Raw]):
         refuses: why the implementation cannot run a call, or None when it can.
         passed_over: why "auto" does not take the implementation, though it can run the call, or
             None.
+        opaque: whether it is an operator that torch differentiates by its registered formula alone.
+            Such an operator refuses every call under a transform of `torch.func` or forward-mode
+            differentiation: torch would stop, or lose the derivative without an error.
     """
 
     name: str
     run: Callable[[Call], Raw]
     refuses: Callable[[Call], str | None] = always
     passed_over: Callable[[Call], str | None] = always
+    opaque: bool = False
 
 
 WHEN_NAMED = "yes, when named: "
@@ -76,13 +81,27 @@ class Explanation(dict[str, str]):
 
 def explain_table(table: Sequence[Implementation[Call, Any]], call: Call) -> Explanation:
     """Asks every implementation of a table about one call."""
-    return Explanation({row.name: row.refuses(call) or _answer_of(row, call) for row in table})
+    return Explanation({row.name: _refusal(row, call) or _answer_of(row, call) for row in table})
 
 
 def _answer_of(row: Implementation[Call, Any], call: Call) -> str:
     """The answer of an implementation that can run the call."""
     reason = row.passed_over(call)
     return "yes" if reason is None else WHEN_NAMED + reason
+
+
+def _refusal(row: Implementation[Call, Any], call: Call) -> str | None:
+    """Why an implementation cannot run a call, or None when it can."""
+    if row.opaque and transformed():
+        return "transforms of torch.func and forward-mode derivatives need plain torch"
+    return row.refuses(call)
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or a level of forward-mode derivatives is active."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def pick(
@@ -97,7 +116,7 @@ def pick(
     reasons = []
     for row in table:
         if impl in ("auto", row.name):
-            reason = row.refuses(call)
+            reason = _refusal(row, call)
             if reason is None and impl == "auto":
                 reason = row.passed_over(call)
             if reason is None:

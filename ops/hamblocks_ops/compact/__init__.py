@@ -33,7 +33,7 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @op_with_choice(
-    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
+    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted, opaque=True),
     Implementation("scatter", scatter.run),
     finish=lambda _call, lists: lists,
     hints=Hints(

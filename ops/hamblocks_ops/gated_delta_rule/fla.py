@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw
 from hamblocks_ops.gated_delta_rule.refused import recurs
@@ -282,6 +283,7 @@ def _autograd_backward(
     return *grads, dg.masked_fill(g < MIN_G, 0), dh0, None, None, None, None
 
 
+without_second_derivative("gated_delta_rule, impl='fla',", chunks_backward)
 chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 

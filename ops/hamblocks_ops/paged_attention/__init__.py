@@ -56,7 +56,7 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
 
 
 @op_with_choice(
-    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
+    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted, opaque=True),
     Implementation("pages", pages.run),
     Implementation("reference", reference.run),
     finish=lambda call, result: rounded(call.q, result),

@@ -59,10 +59,10 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @op_with_choice(
-    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
-    Implementation("gather", _run_gather),
-    Implementation("flash", flash.run, flash.refused, passed_over=_waits),
-    Implementation("flex", flex.run, flex.refused, passed_over=_is_the_baseline),
+    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted, opaque=True),
+    Implementation("gather", _run_gather, opaque=True),
+    Implementation("flash", flash.run, flash.refused, passed_over=_waits, opaque=True),
+    Implementation("flex", flex.run, flex.refused, passed_over=_is_the_baseline, opaque=True),
     Implementation("reference", reference.run),
     finish=lambda call, result: rounded(call.q, result),
     hints=Hints(

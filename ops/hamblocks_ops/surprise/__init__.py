@@ -29,7 +29,7 @@ def _run_triton(call: SurpriseCall) -> Tensor:
 
 
 @op_with_choice(
-    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted),
+    Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted, opaque=True),
     Implementation("reference", reference.run),
     finish=lambda _call, score: score,
     hints=Hints(

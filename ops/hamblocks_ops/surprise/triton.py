@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.surprise.call import SurpriseCall
 from hamblocks_ops.tiles.rows import launch, surprise_grad, surprise_of
@@ -111,6 +112,7 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *score_backward(grad, *ctx.saved_tensors, ctx.metric), None
 
 
+without_second_derivative("surprise, impl='triton',", score_backward)
 score.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.selected_attention.call import AttentionCall, empty_grads
 from hamblocks_ops.selected_attention.gather.backward import backward
 from hamblocks_ops.selected_attention.gather.forward import empty, forward
@@ -121,4 +122,5 @@ def _autograd_backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | N
     return dq, dk, dv, None, dbias if dbias.numel() else None, None, None, None, None
 
 
+without_second_derivative("selected_attention, impl='gather',", gather_backward)
 gather.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.selected_attention import lists
 from hamblocks_ops.selected_attention.call import AttentionCall, empty_grads, learns
@@ -165,6 +166,7 @@ def _autograd_backward(
     return dq, dk, dv, None, dbias if dbias.numel() else None, None, None, None, None, None
 
 
+without_second_derivative("selected_attention, impl='triton',", attend_backward)
 attend.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
