@@ -84,6 +84,9 @@ class MemoryTrace(NamedTuple):
         metric: the metric of `score`, or None without a score.
         given: `[B, T, heads]` or `[B, T, 1]`, the score that the caller of the layer handed in, or
             None.
+        stored_k: `[B, T, Hkv, D]`, the keys as attention stores them: after norms, rotary positions
+            and whatever else `prepare` does. None in a trace that comes from a memory alone.
+        stored_v: `[B, T, Hkv, D]`, the values as attention stores them, or None.
     """
 
     k: Tensor
@@ -94,6 +97,8 @@ class MemoryTrace(NamedTuple):
     position: Tensor
     metric: str | None = None
     given: Tensor | None = None
+    stored_k: Tensor | None = None
+    stored_v: Tensor | None = None
 
     def surprise(self, metric: str) -> Tensor:
         """The prediction error under any metric, detached.

@@ -18,6 +18,7 @@ from hamblocks.decoder import Decoder, DecoderOutput
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
+    KeyNorm,
     LearnedRouter,
     PeriodicGate,
     PredictionEntropy,
@@ -25,6 +26,7 @@ from hamblocks.gates import (
     RandomGate,
     RecallError,
     SharedGate,
+    ValueNorm,
     WeightedSum,
 )
 from hamblocks.keys import DenseKeys, Keys
@@ -81,6 +83,7 @@ __all__ = [
     "HAMLayer",
     "HAMState",
     "KVCache",
+    "KeyNorm",
     "Keys",
     "LayerDims",
     "LayerExplanation",
@@ -107,6 +110,7 @@ __all__ = [
     "Threshold",
     "ThresholdQueries",
     "TopK",
+    "ValueNorm",
     "WeightedSum",
     "Window",
     "cache_transaction",

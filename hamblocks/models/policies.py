@@ -34,6 +34,7 @@ from hamblocks.controllers.adapters import without_adapter
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
+    KeyNorm,
     LearnedRouter,
     PeriodicGate,
     PredictionEntropy,
@@ -41,6 +42,7 @@ from hamblocks.gates import (
     RandomGate,
     RecallError,
     SharedGate,
+    ValueNorm,
     WeightedSum,
 )
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
@@ -77,6 +79,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     "gate": (
         CommittedWrite,
         GivenScore,
+        KeyNorm,
         LearnedRouter,
         PeriodicGate,
         PredictionEntropy,
@@ -84,6 +87,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         RandomGate,
         RecallError,
         SharedGate,
+        ValueNorm,
         WeightedSum,
     ),
     "selector": (

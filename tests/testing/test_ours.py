@@ -37,6 +37,8 @@ def test_ops(check: Any) -> None:
         hb.RecallError(),
         hb.PredictionEntropy(7),
         hb.GivenScore(),
+        hb.KeyNorm(),
+        hb.ValueNorm(),
         hb.RandomGate(1),
         hb.RandomGate(1, per="position", heads="own"),
         hb.PeriodicGate(3, 1),
