@@ -92,6 +92,7 @@ def test_small_parts(check: Any) -> None:
         hb.Window(3),
         hb.Window(0),
         hb.FirstTokens(2),
+        hb.HeadThresholds([0.25]) | hb.Window(3),
         hb.TopK(3),
         hb.TopK(0),
         hb.Threshold(0.25) | hb.Window(3),
