@@ -17,24 +17,26 @@ KEY_VALUE = "key and value"
 LEAST = 256
 """The loss counts tokens from here on: before, a window sees most of the text."""
 
-NAMES = (
-    "Lisbon Oslo Cairo Lima Hanoi Delhi Rome Paris Berlin Madrid Dublin Vienna Prague Warsaw "
-    "Athens London Moscow Tokyo Havana Boston Denver Dallas Austin Seattle"
-).split()
+NAMES = tuple(
+    "Lisbon Oslo Cairo Lima Hanoi Delhi Rome Paris Berlin Madrid Dublin Vienna Prague Warsaw "  # noqa: SIM905
+    "Athens London Moscow Tokyo Havana Boston Denver Dallas Austin Seattle".split()
+)
 """Keys of lines; those that the tokenizer gives the most frequent length are used."""
 
 
 class Question(NamedTuple):
-    """One question about every document of a batch.
+    """One question about some documents of a batch.
 
     Attributes:
         kind: `PASSKEY` or `KEY_VALUE`.
-        tokens: int64 `[N, Q]`, the question, up to the answer.
-        answers: int64 `[N, A]`.
+        rows: int64 `[n]`, the documents.
+        tokens: int64 `[n, Q]`, the question, up to the answer.
+        answers: int64 `[n, A]`.
         depths: for each document, where the line stands: tokens before it over all tokens.
     """
 
     kind: str
+    rows: Tensor
     tokens: Tensor
     answers: Tensor
     depths: list[float]
@@ -47,7 +49,7 @@ class Documents(NamedTuple):
         tokens: int64 `[N, T]`.
         counts: bool `[N, T - 1]`, whether the loss counts the prediction of token t + 1: text, and
             not a line that was put into it.
-        questions: about every document.
+        questions: each about the documents that hold such a line.
     """
 
     tokens: Tensor
@@ -69,12 +71,12 @@ def documents_of(
     seed: int,
     count: int,
     length: int,
-    lines: int = 3,
+    lines: int = 2,
 ) -> Documents:
-    """Draws documents: half of them from topics and half from source files.
+    """Draws documents from topics and from source files.
 
-    Each has one passkey and some lines with a key and a value, at depths that are spread over the
-    document and differ from one document to the next.
+    The first and every second one after it hold a passkey, the others lines with a key and a value.
+    The lines stand at depths that are spread over the document.
 
     Args:
         tokenizer: of transformers.
@@ -82,37 +84,43 @@ def documents_of(
         seed: of the places, names and numbers.
         count: documents, N.
         length: tokens of a document, T.
-        lines: lines with a key and a value in each.
+        lines: lines with a key and a value in a document; 0: no passkey either.
 
     Raises:
         ValueError: `length` leaves no room for text, or the texts are shorter than a document.
     """
     draw = random.Random(seed)
     sources = [
-        tokenizer("\n\n".join(t.text for t in texts if t.name.startswith(start))).input_ids
+        _ids(tokenizer, "\n\n".join(t.text for t in texts if t.name.startswith(start)))
         for start in ("topics/", "lib/")
     ]
     sources = [source for source in sources if len(source) > length]
     if not sources:
         raise wrong("length", "documents shorter than the text they are drawn from", length)
     names = _of_one_length(tokenizer, NAMES)
-    rows, masks, placed = [], [], []
+    rows, masks = [], []
+    asked: dict[str, list[list[tuple[int, _Line, float]]]] = {PASSKEY: [], KEY_VALUE: []}
     for n in range(count):
-        source = sources[n % len(sources)]
-        drawn = draw.sample(names, lines)
-        inserted = [_passkey(tokenizer, draw)] if lines else []
-        inserted += [_key_value(tokenizer, name, draw) for name in drawn]
-        # the passkey goes through all depths from one document to the next
-        order = inserted[1:]
-        if inserted:
-            order.insert(n % len(inserted), inserted[0])
-        row, mask, depths = _with_lines(tokenizer, source, order, length, draw)
+        if not lines:
+            inserted = []
+        elif n % 2 == 0:
+            inserted = [_passkey(tokenizer, draw)]
+        else:
+            inserted = [_key_value(tokenizer, name, draw) for name in draw.sample(names, lines)]
+        source = sources[n // 2 % len(sources)]
+        row, mask, depths = _with_lines(tokenizer, source, inserted, length, draw)
         rows.append(row)
         masks.append(mask)
-        placed.append([(line, depths[order.index(line)]) for line in inserted])
+        if inserted:
+            placed = [(n, line, depth) for line, depth in zip(inserted, depths, strict=True)]
+            asked[inserted[0].kind].append(placed)
     counts = torch.tensor(masks)[:, 1:].clone()
     counts[:, : min(LEAST, length // 2)] = False
-    questions = [_question(tokenizer, asked) for asked in zip(*placed, strict=True)]
+    questions = [
+        _question(tokenizer, kind, column)
+        for kind, of_documents in asked.items()
+        for column in zip(*of_documents, strict=True)
+    ]
     return Documents(torch.tensor(rows), counts, questions)
 
 
@@ -120,9 +128,7 @@ def plain_text(
     tokenizer: Any, texts: Sequence[Text], *, seed: int, count: int, length: int
 ) -> Tensor:
     """Pieces of text without lines, int64 `[N, T]`, to calibrate thresholds on."""
-    return documents_of(
-        tokenizer, texts, seed=seed, count=count, length=length, lines=0
-    ).tokens
+    return documents_of(tokenizer, texts, seed=seed, count=count, length=length, lines=0).tokens
 
 
 def _passkey(tokenizer: Any, draw: random.Random) -> _Line:
@@ -133,9 +139,9 @@ def _passkey(tokenizer: Any, draw: random.Random) -> _Line:
 
 def _key_value(tokenizer: Any, name: str, draw: random.Random) -> _Line:
     value = _number(tokenizer, draw, 1000, 9999)
-    return _Line(
-        KEY_VALUE, f"\nThe code of {name} is {value}.\n", f"\nThe code of {name} is", f" {value}"
-    )
+    line = f"\nThe code of {name} is {value}. Remember it. {value} is the code of {name}.\n"
+    question = f"\nWhat is the code of {name}? The code of {name} is"
+    return _Line(KEY_VALUE, line, question, f" {value}")
 
 
 def _number(tokenizer: Any, draw: random.Random, low: int, high: int) -> int:
@@ -150,7 +156,7 @@ def _number(tokenizer: Any, draw: random.Random, low: int, high: int) -> int:
 
 
 def _of_one_length(tokenizer: Any, names: Sequence[str]) -> list[str]:
-    lengths = [len(_ids(tokenizer, f"\nThe code of {name} is")) for name in names]
+    lengths = [len(_ids(tokenizer, f" {name}")) for name in names]
     usual = max(set(lengths), key=lengths.count)
     return [name for name, length in zip(names, lengths, strict=True) if length == usual]
 
@@ -181,10 +187,11 @@ def _with_lines(
     return row, mask + [True] * (length - len(mask)), depths
 
 
-def _question(tokenizer: Any, asked: Sequence[tuple[_Line, float]]) -> Question:
-    tokens = torch.tensor([_ids(tokenizer, line.question) for line, _ in asked])
-    answers = torch.tensor([_ids(tokenizer, line.answer) for line, _ in asked])
-    return Question(asked[0][0].kind, tokens, answers, [depth for _, depth in asked])
+def _question(tokenizer: Any, kind: str, column: Sequence[tuple[int, _Line, float]]) -> Question:
+    rows = torch.tensor([n for n, _, _ in column])
+    tokens = torch.tensor([_ids(tokenizer, line.question) for _, line, _ in column])
+    answers = torch.tensor([_ids(tokenizer, line.answer) for _, line, _ in column])
+    return Question(kind, rows, tokens, answers, [depth for _, _, depth in column])
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

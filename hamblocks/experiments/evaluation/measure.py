@@ -97,7 +97,9 @@ def measure(subject: Subject, documents: Documents) -> Measured:
     seconds = time.perf_counter() - began
     loss, counts = torch.cat(losses, 1), documents.counts.to(tokens.device)
     each = (loss * counts).sum(1) / counts.sum(1)
-    answers = [answer for question in documents.questions for answer in _ask(subject, cache, question)]
+    answers = [
+        answer for question in documents.questions for answer in _ask(subject, cache, question)
+    ]
     in_use, allocated = bytes_of(cache)
     return Measured(
         nll=float((loss * counts).sum() / counts.sum()),
@@ -135,6 +137,7 @@ def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _ask(subject: Subject, cache: StateCache, question: Question) -> list[Answer]:
     fork, wanted = cache.fork(), question.answers
+    fork.batch_select_indices(question.rows)
     asked = torch.cat([question.tokens, wanted[:, :-1]], 1)
     logits = subject(asked, fork).logits[:, -wanted.shape[1] :].float()
     right = (logits.argmax(-1) == wanted).all(1).tolist()

@@ -112,7 +112,7 @@ class Plan:
         seeds: of documents and random gates.
         count: documents of each seed.
         length: tokens of a document.
-        lines: lines with a key and a value in each document.
+        lines: lines with a key and a value in every second document; the others hold a passkey.
         calibration: documents that thresholds are set on, of the same length.
         beta: write strength of the memory that scores tokens in a model without one.
         decay: its decay.
@@ -125,7 +125,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     count: int = 4
     length: int = 1024
-    lines: int = 3
+    lines: int = 2
     calibration: int = 2
     beta: float = 0.5
     decay: float = 0.0
@@ -168,7 +168,11 @@ class Plan:
             raise wrong("policies", "a list of policies", policies)
         known = Policy.__dataclass_fields__
         for policy in policies:
-            if not isinstance(policy, Mapping) or "name" not in policy or not set(policy) <= set(known):
+            if (
+                not isinstance(policy, Mapping)
+                or "name" not in policy
+                or not set(policy) <= set(known)
+            ):
                 raise wrong("policies", f"objects with {', '.join(known)}", policy)
         plain = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         return cls(**plain | {"policies": tuple(Policy(**policy) for policy in policies)})
@@ -295,7 +299,14 @@ QUICK = Plan(
         policy
         for policy in DEFAULT.policies
         if policy.name
-        in ("everything", "window and sinks", "random", "key norm", "prediction error, l2", "copying heads")
+        in (
+            "everything",
+            "window and sinks",
+            "random",
+            "key norm",
+            "prediction error, l2",
+            "copying heads",
+        )
     ),
     fractions=(0.15, 0.25),
     seeds=(0,),

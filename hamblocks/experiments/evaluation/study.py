@@ -211,8 +211,9 @@ def _calibrated(
 
 
 def _moved(documents: Documents, device: torch.device) -> Documents:
+    names = ("rows", "tokens", "answers")
     questions = [
-        one._replace(tokens=one.tokens.to(device), answers=one.answers.to(device))
+        one._replace(**{name: getattr(one, name).to(device) for name in names})
         for one in documents.questions
     ]
     return Documents(documents.tokens.to(device), documents.counts.to(device), questions)
@@ -224,7 +225,9 @@ def _resumed(path: Path, plan: Plan, now: dict[str, Any]) -> Results:
     results = Results.of(json.loads(path.read_text()))
     for name in ("model", "parameters", "dtype"):
         if results.about[name] != now[name]:
-            raise wrong("out", f"results of {now[name]} ({name})", f"{path} of {results.about[name]}")
+            raise wrong(
+                "out", f"results of {now[name]} ({name})", f"{path} of {results.about[name]}"
+            )
     old, new = results.plan.to_json(), plan.to_json()
     for name in new:
         if name not in FREE and old[name] != new[name]:
