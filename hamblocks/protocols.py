@@ -86,6 +86,9 @@ class MemoryTrace(NamedTuple):
             None.
         q: `[B, T, H, D]`, the queries as the memory read with them; None: it does not tell.
         g: `[B, T, H]`, the log decay; None: nothing decays, or the memory does not tell.
+        stored_k: `[B, T, Hkv, D]`, the keys as attention stores them: after norms, rotary positions
+            and whatever else `prepare` does. None in a trace that comes from a memory alone.
+        stored_v: `[B, T, Hkv, D]`, the values as attention stores them, or None.
     """
 
     k: Tensor
@@ -98,6 +101,8 @@ class MemoryTrace(NamedTuple):
     given: Tensor | None = None
     q: Tensor | None = None
     g: Tensor | None = None
+    stored_k: Tensor | None = None
+    stored_v: Tensor | None = None
 
     def surprise(self, metric: str) -> Tensor:
         """The prediction error under any metric, detached.

@@ -18,6 +18,7 @@ from hamblocks.decoder import Decoder, DecoderOutput
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
+    KeyNorm,
     LearnedRouter,
     PeriodicGate,
     PredictionEntropy,
@@ -25,6 +26,7 @@ from hamblocks.gates import (
     RandomGate,
     RecallError,
     SharedGate,
+    ValueNorm,
     WeightedSum,
 )
 from hamblocks.keys import DenseKeys, Keys
@@ -48,6 +50,7 @@ from hamblocks.selectors import (
     Cooldown,
     ErrorMass,
     FirstTokens,
+    HeadThresholds,
     PromptFraction,
     SublinearGrowth,
     Threshold,
@@ -81,7 +84,9 @@ __all__ = [
     "HAMBlock",
     "HAMLayer",
     "HAMState",
+    "HeadThresholds",
     "KVCache",
+    "KeyNorm",
     "Keys",
     "LayerDims",
     "LayerExplanation",
@@ -110,6 +115,7 @@ __all__ = [
     "ThresholdQueries",
     "TopK",
     "UnstoredMemory",
+    "ValueNorm",
     "WeightedSum",
     "Window",
     "cache_transaction",

@@ -16,7 +16,9 @@ def trace_of(seed, batch, tokens, heads=4, metric=None, begin=0):
     position = torch.arange(begin, begin + tokens).to(torch.int32).expand(batch, tokens)
     score = None if metric is None else surprise(residual, v, metric=metric)
     beta = k[..., 0].sigmoid()
-    return hb.MemoryTrace(k, v, beta, None if metric else residual, score, position, metric)
+    trace = hb.MemoryTrace(k, v, beta, None if metric else residual, score, position, metric)
+    stored_k, stored_v = torch.randn(2, batch, tokens, 2, 4, generator=generator)
+    return trace._replace(stored_k=stored_k, stored_v=stored_v)
 
 
 def score_of(gate, trace):

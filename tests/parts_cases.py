@@ -123,6 +123,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3) | hb.Window(2),
     },
     "recall": lambda: {"gate": hb.RecallError(), "selector": hb.Threshold(0.2) & hb.TopK(4)},
+    "key-norm": lambda: {"gate": hb.KeyNorm(), "selector": hb.Threshold(-2.0) | hb.TopK(2)},
+    "value-norm": lambda: {
+        "gate": hb.SharedGate(hb.ValueNorm()),
+        "selector": hb.Threshold(0.4) & hb.TopK(4),
+        "attention": hb.SelectedAttention(conv_size=2, conv_values=True, qk_norm=False),
+    },
     "entropy": lambda: {
         "gate": hb.PredictionEntropy(11),
         "selector": hb.Threshold(0.9) | hb.FirstTokens(1),

@@ -1,4 +1,4 @@
-"""What gates that read the memory's error need from a trace."""
+"""What gates need from a trace: the memory's error, or what attention stores."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ class Write(NamedTuple):
     k: Tensor
     beta: Tensor
     residual: Tensor
+
+
+class StoredToken(NamedTuple):
+    """What attention stores of a token. float32 or wider, without gradients.
+
+    Attributes:
+        k: `[B, T, Hkv, D]`.
+        v: `[B, T, Hkv, D]`.
+    """
+
+    k: Tensor
+    v: Tensor
 
 
 def check_memory(gate: object, trace: MemoryTrace) -> None:
@@ -53,3 +65,16 @@ def write_of(gate: object, trace: MemoryTrace) -> Write:
         raise wrong("trace", expected, "none")
     k, beta, residual = trace.k.detach(), beta.detach(), residual.detach()
     return Write(k.to(wide(k)), beta.to(wide(beta)), residual.to(wide(residual)))
+
+
+def stored_of(gate: object, trace: MemoryTrace) -> StoredToken:
+    """The keys and values that attention stores.
+
+    Raises:
+        ValueError: the trace has none.
+    """
+    k, v = trace.stored_k, trace.stored_v
+    if k is None or v is None:
+        raise wrong("trace", f"stored_k and stored_v for {gate!r} (a layer fills them)", "none")
+    k, v = k.detach(), v.detach()
+    return StoredToken(k.to(wide(k)), v.to(wide(v)))

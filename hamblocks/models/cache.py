@@ -7,12 +7,14 @@ letters are explained in docs/reference/shapes.md.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from typing_extensions import Self
 
 from hamblocks.cache import cache_transaction
 from hamblocks.models.batches import BatchLayout
@@ -39,17 +41,13 @@ SHAPING = (
 """Fields in which two configurations must agree for a cache to fit both models."""
 
 
-@final
-class HAMCache(Cache):
-    """The state of a model between two calls, changed in place by every call that is given it.
-
-    A call that raises leaves the cache unchanged.
+class StateCache(Cache):
+    """States of HAM layers as a cache of transformers. A call that raises leaves it unchanged.
 
     Attributes:
         states: one `HAMState` per layer; None before the first token.
         columns: number of columns of the batch seen so far, padding included. transformers calls
             it the sequence length.
-        config: configuration of the model that the cache belongs to; None before the first token.
         page_size: tokens in a page of a layer's cache.
         max_pages: limit to the pages of a layer's cache, or None.
         rollback: number of last columns that `crop` can always take back.
@@ -58,18 +56,11 @@ class HAMCache(Cache):
     """
 
     def __init__(
-        self,
-        config: HAMConfig | None = None,
-        *,
-        page_size: int = 32,
-        max_pages: int | None = None,
-        rollback: int = 0,
+        self, *, page_size: int = 32, max_pages: int | None = None, rollback: int = 0
     ) -> None:
         """Makes an empty cache, for any batch size.
 
         Args:
-            config: configuration of the model that will use the cache. None: the first model that
-                uses it decides.
             page_size: tokens in a page of a layer's cache.
             max_pages: limit to the pages of a layer's cache. A call that needs more pages raises a
                 ValueError. None: no limit.
@@ -81,53 +72,27 @@ class HAMCache(Cache):
             ValueError: `rollback` is not an integer of at least 0.
         """
         super().__init__(layers=[])
-        self.config, self.page_size, self.max_pages = config, page_size, max_pages
+        self.page_size, self.max_pages = page_size, max_pages
         self.rollback, self.is_recording = check_count("rollback", rollback), False
         self.states: list[HAMState] | None = None
         self.columns = 0
         # bool [N, C]: which of the last C columns, those that can be taken back, hold tokens
         self._recorded: Tensor | None = None
 
-    # called by the models
-
     @property
     def seen(self) -> Tensor | None:
         """Tokens seen of each sequence, without padding, int32 `[N]`; None before the first."""
         return None if self.states is None else self.states[0].position
 
-    def check(self, config: HAMConfig, batch: int) -> None:
-        """Checks that a model may continue this cache with a batch.
-
-        Args:
-            config: configuration of the model.
-            batch: number of batch rows.
-
-        Raises:
-            ValueError: the cache belongs to a model of another configuration, or its batch size is
-                not `batch`.
-        """
-        if self.config is not None and self.config is not config:
-            for name in SHAPING:
-                ours, theirs = getattr(config, name), getattr(self.config, name)
-                if ours != theirs:
-                    raise wrong(
-                        "past_key_values",
-                        f"a cache of a model with {name} = {ours}",
-                        f"one with {theirs}",
-                    )
-        if self.states is not None and self.batch_size != batch:
-            got = f"{batch} (see batch_repeat_interleave, batch_select_indices and reset)"
-            raise wrong("input_ids", f"{self.batch_size} sequences, as past_key_values", got)
-
     @contextlib.contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
         """Restores the cache if the body raises."""
-        before = self.config, self.states, self.columns, self._recorded
+        before = dict(vars(self))
         try:
             with cache_transaction():
                 yield
         except BaseException:
-            self.config, self.states, self.columns, self._recorded = before
+            vars(self).update(before)
             raise
 
     def with_room(self, states: list[HAMState], columns: int) -> list[HAMState]:
@@ -143,17 +108,6 @@ class HAMCache(Cache):
         if not size and states[0].ring is None:
             return states
         return [state.with_rollback(size) for state in states]
-
-    def advance(self, config: HAMConfig, states: list[HAMState], layout: BatchLayout) -> None:
-        """Stores the states after the columns of a batch with this layout."""
-        ring, recorded = states[0].ring, None
-        if ring is not None:
-            recorded = layout.tokens_of_columns(states[0].position.device)
-            if self._recorded is not None:
-                recorded = torch.cat([self._recorded, recorded], 1)
-            recorded = recorded[:, -ring.size :]
-        self._recorded = recorded
-        self.config, self.states, self.columns = config, states, self.columns + layout.tokens
 
     def stop_recording(self) -> None:
         """Ends a recording; `crop` can take back the last `rollback` columns again."""
@@ -178,7 +132,7 @@ class HAMCache(Cache):
         return 0 if self.states is None else len(self.states)
 
     def __repr__(self) -> str:
-        return f"HAMCache({max(self.batch_size, 0)} sequences, {self.columns} columns seen)"
+        return f"{type(self).__name__}({max(self.batch_size, 0)} sequences, {self.columns} columns seen)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the number of columns seen so far, tokens and padding, stored or not."""
@@ -241,16 +195,6 @@ class HAMCache(Cache):
     def is_dummy(self) -> list[bool]:
         """False, for every layer."""
         return [False] * len(self)
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not supported: the layers decide what is stored.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "past_key_values: expected a HAMModel to fill a HAMCache, got keys and values to store"
-        )
 
     def reset(self) -> None:
         """Empties the cache; the next batch may have any size."""
@@ -327,18 +271,12 @@ class HAMCache(Cache):
 
     # what the cache holds
 
-    def fork(self) -> HAMCache:
+    def fork(self) -> Self:
         """Returns a second cache that starts from the same state.
 
         The two share their pages; a page is copied when one of them changes it.
         """
-        fork = HAMCache(
-            self.config,
-            page_size=self.page_size,
-            max_pages=self.max_pages,
-            rollback=self.rollback,
-        )
-        fork.columns, fork._recorded = self.columns, self._recorded
+        fork = copy.copy(self)
         fork.states = None if self.states is None else [state.fork() for state in self.states]
         return fork
 
@@ -346,6 +284,89 @@ class HAMCache(Cache):
     def nbytes(self) -> int:
         """Bytes in use by all layers: memories, ledgers and stored tokens."""
         return sum(state.nbytes for state in self.states or [])
+
+    def _change(self, change: Callable[[HAMState], HAMState]) -> None:
+        """Changes the states of all layers; an error leaves all of them unchanged."""
+        if self.states is not None:
+            with cache_transaction():
+                self.states = [change(state) for state in self.states]
+
+
+@final
+class HAMCache(StateCache):
+    """The state of a model between two calls, changed in place by every call that is given it.
+
+    Attributes:
+        config: configuration of the model that the cache belongs to; None before the first token.
+    """
+
+    def __init__(
+        self,
+        config: HAMConfig | None = None,
+        *,
+        page_size: int = 32,
+        max_pages: int | None = None,
+        rollback: int = 0,
+    ) -> None:
+        """Makes an empty cache, for any batch size.
+
+        Args:
+            config: configuration of the model that will use the cache. None: the first model that
+                uses it decides.
+            page_size: as in `StateCache`.
+            max_pages: as in `StateCache`.
+            rollback: as in `StateCache`.
+
+        Raises:
+            ValueError: `rollback` is not an integer of at least 0.
+        """
+        super().__init__(page_size=page_size, max_pages=max_pages, rollback=rollback)
+        self.config = config
+
+    def check(self, config: HAMConfig, batch: int) -> None:
+        """Checks that a model may continue this cache with a batch.
+
+        Args:
+            config: configuration of the model.
+            batch: number of batch rows.
+
+        Raises:
+            ValueError: the cache belongs to a model of another configuration, or its batch size is
+                not `batch`.
+        """
+        if self.config is not None and self.config is not config:
+            for name in SHAPING:
+                ours, theirs = getattr(config, name), getattr(self.config, name)
+                if ours != theirs:
+                    raise wrong(
+                        "past_key_values",
+                        f"a cache of a model with {name} = {ours}",
+                        f"one with {theirs}",
+                    )
+        if self.states is not None and self.batch_size != batch:
+            got = f"{batch} (see batch_repeat_interleave, batch_select_indices and reset)"
+            raise wrong("input_ids", f"{self.batch_size} sequences, as past_key_values", got)
+
+    def advance(self, config: HAMConfig, states: list[HAMState], layout: BatchLayout) -> None:
+        """Stores the states after the columns of a batch with this layout."""
+        ring, recorded = states[0].ring, None
+        if ring is not None:
+            recorded = layout.tokens_of_columns(states[0].position.device)
+            if self._recorded is not None:
+                recorded = torch.cat([self._recorded, recorded], 1)
+            recorded = recorded[:, -ring.size :]
+        self._recorded = recorded
+        self.config, self.states, self.columns = config, states, self.columns + layout.tokens
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not supported: the layers decide what is stored.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "past_key_values: expected a HAMModel to fill a HAMCache, got keys and values to store"
+        )
 
     @property
     def tokens(self) -> list[Tensor]:
@@ -357,12 +378,6 @@ class HAMCache(Cache):
             return state.cache.tokens
         heads = 0 if self.config is None else self.config.num_key_value_heads or 0
         return state.position.new_zeros(len(state.position), heads, dtype=torch.int64)
-
-    def _change(self, change: Callable[[HAMState], HAMState]) -> None:
-        """Changes the states of all layers; an error leaves all of them unchanged."""
-        if self.states is not None:
-            with cache_transaction():
-                self.states = [change(state) for state in self.states]
 
 
 def checked_cache(cache: Any, config: HAMConfig, batch: int) -> HAMCache | None:

@@ -35,6 +35,7 @@ from hamblocks.controllers.adapters import without_adapter
 from hamblocks.gates import (
     CommittedWrite,
     GivenScore,
+    KeyNorm,
     LearnedRouter,
     PeriodicGate,
     PredictionEntropy,
@@ -42,6 +43,7 @@ from hamblocks.gates import (
     RandomGate,
     RecallError,
     SharedGate,
+    ValueNorm,
     WeightedSum,
 )
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
@@ -63,6 +65,7 @@ from hamblocks.selectors import (
     Cooldown,
     ErrorMass,
     FirstTokens,
+    HeadThresholds,
     PromptFraction,
     SublinearGrowth,
     Threshold,
@@ -79,6 +82,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     "gate": (
         CommittedWrite,
         GivenScore,
+        KeyNorm,
         LearnedRouter,
         PeriodicGate,
         PredictionEntropy,
@@ -86,6 +90,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         RandomGate,
         RecallError,
         SharedGate,
+        ValueNorm,
         WeightedSum,
     ),
     "selector": (
@@ -95,6 +100,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         Cooldown,
         ErrorMass,
         FirstTokens,
+        HeadThresholds,
         PromptFraction,
         SublinearGrowth,
         Threshold,

@@ -11,6 +11,7 @@ from hamblocks.selectors.combined import AllOf, AnyOf, Combined, Composable
 from hamblocks.selectors.cooldown import Cooldown
 from hamblocks.selectors.error_mass import ErrorMass
 from hamblocks.selectors.first_tokens import FirstTokens
+from hamblocks.selectors.head_thresholds import HeadThresholds
 from hamblocks.selectors.prompt_fraction import PromptFraction
 from hamblocks.selectors.questions import ignores_score, is_causal, revises, start
 from hamblocks.selectors.sublinear_growth import SublinearGrowth
@@ -28,6 +29,7 @@ __all__ = [
     "Cooldown",
     "ErrorMass",
     "FirstTokens",
+    "HeadThresholds",
     "PromptFraction",
     "SublinearGrowth",
     "Threshold",

@@ -123,7 +123,7 @@ class GateSubject(Subject):
 
     def drawn(self, case: PartInputs) -> dict[str, Tensor]:
         """x, and the fields of a trace that are tensors."""
-        draw, (hidden, heads, _, dim) = Draw(case.seed), case.dims[:4]
+        draw, (hidden, heads, kv_heads, dim) = Draw(case.seed), case.dims[:4]
         wider = wide(torch.empty(0, dtype=case.dtype))
         result = {
             "x": case.numbers(draw, hidden),
@@ -138,7 +138,9 @@ class GateSubject(Subject):
             result["residual"] = residual
         else:
             result["score"] = surprise(residual, result["v"], metric=metric)
-        return result | {"given": case.numbers(draw, heads, dtype=wider)}
+        result["given"] = case.numbers(draw, heads, dtype=wider)
+        stored = {name: case.numbers(draw, kv_heads, dim) for name in ("stored_k", "stored_v")}
+        return result | stored
 
     def trace(self, inputs: Mapping[str, Tensor]) -> MemoryTrace:
         """The trace that a layer passes to the gate, with all that a gate may ask for."""

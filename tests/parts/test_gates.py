@@ -363,6 +363,40 @@ def test_gates_of_the_residual_say_what_they_need(gate):
     )
 
 
+@pytest.mark.parametrize("memory", [None, "memory"])
+def test_norms_are_those_of_what_attention_stores(memory):
+    """Of the keys and values in the cache, whatever the memory made of them."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    attention = {"conv_size": 2, "conv_values": True, "qk_norm": False}
+    for gate, sign, name in ((hb.KeyNorm(), -1, "k"), (hb.ValueNorm(), 1, "v")):
+        layer = hb.HAMLayer(
+            12,
+            4,
+            num_kv_heads=2,
+            head_dim=4,
+            gate=gate,
+            memory=None if memory is None else hb.DeltaMemory(),
+            selector=hb.Threshold(-torch.inf),
+            attention=hb.SelectedAttention(**attention),
+        ).double()
+        output = layer.prefill(x)
+        cached = getattr(output.state.cache.stored(), name)[:, :5]  # a page has more slots
+        close(output.stats.score, sign * cached.norm(dim=-1))
+
+
+@pytest.mark.parametrize("gate", [hb.KeyNorm(), hb.ValueNorm()], ids=repr)
+def test_norms_say_what_they_need_and_are_float32(gate):
+    trace = trace_of(0, 1, 3)
+    with pytest.raises(ValueError, match=r"^trace: expected stored_k and stored_v for \w+\(\)"):
+        score_of(gate, trace._replace(stored_k=None, stored_v=None))
+    # 256 squared is out of the range of float16
+    large = torch.full((1, 3, 2, 4), 256.0, dtype=torch.float16, requires_grad=True)
+    score = score_of(gate, trace._replace(stored_k=large, stored_v=large))
+    close(score.abs(), torch.full((1, 3, 2), 512.0))
+    assert not score.requires_grad
+
+
 @given(seed=SEEDS, vocabulary=st.integers(2, 40), scale=st.sampled_from([0.0, 0.1, 1.0, 1e4]))
 def test_prediction_entropy_is_the_normalised_entropy(seed, vocabulary, scale):
     torch.manual_seed(seed)

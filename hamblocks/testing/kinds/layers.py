@@ -125,8 +125,9 @@ def _limits_of_the_threshold(part: Any, case: PartInputs, _options: Options) -> 
     def alone() -> Results:
         return subject.run(subject.inputs)[0]
 
+    attention = subject.part.attention
     del subject.part.attention
-    subject.part.attention = _reads_nothing
+    subject.part.attention = _ReadsNothing(attention)
     with prefixed("at tau = +inf the layer gives another result than its memory alone"):
         assert_same(results, alone(), alone)
 
@@ -223,9 +224,15 @@ def _no_argument(name: str, what: str) -> Callable[[Any, Options], str | None]:
     return lambda part, _options: None if accepts(part, name) else f"it {what}"
 
 
-def _reads_nothing(q: Tensor, keys: object) -> Tensor:
-    """Returns 0 for every query."""
-    return torch.zeros_like(q)
+class _ReadsNothing:
+    """Prepares tokens as another attention part does, and returns 0 for every query."""
+
+    def __init__(self, attention: Any) -> None:
+        if hasattr(attention, "prepare"):
+            self.prepare = attention.prepare  # a gate may score what is stored
+
+    def __call__(self, q: Tensor, keys: object) -> Tensor:
+        return torch.zeros_like(q)
 
 
 def _stores_nothing(part: Any, options: Options) -> str | None:

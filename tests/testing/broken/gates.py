@@ -78,6 +78,32 @@ class Standardized(Gate):
         return score - score.mean(1, keepdim=True)
 
 
+@rejected_by("gate_is_causal")
+class RelativeKeyNorm(Gate):
+    """Norms of keys are divided by the largest of the call."""
+
+    def score(self, x, trace):
+        norm = trace.stored_k.detach().float().norm(dim=-1)
+        return norm / (norm.amax(1, keepdim=True) + 1)
+
+
+@rejected_by("gate_has_its_shapes")
+class NormOfChannels(Gate):
+    """The norm of every channel of a value, over heads."""
+
+    def score(self, x, trace):
+        return trace.stored_v.detach().float().norm(dim=2)
+
+
+@rejected_by("gate_is_always_finite")
+class KeyDirection(Gate):
+    """The first entry of the unit key, which a key of zeros does not have."""
+
+    def score(self, x, trace):
+        k = trace.stored_k.detach().float()
+        return (k / k.norm(dim=-1, keepdim=True))[..., 0]
+
+
 @rejected_by("gate_gradients_are_causal")
 class LeaksThroughTheBias(Router):
     """The value of the bias is right, its gradient passes through the mean of the sequence."""

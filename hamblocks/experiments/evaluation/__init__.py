@@ -1,0 +1,1 @@
+"""What a pretrained model loses under each cache policy: `hamblocks evaluate`."""
