@@ -151,13 +151,22 @@ def list_keys(time: Times, block: int) -> Lists:
     passing = stored & ~lasting
     # a running count gives the place of a key within its part
     first = (lasting.sum(1, keepdim=True) + block - 1) // block
-    slot = torch.where(lasting, lasting.cumsum(1) - 1, first * block + passing.cumsum(1) - 1)
+    slot = torch.where(lasting, _count(lasting) - 1, first * block + _count(passing) - 1)
     # one block more than the keys fill: each part may end with a block that is not full
     capacity = (keys + block - 1) // block * block + block
     slot = slot.masked_fill(~stored, capacity)
     token = torch.arange(keys, dtype=torch.int32, device=slot.device)[None, :, None]
     index = place(token, slot, capacity, fill=-1)
     return Lists(index.flatten(0, 1).contiguous(), first.flatten().to(torch.int32))
+
+
+def _count(x: Tensor) -> Tensor:
+    """The running count along the tokens of `[B, Tk, Hkv]`.
+
+    Scanned as a contiguous `[B, Hkv, Tk]`: on a GPU a scan over any other dimension than the last
+    is sequential.
+    """
+    return x.transpose(1, 2).contiguous().cumsum(2).transpose(1, 2)
 
 
 def query_blocks(asked: Tensor, block: int) -> tuple[Tensor, Tensor]:
