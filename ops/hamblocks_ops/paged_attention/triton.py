@@ -22,7 +22,7 @@ from torch import Tensor
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention.layout import PagedCall
-from hamblocks_ops.tiles.attention import LOG2E, logits, new_peak, softmax_step, visible
+from hamblocks_ops.tiles.attention import LOG2E, new_peak, products, softmax_step, visible
 
 MIN_SHARE_TILES = 4
 """Fewest tiles of a share: with fewer, merging costs more than it saves."""
@@ -116,8 +116,11 @@ def share_kernel(
                 mask=mask,
                 other=0.0,
             )
-            logit = tl.where(seen, logits(tile, keys, shift, scale), float("-inf"))
-            have, top, total = softmax_step(logit, values, have, top, total)
+            logit = products(tile, keys) * (scale * LOG2E)
+            if HAS_BIAS:
+                logit += shift[None, :] * LOG2E
+            logit = tl.where(seen, logit, float("-inf"))
+            have, top, total = softmax_step(logit, values, have, top, total, 1.0)
     # phase 3: normalise and write; out is [shares, N, T, Hq, D] over the shares of all slabs
     empty = total == 0
     there = (first_share + share) * tl.num_programs(2).to(tl.int64) // (
