@@ -54,10 +54,7 @@ def tokens_of(
     begins = tl.load(position + batch * p_b + token * p_t + head * p_h, mask=inside, other=0)
     ends = tl.load(evict_at + batch * e_b + token * e_t + head * e_h, mask=inside, other=0)
     begins, ends = begins.to(tl.int64), ends.to(tl.int64)
-    if PACKED:
-        sequence = sequence_of(token, cu_seqlens, sequences, steps)
-    else:
-        sequence = token * 0 + batch
+    sequence = sequence_of(token, cu_seqlens, sequences, steps) if PACKED else token * 0 + batch
     start, end = tl.load(spans + sequence), tl.load(spans + sequences + sequence)
     if PACKED:
         # a key that outlives its sequence is evicted at the end of the sequence, before the next

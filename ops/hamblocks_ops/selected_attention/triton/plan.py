@@ -16,15 +16,15 @@ import triton.language as tl
 from hamblocks_ops.selected_attention.triton.listing import CLASSES, LAST
 from hamblocks_ops.selected_attention.triton.moments import LEAST, NOT_YET
 
-FIELDS = tl.constexpr(36)
+FIELDS = tl.constexpr(64)
 """Entries of the plan of a block of queries, int32:
 
     0  begin of the blocks of keys that every query sees whole
     1  end of the blocks of keys that every query sees whole
     2  P, the number of ranges that take a mask
     3  unused
-    4  begin and end of each of the P ranges: before and behind the blocks seen whole, and one for
-       each class of keys with an end
+    4  begin and end of each of the P ranges: before and behind the blocks seen whole, and at most
+       two for each class of keys with an end
 """
 KEY_FIELDS = tl.constexpr(4)
 """Entries of the plan of a block of keys: begin of what is visited, begin and end of the blocks of
@@ -54,8 +54,7 @@ def extreme(
     found = tl.load(there, mask=(block < blocks)[:, None], other=0)
     if WHICH % 2:
         return tl.max(found, 1)
-    else:
-        return tl.min(found, 1)
+    return tl.min(found, 1)
 
 
 @triton.jit
@@ -77,12 +76,32 @@ def add_range(here, number, begin, end, inside):
 
 
 @triton.jit
+def visited_range(
+    extremes, stream, streams, units, first, stop, low, high, RATIO: tl.constexpr
+):  # fmt: skip
+    """Of the blocks of keys from `first` to `stop`, from which to which blocks of queries visit them.
+
+    low and high are [TOGETHER, 1]; an empty range begins behind its end.
+    """
+    begin, end = tl.full([TOGETHER], NOT_YET, tl.int32), tl.zeros([TOGETHER], tl.int32)
+    for start in range(first, stop, COMPARED):
+        block = start + tl.arange(0, COMPARED)
+        begins = extreme(extremes, stream, streams, units, block, stop, LEAST_POSITION, RATIO)
+        ends = extreme(extremes, stream, streams, units, block, stop, MOST_EVICT_AT, RATIO)
+        visited = (begins[None, :] <= high) & (ends[None, :] > low) & (block < stop)[None, :]
+        number = tl.broadcast_to(block[None, :], (TOGETHER, COMPARED))
+        begin = tl.minimum(begin, tl.min(tl.where(visited, number, NOT_YET), 1))
+        end = tl.maximum(end, tl.max(tl.where(visited, number + 1, 0), 1))
+    return begin, end
+
+
+@triton.jit
 def plan_queries(
     own, asked, classes, extremes, plan, queries, streams, units, HEADS: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The plans of TOGETHER blocks of queries for one stream."""
-    RATIO: tl.constexpr = BLOCK_N // UNIT
+    ratio: tl.constexpr = BLOCK_N // UNIT
     blocks = tl.cdiv(queries, BLOCK_M)
     groups = tl.cdiv(blocks, TOGETHER)
     stream = (own // groups).to(tl.int64)
@@ -100,10 +119,10 @@ def plan_queries(
     for first in range(0, count, COMPARED):
         block = first + tl.arange(0, COMPARED)
         there = (block < count)[None, :]
-        begins = extreme(extremes, stream, streams, units, block, count, LEAST_POSITION, RATIO)
-        ends = extreme(extremes, stream, streams, units, block, count, MOST_EVICT_AT, RATIO)
-        begun = extreme(extremes, stream, streams, units, block, count, MOST_POSITION, RATIO)
-        ended = extreme(extremes, stream, streams, units, block, count, LEAST_EVICT_AT, RATIO)
+        begins = extreme(extremes, stream, streams, units, block, count, LEAST_POSITION, ratio)
+        ends = extreme(extremes, stream, streams, units, block, count, MOST_EVICT_AT, ratio)
+        begun = extreme(extremes, stream, streams, units, block, count, MOST_POSITION, ratio)
+        ended = extreme(extremes, stream, streams, units, block, count, LEAST_EVICT_AT, ratio)
         number = tl.broadcast_to(block[None, :], (TOGETHER, COMPARED))
         visited = there & (begins[None, :] <= high) & (ends[None, :] > low)
         begin = tl.minimum(begin, tl.min(tl.where(visited, number, NOT_YET), 1))
@@ -118,29 +137,24 @@ def plan_queries(
     tl.store(here + 1, full_end, mask=inside)
     ranges = add_range(here, tl.zeros([TOGETHER], tl.int32), begin, full_begin, inside)
     ranges = add_range(here, ranges, full_end, end, inside)
-    # second part: a range for every class. Neighbouring classes may share a block, which is visited
-    # once.
-    reached = tl.zeros([TOGETHER], tl.int32)
+    # second part: for every class the blocks that it has alone, then the one that it ends in and
+    # shares with the next class. Their keys are of different times, so that block is a range of its
+    # own, and `rest` is the first block that no range has looked at.
+    rest = tl.load(of_class + 1) // BLOCK_N
     for kind in range(1, LAST):
         size = tl.load(of_class + CLASSES + kind)
         if size > 0:
-            start = tl.load(of_class + kind)
-            count = tl.cdiv(start + size, BLOCK_N)
-            begin, end = tl.full([TOGETHER], NOT_YET, tl.int32), tl.zeros([TOGETHER], tl.int32)
-            for first in range(start // BLOCK_N, count, COMPARED):
-                block = first + tl.arange(0, COMPARED)
-                begins = extreme(
-                    extremes, stream, streams, units, block, count, LEAST_POSITION, RATIO
-                )
-                ends = extreme(extremes, stream, streams, units, block, count, MOST_EVICT_AT, RATIO)
-                number = tl.broadcast_to(block[None, :], (TOGETHER, COMPARED))
-                visited = (begins[None, :] <= high) & (ends[None, :] > low)
-                visited = visited & (block < count)[None, :]
-                begin = tl.minimum(begin, tl.min(tl.where(visited, number, NOT_YET), 1))
-                end = tl.maximum(end, tl.max(tl.where(visited, number + 1, 0), 1))
-            begin = tl.maximum(begin, reached)
+            stop = tl.load(of_class + kind) + size
+            alone, shared = stop // BLOCK_N, tl.cdiv(stop, BLOCK_N)
+            begin, end = visited_range(
+                extremes, stream, streams, units, rest, alone, low, high, ratio
+            )
             ranges = add_range(here, ranges, begin, end, inside)
-            reached = tl.maximum(reached, end)
+            begin, end = visited_range(
+                extremes, stream, streams, units, tl.maximum(rest, alone), shared, low, high, ratio
+            )
+            ranges = add_range(here, ranges, begin, end, inside)
+            rest = tl.maximum(rest, shared)
     tl.store(here + 2, ranges, mask=inside)
 
 
@@ -150,17 +164,17 @@ def plan_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The plans of TOGETHER blocks of keys of one stream."""
-    RATIO: tl.constexpr = BLOCK_N // UNIT
-    blocks = units // RATIO
+    ratio: tl.constexpr = BLOCK_N // UNIT
+    blocks = units // ratio
     groups = tl.cdiv(blocks, TOGETHER)
     stream = (own // groups).to(tl.int64)
     block = own % groups * TOGETHER + tl.arange(0, TOGETHER)
-    begins = extreme(extremes, stream, streams, units, block, blocks, LEAST_POSITION, RATIO)[
+    begins = extreme(extremes, stream, streams, units, block, blocks, LEAST_POSITION, ratio)[
         :, None
     ]
-    begun = extreme(extremes, stream, streams, units, block, blocks, MOST_POSITION, RATIO)[:, None]
-    ended = extreme(extremes, stream, streams, units, block, blocks, LEAST_EVICT_AT, RATIO)[:, None]
-    ends = extreme(extremes, stream, streams, units, block, blocks, MOST_EVICT_AT, RATIO)[:, None]
+    begun = extreme(extremes, stream, streams, units, block, blocks, MOST_POSITION, ratio)[:, None]
+    ended = extreme(extremes, stream, streams, units, block, blocks, LEAST_EVICT_AT, ratio)[:, None]
+    ends = extreme(extremes, stream, streams, units, block, blocks, MOST_EVICT_AT, ratio)[:, None]
     begin, end = tl.full([TOGETHER], NOT_YET, tl.int32), tl.zeros([TOGETHER], tl.int32)
     full_begin, full_end = tl.zeros([TOGETHER], tl.int32), tl.full([TOGETHER], NOT_YET, tl.int32)
     count = tl.cdiv(queries, BLOCK_M)
