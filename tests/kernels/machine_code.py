@@ -1,7 +1,8 @@
 """Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one
 JSON on stdout.
 
-    python tests/kernels/machine_code.py [sm_90 ...]
+    python tests/kernels/machine_code.py [sm_90 ...]      what each kernel takes
+    python tests/kernels/machine_code.py specialised      whether each compiles however it is launched
 
 Run without TRITON_INTERPRET. Registers and spills come from cuobjdump in Triton's own package,
 tensor-core instructions from the PTX.
@@ -9,6 +10,7 @@ tensor-core instructions from the PTX.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -21,9 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
+from every_kernel import named
 from hamblocks_ops.compact import triton as lists
 from hamblocks_ops.gated_delta_rule import triton as delta
 from hamblocks_ops.paged_attention import triton as paged
@@ -184,7 +188,7 @@ def of_beta(width: int) -> Build:
             BF16: "k dh v_new local dr",
             FP32: "g beta dbeta",
             INT64: "cu_seqlens chunk_indices",
-            "i32": "tokens",
+            "i32": "tokens chunks",
         }
     )
     tiles = {"BK": 64, "BV": 64}
@@ -202,7 +206,7 @@ def of_beta(width: int) -> Build:
 
 
 def of_lists() -> Iterator[Build]:
-    strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks capacity"
+    strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks programs capacity"
     types = named({INT64: "position", "i32": strides})
     sizes = {"TOKENS": lists.TOKENS, "HEADS": 16}
     for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"COUNTS": lists.COUNTS})):
@@ -319,8 +323,51 @@ def compiled(build: Build, chip: int) -> dict[str, Any]:
     }
 
 
+def checked_by_front_end(build: Build, ones: Collection[str]) -> None:
+    """Makes Triton's first intermediate code of a kernel, where all errors of types show."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": build.warps, "num_stages": build.stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source_of(build, ones).make_ir(target, options, functions, modules, context)
+
+
+def specialised() -> list[dict[str, str]]:
+    """Compiles every kernel with integer arguments that are 1, and without any alignment.
+
+    Triton makes an argument of 1 a constant, which has no methods of a tensor. Each size alone, and
+    all strides, go through the front end; all together, without alignment, to machine code.
+    """
+    results, done = [], set()
+    for build in builds(90):
+        if build.width > WIDTHS[0] or build.kernel in done and not build.name:
+            continue
+        done.add(build.kernel)
+        names = integers(build)
+        strides = [name for name in names if re.fullmatch("[a-z]_[a-z]", name)]
+        groups = {name: [name] for name in names if name not in strides}
+        variants: list[tuple[str, Any]] = [
+            (which, functools.partial(checked_by_front_end, build, ones))
+            for which, ones in (groups | ({"strides": strides} if strides else {})).items()
+        ]
+        machine = functools.partial(binary_of, build, 90, ones=names, aligned=False)
+        for which, compile_it in (*variants, ("all, to machine code", machine)):
+            error = ""
+            try:
+                compile_it()
+            except Exception as failure:  # whatever it is, it is what a launch would meet
+                error = f"{type(failure).__name__}: {failure}"
+            results.append({"kernel": named(build.kernel), "one": which, "error": error})
+    return results
+
+
 if __name__ == "__main__":
-    chips = [int(name.removeprefix("sm_")) for name in sys.argv[1:]] or CHIPS
-    json.dump(
-        [compiled(build, chip) for chip in chips for build in builds(chip)], sys.stdout, indent=1
-    )
+    if sys.argv[1:] == ["specialised"]:
+        json.dump(specialised(), sys.stdout, indent=1)
+    else:
+        chips = [int(name.removeprefix("sm_")) for name in sys.argv[1:]] or CHIPS
+        told = [compiled(build, chip) for chip in chips for build in builds(chip)]
+        json.dump(told, sys.stdout, indent=1)

@@ -6,7 +6,6 @@ a large GPU and reading a value on the host is an error.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hamblocks_ops
+from every_kernel import every_kernel, modules_with_kernels, named
 from hamblocks_ops import selected_attention
 
 BF16, INT32 = torch.bfloat16, torch.int32
@@ -30,20 +29,6 @@ NO_LAUNCH = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unflatten"),
 }
 """Ops of torch that make a tensor without computing anything."""
-
-
-def modules_with_kernels() -> Iterator[Any]:
-    """All modules of this project that define kernels."""
-    for found in pkgutil.walk_packages(hamblocks_ops.__path__, "hamblocks_ops."):
-        if ".triton" in found.name:
-            module = import_module(found.name)
-            if any(name.endswith("_kernel") for name in vars(module)):
-                yield module
-
-
-def named(kernel: Any) -> str:
-    """Of which op a kernel is, and its name."""
-    return f"{kernel.fn.__module__.split('.')[1]} {kernel.fn.__name__}"
 
 
 class Launches(TorchDispatchMode):
@@ -159,12 +144,7 @@ def test_grids_hold_4096_sequences_of_64_heads() -> None:
         run_delta(batch, heads)
         lifetimes = meta(batch, 2, heads, dtype=INT32)
         own(import_module("hamblocks_ops.compact.triton").lists)(lifetimes, lifetimes, 2)
-    defined = {
-        named(kernel)
-        for module in modules_with_kernels()
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    }
+    defined = {named(kernel) for kernel in every_kernel()}
     assert set(launches.grids) == defined, "a kernel that no call of this test launches"
     for name, grids in launches.grids.items():
         for grid in grids:

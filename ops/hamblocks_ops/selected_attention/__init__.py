@@ -130,7 +130,9 @@ def selected_attention(
         own = query_position = positions(batch, q.shape[1], device=q.device, cu_seqlens=cu_seqlens)
     if key_position is None:
         same = own is not None and q.shape[1] == keys
-        key_position = own if same else positions(batch, keys, device=q.device, cu_seqlens=cu_seqlens)
+        key_position = (
+            own if same else positions(batch, keys, device=q.device, cu_seqlens=cu_seqlens)
+        )
     if key_position.dim() == 2:
         key_position = key_position[..., None]
     key_position, evict_at = key_position.expand(shape), evict_at.expand(shape)

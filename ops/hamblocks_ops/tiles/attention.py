@@ -20,6 +20,17 @@ def visible(asked, position, evict_at):
 
 
 @triton.jit
+def some_see(asked, position, evict_at):
+    """Which of the keys [N] any of the queries [M] sees.
+
+    It is a tile of its own and not a sum of `visible`, whose [M, N] would otherwise hold registers
+    from here on.
+    """
+    seen = (position[:, None] <= asked[None, :]) & (asked[None, :] < evict_at[:, None])
+    return tl.max(seen.to(tl.int32), 1) > 0
+
+
+@triton.jit
 def products(q, k):
     """q k^T [M, N] of q [M, D] and k [N, D]."""
     return tl.dot(q, tl.trans(k), input_precision="ieee")

@@ -16,7 +16,7 @@ from hamblocks_ops.selected_attention.triton.keys import (
     tile_of_queries,
 )
 from hamblocks_ops.selected_attention.triton.plan import FIELDS, KEY_FIELDS
-from hamblocks_ops.tiles.attention import LOG2E, products, visible
+from hamblocks_ops.tiles.attention import LOG2E, products, some_see, visible
 
 
 @triton.jit
@@ -74,12 +74,14 @@ def queries_grad_kernel(
         grad = tl.dot(change.to(k.dtype), k, grad, input_precision="ieee")
     # phase 2: ranges of blocks that are seen in part
     for part in range(tl.load(here + 2)):
-        for block in range(tl.load(here + 4 + 2 * part), tl.load(here + 5 + 2 * part)):
+        for block in tl.range(
+            tl.load(here + 4 + 2 * part), tl.load(here + 5 + 2 * part), num_stages=1
+        ):
             slot = stream * slots + block * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = visible(asks, tl.load(position_list + slot), tl.load(evict_list + slot))
+            begins, ends = tl.load(position_list + slot), tl.load(evict_list + slot)
             k = tile_of_keys(k_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             # a key that no query of the block sees may hold NaN, and 0 * NaN is NaN
-            k = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+            k = tl.where(some_see(asks, begins, ends)[:, None], k, 0.0)
             v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             less = sums[:, None]
             if HAS_BIAS:
@@ -87,7 +89,8 @@ def queries_grad_kernel(
                 less = less - bias[None, :]
             weight = tl.exp2(products(tile, k) * factor - less)
             change = weight * (products(asking, v) - pull[:, None])
-            grad = tl.dot(tl.where(seen, change, 0.0).to(k.dtype), k, grad, input_precision="ieee")
+            change = tl.where(visible(asks, begins, ends), change, 0.0)
+            grad = tl.dot(change.to(k.dtype), k, grad, input_precision="ieee")
     dim = tl.arange(0, WIDTH)
     inside = (query < queries)[:, None] & (dim < DIM)[None, :]
     tl.store(

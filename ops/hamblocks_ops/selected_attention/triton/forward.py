@@ -16,6 +16,7 @@ from hamblocks_ops.tiles.attention import (
     TINY,
     products,
     softmax_step,
+    some_see,
     visible,
     with_bias,
 )
@@ -60,16 +61,18 @@ def forward_kernel(
         have, top, total = softmax_step(logit, v, have, top, total, factor)
     # phase 2: ranges of blocks that are seen in part
     for part in range(tl.load(here + 2)):
-        for block in range(tl.load(here + 4 + 2 * part), tl.load(here + 5 + 2 * part)):
+        for block in tl.range(
+            tl.load(here + 4 + 2 * part), tl.load(here + 5 + 2 * part), num_stages=1
+        ):
             slot = stream * slots + block * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = visible(asks, tl.load(position_list + slot), tl.load(evict_list + slot))
+            begins, ends = tl.load(position_list + slot), tl.load(evict_list + slot)
             k = tile_of_keys(k_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             bias = bias_of_keys(bias_list, stream, block, slots, BLOCK_N, HAS_BIAS)
             logit = with_bias(products(tile, k), bias, scaled, HAS_BIAS)
             v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             # a key that no query of the block sees may hold NaN, and 0 * NaN is NaN
-            v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
-            logit = tl.where(seen, logit, float("-inf"))
+            v = tl.where(some_see(asks, begins, ends)[:, None], v, 0.0)
+            logit = tl.where(visible(asks, begins, ends), logit, float("-inf"))
             have, top, total = softmax_step(logit, v, have, top, total, factor)
     # phase 3: normalise and write; a query that saw nothing has have = total = 0 and writes 0 and
     # -inf
