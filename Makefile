@@ -7,7 +7,7 @@ READY := .venv/ready
 CHECKPOINT := .venv/checkpoint
 OUT ?= out
 
-.PHONY: checkpoint demo test quick bench lint docs alarms mutants clean
+.PHONY: checkpoint demo test quick bench lint docs alarms mutants triton36 clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -57,6 +57,14 @@ mutants: $(READY)
 	for x in hamblocks tests pyproject.toml; do ln -s ../../$$x build/mutation/$$x; done
 	cd build/mutation && CI=true OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests ../../$(BIN)/mutmut run --max-children 1
 	cd build/mutation && ../../$(BIN)/python ../../tests/mutation.py
+
+# GPU machines often have an older Triton: every kernel has to compile with it as well, within the
+# same limits
+build/triton36/triton: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton36 triton==3.6.0
+
+triton36: build/triton36/triton
+	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/python -m pytest tests/kernels/test_machine_code.py
 
 clean:
 	rm -rf .venv build site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

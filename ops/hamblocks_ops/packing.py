@@ -22,7 +22,8 @@ def positions(
     batch: int, tokens: int, *, device: torch.device, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Position of every token within its sequence, int32 `[batch, tokens]`."""
+    if cu_seqlens is None:
+        return torch.arange(tokens, dtype=torch.int32, device=device).expand(batch, tokens)
     index = torch.arange(tokens, device=device)
-    if cu_seqlens is not None:
-        index = index - cu_seqlens.long()[sequence_of(cu_seqlens, tokens)]
+    index = index - cu_seqlens.long()[sequence_of(cu_seqlens, tokens)]
     return index.to(torch.int32).expand(batch, tokens)

@@ -1,34 +1,44 @@
 """Compiles kernels to machine code for GPUs that need not be there, and tells what each takes: one
 JSON on stdout.
 
-    python tests/kernels/machine_code.py
+    python tests/kernels/machine_code.py [sm_90 ...]      what each kernel takes
+    python tests/kernels/machine_code.py specialised      whether each compiles however it is launched
 
-Run without TRITON_INTERPRET. Registers and spills come from cuobjdump in Triton's own package.
+Run without TRITON_INTERPRET. Registers and spills come from cuobjdump in Triton's own package,
+tensor-core instructions from the PTX.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
+from every_kernel import named
 from hamblocks_ops.compact import triton as lists
 from hamblocks_ops.gated_delta_rule import triton as delta
 from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import copy_kernel
+from hamblocks_ops.selected_attention.triton.listing import count_kernel, write_kernel
+from hamblocks_ops.selected_attention.triton.moments import shift_kernel, span_kernel
+from hamblocks_ops.selected_attention.triton.plan import plan_kernel
 from hamblocks_ops.selected_attention.triton.sizes import configs
+from hamblocks_ops.selected_attention.triton.stored import COUNTS, MOMENTS, TOKENS
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 
@@ -48,7 +58,8 @@ class Build(NamedTuple):
     tile: tuple[int, ...]
     warps: int = 4
     stages: int = 3
-    multiplies: bool = True
+    macs: int = 0
+    """Multiplications of all products that stand in the kernel's code, each counted once."""
     name: str = ""
 
 
@@ -59,6 +70,7 @@ def builds(chip: int) -> Iterator[Build]:
         yield from of_pages(width)
         yield from of_rows(width)
         yield of_beta(width)
+    yield from of_stored(chip)
     yield from of_lists()
 
 
@@ -67,38 +79,63 @@ def named(kinds: dict[str, str]) -> dict[str, str]:
     return {name: kind for kind, names in kinds.items() for name in names.split()}
 
 
+OF_ATTENTION = named(
+    {
+        BF16: "q k v k_list v_list wanted out dq dk dv",
+        FP32: "bias_list exact lse delta bias dbias",
+        INT64: "spans shifts",
+        "fp32": "scale",
+        "i32": "queries tokens slots units streams heads sequences steps rows blocks programs "
+        "q_b q_t q_h k_b k_t k_h v_b v_t v_h b_b b_t b_h p_b p_t p_h e_b e_t e_h",
+    }
+)
+
+
 def of_attention(width: int, chip: int, *, groups: int, bias: bool) -> Iterator[Build]:
-    types = named(
-        {
-            BF16: "q k v k_list v_list wanted out dq dk dv",
-            FP32: "bias_list exact lse delta bias dbias",
-            "fp32": "scale",
-            "i32": "queries tokens slots q_b q_t q_h k_b k_t k_h v_b v_t v_h",
-        }
-    )
     forward, of_queries, of_keys = configs(width, torch.bfloat16, chip // 10, loaded=bias)
     kv = {"KV_HEADS": 16 // groups, "HAS_BIAS": bias}
     sizes = {"HEADS": 16, "DIM": width, "WIDTH": width, **kv}
     suffix = " with bias, grouped" if bias else ""
-    for kernel, config, more in (
-        (forward_kernel, forward, {"KEEP": True}),
-        (queries_grad_kernel, of_queries, {}),
-        (keys_grad_kernel, of_keys, {}),
+    # products of a tile, and how often the code has them: with and without a mask
+    for kernel, config, more, products in (
+        (forward_kernel, forward, {"KEEP": True}, 2 * 2),
+        (queries_grad_kernel, of_queries, {}, 3 * 2),
+        (keys_grad_kernel, of_keys, {}, 4),
     ):
         tile = {"BLOCK_M": config.queries, "BLOCK_N": config.keys}
         yield Build(
             kernel,
             width,
             sizes | tile | more,
-            types,
+            OF_ATTENTION,
             tuple(tile.values()),
             config.warps,
             config.stages,
+            macs=products * config.queries * config.keys * width,
             name=suffix,
         )
     if not bias:
-        copy = {"HEADS": 16, "DIM": width, "WIDTH": width, "BLOCK": forward.keys, "HAS_BIAS": False}
-        yield Build(copy_kernel, width, copy, types, (forward.keys,), multiplies=False)
+        unit = min(forward.keys, of_queries.keys, of_keys.keys)
+        copy = {"HEADS": 16, "DIM": width, "WIDTH": width, "UNIT": unit, "HAS_BIAS": False}
+        yield Build(copy_kernel, width, copy, OF_ATTENTION, (unit,))
+
+
+def of_stored(chip: int) -> Iterator[Build]:
+    """The kernels that make lists and plans of selected attention, for packed sequences."""
+    three = configs(128, torch.bfloat16, chip // 10)
+    unit, align = (found(one.keys for one in three) for found in (min, max))
+    tokens = {"HEADS": 16, "TOKENS": TOKENS, "PACKED": True}
+    tiles = zip(
+        ("M", "N", "QM", "QN", "KM", "KN"), (x for one in three for x in one[:2]), strict=True
+    )
+    for kernel, sizes, tile in (
+        (span_kernel, {"BLOCK": MOMENTS, "PACKED": True}, (MOMENTS,)),
+        (shift_kernel, {"BLOCK": MOMENTS}, (MOMENTS,)),
+        (count_kernel, tokens, (TOKENS,)),
+        (write_kernel, tokens | {"COUNTS": COUNTS, "ALIGN": align}, (TOKENS,)),
+        (plan_kernel, {"HEADS": 16, "UNIT": unit, **dict(tiles), "KEEP": True}, (16, 64)),
+    ):
+        yield Build(kernel, 0, sizes, OF_ATTENTION, tile, name=" of stored keys")
 
 
 def of_pages(width: int) -> Iterator[Build]:
@@ -124,14 +161,13 @@ def of_pages(width: int) -> Iterator[Build]:
         tuple(tile.values()),
         config.warps,
         config.stages,
+        macs=2 * 16 * config.slots * width,
         name=" of pages",
     )
     block = 1024 // width
     constants = {"DIM": width, "WIDTH": width, "BLOCK": block}
     merged = types | {"out": BF16}
-    yield Build(
-        paged.merge_kernel, width, constants, merged, (block,), multiplies=False, name=" of pages"
-    )
+    yield Build(paged.merge_kernel, width, constants, merged, (block,), name=" of pages")
 
 
 def of_rows(width: int) -> Iterator[Build]:
@@ -141,9 +177,9 @@ def of_rows(width: int) -> Iterator[Build]:
     )
     tile = (constants["BLOCK"],)
     for kernel in (scores.surprise_kernel, scores.surprise_grad_kernel):
-        yield Build(kernel, width, constants, types, tile, multiplies=False)
+        yield Build(kernel, width, constants, types, tile)
     more = {"LEAST": 2.0**-64, "HALF": 2.0**-8, "WRITES": True}
-    yield Build(delta.residual_kernel, width, constants | more, types, tile, multiplies=False)
+    yield Build(delta.residual_kernel, width, constants | more, types, tile)
 
 
 def of_beta(width: int) -> Build:
@@ -152,7 +188,7 @@ def of_beta(width: int) -> Build:
             BF16: "k dh v_new local dr",
             FP32: "g beta dbeta",
             INT64: "cu_seqlens chunk_indices",
-            "i32": "tokens",
+            "i32": "tokens chunks",
         }
     )
     tiles = {"BK": 64, "BV": 64}
@@ -165,11 +201,12 @@ def of_beta(width: int) -> Build:
         "LEAST": 2.0**-64,
         "PACKED": False,
     }
-    return Build(delta.beta_grad_kernel, width, sizes | tiles, types, (64, 64))
+    macs = 64 * 64 * (width + width) + 64 * width * width
+    return Build(delta.beta_grad_kernel, width, sizes | tiles, types, (64, 64), macs=macs)
 
 
 def of_lists() -> Iterator[Build]:
-    strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks capacity"
+    strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks programs capacity"
     types = named({INT64: "position", "i32": strides})
     sizes = {"TOKENS": lists.TOKENS, "HEADS": 16}
     for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"COUNTS": lists.COUNTS})):
@@ -180,30 +217,85 @@ def of_lists() -> Iterator[Build]:
             types,
             (lists.TOKENS, 16),
             8,
-            multiplies=False,
             name=" of lists",
         )
 
 
-def compiled(build: Build, chip: int) -> dict[str, Any]:
-    """What one kernel takes on one chip."""
+def source_of(build: Build, ones: Collection[str] = (), *, aligned: bool = True) -> Any:
+    """A kernel as Triton specialises it for a launch.
+
+    Args:
+        build: the kernel.
+        ones: integer arguments that are 1, which Triton makes constants.
+        aligned: whether pointers, strides and lengths are multiples of 16.
+    """
     names = build.kernel.arg_names
+    constants = build.constants | dict.fromkeys(ones, 1)
     signature = {
-        name: "constexpr" if name in build.constants else build.types.get(name, "*i32")
-        for name in names
+        name: "constexpr" if name in constants else build.types.get(name, "*i32") for name in names
     }
-    # what a launch finds out of its arguments: pointers, strides and lengths are multiples of 16
-    aligned = {
+    divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name][0] in ("*", "i")
+        if signature[name][0] in ("*", "i") and aligned
     }
-    source = ASTSource(
-        fn=build.kernel, signature=signature, constexprs=build.constants, attrs=aligned
-    )
+    return ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=divisible)
+
+
+def integers(build: Build) -> list[str]:
+    """Names of the integer arguments of a kernel."""
+    free = [name for name in build.kernel.arg_names if name not in build.constants]
+    return [name for name in free if build.types.get(name) == "i32"]
+
+
+def binary_of(build: Build, chip: int, **specialised: Any) -> Any:
+    """The compiled kernel."""
     options = {"num_warps": build.warps, "num_stages": build.stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    ptx = binary.asm["ptx"]
+    target = GPUTarget("cuda", chip, 32)
+    return triton.compile(source_of(build, **specialised), target=target, options=options)
+
+
+def multiplied(ptx: str, warps: int) -> tuple[str | None, int]:
+    """The kind of tensor-core instructions, and the multiplications that a block does by them.
+
+    Every warp (of `wgmma` every four warps) of a block runs each instruction once.
+    """
+    wgmma = re.findall(r"wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)", ptx)
+    if wgmma:
+        return "wgmma", warps // 4 * sum(math.prod(map(int, one)) for one in wgmma)
+    if "tcgen05.mma." in ptx:
+        return "tcgen05.mma", sum(map(tensor_memory_macs, tcgen05_descriptors(ptx)))
+    sync = re.findall(r"mma\.sync\S*\.m(\d+)n(\d+)k(\d+)", ptx)
+    return ("mma.sync" if sync else None), warps * sum(math.prod(map(int, one)) for one in sync)
+
+
+def tcgen05_descriptors(ptx: str) -> list[int]:
+    """The instruction descriptors of all tcgen05.mma, which are constants in registers."""
+    held = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx)}
+    operands = re.findall(r"tcgen05\.mma\.\S+ ([^;]*);", ptx)
+    return [held[next(x for x in one.split(", ")[3:] if x.startswith("%r"))] for one in operands]
+
+
+def tensor_memory_macs(descriptor: int) -> int:
+    """M * N * 16 of a tcgen05.mma of 16-bit operands (PTX ISA, instruction descriptor)."""
+    return (descriptor >> 24 & 31) * 16 * (descriptor >> 17 & 63) * 8 * 16
+
+
+REGISTERS, THREADS, BLOCKS = 64 * 1024, 2048, 32
+MULTIPROCESSOR_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+"""What a multiprocessor has (CUDA C++ Programming Guide, compute capabilities)."""
+
+
+def blocks_at_once(chip: int, registers: int, shared: int, warps: int) -> int:
+    """How many blocks a multiprocessor holds; each takes 1 KiB of shared memory more."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = MULTIPROCESSOR_SHARED[chip] // (shared + 1024)
+    return min(by_registers, by_shared, THREADS // (32 * warps), BLOCKS)
+
+
+def compiled(build: Build, chip: int) -> dict[str, Any]:
+    """What one kernel takes on one chip."""
+    binary = binary_of(build, chip)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -213,22 +305,69 @@ def compiled(build: Build, chip: int) -> dict[str, Any]:
         ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     spilled = sum(map(int, re.findall(r"LOCAL:(\d+)", usage))) + stack
-    matrix = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
+    unit, macs = multiplied(binary.asm["ptx"], build.warps)
     return {
         "kernel": build.kernel.__name__.removesuffix("_kernel") + build.name,
         "head": build.width,
         "chip": f"sm_{chip}",
         "tile": build.tile,
         "warps": build.warps,
+        "stages": build.stages,
         "registers": registers,
         "spilled": spilled,
         "shared": binary.metadata.shared,
-        "multiplies": build.multiplies,
-        "tensor_cores": matrix[0] if matrix else None,
+        "blocks": blocks_at_once(chip, registers, binary.metadata.shared, build.warps),
+        "needed": build.macs,
+        "done": macs,
+        "tensor_cores": unit,
     }
 
 
+def checked_by_front_end(build: Build, ones: Collection[str]) -> None:
+    """Makes Triton's first intermediate code of a kernel, where all errors of types show."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": build.warps, "num_stages": build.stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source_of(build, ones).make_ir(target, options, functions, modules, context)
+
+
+def specialised() -> list[dict[str, str]]:
+    """Compiles every kernel with integer arguments that are 1, and without any alignment.
+
+    Triton makes an argument of 1 a constant, which has no methods of a tensor. Each size alone, and
+    all strides, go through the front end; all together, without alignment, to machine code.
+    """
+    results, done = [], set()
+    for build in builds(90):
+        if build.width > WIDTHS[0] or build.kernel in done and not build.name:
+            continue
+        done.add(build.kernel)
+        names = integers(build)
+        strides = [name for name in names if re.fullmatch("[a-z]_[a-z]", name)]
+        groups = {name: [name] for name in names if name not in strides}
+        variants: list[tuple[str, Any]] = [
+            (which, functools.partial(checked_by_front_end, build, ones))
+            for which, ones in (groups | ({"strides": strides} if strides else {})).items()
+        ]
+        machine = functools.partial(binary_of, build, 90, ones=names, aligned=False)
+        for which, compile_it in (*variants, ("all, to machine code", machine)):
+            error = ""
+            try:
+                compile_it()
+            except Exception as failure:  # whatever it is, it is what a launch would meet
+                error = f"{type(failure).__name__}: {failure}"
+            results.append({"kernel": named(build.kernel), "one": which, "error": error})
+    return results
+
+
 if __name__ == "__main__":
-    json.dump(
-        [compiled(build, chip) for chip in CHIPS for build in builds(chip)], sys.stdout, indent=1
-    )
+    if sys.argv[1:] == ["specialised"]:
+        json.dump(specialised(), sys.stdout, indent=1)
+    else:
+        chips = [int(name.removeprefix("sm_")) for name in sys.argv[1:]] or CHIPS
+        told = [compiled(build, chip) for chip in chips for build in builds(chip)]
+        json.dump(told, sys.stdout, indent=1)

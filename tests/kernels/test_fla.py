@@ -174,6 +174,12 @@ def test_reasons_of_what_is_installed() -> None:
         )
     with patch.object(refused, "interpreting", lambda: False):
         assert "odd size of keys or values: 4, 3" in reason()
+    with patch.object(refused, "MAX_STREAMS", 1):
+        assert "up to 1 streams" in reason(tokens=20)
+        assert "streams" not in reason(tokens=3)
+
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,12 @@ def test_hopper_with_a_triton_that_miscompiles_the_backward(
             "version",
             lambda name: triton if name == "triton" else "0.6.0",
         ),
-        patch.object(torch.cuda, "get_device_capability", lambda: (chip, 0)),
+        # another chip than that of the tensors is the current one
+        patch.object(
+            torch.cuda,
+            "get_device_capability",
+            lambda device=None: (chip if device == CPU else 17 - chip, 0),
+        ),
     ):
         assert reason(value_dim=4) in ("yes", WHEN_NAMED + "Triton's interpreter is for tests")
         learning = reason(value_dim=4, learns=True)

@@ -1,8 +1,8 @@
-"""Putting marked entries side by side: the two ways in which every list of stored keys is made.
+"""Putting marked entries side by side: two ways to make lists of stored keys on plain torch.
 
-`place` writes lists of a length known beforehand and waits for no device: `compact` and the lists
-that the Triton kernels walk. `marked` makes lists that are as long as they have to be, so it waits:
-`gather` and `flash`.
+`place` writes lists of a length known beforehand and waits for no device: `compact`. `marked` makes
+lists that are as long as they have to be, so it waits: `gather` and `flash`. The Triton attention
+makes its lists by kernels of its own.
 """
 
 from __future__ import annotations

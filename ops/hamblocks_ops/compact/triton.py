@@ -60,27 +60,34 @@ def count_kernel(
     evict_at, position, counts, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens of a block are stored: counts [B, blocks, H]."""
-    block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """How many tokens of a block are stored: counts [B, blocks, H].
+
+    The grid is [B * blocks, groups of heads].
+    """
+    blocks = tl.cdiv(tokens, TOKENS)
+    own, group = tl.program_id(0), tl.program_id(1)
+    block, batch = own % blocks, (own // blocks).to(tl.int64)
     _, _, stored, _, head = stored_tile(
         evict_at, position, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, block, batch, group,
         TOKENS, HEADS,
     )  # fmt: skip
-    own = (batch * tl.num_programs(0) + block) * heads + head
-    tl.store(counts + own, tl.sum(stored.to(tl.int32), 0), mask=head < heads)
+    there = (batch * blocks + block) * heads + head
+    tl.store(counts + there, tl.sum(stored.to(tl.int32), 0), mask=head < heads)
 
 
 @triton.jit
 def write_kernel(
     evict_at, position, counts, index, positions, lifetimes, totals,
-    e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, blocks, capacity,
+    e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, blocks, programs, capacity,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Writes the stored tokens of a block, and the padding of the slots with the block's numbers.
 
-    Programs beyond the last block of tokens write padding alone: a list may be longer than T.
+    The grid is [B * programs, groups of heads]. Programs beyond the last block of tokens write
+    padding alone: a list may be longer than T.
     """
-    block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    number, group = tl.program_id(0), tl.program_id(1)
+    block, batch = number % programs, (number // programs).to(tl.int64)
     ends, begins, stored, token, head = stored_tile(
         evict_at, position, e_b, e_t, e_h, p_b, p_t, p_h, tokens, heads, block, batch, group,
         TOKENS, HEADS,
@@ -131,13 +138,14 @@ def lists(
     sizes = {"TOKENS": TOKENS, "HEADS": width, "num_warps": 8}
     given = *evict_at.stride(), *position.stride(), tokens, heads
     if blocks:
-        count_kernel[(blocks, batch, triton.cdiv(heads, width))](
+        count_kernel[(batch * blocks, triton.cdiv(heads, width))](
             evict_at, position, counts, *given, **sizes
         )
-    grid = max(blocks, triton.cdiv(capacity, TOKENS), 1), batch, triton.cdiv(heads, width)
-    write_kernel[grid](
-        evict_at, position, counts, *found, totals, *given, blocks, capacity, **sizes, COUNTS=COUNTS
-    )
+    programs = max(blocks, triton.cdiv(capacity, TOKENS), 1)
+    write_kernel[(batch * programs, triton.cdiv(heads, width))](
+        evict_at, position, counts, *found, totals, *given, blocks, programs, capacity, **sizes,
+        COUNTS=COUNTS,
+    )  # fmt: skip
     return found[0], found[1], found[2], totals
 
 

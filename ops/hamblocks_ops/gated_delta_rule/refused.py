@@ -24,6 +24,9 @@ token for each sequence may have more."""
 MAX_KEY_DIM = 256
 """Largest K that fla's kernels hold."""
 
+MAX_STREAMS = 65535
+"""Most streams of the kernels for chunks, which have them in the second dimension of their grids."""
+
 
 def recurs(call: DeltaRuleCall) -> bool:
     """Whether the tokens go through fla's recurrent kernel, one by one in float32."""
@@ -40,7 +43,7 @@ def refused(call: DeltaRuleCall) -> str | None:
         or without_triton(call.q)
         or _by_dtype(call)
         or _by_size(call)
-        or (wrong_on_hopper() if learns(call) else None)
+        or (wrong_on_hopper(call.q.device) if learns(call) else None)
     )
 
 
@@ -68,6 +71,9 @@ def _by_size(call: DeltaRuleCall) -> str | None:
     if not interpreting() and (key_dim % 2 or value_dim % 2):
         sizes = f"{key_dim}, {value_dim}"
         return f"Triton miscompiles its kernels for an odd size of keys or values: {sizes}"
+    streams = call.v.shape[0] * call.v.shape[2]
+    if streams > MAX_STREAMS and not recurs(call):
+        return f"its grids hold up to {MAX_STREAMS} streams (batch rows * heads), not {streams}"
     if call.metric is not None and value_dim > MAX_COLUMNS:
         return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {value_dim}"
     return None
@@ -97,9 +103,9 @@ def _release() -> str:
     return "of an unknown release"
 
 
-def wrong_on_hopper() -> str | None:
-    """Why fla's backward pass cannot run on this GPU with this Triton, in fla's words."""
-    if interpreting() or installed("tilelang") or torch.cuda.get_device_capability()[0] != 9:
+def wrong_on_hopper(device: torch.device) -> str | None:
+    """Why fla's backward pass cannot run on a GPU with this Triton, in fla's words."""
+    if interpreting() or installed("tilelang") or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     parts = importlib.metadata.version("triton").split("+")[0].split(".")
     if not (3, 4, 0) <= tuple(int(part) for part in parts[:3] if part.isdigit()) < (3, 7, 1):

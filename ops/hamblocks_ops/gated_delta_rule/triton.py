@@ -59,21 +59,22 @@ def residual_kernel(
 
 @triton.jit
 def beta_grad_kernel(
-    k, dh, g, beta, v_new, local, dr, dbeta, cu_seqlens, chunk_indices, tokens, HEADS: tl.constexpr,
-    VALUE_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    k, dh, g, beta, v_new, local, dr, dbeta, cu_seqlens, chunk_indices, tokens, chunks,
+    HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, LEAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of beta for one chunk of one value head.
 
-    A program owns a chunk. K and V are walked in tiles of BK and BV, which bounds the registers for
-    any head size.
+    A program owns a chunk; the grid is [B * VALUE_HEADS * chunks]. K and V are walked in tiles of
+    BK and BV, which bounds the registers for any head size.
     """
-    chunk, stream = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    chunk, stream = program % chunks, program // chunks
     batch, head = stream // VALUE_HEADS, stream % VALUE_HEADS
     # under grouped heads, several value heads read one key head
     key_head = head // (VALUE_HEADS // HEADS)
     # dh is [B, chunks, HV, K, V]; in a packed batch the chunks of all sequences are counted through
-    own = (batch * tl.num_programs(0) + chunk) * VALUE_HEADS + head
+    own = (batch * chunks + chunk) * VALUE_HEADS + head
     start = batch * tokens
     if PACKED:
         sequence = tl.load(chunk_indices + chunk * 2).to(tl.int64)
@@ -191,8 +192,8 @@ def beta_grad(
         name: min(64, max(16, triton.next_power_of_2(x)))
         for name, x in (("BK", key_dim), ("BV", value_dim))
     }
-    beta_grad_kernel[(dh.shape[1], g.shape[0] * g.shape[2])](
-        k, dh, g, beta, v_new, local, dr, dbeta, *(packed or (None, None)), k.shape[1],
+    beta_grad_kernel[(g.shape[0] * g.shape[2] * dh.shape[1],)](
+        k, dh, g, beta, v_new, local, dr, dbeta, *(packed or (None, None)), k.shape[1], dh.shape[1],
         HEADS=k.shape[2], VALUE_HEADS=g.shape[2], K=key_dim, V=value_dim, CHUNK=CHUNK, **tiles,
         LEAST=least, PACKED=packed is not None,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.packing import NEVER
 from hamblocks_ops.paged_attention.layout import PagedCall
-from hamblocks_ops.tiles.attention import LOG2E, logits, new_peak, softmax_step, visible
+from hamblocks_ops.tiles.attention import LOG2E, new_peak, products, softmax_step, visible
 
 MIN_SHARE_TILES = 4
 """Fewest tiles of a share: with fewer, merging costs more than it saves."""
@@ -56,10 +56,11 @@ def share_kernel(
 ):  # fmt: skip
     """Out and log-sum-exp (in base 2) of one share of the slots of a stream, in one slab.
 
-    The grid is [blocks of queries, shares, streams * TOGETHER]. STREAMS streams belong to one
-    sequence; a page holds TOGETHER key/value heads, and GROUP query heads read each.
+    The grid is [streams * TOGETHER, shares, blocks of queries]: the first dimension of a grid is
+    the only one that may have more than 65,535 programs. STREAMS streams belong to one sequence; a
+    page holds TOGETHER key/value heads, and GROUP query heads read each.
     """
-    block_m, share, which = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    which, share, block_m = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     stream, head = which // TOGETHER, which % TOGETHER
     sequence = stream // STREAMS
     # phase 1: the tile of queries. The queries of a group go one behind the other, token after
@@ -116,11 +117,14 @@ def share_kernel(
                 mask=mask,
                 other=0.0,
             )
-            logit = tl.where(seen, logits(tile, keys, shift, scale), float("-inf"))
-            have, top, total = softmax_step(logit, values, have, top, total)
+            logit = products(tile, keys) * (scale * LOG2E)
+            if HAS_BIAS:
+                logit += shift[None, :] * LOG2E
+            logit = tl.where(seen, logit, float("-inf"))
+            have, top, total = softmax_step(logit, values, have, top, total, 1.0)
     # phase 3: normalise and write; out is [shares, N, T, Hq, D] over the shares of all slabs
     empty = total == 0
-    there = (first_share + share) * tl.num_programs(2).to(tl.int64) // (
+    there = (first_share + share) * tl.num_programs(0).to(tl.int64) // (
         STREAMS * TOGETHER
     ) * queries * heads + own
     tl.store(
@@ -204,9 +208,9 @@ def attend(
     width = max(16, int(triton.next_power_of_2(dim)))
     sizes = config(width, q.dtype)
     block_m = min(sizes.queries, max(16, int(triton.next_power_of_2(queries * group))))
-    grid = triton.cdiv(queries * group, block_m), sequences * streams * together
+    blocks, every = triton.cdiv(queries * group, block_m), sequences * streams * together
     shares = [
-        _shares(columns * k[i].shape[1], sizes.slots, grid[0] * grid[1], q.device) for i in lying
+        _shares(columns * k[i].shape[1], sizes.slots, blocks * every, q.device) for i in lying
     ]
     count = sum(number for number, _ in shares)
     parts = q.new_empty(count, *q.shape, dtype=torch.float32)
@@ -217,7 +221,7 @@ def attend(
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (k[i], v[i]))
         # any pointer will do where there is no bias
         bias = logit_bias[i].contiguous() if logit_bias else parts
-        share_kernel[(grid[0], number, grid[1])](
+        share_kernel[(every, number, blocks)](
             q, keys, values, position[i].contiguous(), evict_at[i].contiguous(), bias, table, asked,
             parts, sums, scale, *keys.stride()[:3], *values.stride()[:3], begins[i], len(keys),
             columns, queries, per_share, first, STREAMS=streams, TOGETHER=together, GROUP=group,

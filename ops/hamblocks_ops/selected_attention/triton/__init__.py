@@ -1,11 +1,13 @@
 """Attention over the stored keys in Triton, forward and backward, at the cost of what is stored.
 
-1. `lists` puts the stored keys of every stream into one list, and finds for each block of queries
-   which blocks of the list it visits.
-2. `keys.copy_kernel` copies these keys side by side and writes the extremes of every block.
-3. `forward.forward_kernel`: a block of queries visits blocks that it sees whole, without a mask,
+1. `moments`: on which clock queries ask and keys are stored.
+2. `listing`: the tokens of every stream in one list, in classes.
+3. `keys.copy_kernel` copies the stored keys side by side and writes the extremes of every block.
+4. `plan`: which blocks of the list each block of queries visits, and the other way round.
+5. `forward.forward_kernel`: a block of queries visits blocks that it sees whole, without a mask,
    then a few that it sees in part.
-4. `backward`: one kernel for the gradient of q, one for those of k, v and the bias.
+6. `backward`: one kernel for the gradient of q, one for those of k, v and the bias. They take lists
+   and plans from the forward pass.
 
 Every program owns what it writes and adds it up in one order, so the same call gives the same bits.
 If there will be a backward pass, out is kept in float32 beside the rounded one: the gradient of a
@@ -21,19 +23,19 @@ from torch import Tensor
 
 from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
-from hamblocks_ops.selected_attention import lists
 from hamblocks_ops.selected_attention.call import AttentionCall, empty_grads, learns
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
-from hamblocks_ops.selected_attention.triton.keys import StoredKeys, dense, padded_dim
+from hamblocks_ops.selected_attention.triton.keys import dense, padded_dim
 from hamblocks_ops.selected_attention.triton.sizes import Config, configs_of
+from hamblocks_ops.selected_attention.triton.stored import Sizes, StoredKeys, blocks, store_keys
 
 
-def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
+def _shape(q: Tensor, kv_heads: int) -> dict[str, int]:
     """Sizes that are constants of the kernels."""
     return {
         "HEADS": q.shape[2],
-        "KV_HEADS": k.shape[2],
+        "KV_HEADS": kv_heads,
         "DIM": q.shape[3],
         "WIDTH": padded_dim(q.shape[3]),
     }
@@ -58,36 +60,46 @@ def attend(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes as in `reference`.
 
-    Returns out in the dtype of q, lse, and out in float32 (empty unless `keep`).
+    Returns out in the dtype of q, lse, out in float32, and the fields of `StoredKeys`; all but the
+    first two are empty unless `keep`.
     """
-    out, lse, exact = _empty(q, keep)
+    out, lse, exact, *kept = _empty(q, k, logit_bias, keep)
     if q.numel() == 0 or k.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf")), exact.zero_()
-    config = configs_of(q, k, logit_bias)[0]
-    time = lists.times(query_position, key_position, evict_at, cu_seqlens)
-    keys = StoredKeys(k, v, logit_bias, time, config.keys)
-    low, high = lists.query_blocks(time.asked, config.queries)
-    plan = lists.plan_queries(keys.extremes, keys.first, low, high)
-    q = dense(q)
-    forward_kernel[(plan.shape[1], q.shape[0] * q.shape[2])](
-        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at,
-        time.asked.contiguous(), low, high, plan, out, exact, lse, *q.stride()[:3], scale,
-        q.shape[1], keys.slots, **_shape(q, k), **_tile(config), HAS_BIAS=keys.has_bias, KEEP=keep,
+        return out.zero_(), lse.fill_(float("-inf")), exact, *kept
+    call = AttentionCall(
+        q, k, v, evict_at, logit_bias, query_position, key_position, cu_seqlens, scale
+    )
+    configs = configs_of(q, k, logit_bias)
+    stored = store_keys(call, configs, keep=keep)
+    q, tile = dense(q), configs[0]
+    plan = Sizes.of(q, k, configs, keep=keep).split(stored.plans)[0]
+    forward_kernel[(_programs(q, tile),)](
+        q, *stored.parts(), stored.asked, plan, out, exact, lse, *q.stride()[:3], scale, q.shape[1],
+        stored.k.shape[1], **_shape(q, k.shape[2]), **_tile(tile),
+        HAS_BIAS=logit_bias is not None, KEEP=keep,
     )  # fmt: skip
-    return out, lse, exact
+    return out, lse, exact, *(stored if keep else kept)
 
 
 @attend.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q, rest[-1])
+def _(
+    q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _empty(q, k, logit_bias, rest[-1])
 
 
-def _empty(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    exact = q.new_empty(q.shape if keep else (0,), dtype=torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), exact
+def _empty(q: Tensor, k: Tensor, logit_bias: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+    """The results of `attend`, uninitialised."""
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not keep:
+        ints = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
+        return out, lse, *(lse.new_empty(0) for _ in range(4)), *ints
+    sizes = Sizes.of(q, k, configs_of(q, k, logit_bias), keep=True)
+    exact = q.new_empty(q.shape, dtype=torch.float32)
+    return out, lse, exact, *StoredKeys.empty(q, k, logit_bias, sizes)
 
 
 @torch.library.custom_op("hamblocks::selected_attention_triton_backward", mutates_args=())
@@ -96,72 +108,61 @@ def attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
     logit_bias: Tensor | None,
-    query_position: Tensor,
-    key_position: Tensor,
-    cu_seqlens: Tensor | None,
     lse: Tensor,
     exact: Tensor,
+    k_list: Tensor,
+    v_list: Tensor,
+    bias_list: Tensor,
+    times: Tensor,
+    asked: Tensor,
+    plans: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and logit_bias (empty without one) from the gradient of out."""
-    dq, dk, dv, dbias = empty_grads(q, k, v, logit_bias)
-    # a key that is not stored has no gradient, and no program writes it
-    for x in (dk, dv, dbias):
-        x.zero_()
+    """Gradients of q, k, v and logit_bias (empty without one) from the gradient of out.
+
+    k serves for its sizes alone, as v has the same.
+    """
+    dq, dk, dv, dbias = empty_grads(q, k, k, logit_bias)
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk, dv, dbias
-    _, of_queries, of_keys = configs_of(q, k, logit_bias)
-    time = lists.times(query_position, key_position, evict_at, cu_seqlens)
-    keys = StoredKeys(k, v, logit_bias, time, of_queries.keys)
-    q, grad, asked = dense(q), grad.contiguous(), time.asked.contiguous()
-    low, high = lists.query_blocks(asked, of_queries.queries)
-    plan = lists.plan_queries(keys.extremes, keys.first, low, high)
-    delta = torch.empty_like(lse)
-    queries_grad_kernel[(plan.shape[1], q.shape[0] * q.shape[2])](
-        q, *keys.parts(), keys.extremes.least_position, keys.extremes.most_evict_at, asked, low,
-        high, plan, grad, exact, lse, delta, dq, *q.stride()[:3], scale, q.shape[1], keys.slots,
-        **_shape(q, k), **_tile(of_queries), HAS_BIAS=keys.has_bias,
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
+    configs = configs_of(q, k, logit_bias)
+    stored = StoredKeys(k_list, v_list, bias_list, times, asked, plans)
+    sizes = Sizes.of(q, k, configs, keep=True)
+    _, of_queries, of_keys = sizes.split(plans)
+    q, grad, delta = dense(q), grad.contiguous(), torch.empty_like(lse)
+    shape = {**_shape(q, k.shape[2]), "HAS_BIAS": logit_bias is not None}
+    queries_grad_kernel[(_programs(q, configs[1]),)](
+        q, *stored.parts(), asked, of_queries, grad, exact, lse, delta, dq, *q.stride()[:3], scale,
+        q.shape[1], sizes.slots, **shape, **_tile(configs[1]),
     )  # fmt: skip
-    # the blocks of a list have the size of the tile, which may differ from kernel to kernel
-    if of_keys.keys != of_queries.keys:
-        keys = StoredKeys(k, v, logit_bias, time, of_keys.keys)
-    plan = lists.plan_keys(keys.extremes, *lists.query_blocks(asked, of_keys.queries))
-    keys_grad_kernel[(plan.shape[1], plan.shape[0])](
-        q, *keys.parts(), keys.index, asked, plan, grad, lse, delta, dk, dv, dbias,
-        *q.stride()[:3], scale, q.shape[1], k.shape[1], keys.slots,
-        **_shape(q, k), **_tile(of_keys), HAS_BIAS=keys.has_bias,
+    keys_grad_kernel[(sizes.streams * sizes.slots // configs[2].keys,)](
+        q, *stored.parts(), times[0], asked, of_keys, grad, lse, delta, dk, dv, dbias,
+        *q.stride()[:3], scale, q.shape[1], k.shape[1], sizes.slots, **shape, **_tile(configs[2]),
     )  # fmt: skip
     return dq, dk, dv, dbias
 
 
 @attend_backward.register_fake
 def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict_at: Tensor,
-    logit_bias: Tensor | None,
-    *_rest: Any,
+    grad: Tensor, q: Tensor, k: Tensor, logit_bias: Tensor | None, *_rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_grads(q, k, v, logit_bias)
+    return empty_grads(q, k, k, logit_bias)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    *tensors, scale, _keep = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.scale = scale
+def _programs(q: Tensor, tile: Config) -> int:
+    """Programs of a kernel that owns blocks of queries."""
+    return q.shape[0] * q.shape[2] * blocks(q.shape[1], tile.queries)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, _, _, logit_bias, *_ = inputs
+    ctx.save_for_backward(q, k, logit_bias, *output[1:])
+    ctx.scale = inputs[-2]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd_backward(
-    ctx: Any, grad: Tensor, _lse: Tensor, _exact: Tensor
-) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv, dbias = attend_backward(grad, *ctx.saved_tensors, ctx.scale)
     return dq, dk, dv, None, dbias if dbias.numel() else None, None, None, None, None, None
 
@@ -172,5 +173,5 @@ attend.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Runs a call; out is in the dtype of q."""
-    out, lse, _ = attend(*call, learns(call))
+    out, lse, *_ = attend(*call, learns(call))
     return out, lse

@@ -7,65 +7,73 @@ import triton.language as tl
 
 from hamblocks_ops.selected_attention.triton.keys import (
     bias_of_keys,
-    in_part,
     tile_of_keys,
     tile_of_queries,
 )
-from hamblocks_ops.tiles.attention import LOG2E, logits, softmax_step, visible
+from hamblocks_ops.selected_attention.triton.plan import FIELDS
+from hamblocks_ops.tiles.attention import (
+    LOG2E,
+    TINY,
+    products,
+    softmax_step,
+    some_see,
+    visible,
+    with_bias,
+)
 
 
 @triton.jit
 def forward_kernel(
-    q, k_list, v_list, bias_list, position_list, evict_list, least_position, most_evict_at, asked,
-    low, high, plan, out, exact, lse, q_b, q_t, q_h, scale, queries, slots, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
+    q, k_list, v_list, bias_list, position_list, evict_list, asked, plan, out, exact, lse, q_b, q_t,
+    q_h, scale, queries, slots, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Out and log-sum-exp of a block of queries; with KEEP out in float32 for the backward pass.
 
-    The grid is [blocks of queries, B * HEADS]. out, exact and lse are contiguous; lse is natural,
+    The grid is [B * HEADS * blocks of queries]. out, exact and lse are contiguous; lse is natural,
     all else in base 2.
     """
-    blocks = tl.num_programs(0)
+    own, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
     # late queries see the most keys; starting with them, the last programs to run are short ones
-    block_m, batch_head = blocks - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block_m, batch_head = blocks - 1 - own % blocks, (own // blocks).to(tl.int64)
     batch, head = batch_head // HEADS, batch_head % HEADS
     stream = batch * KV_HEADS + head // (HEADS // KV_HEADS)
     query = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     asks = tl.load(asked + batch * queries + query, mask=query < queries, other=-1)
-    tile = tile_of_queries(q, batch, head, block_m, queries, q_b, q_t, q_h, DIM, WIDTH, BLOCK_M)
-    # what to visit: see `lists.FIELDS`
-    here = plan + (stream * blocks + block_m) * 6
-    begin, full_begin, full_end = tl.load(here), tl.load(here + 1), tl.load(here + 2)
-    end, other_begin, other_end = tl.load(here + 3), tl.load(here + 4), tl.load(here + 5)
-    first, last = tl.load(low + batch * blocks + block_m), tl.load(high + batch * blocks + block_m)
+    tile = tile_of_queries(q + batch * q_b + head * q_h, block_m, queries, q_t, DIM, WIDTH, BLOCK_M)
+    # the factor has to be positive, as the largest product is scaled and not the products; the
+    # queries take its sign
+    tile = tl.where(scale < 0, -tile, tile)
+    scaled = tl.maximum(tl.abs(scale) * LOG2E, TINY)
+    # with a bias the logits are complete before the step
+    factor = 1.0 if HAS_BIAS else scaled
+    here = plan + (stream * blocks + block_m) * FIELDS
     have = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # phase 1: blocks that every query sees whole, without a mask
-    for block in range(full_begin, full_end):
+    for block in range(tl.load(here), tl.load(here + 1)):
         k = tile_of_keys(k_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
         bias = bias_of_keys(bias_list, stream, block, slots, BLOCK_N, HAS_BIAS)
         v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
-        have, top, total = softmax_step(logits(tile, k, bias, scale), v, have, top, total)
-    # phase 2: blocks that are seen in part. The plan's ranges are bounds, so extremes decide once
-    # more.
-    extremes = stream * (slots // BLOCK_N)
-    for index in range(full_begin - begin + end - full_end + other_end - other_begin):
-        block = in_part(index, begin, full_begin, full_end, end, other_begin)
-        alive = (tl.load(least_position + extremes + block) <= last) & (
-            tl.load(most_evict_at + extremes + block) > first
-        )
-        if alive:
+        logit = with_bias(products(tile, k), bias, scaled, HAS_BIAS)
+        have, top, total = softmax_step(logit, v, have, top, total, factor)
+    # phase 2: ranges of blocks that are seen in part
+    for part in range(tl.load(here + 2)):
+        for block in tl.range(
+            tl.load(here + 4 + 2 * part), tl.load(here + 5 + 2 * part), num_stages=1
+        ):
             slot = stream * slots + block * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = visible(asks, tl.load(position_list + slot), tl.load(evict_list + slot))
+            begins, ends = tl.load(position_list + slot), tl.load(evict_list + slot)
             k = tile_of_keys(k_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             bias = bias_of_keys(bias_list, stream, block, slots, BLOCK_N, HAS_BIAS)
-            logit = tl.where(seen, logits(tile, k, bias, scale), float("-inf"))
+            logit = with_bias(products(tile, k), bias, scaled, HAS_BIAS)
             v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
             # a key that no query of the block sees may hold NaN, and 0 * NaN is NaN
-            v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
-            have, top, total = softmax_step(logit, v, have, top, total)
+            v = tl.where(some_see(asks, begins, ends)[:, None], v, 0.0)
+            logit = tl.where(visible(asks, begins, ends), logit, float("-inf"))
+            have, top, total = softmax_step(logit, v, have, top, total, factor)
     # phase 3: normalise and write; a query that saw nothing has have = total = 0 and writes 0 and
     # -inf
     have = have / tl.where(total == 0, 1.0, total)[:, None]

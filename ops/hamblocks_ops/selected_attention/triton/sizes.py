@@ -20,28 +20,25 @@ class Config(NamedTuple):
 
 
 SM80 = {
-    64: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
-    128: (Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
-    256: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+    64: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 4, 2)),
+    128: (Config(128, 32, 8, 3), Config(128, 32, 8, 2), Config(32, 64, 4, 2)),
+    256: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
 }
 SM90 = {
-    64: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
-    128: (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
-    256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    64: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 128, 8, 2)),
+    256: (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 8, 1)),
 }
 SM100 = {
-    64: SM90[64],
-    128: (Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
-    256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    64: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    256: (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 8, 1)),
 }
 """Launches of forward, gradient of q, and gradients of k and v, by padded head size. They are
-chosen so that the compiled kernels spill no register up to 128, and next to none at 256 (docs:
-Kernels). No GPU has timed them yet."""
+chosen so that no warps compute the same tile, and that the compiled kernels spill no register up to
+128, and next to none at 256 (docs: Kernels). No GPU has timed them yet."""
 WITH_BIAS_OR_GROUPS = {
-    (8, 64): {2: Config(64, 32, 8, 2)},
-    (8, 128): {2: Config(64, 64, 8, 1)},
-    (10, 64): {0: Config(128, 32, 8, 3), 2: Config(64, 64, 8, 1)},
-    (10, 128): {2: Config(64, 64, 8, 1)},
+    (9, 128): {1: Config(128, 32, 8, 2), 2: Config(32, 128, 8, 2)},
 }
 """Launches that a bias or grouped queries would make spill, by major compute capability and padded
 head size: for the number of a kernel in the tuple above, the launch that takes its place."""
