@@ -171,15 +171,20 @@ class CallsParts(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Queries, keys and values after `prepare` of the attention part, and its next state."""
         part: Any = self.attention
-        if getattr(part, "prepare", None) is None:  # PreparesTokens
+        prepare = getattr(part, "prepare", None)  # PreparesTokens
+        if prepare is None:
             return q, k, v, None
-        tokens = NewTokens(k, v, position, past, cu_seqlens)
+        # what others hang on the part's own call must happen before its parameters are used
+        hooked = isinstance(part, nn.Module) and (
+            part._forward_pre_hooks or "forward" in vars(part)
+        )
         result: tuple[Tensor, Tensor, Tensor, Any]
-        if getattr(part, "prepares_when_called", False):  # PreparesWhenCalled
-            result = self._call("attention", q, tokens)
+        if hooked and getattr(part, "prepares_when_called", False):  # PreparesWhenCalled
+            result = self._call("attention", q, NewTokens(k, v, position, past, cu_seqlens))
         else:
-            check_within_reach(part)
-            result = tokens.prepared_by(part, q)
+            if hooked:
+                check_within_reach(part)
+            result = prepare(q, k, v, position=position, state=past, cu_seqlens=cu_seqlens)
         contracts.check_prepared(result, q, k, v)
         return result
 

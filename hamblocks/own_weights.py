@@ -47,24 +47,19 @@ def _is_absent(layer: nn.Module) -> bool:
     )
 
 
-def check_within_reach(part: object) -> None:
-    """Checks that a method of a part can use its parameters outside the part's own call.
+def check_within_reach(part: nn.Module) -> None:
+    """Checks that a method of a part with hooks can use its parameters outside the part's own call.
 
     They are out of reach where the part itself was sharded, or offloaded with a hook of its own.
 
     Raises:
         ValueError: they are.
     """
-    if not isinstance(part, nn.Module):
-        return
     sharded = isinstance(part, getattr(sys.modules.get(FSDP), "FSDPModule", ()))
-    hooked = part._forward_pre_hooks or "forward" in vars(part)
-    if not sharded and not (hooked and any(x.is_meta for x in part.parameters(recurse=False))):
-        return
-    expected = (
-        "a part with prepares_when_called = True (see hamblocks.protocols) where its weights "
-    )
-    raise wrong("attention", expected + "come for its own call", type(part).__name__)
+    if sharded or any(weight.is_meta for weight in part.parameters(recurse=False)):
+        expected = "a part with prepares_when_called = True (see hamblocks.protocols)"
+        got = f"{type(part).__name__}, whose weights come for its own call only"
+        raise wrong("attention", expected, got)
 
 
 def check_like_weights(layer: nn.Module, x: Tensor) -> None:

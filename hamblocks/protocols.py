@@ -492,9 +492,9 @@ class NewTokens(NamedTuple):
 class PreparesWhenCalled(Protocol):
     """A part with `prepare` that prepares within its own call, if `prepares_when_called` is True.
 
-    Its layer then calls `part(q, new_tokens)` with `NewTokens` where it would call `prepare`. So
-    what others hang on the calls of the part happens first: FSDP2 gathers the parameters of a part
-    that is sharded by itself, and hooks load what is offloaded.
+    Where the part has hooks before its call, its layer then calls `part(q, new_tokens)` with
+    `NewTokens` in place of `prepare`. So what others hang on its calls happens first: FSDP2 gathers
+    the parameters of a part that is sharded by itself, and hooks load what is offloaded.
     """
 
     prepares_when_called: bool
