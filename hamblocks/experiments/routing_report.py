@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -94,21 +93,23 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def growth_line(results: dict[str, Any], task: str) -> str:
-    """Stored of fresh over stored of repeated tokens, after two repetitions, per layer."""
-    layers: list[list[float]] = []
+    """Stored of fresh over stored of repeated tokens, after two repetitions: the cache, and layers."""
+    ratios: dict[str, list[float]] = {}
     for seed in results["tasks"][task].values():
         growth = seed.get("growth")
         if growth is None:
             return ""
         after = growth["tokens"].index(64)
-        for layer, curves in enumerate(zip(growth["fresh"], growth["repeated"], strict=True)):
-            late = [curve[-1] - curve[after] for curve in curves]
-            if layer == len(layers):
-                layers.append([])
-            layers[layer].append(late[0] / max(late[1], 1 / 16))
+        late = {
+            name: [curve[-1] - curve[after] for curve in growth[name]]
+            for name in ("fresh", "repeated")
+        }
+        for name, ratio in _ratios(late).items():
+            ratios.setdefault(name, []).append(ratio)
+    if len(ratios) == 2:  # the one layer is the cache
+        del ratios["the cache"]
     told = "; ".join(
-        f"layer {number}: " + ", ".join(f"{ratio:.1f}" for ratio in ratios)
-        for number, ratios in enumerate(layers)
+        f"{name}: " + ", ".join(f"{ratio:.1f}" for ratio in row) for name, row in ratios.items()
     )
     return (
         "Surprise, at a threshold that a quarter of fresh tokens reach: stored of fresh tokens over "
@@ -116,51 +117,59 @@ def growth_line(results: dict[str, Any], task: str) -> str:
     )
 
 
+def _ratios(late: dict[str, list[float]]) -> dict[str, float]:
+    """Fresh over repeated, of tokens stored per layer: in the cache as a whole, and by layer."""
+    fresh, repeated = late["fresh"], late["repeated"]
+    pairs = {"the cache": (sum(fresh), sum(repeated))}
+    pairs |= {
+        f"layer {layer}": pair for layer, pair in enumerate(zip(fresh, repeated, strict=True))
+    }
+    # one token in 16 sequences is the least that can be told from none
+    return {name: one / max(other, 1 / 16) for name, (one, other) in pairs.items()}
+
+
 def has_trade_off(results: dict[str, Any], task: str) -> bool:
-    """Whether growth was measured at every budget, in every seed."""
-    return all("budgets" in seed.get("growth", {}) for seed in results["tasks"][task].values())
+    """Whether growth was measured at every budget, in some seed."""
+    return any("budgets" in seed.get("growth", {}) for seed in results["tasks"][task].values())
 
 
 class TradeOff(NamedTuple):
     """What a smaller budget costs, and how much slower the cache then grows on repeated input.
 
     Attributes:
+        seeds: those in which growth was measured at every budget.
         cost: at every budget, per seed: what is lost against the same model at 25 %, in bits per
             byte or as a share of the answers.
         ratios: by name (the cache as a whole, then every layer), at every budget, per seed: tokens
             stored of fresh input over tokens stored of repeated input.
     """
 
+    seeds: list[str]
     cost: list[list[float]]
     ratios: dict[str, list[list[float]]]
 
 
 def trade_off(results: dict[str, Any], task: str) -> TradeOff:
     """The trade-off of a task, from the surprise arm and its growth."""
-    values = _values(results, task, "surprise")
+    all_seeds = results["tasks"][task]
+    budgets = {
+        seed: found["growth"]["budgets"]
+        for seed, found in all_seeds.items()
+        if "budgets" in found.get("growth", {})
+    }
+    places = [place for place, seed in enumerate(all_seeds) if seed in budgets]
+    values = [[row[place] for place in places] for row in _values(results, task, "surprise")]
     quarter = values[results["fractions"].index(0.25)]
     sign = 1 if is_text(task) else -1  # more bits are a loss, and fewer answers
     cost = [[sign * (a - b) for a, b in zip(row, quarter, strict=True)] for row in values]
-    seeds = [seed["growth"]["budgets"] for seed in results["tasks"][task].values()]
-    layers = range(len(seeds[0][0]["fresh"]))
-    groups = {"the cache": layers} | {f"layer {layer}": [layer] for layer in layers}
-
-    def ratio(budget: dict[str, list[float]], group: Iterable[int]) -> float:
-        fresh, repeated = (
-            sum(budget[name][layer] for layer in group) for name in ("fresh", "repeated")
-        )
-        return fresh / max(repeated, 1 / 16)
-
-    ratios = {
-        name: [[ratio(seed[place], group) for seed in seeds] for place in range(len(values))]
-        for name, group in groups.items()
-    }
-    return TradeOff(cost, ratios)
+    found = [[_ratios(seed[place]) for seed in budgets.values()] for place in range(len(values))]
+    ratios = {name: [[one[name] for one in row] for row in found] for name in found[0][0]}
+    return TradeOff(list(budgets), cost, ratios)
 
 
 def trade_off_lines(results: dict[str, Any], task: str) -> list[str]:
     """A table of the trade-off: one line per budget, then every seed at 25 %."""
-    cost, ratios = trade_off(results, task)
+    seeds, cost, ratios = trade_off(results, task)
     what = "bits per byte" if is_text(task) else "answers right"
     lines = [
         "Stored of fresh tokens over stored of 32 repeated ones, at thresholds that a share of "
@@ -174,7 +183,7 @@ def trade_off_lines(results: dict[str, Any], task: str) -> list[str]:
         lines.append(f"| {fraction:.0%} | " + " | ".join(cells) + " |")
     quarter = ratios["the cache"][results["fractions"].index(0.25)]
     told = ", ".join(f"{ratio:.2f}" for ratio in quarter)
-    return [*lines, "", f"The cache at 25 %, every seed: {told}."]
+    return [*lines, "", f"The cache at 25 %, every seed ({', '.join(seeds)}): {told}."]
 
 
 def option_lines(results: dict[str, Any]) -> list[str]:
@@ -202,8 +211,8 @@ def option_lines(results: dict[str, Any]) -> list[str]:
 def charts(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes one PNG per task: accuracy or bits per byte against the share of tokens stored.
 
-    A second one shows growth against what is lost, where it was measured at every budget. Bars are
-    95 % intervals over seeds.
+    Bars are 95 % intervals over seeds. A second one shows growth against what is lost, where it was
+    measured at every budget.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
@@ -227,37 +236,26 @@ def charts(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _draw_trade_off(axes: Any, results: dict[str, Any], task: str) -> None:
-    """Growth against what the budget costs; 100 % is left out, where both inputs are stored."""
-    cost, ratios = trade_off(results, task)
+    """Growth against what the budget costs: means, and a small dot per seed.
+
+    100 % is left out, where both inputs are stored.
+    """
+    _, cost, ratios = trade_off(results, task)
     places = [place for place, share in enumerate(results["fractions"]) if share < 1]
-    x = [interval(cost[place]) for place in places]
+    x = [fmean(cost[place]) for place in places]
     colors = ("#cc4400", "#3465a4", "#4e9a06", "#75507b", "#888888")
     for number, (name, rows) in enumerate(ratios.items()):
-        y = [interval(rows[place]) for place in places]
-        axes.errorbar(
-            [mean for mean, _ in x],
-            [mean for mean, _ in y],
-            xerr=[0 if math.isnan(width) else width for _, width in x],
-            yerr=[0 if math.isnan(width) else width for _, width in y],
-            fmt="o-",
-            color=colors[number % len(colors)],
-            capsize=3,
-            markersize=4,
-            elinewidth=0.8,
-            label=name,
-        )
+        y, color = [fmean(rows[place]) for place in places], colors[number % len(colors)]
+        axes.plot(x, y, "o-", color=color, markersize=4, label=name)
+        for place in places:
+            axes.plot(cost[place], rows[place], ".", color=color, alpha=0.35, markersize=5)
         if number == 0:
-            for place, (at, _), (ratio, _) in zip(places, x, y, strict=True):
-                axes.annotate(
-                    f"{results['fractions'][place]:.0%}",
-                    (at, ratio),
-                    textcoords="offset points",
-                    xytext=(5, 5),
-                    fontsize=8,
-                )
+            for place, at, ratio in zip(places, x, y, strict=True):
+                told = f"{results['fractions'][place]:.0%}"
+                axes.annotate(told, (at, ratio), textcoords="offset points", xytext=(5, 5))
     axes.axhline(1, color="#888888", linewidth=0.8)
     axes.set_yscale("log")
-    ticks = [1, 2, 4, 8, 16]
+    ticks = [1, 2, 4, 8, 16, 32, 64]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     what = "bits per byte" if is_text(task) else "share of right answers"

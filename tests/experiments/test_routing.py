@@ -104,7 +104,7 @@ def test_tables_and_charts_show_every_seed(small, tmp_path):
 
 def test_growth_at_every_budget_is_set_against_what_the_budget_costs(small, tmp_path):
     results = routing.run(replace(TINY, tasks=("recall",), options=()), tmp_path, _quiet)
-    cost, ratios = trade_off(results, "recall")
+    _, cost, ratios = trade_off(results, "recall")
     quarter = routing.FRACTIONS.index(0.25)
     seeds = results["tasks"]["recall"].values()
     assert cost[quarter] == [0, 0]
@@ -122,7 +122,11 @@ def test_growth_at_every_budget_is_set_against_what_the_budget_costs(small, tmp_
         assert ratio == pytest.approx(late[0] / max(late[1], 1 / 16))
     text = "\n".join(trade_off_lines(results, "recall"))
     assert "| 25% | 0.000 ± 0.000 |" in text
-    assert f"every seed: {ratios['the cache'][quarter][0]:.2f}, " in text
+    assert f"every seed (5, 6): {ratios['the cache'][quarter][0]:.2f}, " in text
+    # a seed in which only the growth at one budget is known has no part in it
+    del results["tasks"]["recall"]["5"]["growth"]["budgets"]
+    assert trade_off(results, "recall").seeds == ["6"]
+    assert trade_off(results, "recall").cost == [row[1:] for row in cost]
 
 
 def test_the_command_writes_all_of_it(small, tmp_path, monkeypatch):
