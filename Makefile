@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 OUT ?= out
 
-.PHONY: demo test quick bench lint docs alarms mutants clean
+.PHONY: demo test quick bench lint docs alarms mutants compat clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -49,6 +49,11 @@ mutants: $(READY)
 	for x in hamblocks tests pyproject.toml; do ln -s ../../$$x build/mutation/$$x; done
 	cd build/mutation && CI=true OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests ../../$(BIN)/mutmut run --max-children 1
 	cd build/mutation && ../../$(BIN)/python ../../tests/mutation.py
+
+# Long, and downloads torch several times: a short suite under other versions of Python, torch and transformers.
+# Writes docs/environment.md. Not part of `make test`.
+compat: $(READY)
+	$(BIN)/python tests/compat.py
 
 clean:
 	rm -rf .venv build site out .mypy_cache .ruff_cache .pytest_cache .hypothesis
