@@ -7,7 +7,7 @@ READY := .venv/ready
 CHECKPOINT := .venv/checkpoint
 OUT ?= out
 
-.PHONY: checkpoint demo test quick bench lint docs alarms mutants triton36 clean
+.PHONY: checkpoint compat demo test quick bench lint docs alarms mutants triton36 clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -65,6 +65,10 @@ build/triton36/triton: $(READY)
 
 triton36: build/triton36/triton
 	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/python -m pytest tests/kernels/test_machine_code.py
+# Long, and downloads torch several times: a short suite under other versions of Python, torch and transformers.
+# Writes docs/environment.md. Not part of `make test`.
+compat: $(READY)
+	$(BIN)/python tests/compat.py
 
 clean:
 	rm -rf .venv build site out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -476,7 +476,8 @@ class HAMLayer(CallsParts):
         cu_seqlens: Tensor | None,
         given_score: Tensor | None,
     ) -> None:
-        if torch.jit.is_tracing():  # it would record how many tokens this x stores
+        # a trace would record how many tokens this x stores
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise wrong("x", "a call by torch.compile or torch.export", "one by torch.jit.trace")
         check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
         check_floating("x", x)

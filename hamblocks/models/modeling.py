@@ -142,8 +142,10 @@ class HAMPreTrainedModel(FollowsModel):
     def _tie_gates(self) -> None:
         """Ties the heads of gates to a weight that was replaced, perhaps by one of another size."""
         source = self._output_weight()
-        for gate in {} if source is None else entropy_gates(self).values():
-            weight = self.get_parameter(str(source))
+        if source is None:
+            return
+        weight = self.get_parameter(source)
+        for gate in entropy_gates(self).values():
             gate.vocab_size = weight.shape[0]
             gate.tie(weight)
 
