@@ -1,4 +1,4 @@
-"""The commands `hamblocks demo`, `experiment`, `evaluate`, `convert`, `info`, `check` and `record`.
+"""The commands `hamblocks demo`, `experiment`, `evaluate`, `convert`, `align`, `info`, `check`, `record`.
 
 It needs the extra `cli`; `hamblocks.__main__` says so where it is missing.
 """
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 
 app.command()(retrofit_cli.convert)
+app.command()(retrofit_cli.align)
 
 
 @app.callback()

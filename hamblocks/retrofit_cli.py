@@ -1,4 +1,4 @@
-"""The command `hamblocks convert`: a pretrained model becomes a HAM model."""
+"""The commands `hamblocks convert` and `hamblocks align`: a pretrained model becomes a HAM model."""
 
 from __future__ import annotations
 
@@ -85,6 +85,87 @@ def convert(
     console.print(f"{new:,} of {every:,} weights are new. Written: {out}", highlight=False)
     if tokenizer is None:
         console.print("The source has no tokenizer.")
+
+
+def align(
+    model: Annotated[
+        Path, typer.Argument(help="Folder that `hamblocks convert` wrote.", exists=True)
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the aligned model; a run that stopped goes on where it was.",
+            file_okay=False,
+        ),
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="Text to align on; may be given several times.", exists=True),
+    ],
+    steps: Annotated[int, typer.Option(help="Steps of every layer.", min=0)] = 400,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 768,
+    fractions: Annotated[
+        str, typer.Option(help="Keep fractions; one is drawn for every step.")
+    ] = "0,0.05,0.15,0.25,0.5",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-2,
+    seed: Annotated[int, typer.Option(help="Seed of windows and fractions.", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="Threads, one core each.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Fits the new parts of a converted model to what full attention gives, layer by layer."""
+    require("hf", "hamblocks align", "transformers")
+    from hamblocks.models import HAMForCausalLM
+    from hamblocks.models.alignment import REPORT, AlignmentSettings, save_report
+    from hamblocks.models.alignment import align as run
+
+    console = Console()
+    with usage_errors():
+        settings = AlignmentSettings(
+            steps=steps,
+            tokens=tokens,
+            fractions=_numbers(fractions),
+            lr=lr,
+            seed=seed,
+            workers=workers,
+        )
+        made = HAMForCausalLM.from_pretrained(model).to(device)
+        tokenizer, ids = _read(model, text)
+        with progress_bars(console) as progress:
+            result = run(made, ids.to(device), settings, folder=out, progress=progress)
+        made.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        save_report(out, settings, result)
+    table = Table(title="error of a layer's output over its variance, mean over layers")
+    for column in ("keep fraction", "before", "after"):
+        table.add_column(column, justify="right")
+    for fraction, after in result.after.items():
+        means = (sum(row) / len(row) for row in (result.before[fraction], after))
+        table.add_row(fraction, *(f"{mean:.4f}" for mean in means))
+    console.print(table)
+    seconds, layers = f"{result.seconds:.0f} s", len(result.layers)
+    console.print(f"{layers} layers, {seconds}. Written: {out}, {out / REPORT}", highlight=False)
+
+
+def _read(model: Path, files: list[Path]) -> tuple[Any, Any]:
+    """The tokenizer of a model, and the tokens of texts, one after the other."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise wrong("model", "a folder with a tokenizer", str(model)) from error
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokenizer, torch.tensor([token for row in rows for token in row])
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers in a list with commas."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise wrong("fractions", "numbers with commas, for example 0,0.15", repr(text)) from error
 
 
 def policy(name: str, text: str | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hamblocks.layer import HAMLayer
 from hamblocks.models.configuration import HAMConfig
 from hamblocks.models.modeling import HAMForCausalLM
 from hamblocks.models.sources import Source, read_source
@@ -20,14 +21,16 @@ Progress = Callable[[str, int, int, str], None]
 
 MEMORY = {
     "type": "gated_delta_memory",
+    "conv_size": 1,
     "conv_init": "identity",
     "conv_activation": None,
+    "projections": "own",
     "A_init_range": [1.0, 1.0],
-    "dt_min": 0.0005,
-    "dt_max": 0.01,
+    "dt_min": 0.0001,
+    "dt_max": 0.001,
 }
-"""The memory of a converted layer: it starts from the q, k and v of attention as they are, and half
-of its state is left after 70 to 1400 tokens."""
+"""The memory of a converted layer: its projections start as those of attention and learn apart, and
+half of its state is left after 700 to 7000 tokens."""
 
 FP32 = ("A_log", "dt_bias")
 """Weights that stay in float32 in a narrower model."""
@@ -71,8 +74,8 @@ def convert(
             `SmolLM3ForCausalLM`. It does not change, and its weights are copied.
         selector: which tokens are stored: a part, its policy as JSON, or a list with one per layer.
         gate: as `selector`; None: the cosine prediction error.
-        memory: as `selector`; None: the gated delta rule, which starts from the queries, keys and
-            values of attention.
+        memory: as `selector`; None: the gated delta rule, with projections of its own that start
+            as those of attention.
         layers: indices of the layers that become hybrid; the others stay full attention. None: all.
 
     Returns:
@@ -127,12 +130,41 @@ def convert_recorded(
             if name.endswith(FP32):
                 weight.data = weight.data.float()
     copied = _copy(model, made, source, progress)
+    for layer in made.model.stack.layers:
+        start_projections(layer)
     made.train(model.training)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         made.generation_config = copy.deepcopy(generation)
     new = [name for name, _ in made.named_parameters() if name not in copied]
     return Conversion(made, source.family, sorted(hybrid), copied, new)
+
+
+@torch.no_grad()
+def start_projections(layer: HAMLayer, key_map: Tensor | None = None) -> bool:
+    """Starts the projections of a memory's own as those of attention, without their biases.
+
+    Args:
+        layer: a layer of a converted model.
+        key_map: `[Hkv, D, D]`, multiplied to the queries and keys of each head; None: the identity.
+
+    Returns:
+        Whether the memory has projections of its own, of the same sizes as attention.
+    """
+    memory: Any = layer.memory
+    heads, kv_heads, dim = layer.dims[1:4]
+    key = getattr(memory, "head_dim", None) or dim
+    fits = layer.dims.memory_read == (heads, dim) and key == dim
+    if not fits or getattr(memory, "projections", None) != "own":
+        return False
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight: Tensor = getattr(layer, name).weight.unflatten(0, (-1, dim))
+        weight = weight.repeat_interleave(heads // len(weight), 0)
+        if key_map is not None and name != "v_proj":
+            root = key_map.to(weight.dtype).repeat_interleave(heads // kv_heads, 0)
+            weight = root @ weight
+        getattr(memory, name).weight.copy_(weight.flatten(0, 1))
+    return True
 
 
 def _checked_layers(layers: Sequence[int] | None, number: int) -> set[int]:
@@ -184,10 +216,14 @@ def _copy(
         raise wrong("model", "only weights that a HAM model has a place for", ", ".join(left))
     for done, (place, names) in enumerate(places.items(), 1):
         value: Tensor = torch.cat([weights[name].data for name in names])
-        if value.shape != targets[place].shape:
-            expected = f"shape {list(targets[place].shape)}, as its configuration says"
+        target: Tensor = targets[place]
+        if place.endswith("combiner.o_proj.weight"):
+            # where the memory's read has a projection too, attention's is the last
+            target = target[:, -source.sizes["num_attention_heads"] * source.sizes["head_dim"] :]
+        if value.shape != target.shape:
+            expected = f"shape {list(target.shape)}, as its configuration says"
             raise wrong(f"model.{names[0]}", expected, value)
-        targets[place].copy_(value)
+        target.copy_(value)
         if progress is not None:
             progress("weights", done, len(places), place)
     return places
