@@ -16,21 +16,31 @@ from hamblocks.extras import require
 from hamblocks.stack import Stack, StackOutput
 
 if TYPE_CHECKING:
+    from hamblocks.models.attached import AttachedCache, AttachedPolicy, attach_policy
     from hamblocks.models.cache import HAMCache
     from hamblocks.models.configuration import HAMConfig
+    from hamblocks.models.copying import copying_by_head
+    from hamblocks.models.key_value_memory import KeyValueMemory
     from hamblocks.models.modeling import HAMForCausalLM, HAMModel
     from hamblocks.models.training import ControllerCallback
 
 _HOME = {
+    "AttachedCache": "attached",
+    "AttachedPolicy": "attached",
     "ControllerCallback": "training",
     "HAMCache": "cache",
     "HAMConfig": "configuration",
     "HAMForCausalLM": "modeling",
     "HAMModel": "modeling",
+    "KeyValueMemory": "key_value_memory",
+    "attach_policy": "attached",
+    "copying_by_head": "copying",
 }
 """The module of every name that needs transformers."""
 
 __all__ = [
+    "AttachedCache",
+    "AttachedPolicy",
     "ControllerCallback",
     "Decoder",
     "DecoderOutput",
@@ -38,8 +48,11 @@ __all__ = [
     "HAMConfig",
     "HAMForCausalLM",
     "HAMModel",
+    "KeyValueMemory",
     "Stack",
     "StackOutput",
+    "attach_policy",
+    "copying_by_head",
 ]
 
 
