@@ -16,25 +16,35 @@ from hamblocks.extras import require
 from hamblocks.stack import Stack, StackOutput
 
 if TYPE_CHECKING:
+    from hamblocks.models.attached import AttachedCache, AttachedPolicy, attach_policy
     from hamblocks.models.cache import HAMCache
     from hamblocks.models.configuration import HAMConfig
     from hamblocks.models.conversion import Conversion, convert, convert_recorded
+    from hamblocks.models.copying import copying_by_head
+    from hamblocks.models.key_value_memory import KeyValueMemory
     from hamblocks.models.modeling import HAMForCausalLM, HAMModel
     from hamblocks.models.training import ControllerCallback
 
 _HOME = {
+    "AttachedCache": "attached",
+    "AttachedPolicy": "attached",
     "ControllerCallback": "training",
     "Conversion": "conversion",
     "HAMCache": "cache",
     "HAMConfig": "configuration",
     "HAMForCausalLM": "modeling",
     "HAMModel": "modeling",
+    "KeyValueMemory": "key_value_memory",
+    "attach_policy": "attached",
     "convert": "conversion",
     "convert_recorded": "conversion",
+    "copying_by_head": "copying",
 }
 """The module of every name that needs transformers."""
 
 __all__ = [
+    "AttachedCache",
+    "AttachedPolicy",
     "ControllerCallback",
     "Conversion",
     "Decoder",
@@ -43,10 +53,13 @@ __all__ = [
     "HAMConfig",
     "HAMForCausalLM",
     "HAMModel",
+    "KeyValueMemory",
     "Stack",
     "StackOutput",
+    "attach_policy",
     "convert",
     "convert_recorded",
+    "copying_by_head",
 ]
 
 

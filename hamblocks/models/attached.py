@@ -69,10 +69,12 @@ class AttachedCache(StateCache):
             ValueError: the cache holds another number of sequences.
         """
         if self.states is None:
-            new = {"page_size": self.page_size, "max_pages": self.max_pages}
-            self.states = [one.init_state(batch, **new) for one in self.policy.layers]
+            self.states = [
+                one.init_state(batch, page_size=self.page_size, max_pages=self.max_pages)
+                for one in self.policy.layers
+            ]
         if self.batch_size != batch:
-            raise wrong("input_ids", f"{self.batch_size} sequences, as past_key_values", batch)
+            raise wrong("input_ids", f"{self.batch_size} sequences, as past_key_values", str(batch))
         return self.states[layer_idx]
 
     def advance(self, layer_idx: int, state: Any, tokens: int) -> None:
@@ -304,7 +306,7 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         ValueError: they are not as many as the model has layers.
     """
-    found = {
+    found: dict[Any, nn.Module] = {
         module.layer_idx: module
         for module in model.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
@@ -341,8 +343,8 @@ def _layer_of(model: PreTrainedModel, module: nn.Module, index: int, parts: Part
         combiner=_AttentionRead(),
         **chosen,
     )
-    layer.q_proj = _Columns(begin, q)
-    layer.k_proj, layer.v_proj = _Columns(begin + q, kv), _Columns(begin + q + kv, kv)
+    for name, first, size in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
+        setattr(layer, f"{name}_proj", _Columns(begin + first, size))
     return layer
 
 

@@ -166,15 +166,15 @@ def _with_lines(
 ) -> tuple[list[int], list[bool], list[float]]:
     """A piece of text with lines at spread depths, which tokens are text, and the depths."""
     pieces = [_ids(tokenizer, line.text) for line in lines]
-    room = length - sum(map(len, pieces))
+    row = _start(tokenizer)
+    room = length - len(row) - sum(map(len, pieces))
     if room < length // 2:
         raise wrong("length", f"at least {2 * sum(map(len, pieces))} tokens", length)
     begin = draw.randrange(len(source) - room)
     text = source[begin : begin + room]
     # the last fifth stays free: a window would see a line there
     borders = [int(room * 0.8 * (i + draw.random()) / len(lines)) for i in range(len(lines))]
-    row: list[int] = []
-    mask: list[bool] = []
+    mask = [False] * len(row)
     depths = []
     for i, piece in enumerate(pieces):
         before = text[borders[i - 1] if i else 0 : borders[i]]
@@ -192,6 +192,12 @@ def _question(tokenizer: Any, kind: str, column: Sequence[tuple[int, _Line, floa
     tokens = torch.tensor([_ids(tokenizer, line.question) for _, line, _ in column])
     answers = torch.tensor([_ids(tokenizer, line.answer) for _, line, _ in column])
     return Question(kind, rows, tokens, answers, [depth for _, _, depth in column])
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before a text, or none."""
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -174,8 +174,12 @@ class Plan:
                 or not set(policy) <= set(known)
             ):
                 raise wrong("policies", f"objects with {', '.join(known)}", policy)
-        plain = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        return cls(**plain | {"policies": tuple(Policy(**policy) for policy in policies)})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
+        plain["policies"] = tuple(Policy(**policy) for policy in policies)
+        return cls(**plain)
 
     def to_json(self) -> dict[str, Any]:
         """Lists, dicts, numbers and strings."""
@@ -225,7 +229,8 @@ class AtQuantile(Composable):
             fractions = self.fractions * (len(heads) if len(self.fractions) == 1 else 1)
             pairs = zip(heads, fractions, strict=True)
             self.taus = [_threshold(column, fraction) for column, fraction in pairs]
-        return self.frozen()(score, ledger, **kwargs)
+        selection: Selection = self.frozen()(score, ledger, **kwargs)
+        return selection
 
 
 def _threshold(scores: Tensor, fraction: float) -> float:
