@@ -147,7 +147,8 @@ class SelectedAttention(Built):
             if not isinstance(past, Tensor) or past.shape != sizes or past.device != k.device:
                 raise wrong("state.attention", f"a tensor {list(sizes)} on {k.device}", past)
         dtype = k.dtype
-        mixed, after = self.conv(self.border_inputs(k, v), past, cu_seqlens)
+        x = self.border_inputs(k, v) if self.conv_values else k.flatten(2)
+        mixed, after = self.conv(x, past, cu_seqlens)
         mixed = mixed.unflatten(2, (-1, k.shape[3])).to(dtype)
         if self.conv_values:
             k, v = mixed.chunk(2, 2)

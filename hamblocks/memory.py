@@ -128,7 +128,7 @@ class _DeltaRuleMemory(Built):
         self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v before the convolution."""
-        if self.own_projections:
+        if self.projections == "own":
             size = self.size[0], -1
             return (
                 self.q_proj(x).unflatten(-1, size),
@@ -158,7 +158,8 @@ class _DeltaRuleMemory(Built):
             ValueError: `state` is not the state of such a memory, or a bad argument of
                 `gated_delta_rule`.
         """
-        q, k, v = self._inputs(x, q, k, v)
+        if q is None or k is None or v is None or self.projections == "own":
+            q, k, v = self._inputs(x, q, k, v)
         heads, value = self.size
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

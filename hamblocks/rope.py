@@ -84,9 +84,9 @@ def angles(
 
     Both are multiplied by the attention factor of the scaling.
     """
-    given = x.new_empty(0, dtype=wide(x))
-    frequency, factor = frequencies(x.shape[-1], theta, scaling, position, given)
-    angle = (position.to(given.dtype)[..., None] * frequency)[:, :, None]
+    dtype = wide(x)
+    frequency, factor = frequencies(x.shape[-1], theta, scaling, position, dtype)
+    angle = (position.to(dtype)[..., None] * frequency)[:, :, None]
     cos, sin = angle.cos(), angle.sin()
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
@@ -99,7 +99,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def frequencies(
-    dim: int, theta: float, scaling: Scaling | None, position: Tensor, like: Tensor
+    dim: int, theta: float, scaling: Scaling | None, position: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
     """The frequency of every pair of channels, and the factor of cosine and sine.
 
@@ -107,14 +107,14 @@ def frequencies(
         dim: size of a head, D.
         theta: base of the wavelengths.
         scaling: how the frequencies are scaled.
-        position: int `[B, T]`; read by "dynamic" only.
-        like: a tensor of the dtype and device to compute with.
+        position: int `[B, T]`; its values are read by "dynamic" only.
+        dtype: the dtype to compute with.
 
     Returns:
         `[D // 2]`, or `[B, T, D // 2]` where a token's frequencies depend on its position; and the
         factor.
     """
-    exponent = torch.arange(0, dim, 2, device=like.device, dtype=like.dtype) / dim
+    exponent = torch.arange(0, dim, 2, device=position.device, dtype=dtype) / dim
     if scaling is None:
         return 1.0 / theta**exponent, 1.0
     if scaling["rope_type"] == "dynamic":

@@ -59,6 +59,9 @@ class Implementation(Generic[Call, Raw]):
     opaque: bool = False
 
 
+TRANSFORMED = "transforms of torch.func and forward-mode derivatives need plain torch"
+"""Why an opaque implementation does not run."""
+
 WHEN_NAMED = "yes, when named: "
 """Start of the answer of an implementation that can run a call, but that "auto" passes over."""
 
@@ -92,9 +95,8 @@ def _answer_of(row: Implementation[Call, Any], call: Call) -> str:
 
 def _refusal(row: Implementation[Call, Any], call: Call) -> str | None:
     """Why an implementation cannot run a call, or None when it can."""
-    if row.opaque and transformed():
-        return "transforms of torch.func and forward-mode derivatives need plain torch"
-    return row.refuses(call)
+    reason = row.refuses(call)
+    return TRANSFORMED if reason is None and row.opaque and transformed() else reason
 
 
 def transformed() -> bool:
@@ -116,9 +118,11 @@ def pick(
     reasons = []
     for row in table:
         if impl in ("auto", row.name):
-            reason = _refusal(row, call)
+            reason = row.refuses(call)
             if reason is None and impl == "auto":
                 reason = row.passed_over(call)
+            if reason is None and row.opaque and transformed():
+                reason = TRANSFORMED
             if reason is None:
                 return row.run
             reasons.append(f"{row.name}: {reason}")

@@ -35,8 +35,8 @@ def test_frequencies_are_those_of_transformers(name, dim, theta):
     )
     with InFloat64():
         expected, factor = ROPE_INIT_FUNCTIONS[kind](config)
-    like, none = torch.empty(0, dtype=torch.float64), torch.zeros(1, 1)
-    got, own = frequencies(dim, theta, {"rope_type": kind, **numbers}, none, like)
+    scaling, none = {"rope_type": kind, **numbers}, torch.zeros(1, 1)
+    got, own = frequencies(dim, theta, scaling, none, torch.float64)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert own == pytest.approx(factor, rel=1e-12)
 
@@ -52,8 +52,8 @@ def test_dynamic_frequencies_are_those_of_a_text_that_ends_at_the_token(length):
     with InFloat64():
         expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, seq_len=length)
     scaling = {"rope_type": "dynamic", "factor": 4.0, **LENGTH}
-    like, position = torch.empty(0, dtype=torch.float64), torch.arange(length)[None]
-    got, _ = frequencies(16, 50.0, scaling, position, like)
+    position = torch.arange(length)[None]
+    got, _ = frequencies(16, 50.0, scaling, position, torch.float64)
     torch.testing.assert_close(got[0, -1], expected, rtol=1e-12, atol=0)
 
 
