@@ -134,13 +134,17 @@ def _joined(
         whole = torch.cat(some, 1)
         return whole if order is None else whole[:, order]
 
-    score, evict_at, position, _, reads = (
-        list(field) for field in zip(*(x.stats for x in results), strict=True)
-    )
-    y, where = join([x.y for x in results]), join(position)
+    decided = [x.stats for x in results]
+    y, where = join([x.y for x in results]), join([x.position for x in decided])
     assert y is not None
     assert where is not None
-    stats = LayerStats(join(score), join(evict_at), where, cu_seqlens, join(reads))
+    stats = LayerStats(
+        score=join([x.score for x in decided]),
+        evict_at=join([x.evict_at for x in decided]),
+        position=where,
+        cu_seqlens=cu_seqlens,
+        reads=join([x.reads for x in decided]),
+    )
     return LayerOutput(y, after, stats)
 
 
