@@ -22,6 +22,8 @@ TOKENS = 256
 """Tokens of a program that counts or writes."""
 COUNTS = 32
 """Counts that `write_kernel` sums at a time."""
+WRITING_WARPS = 8
+"""Warps of `write_kernel`; with four it spills registers on sm_100."""
 MOMENTS = 1024
 """Tokens, or sequences, that `span_kernel` and `shift_kernel` look at at a time."""
 
@@ -57,7 +59,7 @@ class Sizes(NamedTuple):
 
     def split(self, plans: Tensor) -> tuple[Tensor, ...]:
         """The plans of forward, gradient of q, and gradients of k and v."""
-        return plans.split(self.plans)
+        return torch.split(plans, list(self.plans))
 
 
 class StoredKeys(NamedTuple):
@@ -93,6 +95,12 @@ class StoredKeys(NamedTuple):
             q.new_empty(q.shape[:2], dtype=torch.int32),
             k.new_empty(sum(sizes.plans), dtype=torch.int32),
         )
+
+    @staticmethod
+    def none(q: Tensor) -> StoredKeys:
+        """Of a call without a backward pass, which keeps nothing."""
+        k, v, bias = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+        return StoredKeys(k, v, bias, *(q.new_empty(0, dtype=torch.int32) for _ in range(3)))
 
     def parts(self) -> tuple[Tensor, ...]:
         """The lists, in the order of the kernels' arguments."""
@@ -153,7 +161,7 @@ def _list(call: AttentionCall, stored: StoredKeys, sizes: Sizes, align: int) -> 
     )  # fmt: skip
     write_kernel[(sizes.streams * programs,)](
         *given, counts, stored.times, classes, *strides, tokens, sequences, steps, per_stream, programs,
-        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align,
+        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align, num_warps=WRITING_WARPS,
     )  # fmt: skip
     return classes
 
