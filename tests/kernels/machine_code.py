@@ -38,7 +38,7 @@ from hamblocks_ops.selected_attention.triton.listing import count_kernel, write_
 from hamblocks_ops.selected_attention.triton.moments import shift_kernel, span_kernel
 from hamblocks_ops.selected_attention.triton.plan import plan_kernel
 from hamblocks_ops.selected_attention.triton.sizes import configs
-from hamblocks_ops.selected_attention.triton.stored import COUNTS, MOMENTS, TOKENS, WRITING_WARPS
+from hamblocks_ops.selected_attention.triton.stored import COUNTS, MOMENTS, TOKENS, WARPS
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 
@@ -135,7 +135,7 @@ def of_stored(chip: int) -> Iterator[Build]:
         (write_kernel, tokens | {"COUNTS": COUNTS, "ALIGN": align}, (TOKENS,)),
         (plan_kernel, {"HEADS": 16, "UNIT": unit, **dict(tiles), "KEEP": True}, (16, 64)),
     ):
-        warps = WRITING_WARPS if kernel is write_kernel else 4
+        warps = WARPS if kernel in (write_kernel, plan_kernel) else 4
         yield Build(kernel, 0, sizes, OF_ATTENTION, tile, warps, name=" of stored keys")
 
 

@@ -39,6 +39,7 @@ chosen so that no warps compute the same tile, and that the compiled kernels spi
 128, and next to none at 256 (docs: Kernels). No GPU has timed them yet."""
 WITH_BIAS_OR_GROUPS = {
     (8, 128): {2: Config(32, 64, 4, 1)},
+    (9, 64): {2: Config(64, 128, 8, 2)},
     (9, 128): {1: Config(128, 32, 8, 2), 2: Config(32, 128, 8, 2)},
     (10, 128): {2: Config(64, 64, 8, 1)},
 }

@@ -22,8 +22,8 @@ TOKENS = 256
 """Tokens of a program that counts or writes."""
 COUNTS = 32
 """Counts that `write_kernel` sums at a time."""
-WRITING_WARPS = 8
-"""Warps of `write_kernel`; with four it spills registers on sm_100."""
+WARPS = 8
+"""Warps of `write_kernel` and `plan_kernel`; with four they spill registers somewhere."""
 MOMENTS = 1024
 """Tokens, or sequences, that `span_kernel` and `shift_kernel` look at at a time."""
 
@@ -127,6 +127,7 @@ def store_keys(
         stored.asked, classes, extremes, *sizes.split(stored.plans), queries, sizes.streams,
         units, HEADS=call.k.shape[2], UNIT=sizes.unit, M=forward.queries, N=forward.keys,
         QM=of_queries.queries, QN=of_queries.keys, KM=of_keys.queries, KN=of_keys.keys, KEEP=keep,
+        num_warps=WARPS,
     )  # fmt: skip
     return stored
 
@@ -161,7 +162,7 @@ def _list(call: AttentionCall, stored: StoredKeys, sizes: Sizes, align: int) -> 
     )  # fmt: skip
     write_kernel[(sizes.streams * programs,)](
         *given, counts, stored.times, classes, *strides, tokens, sequences, steps, per_stream, programs,
-        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align, num_warps=WRITING_WARPS,
+        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align, num_warps=WARPS,
     )  # fmt: skip
     return classes
 
