@@ -1,7 +1,9 @@
-"""Kernels for test_interpreter."""
+"""Kernels for tests of what kernels share, and of the interpreter."""
 
 import triton
 import triton.language as tl
+
+from hamblocks_ops.selected_attention.triton.keys import tile_of_queries
 
 
 @triton.jit
@@ -25,3 +27,9 @@ def product(x, y, found, size: tl.constexpr):
     row, column = tl.arange(0, size)[:, None], tl.arange(0, size)[None, :]
     here = row * size + column
     tl.store(found + here, tl.dot(tl.load(x + here), tl.load(y + here)))
+
+
+@triton.jit
+def rows(x, found, stride, BLOCK: tl.constexpr):
+    tile = tile_of_queries(x, 0, BLOCK, stride, 1, 16, BLOCK)
+    tl.store(found + tl.arange(0, BLOCK), tl.sum(tile.to(tl.int32), 1))

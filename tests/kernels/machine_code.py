@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from every_kernel import named
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from every_kernel import named
 from hamblocks_ops.compact import triton as lists
 from hamblocks_ops.gated_delta_rule import triton as delta
 from hamblocks_ops.paged_attention import triton as paged
@@ -38,7 +38,7 @@ from hamblocks_ops.selected_attention.triton.listing import count_kernel, write_
 from hamblocks_ops.selected_attention.triton.moments import shift_kernel, span_kernel
 from hamblocks_ops.selected_attention.triton.plan import plan_kernel
 from hamblocks_ops.selected_attention.triton.sizes import configs
-from hamblocks_ops.selected_attention.triton.stored import COUNTS, MOMENTS, TOKENS
+from hamblocks_ops.selected_attention.triton.stored import COUNTS, MOMENTS, TOKENS, WARPS
 from hamblocks_ops.surprise import triton as scores
 from hamblocks_ops.tiles.rows import launch
 
@@ -74,12 +74,12 @@ def builds(chip: int) -> Iterator[Build]:
     yield from of_lists()
 
 
-def named(kinds: dict[str, str]) -> dict[str, str]:
+def typed(kinds: dict[str, str]) -> dict[str, str]:
     """{"*bf16": "q k"} -> {"q": "*bf16", "k": "*bf16"}."""
     return {name: kind for kind, names in kinds.items() for name in names.split()}
 
 
-OF_ATTENTION = named(
+OF_ATTENTION = typed(
     {
         BF16: "q k v k_list v_list wanted out dq dk dv",
         FP32: "bias_list exact lse delta bias dbias",
@@ -135,13 +135,14 @@ def of_stored(chip: int) -> Iterator[Build]:
         (write_kernel, tokens | {"COUNTS": COUNTS, "ALIGN": align}, (TOKENS,)),
         (plan_kernel, {"HEADS": 16, "UNIT": unit, **dict(tiles), "KEEP": True}, (16, 64)),
     ):
-        yield Build(kernel, 0, sizes, OF_ATTENTION, tile, name=" of stored keys")
+        warps = WARPS if kernel in (write_kernel, plan_kernel) else 4
+        yield Build(kernel, 0, sizes, OF_ATTENTION, tile, warps, name=" of stored keys")
 
 
 def of_pages(width: int) -> Iterator[Build]:
     """Pages of 16 slots, groups of 4 query heads."""
     strides = "k_p k_s k_w v_p v_s v_w begin pages columns queries per_share first_share shares"
-    types = named({BF16: "q k v", FP32: "out lse parts sums bias", "fp32": "scale", "i32": strides})
+    types = typed({BF16: "q k v", FP32: "out lse parts sums bias", "fp32": "scale", "i32": strides})
     config = paged.config(width, torch.bfloat16)
     sizes = {
         "STREAMS": 4,
@@ -172,7 +173,7 @@ def of_pages(width: int) -> Iterator[Build]:
 
 def of_rows(width: int) -> Iterator[Build]:
     constants = launch(width, "cosine", torch.float32)
-    types = named(
+    types = typed(
         {BF16: "residual v v_new d_residual dv", FP32: "score wanted beta", "i32": "rows"}
     )
     tile = (constants["BLOCK"],)
@@ -183,7 +184,7 @@ def of_rows(width: int) -> Iterator[Build]:
 
 
 def of_beta(width: int) -> Build:
-    types = named(
+    types = typed(
         {
             BF16: "k dh v_new local dr",
             FP32: "g beta dbeta",
@@ -207,7 +208,7 @@ def of_beta(width: int) -> Build:
 
 def of_lists() -> Iterator[Build]:
     strides = "e_b e_t e_h p_b p_t p_h tokens heads blocks programs capacity"
-    types = named({INT64: "position", "i32": strides})
+    types = typed({INT64: "position", "i32": strides})
     sizes = {"TOKENS": lists.TOKENS, "HEADS": 16}
     for kernel, more in ((lists.count_kernel, {}), (lists.write_kernel, {"COUNTS": lists.COUNTS})):
         yield Build(
@@ -343,7 +344,7 @@ def specialised() -> list[dict[str, str]]:
     """
     results, done = [], set()
     for build in builds(90):
-        if build.width > WIDTHS[0] or build.kernel in done and not build.name:
+        if build.width > WIDTHS[0] or (build.kernel in done and not build.name):
             continue
         done.add(build.kernel)
         names = integers(build)

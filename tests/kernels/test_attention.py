@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +23,7 @@ from hamblocks.testing import (
 from hamblocks_ops import NEVER, explain, select_threshold, selected_attention
 from hamblocks_ops.dispatch import WHEN_NAMED
 from hamblocks_ops.packing import sequence_of
-from hamblocks_ops.selected_attention.call import AttentionCall
+from hamblocks_ops.selected_attention.call import AttentionCall, AttentionOutput
 
 plans, sizes, stored_keys = (
     import_module(f"hamblocks_ops.selected_attention.triton.{name}")
@@ -252,8 +254,44 @@ def test_operators_are_registered_well(case: AttentionInputs) -> None:
     learning = [
         x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in args
     ]
-    torch.library.opcheck(triton.attend, (*learning, checked.scale, True))
+    # not `test_aot_dispatch_dynamic`: what is kept for the backward pass has slots that nothing writes
+    # or reads, and it compares them; the next test compares what is traced
+    sound = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton.attend, (*learning, checked.scale, True), test_utils=sound)
     out, *kept = triton.attend(*args, checked.scale, True)
     checks = ("test_schema", "test_faketensor")  # the backward of the backward is not promised
     backward = (torch.ones_like(out), *args[:2], checked.logit_bias, *kept, checked.scale)
     torch.library.opcheck(triton.attend_backward, backward, test_utils=checks)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+def test_queries_lie_further_apart_than_32_bits_reach() -> None:
+    stride, block = 2**24 + 1, 256
+    # memory that is not touched takes none
+    x = torch.frombuffer(mmap.mmap(-1, block * stride), dtype=torch.int8)
+    x[stride * (block - 1)] = 7
+    found = torch.empty(block, dtype=torch.int32)
+    import_module("interpreted_kernels").rows[(1,)](x, found, stride, block)
+    assert found[-1] == 7
+    assert not found[:-1].any()
+
+
+@pytest.mark.slow
+def test_traces_whole_with_its_backward_pass() -> None:
+    case = AttentionInputs(tokens=9, bias="some", dtype=torch.float32)
+    call = case.tensors()
+    names = [name for name, x in call.items() if x.is_floating_point()]
+
+    learning = {name: x.requires_grad_() if name in names else x for name, x in call.items()}
+
+    def attend(**call: Tensor) -> AttentionOutput:
+        return selected_attention(**call, impl="triton")
+
+    def step(run: Callable[..., AttentionOutput]) -> list[Tensor]:
+        result = run(**learning)
+        wanted = [learning[name] for name in names]
+        return [*result, *torch.autograd.grad(result.out.sum(), wanted)]
+
+    whole = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for got, expected in zip(step(whole), step(attend), strict=True):
+        assert torch.equal(got, expected)

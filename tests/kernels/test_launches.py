@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from every_kernel import every_kernel, modules_with_kernels, named
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from every_kernel import every_kernel, modules_with_kernels, named
 from hamblocks_ops import selected_attention
 
 BF16, INT32 = torch.bfloat16, torch.int32

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import hamblocks as hb
 from hamblocks.testing import OpImplementation, PagedInputs
 from hamblocks.testing.inputs.paged import slabs_of
 from hamblocks_ops import explain, paged_attention
@@ -105,3 +106,24 @@ def test_reasons() -> None:
     assert reason(dim=257, dtype=torch.bfloat16) == "a tile holds head sizes up to 256, not 257"
     if not torch.cuda.is_available():
         assert reason(dtype=torch.bfloat16) == WHEN_NAMED + "Triton's interpreter is for tests"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_layer_that_names_it_decodes_from_pages_without_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = hb.HAMLayer(
+        32, 2, selector=hb.Window(4), attention=hb.SelectedAttention(impl="triton")
+    ).eval()
+    state = layer.prefill(torch.randn(2, 6, 32)).state
+
+    def copies(*_args: Any) -> Any:
+        raise AssertionError("a padded copy of the pages")
+
+    monkeypatch.setattr("hamblocks.cache.extension.unpage", copies)
+    runs: list[Any] = []
+    run = triton.run
+    monkeypatch.setattr(triton, "run", lambda call: (runs.append(call), run(call))[1])
+    layer.decode(torch.randn(2, 32), state)
+    assert len(runs) == 1

@@ -125,14 +125,12 @@ def selected_attention(
     """
     batch, keys, kv_heads = k.shape[:3]
     shape = batch, keys, kv_heads
-    own = None
-    if query_position is None:
-        own = query_position = positions(batch, q.shape[1], device=q.device, cu_seqlens=cu_seqlens)
     if key_position is None:
-        same = own is not None and q.shape[1] == keys
-        key_position = (
-            own if same else positions(batch, keys, device=q.device, cu_seqlens=cu_seqlens)
-        )
+        same = query_position is None and q.shape[1] == keys
+        key_position = positions(batch, keys, device=q.device, cu_seqlens=cu_seqlens)
+        query_position = key_position if same else query_position
+    if query_position is None:
+        query_position = positions(batch, q.shape[1], device=q.device, cu_seqlens=cu_seqlens)
     if key_position.dim() == 2:
         key_position = key_position[..., None]
     key_position, evict_at = key_position.expand(shape), evict_at.expand(shape)

@@ -66,7 +66,7 @@ def attend(
     Returns out in the dtype of q, lse, out in float32, and the fields of `StoredKeys`; all but the
     first two are empty unless `keep`.
     """
-    out, lse, exact, *kept = _empty(q, k, logit_bias, keep)
+    out, lse, exact, kept = _empty(q, k, logit_bias, keep)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf")), exact, *kept
     call = AttentionCall(
@@ -88,18 +88,20 @@ def attend(
 def _(
     q: Tensor, k: Tensor, v: Tensor, evict_at: Tensor, logit_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _empty(q, k, logit_bias, rest[-1])
+    *results, kept = _empty(q, k, logit_bias, rest[-1])
+    return *results, *kept
 
 
-def _empty(q: Tensor, k: Tensor, logit_bias: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+def _empty(
+    q: Tensor, k: Tensor, logit_bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, StoredKeys]:
     """The results of `attend`, uninitialised."""
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    if not keep:
-        ints = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
-        return out, lse, *(lse.new_empty(0) for _ in range(4)), *ints
-    sizes = Sizes.of(q, k, configs_of(q, k, logit_bias), keep=True)
-    exact = q.new_empty(q.shape, dtype=torch.float32)
-    return out, lse, exact, *StoredKeys.empty(q, k, logit_bias, sizes)
+    kept = StoredKeys.none(q)
+    if keep:
+        sizes = Sizes.of(q, k, configs_of(q, k, logit_bias), keep=True)
+        kept = StoredKeys.empty(q, k, logit_bias, sizes)
+    exact = q.new_empty(q.shape if keep else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), exact, kept
 
 
 @torch.library.custom_op("hamblocks::selected_attention_triton_backward", mutates_args=())

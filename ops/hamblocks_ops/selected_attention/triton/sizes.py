@@ -20,7 +20,7 @@ class Config(NamedTuple):
 
 
 SM80 = {
-    64: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 4, 2)),
+    64: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(32, 64, 4, 2)),
     128: (Config(128, 32, 8, 3), Config(128, 32, 8, 2), Config(32, 64, 4, 2)),
     256: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
 }
@@ -38,7 +38,10 @@ SM100 = {
 chosen so that no warps compute the same tile, and that the compiled kernels spill no register up to
 128, and next to none at 256 (docs: Kernels). No GPU has timed them yet."""
 WITH_BIAS_OR_GROUPS = {
+    (8, 128): {2: Config(32, 64, 4, 1)},
+    (9, 64): {2: Config(64, 128, 8, 2)},
     (9, 128): {1: Config(128, 32, 8, 2), 2: Config(32, 128, 8, 2)},
+    (10, 128): {2: Config(64, 64, 8, 1)},
 }
 """Launches that a bias or grouped queries would make spill, by major compute capability and padded
 head size: for the number of a kernel in the tuple above, the launch that takes its place."""

@@ -22,6 +22,8 @@ TOKENS = 256
 """Tokens of a program that counts or writes."""
 COUNTS = 32
 """Counts that `write_kernel` sums at a time."""
+WARPS = 8
+"""Warps of `write_kernel` and `plan_kernel`; with four they spill registers somewhere."""
 MOMENTS = 1024
 """Tokens, or sequences, that `span_kernel` and `shift_kernel` look at at a time."""
 
@@ -57,7 +59,7 @@ class Sizes(NamedTuple):
 
     def split(self, plans: Tensor) -> tuple[Tensor, ...]:
         """The plans of forward, gradient of q, and gradients of k and v."""
-        return plans.split(self.plans)
+        return torch.split(plans, list(self.plans))
 
 
 class StoredKeys(NamedTuple):
@@ -94,6 +96,12 @@ class StoredKeys(NamedTuple):
             k.new_empty(sum(sizes.plans), dtype=torch.int32),
         )
 
+    @staticmethod
+    def none(q: Tensor) -> StoredKeys:
+        """Of a call without a backward pass, which keeps nothing."""
+        k, v, bias = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+        return StoredKeys(k, v, bias, *(q.new_empty(0, dtype=torch.int32) for _ in range(3)))
+
     def parts(self) -> tuple[Tensor, ...]:
         """The lists, in the order of the kernels' arguments."""
         return self.k, self.v, self.bias, self.times[1], self.times[2]
@@ -119,6 +127,7 @@ def store_keys(
         stored.asked, classes, extremes, *sizes.split(stored.plans), queries, sizes.streams,
         units, HEADS=call.k.shape[2], UNIT=sizes.unit, M=forward.queries, N=forward.keys,
         QM=of_queries.queries, QN=of_queries.keys, KM=of_keys.queries, KN=of_keys.keys, KEEP=keep,
+        num_warps=WARPS,
     )  # fmt: skip
     return stored
 
@@ -153,7 +162,7 @@ def _list(call: AttentionCall, stored: StoredKeys, sizes: Sizes, align: int) -> 
     )  # fmt: skip
     write_kernel[(sizes.streams * programs,)](
         *given, counts, stored.times, classes, *strides, tokens, sequences, steps, per_stream, programs,
-        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align,
+        sizes.slots, **constants, COUNTS=COUNTS, ALIGN=align, num_warps=WARPS,
     )  # fmt: skip
     return classes
 
