@@ -72,7 +72,10 @@ POLICIES = {
         "memory": KeyValueMemory(),
         "selector": hb.TopK(4),
     },
-    "value-norm": lambda: {"gate": hb.ValueNorm(), "selector": hb.Threshold(1.5) | hb.Window(2)},
+    "value-norm": lambda: {
+        "gate": hb.ValueNorm(),
+        "selector": hb.HeadThresholds([3.0, 4.0]) | hb.Window(2),
+    },
     "written": lambda: {
         "gate": hb.CommittedWrite(),
         "memory": KeyValueMemory(),
