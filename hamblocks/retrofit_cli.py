@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from rich.table import Table
 from hamblocks.extras import require
 from hamblocks.terminal import progress_bars, usage_errors
 from hamblocks_ops.arguments import wrong
+
+REPORT = "alignment.json"
 
 Policy = Annotated[
     str | None,
@@ -108,6 +111,10 @@ def align(
         str, typer.Option(help="Keep fractions; one is drawn for every step.")
     ] = "0,0.05,0.15,0.25,0.5",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-2,
+    distill: Annotated[
+        int,
+        typer.Option(help="Steps that fit the predictions of the whole model afterwards.", min=0),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of windows and fractions.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Threads, one core each.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -115,35 +122,47 @@ def align(
     """Fits the new parts of a converted model to what full attention gives, layer by layer."""
     require("hf", "hamblocks align", "transformers")
     from hamblocks.models import HAMForCausalLM
-    from hamblocks.models.alignment import REPORT, AlignmentSettings, save_report
     from hamblocks.models.alignment import align as run
+    from hamblocks.models.distillation import distill as run_distillation
+    from hamblocks.models.students import AlignmentSettings
 
     console = Console()
     with usage_errors():
-        settings = AlignmentSettings(
-            steps=steps,
-            tokens=tokens,
-            fractions=_numbers(fractions),
-            lr=lr,
-            seed=seed,
-            workers=workers,
-        )
+        chosen: dict[str, Any] = {"tokens": tokens, "fractions": _numbers(fractions), "seed": seed}
+        settings = AlignmentSettings(steps=steps, lr=lr, workers=workers, **chosen)
         made = HAMForCausalLM.from_pretrained(model).to(device)
         tokenizer, ids = _read(model, text)
+        report: dict[str, Any] = {
+            "text": [str(file) for file in text],
+            "settings": asdict(settings),
+        }
         with progress_bars(console) as progress:
-            result = run(made, ids.to(device), settings, folder=out, progress=progress)
+            given: dict[str, Any] = {"folder": out, "progress": progress}
+            report["alignment"] = run(made, ids.to(device), settings, **given)._asdict()
+            if distill:
+                settings = replace(settings, steps=distill, lr=0.3 * lr)
+                distilled = run_distillation(made, ids.to(device), settings, **given)
+                report["distillation"] = distilled._asdict()
         made.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        save_report(out, settings, result)
-    table = Table(title="error of a layer's output over its variance, mean over layers")
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    for state in ("alignment.pt", "distillation.pt"):
+        (out / state).unlink(missing_ok=True)
+    _show(console, "error of a layer over its variance", report["alignment"])
+    if distill:
+        _show(console, "divergence from the source, nats per token", report["distillation"])
+    console.print(f"Written: {out}, {out / REPORT}", highlight=False)
+
+
+def _show(console: Console, title: str, result: dict[str, Any]) -> None:
+    """A table of errors before and after, by keep fraction."""
+    table = Table(title=f"{title}, {result['seconds']:.0f} s", title_justify="left")
     for column in ("keep fraction", "before", "after"):
         table.add_column(column, justify="right")
-    for fraction, after in result.after.items():
-        means = (sum(row) / len(row) for row in (result.before[fraction], after))
+    for fraction, after in result["after"].items():
+        means = (sum(row) / len(row) for row in (result["before"][fraction], after))
         table.add_row(fraction, *(f"{mean:.4f}" for mean in means))
     console.print(table)
-    seconds, layers = f"{result.seconds:.0f} s", len(result.layers)
-    console.print(f"{layers} layers, {seconds}. Written: {out}, {out / REPORT}", highlight=False)
 
 
 def _read(model: Path, files: list[Path]) -> tuple[Any, Any]:

@@ -120,7 +120,8 @@ def convert_recorded(
         gate=gate,
         memory=copy.deepcopy(MEMORY) if memory is None else memory,
         attention=_attention(source),
-        combiner={"type": "scaled_sum", "bias": source.output_bias},
+        # a read without a norm has the scale of the values, as the read of attention has
+        combiner={"type": "scaled_sum", "bias": source.output_bias, "read_norm": False},
     )
     made = HAMForCausalLM(config)
     first = next(model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,52 @@ from hamblocks.protocols import PreparesTokens
 SINKS = 4
 """First tokens whose attention says nothing about distance."""
 
+NEAR = 64
+"""Nearer tokens are left to a window."""
+
+
+class Taught(NamedTuple):
+    """What the source computes in one layer.
+
+    Attributes:
+        layer: its index.
+        x: `[B, T, hidden]`, its normed input.
+        y: `[B, T, hidden]`, what full attention gives.
+        hidden: `[B, T, hidden]`, what the block gives.
+    """
+
+    layer: int
+    x: Tensor
+    y: Tensor
+    hidden: Tensor
+
 
 @torch.no_grad()
-def full_attention(model: nn.Module, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def full_attention(model: nn.Module, ids: Tensor) -> Iterator[Taught]:
     """Runs the source of a converted model, layer by layer.
 
     Args:
         model: a model of `convert`.
         ids: int `[B, T]`.
-
-    Yields:
-        The index of a layer, its normed input `[B, T, hidden]`, and what full attention gives.
     """
     base: Any = model.base_model
     hidden = base.embed_tokens(ids)
-    last = len(base.stack.blocks) - 1
     for index, decoder in enumerate(base.stack.blocks):
         block = decoder.block
         x = block.layer_norm(hidden)
         y = attention_of(block.layer, x)
-        yield index, x, y
-        if index < last:
-            hidden = hidden + y
-            hidden = hidden + block.mlp(block.mlp_norm(hidden))
+        hidden = hidden + y
+        hidden = hidden + block.mlp(block.mlp_norm(hidden))
+        yield Taught(index, x, y, hidden)
+
+
+@torch.no_grad()
+def source_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits `[B, T, vocab]` of the source of a converted `HAMForCausalLM`."""
+    *_, last = full_attention(model, ids)
+    causal: Any = model
+    logits: Tensor = causal.lm_head(causal.base_model.stack.norm(last.hidden))
+    return logits
 
 
 def attention_of(layer: HAMLayer, x: Tensor) -> Tensor:
@@ -53,9 +76,9 @@ def attention_of(layer: HAMLayer, x: Tensor) -> Tensor:
 
 
 def half_life(layer: HAMLayer, x: Tensor) -> Tensor:
-    """The distance within which half of each head's attention lies, `[H]`.
+    """The distance within which half of each head's attention to far tokens lies, `[H]`.
 
-    Queries of the second half of a window count, and the first tokens as keys do not.
+    Queries of the second half of x count. As keys, the first tokens and the nearest do not.
     """
     q, k, _ = _prepared(layer, x)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -64,7 +87,8 @@ def half_life(layer: HAMLayer, x: Tensor) -> Tensor:
     logits = (q[:, :, asked] @ k.mT).float() * q.shape[3] ** -0.5
     distance = asked[:, None] - torch.arange(tokens, device=x.device)
     weight = logits.masked_fill(distance < 0, float("-inf")).softmax(-1)
-    weight[..., : min(SINKS, tokens - 1)] = 0
+    weight[..., : min(SINKS, tokens // 4)] = 0
+    weight = weight.masked_fill(distance < min(NEAR, tokens // 4), 0)
     index = distance.clamp(min=0).expand_as(weight).flatten(2)
     mass = weight.new_zeros(*weight.shape[:2], tokens).scatter_add(2, index, weight.flatten(2))
     share = mass.sum(0).cumsum(-1)
