@@ -318,7 +318,9 @@ class HAMModel(HAMPreTrainedModel):
             cache = HAMCache(self.config)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        kept = kwargs.get("logits_to_keep") or x.shape[1]
+        kept = kwargs.get("logits_to_keep", 0)
+        # a tensor lists columns: any of them may be rejected
+        kept = kept if isinstance(kept, int) and kept else x.shape[1]
         kept = kept if isinstance(kept, int) else x.shape[1]
         result = self._run(x, layout, cache, kept, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)

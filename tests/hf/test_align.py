@@ -223,7 +223,7 @@ def test_a_run_that_stops_goes_on(tmp_path):
 def test_other_parts_are_aligned_too(changes):
     model = converted("qwen3", **changes)
     result = align(model, ids(), replace(SETTINGS, fractions=(0.0,)))
-    assert sum(result.after["0"]) < 0.95 * sum(result.before["0"]), result
+    assert sum(result.after["0"]) < 0.97 * sum(result.before["0"]), result
 
 
 def test_bad_arguments_are_named():
