@@ -321,7 +321,6 @@ class HAMModel(HAMPreTrainedModel):
         kept = kwargs.get("logits_to_keep", 0)
         # a tensor lists columns: any of them may be rejected
         kept = kept if isinstance(kept, int) and kept else x.shape[1]
-        kept = kept if isinstance(kept, int) else x.shape[1]
         result = self._run(x, layout, cache, kept, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)
         inputs = (*(layout.unpack(x) for x in result.inputs), y)
