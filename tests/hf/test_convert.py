@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from hf_cases import greedy, padded, rows, text
+from hf_cases import config, greedy, padded, rows, text
 from source_cases import SOURCES, InFloat64, logits, source
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
@@ -173,6 +173,41 @@ def test_gradients_reach_the_new_weights():
     ]
     # a memory's first tap acts on the token itself, and so do all others; nothing is idle
     assert idle == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "bias"),
+    [
+        ("hybrid", {"type": "delta_memory"}, [0.0, 1.0] * 4),
+        ("full_attention", {"type": "delta_memory"}, [1.0] * 4),
+        ("linear_attention", {"type": "delta_memory"}, [1.0] * 4),
+        (
+            "hybrid",
+            {"type": "delta_memory", "projections": "own", "num_heads": 2},
+            [0.0] * 2 + [1.0] * 4,
+        ),
+    ],
+)
+def test_a_scaled_sum_starts_at_attention_alone(kind, memory, bias):
+    made = HAMForCausalLM(
+        config(
+            num_hidden_layers=1,
+            layer_types=[kind],
+            memory=memory,
+            combiner={"type": "scaled_sum"},
+            initializer_range=0.3,
+        )
+    )
+    gate = made.model.stack.layers[0].combiner.gate_proj
+    assert gate.bias.tolist() == bias
+    assert not gate.weight.any()
+
+
+def test_a_memory_of_other_sizes_changes_nothing_at_first():
+    old, ids = source("llama"), text(1, 2, 24)
+    memory = hb.GatedDeltaMemory(projections="own", num_heads=2, head_dim=6)
+    model = convert(old, selector=everything(), memory=memory)
+    torch.testing.assert_close(run(model, ids), logits(old, ids), rtol=1e-9, atol=1e-9)
 
 
 # refusals
