@@ -1,4 +1,4 @@
-"""A model on the ranks of a device mesh: recomputation, compilation and FSDP2, in the right order."""
+"""A model on the ranks of a device mesh: recomputation and FSDP2, in the right order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     recompute: bool = False,
-    compile_blocks: bool = False,
     param_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Prepares a model for training on the ranks of a mesh, in place.
@@ -34,7 +33,6 @@ def parallelize(
         mesh: dimensions for data and context, e.g. `init_device_mesh("cuda", (4, 2),
             mesh_dim_names=("data", "context"))`.
         recompute: run every block again in the backward pass instead of keeping what it computed.
-        compile_blocks: `torch.compile` every block. It does not trace a call with a shard.
         param_dtype: dtype of parameters in a block's call (mixed precision); gradients are reduced
             in float32. None: that of the parameters.
 
@@ -61,8 +59,6 @@ def parallelize(
     for block in blocks:
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if compile_blocks:
-            block.compile()
         fully_shard(block, mesh=flat, mp_policy=policy)
     fully_shard(model, mesh=flat, mp_policy=policy)
     return model

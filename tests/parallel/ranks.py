@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 RANKS = 4
-TIMEOUT = 60
+TIMEOUT = 300
 
 
 def _main(rank: int, store: Path, pipe: Any) -> None:
