@@ -84,7 +84,7 @@ OF_ATTENTION = typed(
         BF16: "q k v k_list v_list wanted out dq dk dv",
         FP32: "bias_list exact lse delta bias dbias",
         INT64: "spans shifts",
-        "fp32": "scale",
+        "fp32": "scale factor",
         "i32": "queries tokens slots units streams heads sequences steps rows blocks programs "
         "q_b q_t q_h k_b k_t k_h v_b v_t v_h b_b b_t b_h p_b p_t p_h e_b e_t e_h",
     }

@@ -29,6 +29,7 @@ from hamblocks_ops.selected_attention.triton.forward import forward_kernel
 from hamblocks_ops.selected_attention.triton.keys import dense, padded_dim
 from hamblocks_ops.selected_attention.triton.sizes import Config, configs_of
 from hamblocks_ops.selected_attention.triton.stored import Sizes, StoredKeys, blocks, store_keys
+from hamblocks_ops.tiles.attention import LOG2E
 
 
 def _shape(q: Tensor, kv_heads: int) -> dict[str, int]:
@@ -77,7 +78,8 @@ def attend(
     q, tile = dense(q), configs[0]
     plan = Sizes.of(q, k, configs, keep=keep).split(stored.plans)[0]
     forward_kernel[(_programs(q, tile),)](
-        q, *stored.parts(), stored.asked, plan, out, exact, lse, *q.stride()[:3], scale, q.shape[1],
+        q, *stored.parts(), stored.asked, plan, out, exact, lse, *q.stride()[:3],
+        _factor(scale), q.shape[1],
         stored.k.shape[1], **_shape(q, k.shape[2]), **_tile(tile),
         HAS_BIAS=logit_bias is not None, KEEP=keep,
     )  # fmt: skip
@@ -136,11 +138,13 @@ def attend_backward(
     shape = {**_shape(q, k.shape[2]), "HAS_BIAS": logit_bias is not None}
     queries_grad_kernel[(_programs(q, configs[1]),)](
         q, *stored.parts(), asked, of_queries, grad, exact, lse, delta, dq, *q.stride()[:3], scale,
+        _factor(scale),
         q.shape[1], sizes.slots, **shape, **_tile(configs[1]),
     )  # fmt: skip
     keys_grad_kernel[(sizes.streams * sizes.slots // configs[2].keys,)](
         q, *stored.parts(), times[0], asked, of_keys, grad, lse, delta, dk, dv, dbias,
-        *q.stride()[:3], scale, q.shape[1], k.shape[1], sizes.slots, **shape, **_tile(configs[2]),
+        *q.stride()[:3], scale, _factor(scale), q.shape[1], k.shape[1], sizes.slots, **shape,
+        **_tile(configs[2]),
     )  # fmt: skip
     return dq, dk, dv, dbias
 
@@ -150,6 +154,11 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, logit_bias: Tensor | None, *_rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_grads(q, k, k, logit_bias)
+
+
+def _factor(scale: float) -> float:
+    """The scale of logits in base 2: rounded once, and the same in all kernels."""
+    return scale * LOG2E.value
 
 
 def _programs(q: Tensor, tile: Config) -> int:

@@ -32,7 +32,7 @@ def sums_of(lse, place, inside):
 @triton.jit
 def queries_grad_kernel(
     q, k_list, v_list, bias_list, position_list, evict_list, asked, plan, wanted, exact, lse, delta,
-    dq, q_b, q_t, q_h, scale, queries, slots, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    dq, q_b, q_t, q_h, scale, factor, queries, slots, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,6 @@ def queries_grad_kernel(
     tl.store(delta + place, pull, mask=query < queries)
     sums = sums_of(lse, place, query < queries)
     tile = tile_of_queries(q + batch * q_b + head * q_h, block_m, queries, q_t, DIM, WIDTH, BLOCK_M)
-    factor = scale * LOG2E
     here = plan + (stream * blocks + block_m) * FIELDS
     grad = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     # phase 1: blocks that every query sees whole, without a mask
@@ -103,8 +102,8 @@ def queries_grad_kernel(
 @triton.jit
 def keys_grad_kernel(
     q, k_list, v_list, bias_list, position_list, evict_list, index, asked, plan, wanted, lse, delta,
-    dk, dv, dbias, q_b, q_t, q_h, scale, queries, tokens, slots, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, dbias, q_b, q_t, q_h, scale, factor, queries, tokens, slots,
+    HEADS: tl.constexpr,    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of listed keys, over all queries and the heads of its group.
@@ -126,7 +125,6 @@ def keys_grad_kernel(
     k_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     v_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     bias_grad = tl.zeros([BLOCK_N], tl.float32)
-    factor = scale * LOG2E
     if end > begin:
         begins, ends = tl.load(position_list + slot), tl.load(evict_list + slot)
         k = tile_of_keys(k_list, stream, block, slots, DIM, WIDTH, BLOCK_N)

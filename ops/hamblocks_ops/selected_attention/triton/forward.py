@@ -25,14 +25,14 @@ from hamblocks_ops.tiles.attention import (
 @triton.jit
 def forward_kernel(
     q, k_list, v_list, bias_list, position_list, evict_list, asked, plan, out, exact, lse, q_b, q_t,
-    q_h, scale, queries, slots, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    q_h, factor, queries, slots, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """Out and log-sum-exp of a block of queries; with KEEP out in float32 for the backward pass.
 
     The grid is [B * HEADS * blocks of queries]. out, exact and lse are contiguous; lse is natural,
-    all else in base 2.
+    all else in base 2, as is factor, the scale of the logits.
     """
     own, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
     # late queries see the most keys; starting with them, the last programs to run are short ones
@@ -44,10 +44,10 @@ def forward_kernel(
     tile = tile_of_queries(q + batch * q_b + head * q_h, block_m, queries, q_t, DIM, WIDTH, BLOCK_M)
     # the factor has to be positive, as the largest product is scaled and not the products; the
     # queries take its sign
-    tile = tl.where(scale < 0, -tile, tile)
-    scaled = tl.maximum(tl.abs(scale) * LOG2E, TINY)
+    tile = tl.where(factor < 0, -tile, tile)
+    scaled = tl.maximum(tl.abs(factor), TINY)
     # with a bias the logits are complete before the step
-    factor = 1.0 if HAS_BIAS else scaled
+    applied = 1.0 if HAS_BIAS else scaled
     here = plan + (stream * blocks + block_m) * FIELDS
     have = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -58,7 +58,7 @@ def forward_kernel(
         bias = bias_of_keys(bias_list, stream, block, slots, BLOCK_N, HAS_BIAS)
         v = tile_of_keys(v_list, stream, block, slots, DIM, WIDTH, BLOCK_N)
         logit = with_bias(products(tile, k), bias, scaled, HAS_BIAS)
-        have, top, total = softmax_step(logit, v, have, top, total, factor)
+        have, top, total = softmax_step(logit, v, have, top, total, applied)
     # phase 2: ranges of blocks that are seen in part
     for part in range(tl.load(here + 2)):
         for block in tl.range(
@@ -73,7 +73,7 @@ def forward_kernel(
             # a key that no query of the block sees may hold NaN, and 0 * NaN is NaN
             v = tl.where(some_see(asks, begins, ends)[:, None], v, 0.0)
             logit = tl.where(visible(asks, begins, ends), logit, float("-inf"))
-            have, top, total = softmax_step(logit, v, have, top, total, factor)
+            have, top, total = softmax_step(logit, v, have, top, total, applied)
     # phase 3: normalise and write; a query that saw nothing has have = total = 0 and writes 0 and
     # -inf
     have = have / tl.where(total == 0, 1.0, total)[:, None]
