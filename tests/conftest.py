@@ -41,7 +41,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
-        if getattr(getattr(check, "part", None), "impl", None) in (*INTERPRETED, "flex"):
+        if getattr(getattr(check, "part", None), "impl", None) in (
+            *INTERPRETED,
+            "flex",
+            "flex-compact",
+        ):
             item.add_marker(pytest.mark.slow)
         if getattr(getattr(check, "check", None), "law", None) == "works_in_a_layer":
             item.add_marker(pytest.mark.slow)  # the checks of layers run the same laws

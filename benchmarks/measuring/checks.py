@@ -56,9 +56,9 @@ class SampledAttention:
 
         Args:
             q: `[1, T, H, D]`.
-            k: `[1, T, H, D]`.
-            v: `[1, T, H, D]`.
-            evict_at: int32 `[1, T, H]`.
+            k: `[1, T, Hkv, D]`.
+            v: `[1, T, Hkv, D]`.
+            evict_at: int32 `[1, T, Hkv]`, counted over the whole batch row.
             cotangent: gradient of out, `[1, T, H, D]`; only that of the sampled queries counts.
         """
         tokens, heads = q.shape[1:3]
@@ -69,23 +69,29 @@ class SampledAttention:
         self.cotangent = torch.zeros_like(cotangent).index_copy(1, at, cotangent[:, at])
         self.out = torch.empty(1, len(at), *q.shape[2:], device=q.device)
         self.gradients = [
-            torch.empty(1, n, *q.shape[2:], device=q.device) for n in (len(at), tokens, tokens)
+            torch.zeros(1, n, *x.shape[2:], device=q.device)
+            for n, x in ((len(at), q), (tokens, k), (tokens, v))
         ]
+        group = heads // k.shape[2]
         for head in range(heads):  # one head at a time, which is all that fits
-            out, gradients = self._dense(head, evict_at, cotangent)
+            own = head // group
+            out, gradients = self._dense(head, own, evict_at, cotangent)
             self.out[0, :, head] = out
-            for whole, part in zip(self.gradients, gradients, strict=True):
-                whole[0, :, head] = part
+            for whole, part, place in zip(self.gradients, gradients, (head, own, own), strict=True):
+                whole[0, :, place] += part
 
     def _dense(
-        self, head: int, evict_at: Tensor, cotangent: Tensor
+        self, head: int, own: int, evict_at: Tensor, cotangent: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Out of the sampled queries of one head, and gradients of q, k and v."""
+        """Out of the sampled queries of one head, and gradients of q, k and v.
+
+        own is the key head that they read.
+        """
         q, k, v = self.inputs
-        one = [x[0, :, head].float() for x in (q[:, self.at], k, v)]
+        one = [x.float() for x in (q[0, self.at, head], k[0, :, own], v[0, :, own])]
         position = torch.arange(k.shape[1], device=k.device)
         at = self.at[:, None]
-        visible = (position <= at) & (at < evict_at[0, :, head])
+        visible = (position <= at) & (at < evict_at[0, :, own])
         with torch.enable_grad():
             for x in one:
                 x.requires_grad_()

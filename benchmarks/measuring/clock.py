@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from measuring.costs import costs
 from measuring.floors import Ceilings, Work
 from measuring.targets import key
 
@@ -21,6 +22,10 @@ MAX_REASON_CHARACTERS = 400
 
 class NotHereError(Exception):
     """This machine lacks what a baseline needs."""
+
+
+class OutOfTimeError(Exception):
+    """The part has used up its time, and the rest of it is not measured."""
 
 
 class Contender(NamedTuple):
@@ -40,24 +45,33 @@ class Contender(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Median over rounds and the quartiles, in seconds."""
+    """Median over rounds and the quartiles, and the median time of the host, in seconds.
+
+    On a GPU the host's time is that until the call returns, while the device still works.
+    """
 
     seconds: float
     lower: float
     upper: float
+    host_seconds: float
 
     @classmethod
-    def of(cls, times: list[float]) -> Timing:
+    def of(cls, times: list[float], host: list[float]) -> Timing:
         """Takes the times of two rounds or more."""
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-        return cls(median, lower, upper)
+        return cls(median, lower, upper, statistics.median(host))
 
 
 class Clock:
-    """Times calls on a device and prints progress."""
+    """Times calls on a device and prints progress.
+
+    Attributes:
+        until: when the part that is measured has to end, as `time.perf_counter` counts.
+    """
 
     def __init__(self, device: str, rounds: int) -> None:
         self.gpu, self.rounds, self.began = device == "cuda", rounds, time.perf_counter()
+        self.until = float("inf")
         self.flushed = (
             torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
         )
@@ -65,6 +79,11 @@ class Clock:
     def say(self, text: str) -> None:
         """Prints a line of progress, with the seconds since the start."""
         print(f"{time.perf_counter() - self.began:6.0f} s  {text}", flush=True)
+
+    def in_time(self) -> None:
+        """Raises OutOfTimeError once the part that is measured has used up its time."""
+        if time.perf_counter() > self.until:
+            raise OutOfTimeError("the time of this part is over")
 
     def wait(self) -> None:
         """Waits until the device is idle. An error of a kernel is raised here."""
@@ -102,23 +121,29 @@ class Clock:
                     self.release()
         self.wait()
         timings = {
-            name: Timing.of([self._seconds(took) for took in all_of])
+            name: Timing.of(
+                [self._seconds(took) for took, _ in all_of], [host for _, host in all_of]
+            )
             for name, all_of in times.items()
             if name not in reasons
         }
         return timings, reasons
 
-    def _one(self, call: Callable[[], object]) -> Any:
+    def _one(self, call: Callable[[], object]) -> tuple[Any, float]:
+        """Time on the device, a pair of events on a GPU, and time of the host."""
         if self.flushed is None:
             began = time.perf_counter()
             call()
-            return time.perf_counter() - began
+            took = time.perf_counter() - began
+            return took, took
         self.flushed.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
+        began = time.perf_counter()
         call()
+        host = time.perf_counter() - began
         end.record()
-        return begin, end
+        return (begin, end), host
 
     @staticmethod
     def _seconds(took: Any) -> float:
@@ -156,7 +181,9 @@ def race(
         measured[name] = one
         clock.say(f"{name}: checking")
         try:
+            clock.in_time()
             one["checked"] = contender.check()
+            one |= costs(contender.call, clock.gpu)
             calls[name] = contender.call
         except Exception as error:
             one["reason"] = reason(error)

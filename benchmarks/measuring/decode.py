@@ -6,16 +6,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import hamblocks as hb
+from hamblocks.state import leaves, tree_map
 from measuring import floors
 from measuring.checks import WrongResultError
-from measuring.clock import WARM_UP_ROUNDS, Clock, Timing, reason
+from measuring.clock import WARM_UP_ROUNDS, Clock, NotHereError, Timing, reason
+from measuring.costs import costs
 from measuring.sizes import Sizes
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.25, 0.1)
 """1 stores everything, whatever the scores are."""
+MODES = ("eager", "graphed")
+COUNTED_STEPS = 2
+"""Steps that `costs` runs, before those that are timed."""
+MAX_GRAPHED_ERROR = 2.0**-5
+"""Relative error allowed between a graphed step and the same step in eager mode, by norm."""
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
@@ -29,19 +37,20 @@ def measure(
     """Measurements of attention over a dense cache, and of a layer at every keep fraction."""
     common = {"part": "decode", "tokens": context}
     yield common | dense_cache(context, sizes, clock, ceilings)
-    for fraction in KEEP_FRACTIONS:
+    for fraction, mode in ((fraction, mode) for fraction in KEEP_FRACTIONS for mode in MODES):
         clock.release()
-        measured = {**common, "case": "one layer", "fraction": fraction}
+        measured = {**common, "case": "one layer", "fraction": fraction, "mode": mode}
         try:
-            measured |= one_layer(context, fraction, sizes, clock)
+            clock.in_time()
+            measured |= one_layer(context, fraction, mode, sizes, clock)
         except Exception as error:
             measured["reason"] = reason(error)
-            clock.say(f"context {context:,}, keep {fraction}: {measured['reason']}")
+            clock.say(f"context {context:,}, keep {fraction}, {mode}: {measured['reason']}")
             yield measured
             continue
         measured["floor"] = floors.decode(measured["cache_bytes"]).floor(ceilings)
         print(
-            f"context {context:>7,}  keep {measured['kept']:.2f}  "
+            f"context {context:>7,}  keep {measured['kept']:.2f}  {mode:>7}  "
             f"{measured['tokens_per_second']:>9,.0f} tokens/s  "
             f"{measured['cache_bytes']:>14,} bytes  floor {1e6 * measured['floor']:>8,.0f} us  "
             f"took {1e6 * measured['seconds']:>8,.0f} us",
@@ -82,19 +91,34 @@ def dense_cache(
 
 
 @torch.no_grad()
-def one_layer(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict[str, Any]:
-    """Time and bytes of one token of every sequence after a context."""
+def one_layer(
+    context: int, fraction: float, mode: str, sizes: Sizes, clock: Clock
+) -> dict[str, Any]:
+    """Time and bytes of one token of every sequence after a context.
+
+    mode is "eager", or "graphed" for a step that is replayed from a CUDA graph.
+    """
+    if mode == "graphed" and not sizes.gpu:
+        raise NotHereError("a CUDA graph needs a GPU")
     layer, state = prefilled(context, fraction, sizes)
     checked = check_paged(state, sizes)
     x = torch.randn(sizes.decode_batch, sizes.hidden, device=sizes.device, dtype=sizes.dtype)
-    state.reserve(WARM_UP_ROUNDS + clock.rounds)
+    # a graphed step is run once before it is captured, and replayed once to be checked
+    steps = WARM_UP_ROUNDS + clock.rounds + COUNTED_STEPS + 2
 
-    def step() -> None:
+    def eager() -> None:
         nonlocal state
         _, state, _ = layer.decode(x, state)
 
+    if mode == "graphed":
+        step = graphed(layer, x, state, steps)
+    else:
+        state.reserve(steps)
+        step = eager
+    taken = costs(step, sizes.gpu)
     timing = timed(step, clock)
     return {
+        **taken,
         "kept": float(state.cache.tokens.double().mean() / state.position.double().mean()),
         **timing._asdict(),
         "tokens_per_second": sizes.decode_batch / timing.seconds,
@@ -102,6 +126,67 @@ def one_layer(context: int, fraction: float, sizes: Sizes, clock: Clock) -> dict
         "capacity_bytes": state.cache.capacity_nbytes,
         **checked,
     }
+
+
+def graphed(
+    layer: hb.HAMLayer,
+    x: Tensor,
+    state: hb.HAMState,
+    steps: int,
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+) -> Callable[[], None]:
+    """A decode step that is replayed, with fixed addresses.
+
+    What a step leaves is copied to where the next one takes it from. The pages have to be reserved:
+    a replay does not run the host's accounting.
+
+    Args:
+        layer: the layer.
+        x: `[B, hidden]`, the token of every step.
+        state: the state before the first step.
+        steps: how many steps are run in all.
+        capture: records a step and returns its replay; None: a CUDA graph.
+
+    Raises:
+        WrongResultError: the first replay is not the second step in eager mode.
+    """
+    names = "position", "memory", "attention", "ledger"
+    exact, expected = state.fork(), []
+    exact.reserve(COUNTED_STEPS)
+    for _ in range(COUNTED_STEPS):
+        y, exact, _ = layer.decode(x, exact)
+        expected.append(y)
+    state.reserve(steps)  # after the fork, so that no page is shared
+    own = tree_map(torch.clone, state.trees)
+    state = state._replace(**dict(zip(names, own, strict=True)))
+    last = torch.empty_like(expected[0])
+
+    def step() -> None:
+        y, after, _ = layer.decode(x, state)
+        last.copy_(y)
+        for old, new in zip(leaves(state.trees), leaves(after.trees), strict=True):
+            old.copy_(new)
+
+    replay = (capture or cuda_graph)(step)
+    replay()
+    error = float((last.double() - expected[1].double()).norm() / expected[1].double().norm())
+    if not error <= MAX_GRAPHED_ERROR:
+        raise WrongResultError(f"graphed step: error {error:.1e} against the eager one")
+    return replay
+
+
+def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Runs a step once, captures it, and returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def prefilled(context: int, fraction: float, sizes: Sizes) -> tuple[hb.HAMLayer, hb.HAMState]:

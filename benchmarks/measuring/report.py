@@ -39,8 +39,9 @@ def machine(gpu: bool) -> dict[str, str]:
 def tables(measurements: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[Table]:
     """Times beside their floors, and targets beside the ratios that were reached."""
     times = Table(
-        "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", title="Times"
-    )
+        "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", "host ms",
+        "peak MB", "launches", title="Times",
+    )  # fmt: skip
     for measured in measurements:
         times.add_row(*name_cells(measured), *time_cells(measured))
     judged = Table("target", "T", "pass", "bound", "ratio", "met", title="Targets")
@@ -58,7 +59,7 @@ def name_cells(measured: dict[str, Any]) -> list[str]:
         measured["part"],
         f"{measured['tokens']:,}",
         measured.get("pass", "one token"),
-        " ".join(str(measured[name]) for name in ("case", "mode") if name in measured),
+        " ".join(str(measured[name]) for name in ("case", "mode", "variant") if name in measured),
         f"{measured['kept']:.3f}" if "kept" in measured else str(measured.get("fraction", "")),
     ]
 
@@ -66,11 +67,19 @@ def name_cells(measured: dict[str, Any]) -> list[str]:
 def time_cells(measured: dict[str, Any]) -> list[str]:
     """Median, quartiles and floor in milliseconds; the reason if there is no time."""
     if "seconds" not in measured:
-        return ["-", measured["reason"][:REASON_WIDTH]]
+        return ["-", measured.get("reason", "right")[:REASON_WIDTH]]
     low, middle, high, floor = (
         1e3 * measured[name] for name in ("lower", "seconds", "upper", "floor")
     )
-    return [f"{middle:.3f}", f"{low:.3f} - {high:.3f}", f"{floor:.3f}", f"{middle / floor:.2f}"]
+    return [
+        f"{middle:.3f}",
+        f"{low:.3f} - {high:.3f}",
+        f"{floor:.3f}",
+        f"{middle / floor:.2f}",
+        f"{1e3 * measured['host_seconds']:.3f}",
+        f"{measured['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in measured else "-",
+        str(measured.get("launches", "-")),
+    ]
 
 
 def show(measurements: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class Sizes(NamedTuple):
         matmul: side of the square product that measures the rate of operations.
         copied_bytes: size of the copy that measures the rate of bytes.
         backend: of `torch.compile`.
+        smoke_tokens: sequence length of the part `smoke`.
+        traces: folder of its profiler trace; None: it writes none.
     """
 
     device: str = "cuda"
@@ -39,6 +42,8 @@ class Sizes(NamedTuple):
     matmul: int = 8192
     copied_bytes: int = 2**30
     backend: str = "inductor"
+    smoke_tokens: int = 1024
+    traces: Path | None = None
 
     @property
     def gpu(self) -> bool:
@@ -60,4 +65,5 @@ SMALL = Sizes(
     matmul=256,
     copied_bytes=2**24,
     backend="aot_eager",
+    smoke_tokens=16,
 )

@@ -108,7 +108,7 @@ def test_packed_is_one_by_one(lengths, positions, window):
     close(together, alone)
 
 
-@pytest.mark.parametrize("impl", ["reference", "gather", "flex"])
+@pytest.mark.parametrize("impl", ["reference", "gather", "flex", "flex-compact"])
 @pytest.mark.parametrize("window", [0, 2])
 @torch.no_grad()
 def test_every_implementation_reads_for_some_queries(impl, window):

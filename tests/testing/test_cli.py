@@ -279,7 +279,7 @@ def test_ops_are_recorded_by_implementation(tmp_path: Path) -> None:
     path = tmp_path / "golden.json"
     both = run("record", "op", "hamblocks.ops:selected_attention", "--out", str(path))
     assert both.exit_code == 2
-    assert "impl: expected one of triton, gather, flash, flex, reference" in " ".join(
+    assert "impl: expected one of triton, gather, flash, flex-compact, flex, reference" in " ".join(
         both.output.replace("│", " ").split()
     )
     assert (

@@ -18,7 +18,7 @@ from hamblocks_ops.arguments import (
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted
 from hamblocks_ops.packing import positions
-from hamblocks_ops.selected_attention import flash, flex, reference
+from hamblocks_ops.selected_attention import block_mask, flash, flex, flex_compact, reference
 from hamblocks_ops.selected_attention.call import (
     AttentionCall,
     AttentionOutput,
@@ -62,7 +62,14 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Implementation("triton", _run_triton, _refused_by_triton, passed_over=interpreted, opaque=True),
     Implementation("gather", _run_gather, opaque=True),
     Implementation("flash", flash.run, flash.refused, passed_over=_waits, opaque=True),
-    Implementation("flex", flex.run, flex.refused, passed_over=_is_the_baseline, opaque=True),
+    Implementation(
+        "flex-compact",
+        flex_compact.run,
+        block_mask.refused,
+        passed_over=flex_compact.passed_over,
+        opaque=True,
+    ),
+    Implementation("flex", flex.run, block_mask.refused, passed_over=_is_the_baseline, opaque=True),
     Implementation("reference", reference.run),
     finish=lambda call, result: rounded(call.q, result),
     hints=Hints(
