@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hamblocks.protocols import check_count
 from hamblocks_ops import packing
 from hamblocks_ops.arguments import (
     check_cu_seqlens,
@@ -72,7 +73,7 @@ class BatchLayout(NamedTuple):
         """Which columns hold tokens, bool `[B, T]`."""
         if self.real is None:
             return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=device)
-        return self.unpack(torch.ones(1, len(self.real), dtype=torch.bool, device=device))
+        return self.unpack(torch.ones(1, self.real.shape[0], dtype=torch.bool, device=device))
 
     def targets(self, labels: Tensor) -> Tensor:
         """Shifts labels `[B, T]`, so that each token gets the label of the next one.
@@ -82,7 +83,7 @@ class BatchLayout(NamedTuple):
         labels = F.pad(labels, [0, 1], value=IGNORE)[:, 1:]
         if self.cu_seqlens is None:
             return labels
-        count = self.batch * self.tokens if self.real is None else len(self.real)
+        count = self.batch * self.tokens if self.real is None else self.real.shape[0]
         # sequences are numbered from 1, because `unpack` fills padding with 0
         sequence = self.unpack(packing.sequence_of(self.cu_seqlens, count)[None] + 1)
         goes_on = (sequence == F.pad(sequence, [0, 1])[:, 1:]) & (sequence > 0)
@@ -164,6 +165,22 @@ def last_columns(x: Tensor, count: int | Tensor) -> Tensor:
     if isinstance(count, Tensor):
         return x[:, count]
     return x[:, -count:] if count else x
+
+
+def check_kept(logits_to_keep: object) -> int | Tensor:
+    """Checks which columns get logits: a number of columns, or an integer tensor that lists them.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name = "logits_to_keep"
+    if isinstance(logits_to_keep, Tensor):
+        check_integer(name, logits_to_keep)
+        check_tensor(name, logits_to_keep, "[columns]", [None])
+        return logits_to_keep
+    if isinstance(logits_to_keep, torch.SymInt):  # traced; it is no `numbers.Integral`
+        return logits_to_keep  # type: ignore[return-value]
+    return check_count(name, logits_to_keep)
 
 
 def _bordered(

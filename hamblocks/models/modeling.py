@@ -30,7 +30,13 @@ from hamblocks.convolution import ShortConvolution
 from hamblocks.gates.prediction_entropy import UntrainedHead
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
-from hamblocks.models.batches import IGNORE, BatchLayout, batch_layout, last_columns
+from hamblocks.models.batches import (
+    IGNORE,
+    BatchLayout,
+    batch_layout,
+    check_kept,
+    last_columns,
+)
 from hamblocks.models.cache import HAMCache, checked_cache
 from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
@@ -318,9 +324,9 @@ class HAMModel(HAMPreTrainedModel):
             cache = HAMCache(self.config)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        kept = kwargs.get("logits_to_keep", 0)
+        kept = check_kept(kwargs.get("logits_to_keep", 0))
         # a tensor lists columns: any of them may be rejected
-        kept = kept if isinstance(kept, int) and kept else x.shape[1]
+        kept = x.shape[1] if isinstance(kept, Tensor) else kept or x.shape[1]
         result = self._run(x, layout, cache, kept, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)
         inputs = (*(layout.unpack(x) for x in result.inputs), y)
@@ -498,6 +504,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             ValueError: an argument is wrong. The message names it, what was expected and what came.
                 The cache is unchanged after an error.
         """
+        logits_to_keep = check_kept(logits_to_keep)
         cache = past_key_values if isinstance(past_key_values, HAMCache) else None
         # the model advances the cache, so where it stands now is kept for the labels
         past, seen = (0, None) if cache is None else (cache.columns, cache.seen)

@@ -16,7 +16,7 @@ from hamblocks_ops.arguments import (
 )
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted
-from hamblocks_ops.gated_delta_rule import chunked, reference, refused
+from hamblocks_ops.gated_delta_rule import opaque, reference, refused
 from hamblocks_ops.gated_delta_rule.call import (
     DeltaRuleCall,
     DeltaRuleOutput,
@@ -42,7 +42,7 @@ def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @op_with_choice(
     Implementation("fla", _run_fla, refused.refused, passed_over=interpreted, opaque=True),
-    Implementation("chunked", chunked.run),
+    Implementation("chunked", opaque.run),
     Implementation("reference", reference.run),
     finish=finish,
     hints=Hints(

@@ -21,19 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw, learns, per_value_head
-from hamblocks_ops.lengths import is_symbolic
 from hamblocks_ops.packing import sequence_of
 
 CHUNK = 64
 """Tokens of a chunk."""
-
-
-def run(call: DeltaRuleCall) -> DeltaRuleRaw:
-    """Runs a call, unrounded."""
-    if is_symbolic(call.v.shape[1]) and not learns(call):
-        return DeltaRuleRaw(*_chunked_op(**per_value_head(call)))
-    return DeltaRuleRaw(*chunked(**per_value_head(call)))
 
 
 def chunked(
@@ -83,48 +74,6 @@ def chunked(
     step = _Chunks.prepare(chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g), scale)
     out, residual, state = _scan(step, initial_state, packed)
     return tokens_of(out), tokens_of(residual), state
-
-
-@torch.library.custom_op("hamblocks::gated_delta_rule_chunked", mutates_args=())
-def _chunked_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked` as one operator without a gradient, where the scan cannot be unrolled."""
-    out, residual, state = chunked(
-        q,
-        k,
-        v,
-        beta=beta,
-        g=g,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-    if v.shape[1] == 0:  # an operator may not return its arguments
-        return out.clone(), residual.clone(), state.clone()
-    return out.contiguous(), residual.contiguous(), state.contiguous()
-
-
-@_chunked_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = initial_state.new_empty(v.shape)
-    return out, torch.empty_like(out), initial_state.new_empty(initial_state.shape)
 
 
 def _step(
