@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, final
 
 import torch
@@ -69,14 +68,15 @@ class SelectedAttention(Built):
                 one tap, or `rope_scaling` is unknown or has no rotary positions to scale.
         """
         super().__init__()
-        check_count("conv_size", conv_size, 1)
+        conv_size = check_count("conv_size", conv_size, 1)
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
-        check_scaling(rope_scaling)
+        rope_scaling = check_scaling(rope_scaling)
         if rope_scaling is not None and rope_theta is None:
             raise wrong("rope_scaling", "None where rope_theta = None", repr(rope_scaling))
         self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
-        self.rope_theta, self.rope_scaling = rope_theta, copy.copy(rope_scaling)
+        self.rope_theta = None if rope_theta is None else float(rope_theta)
+        self.rope_scaling = rope_scaling
         self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.null_sink, self.impl = null_sink, impl
 

@@ -62,8 +62,8 @@ class ShortConvolution(nn.Module):
             raise wrong("activation", '"silu" or None', repr(activation))
         if init not in ("uniform", "identity"):
             raise wrong("init", '"uniform" or "identity"', repr(init))
-        check_count("hidden_size", hidden_size, 1)
-        check_count("kernel_size", kernel_size, 1)
+        hidden_size = check_count("hidden_size", hidden_size, 1)
+        kernel_size = check_count("kernel_size", kernel_size, 1)
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
         self.activation, self.init = activation, init
         used = self._used(taps)

@@ -138,7 +138,7 @@ class HAMLayer(CallsParts):
         parts = parts_of(memory, gate, selector, query_gate, attention, combiner)
         has = parts["memory"], parts["attention"]
         self.dims = dims_of(hidden_size, num_heads, num_kv_heads, head_dim, *has)
-        _, _, kv_heads, head_dim, *_ = self.dims
+        hidden_size, num_heads, kv_heads, head_dim, *_ = self.dims
         self._memory_projects = projects_itself(parts["memory"])
         self._memory_waits = isinstance(parts["memory"], ReadsUnstored)
         if self.dims.has_attention or not self._memory_projects:

@@ -57,20 +57,19 @@ class _DeltaRuleMemory(Built):
         taps = list(conv_size) if isinstance(conv_size, Sequence) else [conv_size] * 3
         if len(taps) != 3:
             raise wrong("conv_size", "an integer, or three: for q, k and v", repr(conv_size))
-        for number in taps:
-            check_count("conv_size", number, 1)
+        taps = [check_count("conv_size", number, 1) for number in taps]
         if projections not in ("shared", "own"):
             raise wrong("projections", '"shared" or "own"', repr(projections))
-        sizes = {"num_heads": num_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if size is not None:
-                check_count(name, size, 1)
+        if num_heads is not None:
+            num_heads = check_count("num_heads", num_heads, 1)
+        if head_dim is not None:
+            head_dim = check_count("head_dim", head_dim, 1)
         if projections == "shared" and (num_heads or head_dim or expand_v != 1):
             expected = '"own" for a memory with sizes of its own (num_heads, head_dim, expand_v)'
             raise wrong("projections", expected, '"shared"')
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
-        self.conv_size = taps if isinstance(conv_size, Sequence) else conv_size
+        self.conv_size = taps if isinstance(conv_size, Sequence) else taps[0]
         self.taps, self.conv_init, self.conv_activation = taps, conv_init, conv_activation
         self.projections = projections
         self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v

@@ -44,7 +44,7 @@ class ThresholdQueries(AroundGate):
             ValueError: an argument is not what is expected.
         """
         super().__init__(gate)
-        check_count("window", window)
+        window = check_count("window", window)
         self.controller, self.window = controller_of(controller), window
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:

@@ -7,6 +7,7 @@ their meaning.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,17 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_scaling(scaling: object) -> None:
+def check_scaling(scaling: object) -> Scaling | None:
     """Checks a scaling; None: frequencies are not scaled.
+
+    Returns:
+        A copy with the numbers of Python, which is what a part stores: JSON knows no others.
 
     Raises:
         ValueError: an unknown `rope_type`, an unknown or missing number, or one that is not above 0.
     """
     if scaling is None:
-        return
+        return None
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     if not isinstance(scaling, dict) or kind not in REQUIRED:
         expected = f'None, or an object with one of {", ".join(REQUIRED)} as "rope_type"'
@@ -53,13 +57,17 @@ def check_scaling(scaling: object) -> None:
         listed = [*REQUIRED[kind], *(f"{name} (optional)" for name in OPTIONAL.get(kind, ()))]
         expected = f"{', '.join(listed)} beside rope_type {kind}"
         raise wrong("rope_scaling", expected, ", ".join(sorted(given)) or "none")
+    plain = dict(scaling)
     for name in sorted(given - {"truncate"}):
         value = scaling[name]
         if value is None and name in optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
             raise wrong(f"rope_scaling: {name}", "a number > 0", repr(value))
-    check_count(f"rope_scaling: {LENGTH}", scaling.get(LENGTH, 1), 1)
+        plain[name] = value if isinstance(value, int) else float(value)
+    if LENGTH in scaling:
+        plain[LENGTH] = check_count(f"rope_scaling: {LENGTH}", scaling[LENGTH], 1)
+    return plain
 
 
 def rotate(x: Tensor, position: Tensor, theta: float, scaling: Scaling | None = None) -> Tensor:

@@ -50,7 +50,7 @@ class LearnedRouter(Built):
         """
         super().__init__()
         if width is not None:
-            check_count("width", width, 1)
+            width = check_count("width", width, 1)
         if gradient not in GRADIENTS:
             raise wrong("gradient", f"one of {', '.join(GRADIENTS)}", repr(gradient))
         self.width, self.gradient = width, gradient

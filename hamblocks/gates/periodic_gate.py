@@ -23,7 +23,7 @@ class PeriodicGate:
         Raises:
             ValueError: `n` is not an integer of at least 1.
         """
-        check_count("n", n, 1)
+        n = check_count("n", n, 1)
         self.n, self.offset = n, offset
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:

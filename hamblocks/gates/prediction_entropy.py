@@ -65,7 +65,7 @@ class PredictionEntropy(Built):
             ValueError: `vocab_size` is not an integer of at least 2.
         """
         super().__init__()
-        check_count("vocab_size", vocab_size, 2)
+        vocab_size = check_count("vocab_size", vocab_size, 2)
         self.vocab_size = vocab_size
 
     def make(self, dims: LayerDims) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.hashing import mix
-from hamblocks.protocols import GateOutput, MemoryTrace
+from hamblocks.protocols import GateOutput, MemoryTrace, check_count
 from hamblocks_ops.arguments import wrong
 
 PER = ("sequence", "position")
@@ -52,8 +52,9 @@ class RandomGate:
                 scores of the query heads of a key/value head, which are then no longer uniform.
 
         Raises:
-            ValueError: there is no such `per` or `heads`.
+            ValueError: `seed` is no integer >= 0, or there is no such `per` or `heads`.
         """
+        seed = check_count("seed", seed)
         if per not in PER:
             raise wrong("per", f"one of {', '.join(PER)}", repr(per))
         if heads not in HEADS:

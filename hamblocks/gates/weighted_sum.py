@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import final
 
@@ -100,7 +101,7 @@ class WeightedSum(nn.Module):
 
 def _are_numbers(weights: object) -> bool:
     return isinstance(weights, (list, tuple)) and all(
-        isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+        isinstance(weight, numbers.Real) and not isinstance(weight, bool) and math.isfinite(weight)
         for weight in weights
     )
 

@@ -237,9 +237,13 @@ class StateCache(Cache):
                 the length to return to, as in transformers.
 
         Raises:
-            ValueError: the columns are not recorded, and no `checkpoint` was recorded at that
-                length; or the cache is empty.
+            ValueError: `tokens_to_remove` is not an integer of at least minus the number of
+                columns; or the columns are not recorded, and no `checkpoint` was recorded at that
+                length.
         """
+        if isinstance(tokens_to_remove, Tensor):  # transformers counts matches in a tensor
+            tokens_to_remove = tokens_to_remove.item()
+        tokens_to_remove = check_count("tokens_to_remove", tokens_to_remove, -self.columns)
         columns = self.columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         back = self.columns - columns
         if 0 < back <= self._recordable:

@@ -74,7 +74,7 @@ class Budget(Wrapper):
                 word.
         """
         super().__init__(inner)
-        check_count("tokens", tokens)
+        tokens = check_count("tokens", tokens)
         if leaves not in ("oldest", "lowest"):
             raise wrong("leaves", "'oldest' or 'lowest'", repr(leaves))
         self.tokens = tokens
@@ -119,9 +119,9 @@ class Budget(Wrapper):
         Raises:
             ValueError: a bad argument.
         """
-        check_count("nbytes", nbytes)
-        check_count("head_dim", head_dim, 1)
-        check_count("num_kv_heads", num_kv_heads, 1)
+        nbytes = check_count("nbytes", nbytes)
+        head_dim = check_count("head_dim", head_dim, 1)
+        num_kv_heads = check_count("num_kv_heads", num_kv_heads, 1)
         token = 2 * num_kv_heads * head_dim * dtype.itemsize
         return cls(inner, nbytes // token, leaves=leaves)
 

@@ -56,7 +56,7 @@ class Cooldown(Wrapper):
             ValueError: `inner` is no selector, or `n` is no integer >= 1.
         """
         super().__init__(inner)
-        check_count("n", n, 1)
+        n = check_count("n", n, 1)
         self.n = n
 
     def start(

@@ -66,7 +66,7 @@ class ErrorMass(Composable):
         is_number = isinstance(share, numbers.Real) and not isinstance(share, bool)
         if not is_number or not 0 <= share <= 1:
             raise wrong("share", "a number in [0, 1]", share)
-        check_count("capacity", capacity, 1)
+        capacity = check_count("capacity", capacity, 1)
         self.share = float(share)
         self.capacity = capacity
 

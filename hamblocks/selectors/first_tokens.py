@@ -27,7 +27,7 @@ class FirstTokens(Composable):
             ValueError: `n` is no integer >= 0.
         """
         super().__init__()
-        check_count("n", n)
+        n = check_count("n", n)
         self.n = n
 
     def forward(

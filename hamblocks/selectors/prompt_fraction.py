@@ -51,7 +51,7 @@ class PromptFraction(Composable):
         is_number = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
         if not is_number or not 0 <= fraction <= 1:
             raise wrong("fraction", "a number in [0, 1]", fraction)
-        check_count("length", length)
+        length = check_count("length", length)
         self.fraction = float(fraction)
         self.length = length
         # 0.1 * 30 is 3.0000000000000004 in floating point, so the product is taken exactly

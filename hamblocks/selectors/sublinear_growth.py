@@ -55,7 +55,7 @@ class SublinearGrowth(Composable):
             is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not is_number or not 0 < value < top:
                 raise wrong(name, f"a number in (0, {top:g})", value)
-        check_count("max_tokens", max_tokens, 1)
+        max_tokens = check_count("max_tokens", max_tokens, 1)
         self.exponent = float(exponent)
         self.scale = float(scale)
         self.max_tokens = max_tokens

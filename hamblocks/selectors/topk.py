@@ -40,8 +40,8 @@ class TopK(Composable):
             ValueError: `k` or `delay` is no integer >= 0.
         """
         super().__init__()
-        check_count("k", k)
-        check_count("delay", delay)
+        k = check_count("k", k)
+        delay = check_count("delay", delay)
         self.k = k
         self.delay = delay
 

@@ -27,7 +27,7 @@ class Window(Composable):
             ValueError: `width` is no integer >= 0.
         """
         super().__init__()
-        check_count("width", width)
+        width = check_count("width", width)
         self.width = width
 
     def forward(

@@ -1,5 +1,6 @@
 """Padding, packed batches and the loss: every sequence gives what it gives alone."""
 
+import numpy as np
 import pytest
 import torch
 from hf_cases import SELECTORS, config, model, padded, rows, text
@@ -122,7 +123,8 @@ def test_the_cache_changes_no_gradient():
 def test_only_the_logits_asked_for():
     made, ids = model(), text(0, 2, 9)
     every = made(ids).logits
-    close(made(ids, logits_to_keep=2).logits, every[:, -2:])
+    for two in (2, np.int64(2)):
+        close(made(ids, logits_to_keep=two).logits, every[:, -2:])
     close(made(ids, logits_to_keep=torch.tensor([0, 4])).logits, every[:, [0, 4]])
 
 
@@ -242,6 +244,17 @@ IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
         (
             {"input_ids": IDS, "labels": IDS, "logits_to_keep": 1},
             r"^logits_to_keep: expected 0 beside labels",
+        ),
+        *(
+            ({"input_ids": IDS, "logits_to_keep": kept}, f"^logits_to_keep: expected {wanted}")
+            for kept, wanted in (
+                (2.0, "an integer >= 0, got float 2.0"),
+                (-2, "an integer >= 0, got int -2"),
+                (True, "an integer >= 0, got bool True"),
+                ("2", "an integer >= 0, got 2"),
+                (torch.tensor([0.0]), r"dtype int32 or int64, got float32 \[1\]"),
+                (torch.tensor(1), r"shape \[columns\]"),
+            )
         ),
     ],
 )
