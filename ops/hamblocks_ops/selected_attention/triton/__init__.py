@@ -158,7 +158,8 @@ def _(
 
 def _factor(scale: float) -> float:
     """The scale of logits in base 2: rounded once, and the same in all kernels."""
-    return scale * LOG2E.value
+    factor: float = scale * LOG2E.value
+    return factor
 
 
 def _programs(q: Tensor, tile: Config) -> int:
