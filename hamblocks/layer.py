@@ -304,8 +304,8 @@ class HAMLayer(CallsParts):
         Args:
             x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`.
             state: state from `init_state(N)` or the last call, to continue from; it is spent (see
-                `HAMState`). Gradients flow to earlier calls through the memory, but not through
-                stored tokens. None: `x` holds whole sequences.
+                `HAMState`). Gradients flow to earlier calls through the states of the memory and of
+                attention, but not through stored tokens. None: `x` holds whole sequences.
             cu_seqlens: int32 `[N+1]`, borders of N sequences packed into one batch row.
             given_score: floating `[B, T, heads]` with 1, Hkv or H heads, a score from outside for
                 gates that read one (`GivenScore`): labels, or another model's entropy.

@@ -272,6 +272,12 @@ class HAMState(NamedTuple):
         ring = None if self.ring is None else Ring(self.ring.size)
         return state._replace(cache=cache, checkpoints=points, ring=ring)
 
+    def detach(self) -> HAMState:
+        """The same state without the graph of earlier calls: a later loss does not reach them."""
+        state = self._mapped(torch.Tensor.detach)
+        # stored tokens have no graph
+        return state._replace(cache=self.cache, checkpoints=self.checkpoints, ring=self.ring)
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> HAMState:
         """This state with every tensor outside the cache changed."""
         position, memory, attention, ledger = tree_map(change, self.trees)

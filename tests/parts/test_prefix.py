@@ -108,3 +108,16 @@ def test_bytes_apart(case):
     assert apart.tables == 4 * (own.table.numel() + 2)
     empty = layer.init_state(3).nbytes_by_part
     assert empty == (0, 0, 0, 0, 12)
+
+
+def test_a_detached_state_ends_the_graph_and_changes_no_value():
+    layer = hb.HAMLayer(16, 2, selector=hb.Threshold(0.9) | hb.Window(3))  # keys are convolved
+    x = torch.randn(2, 12, 16)
+    state = layer.init_state(2)
+    reads = []
+    for piece in x.split(4, 1):
+        y, state, _ = layer(piece, state=state)
+        y.square().sum().backward()  # a second pass through an earlier graph would raise
+        state = state.detach()
+        reads.append(y.detach())
+    torch.testing.assert_close(torch.cat(reads, 1), layer(x).y.detach())
