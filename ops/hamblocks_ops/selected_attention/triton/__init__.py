@@ -157,7 +157,7 @@ def _(
 
 def _factor(scale: float) -> float:
     """The scale of logits in base 2: rounded once, and the same in all kernels."""
-    return scale * LOG2E.value
+    return scale * float(LOG2E.value)
 
 
 def _programs(q: Tensor, tile: Config) -> int:
