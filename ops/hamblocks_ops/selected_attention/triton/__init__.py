@@ -158,8 +158,7 @@ def _(
 
 def _factor(scale: float) -> float:
     """The scale of logits in base 2: rounded once, and the same in all kernels."""
-    factor: float = scale * LOG2E.value
-    return factor
+    return scale * float(LOG2E.value)
 
 
 def _programs(q: Tensor, tile: Config) -> int:
