@@ -42,7 +42,7 @@ WITH_BIAS_OR_GROUPS = {
     (9, 64): {2: Config(64, 128, 8, 2)},
     (9, 128): {1: Config(128, 32, 8, 2), 2: Config(32, 128, 8, 2)},
     (10, 64): {2: Config(64, 64, 8, 1)},
-    (10, 128): {2: Config(64, 64, 8, 1)},
+    (10, 128): {2: Config(64, 64, 4, 1)},
 }
 """Launches that a bias or grouped queries would make spill, by major compute capability and padded
 head size: for the number of a kernel in the tuple above, the launch that takes its place."""
