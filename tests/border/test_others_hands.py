@@ -81,6 +81,7 @@ def test_a_state_goes_to_another_process_and_to_its_fork():
         want = layer.decode(x[:, 0], state.fork()).y
         program = (
             "import os, pickle, sys, torch\n"
+            "torch.set_num_threads(1)\n"  # OpenMP's threads do not outlive a fork: torch would wait
             "layer, state, x = pickle.load(sys.stdin.buffer)\n"
             "with torch.no_grad(): y = layer.decode(x, state.fork()).y\n"
             "if hasattr(os, 'fork') and (child := os.fork()): os._exit(os.waitpid(child, 0)[1])\n"

@@ -53,6 +53,8 @@ POLICIES = [
     ("gate", {"type": "random_gate", "seed": 7, "per": "position", "heads": "own"}),
     ("gate", {"type": "committed_write"}),
     ("gate", {"type": "recall_error"}),
+    ("gate", {"type": "key_norm"}),
+    ("gate", {"type": "value_norm"}),
     ("gate", {"type": "given_score"}),
     ("gate", {"type": "prediction_entropy", "vocab_size": 17}),
     (
@@ -110,6 +112,7 @@ POLICIES = [
             },
         },
     ),
+    ("selector", {"type": "head_thresholds", "taus": [float("-inf"), 0.5, float("inf")]}),
     ("selector", {"type": "window", "width": 64}),
     ("selector", {"type": "first_tokens", "n": 4}),
     ("selector", {"type": "top_k", "k": 32, "delay": 8}),

@@ -47,6 +47,6 @@ def test_heads_that_copy_carry_a_repeated_line():
     window = loss(lambda layer: hb.Window(16) | hb.FirstTokens(4))
     copies = loss(heads(full))
     others = loss(heads(copying <= copying.flatten().topk(22, largest=False).values.max()))
-    assert everything < 1 < 5 < window
-    assert copies < everything + 0.5 * (window - everything)
+    assert everything < 0.5 * window
+    assert copies < everything + 0.2 * (window - everything)
     assert others > everything + 0.8 * (window - everything)

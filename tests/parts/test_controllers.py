@@ -320,7 +320,7 @@ def train(use_checkpoint, steps=4):
     handle = hb.hook_controllers(optimizer, model)
     taus = []
     for _ in range(steps):
-        x = torch.randn(2, 30, 16)
+        x = torch.randn(2, 31, 16)  # no share of 124 scores is .3 or .6, so every step moves tau
         for layer in model:
             if use_checkpoint:
                 x = x + checkpoint(lambda x, layer=layer: layer(x).y, x, use_reentrant=False)

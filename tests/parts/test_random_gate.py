@@ -25,7 +25,7 @@ def mixed(word):
 
 @pytest.mark.parametrize("per", ["sequence", "position"])
 @given(
-    seed=st.integers(-5, 2**40),
+    seed=st.integers(0, 2**40),
     begin=st.integers(0, 2**20),
     width=st.sampled_from([1, 12, 40]),
     tokens=st.integers(1, 12),
