@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hamblocks import retrofit_cli
-from hamblocks.terminal import progress_bars as _progress
-from hamblocks.terminal import usage_errors as _usage_errors
+from hamblocks.terminal import progress_bars, usage_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,7 +75,7 @@ def demo(
         f"Recall: {settings.pairs} pairs in {settings.length} tokens of text that repeats itself. "
         f"Models branch from one checkpoint per seed and differ in what they store."
     )
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         results = run(settings, progress)
     _write(out, results.to_json(), markdown(results))
     chart(results, out / "chart.png")
@@ -93,12 +92,12 @@ def _text_demo(text: Path, steps: int | None, seed: int, out: Path) -> None:
     from hamblocks.experiments.text_report import chart, markdown, table
 
     console = Console()
-    with _usage_errors():
+    with usage_errors():
         corpus = Corpus.from_file(text)
     held_out = f"the last {len(corpus.held_out):,} held out"
     console.print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {held_out}")
     settings = Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         results = run(settings, corpus, progress)
     _write(out, results.to_json(), markdown(results))
     chart(results, out / "chart.png")
@@ -136,7 +135,7 @@ def experiment(
     from hamblocks.experiments.routing_report import charts, markdown
 
     console = Console()
-    with _usage_errors():
+    with usage_errors():
         if name != "routing":
             raise ValueError(f"name: expected routing, got {name!r}")
         settings = routing.Settings.quick() if quick else routing.Settings()
@@ -148,7 +147,7 @@ def experiment(
             settings = changed(settings, device=device, scale=8, workers=0)
         if workers is not None:
             settings = changed(settings, workers=workers)
-        with _progress(console) as progress:
+        with progress_bars(console) as progress:
             results = routing.run(settings, out, progress)
     (out / "routing.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "routing.md").write_text(markdown(results))
@@ -172,7 +171,7 @@ def evaluate(
         typer.Option(help="JSON of policies, fractions and sizes.", exists=True, dir_okay=False),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Six policies, one seed: three minutes on two cores.")
+        bool, typer.Option("--quick", help="Six policies, one seed.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -191,7 +190,7 @@ def evaluate(
     from hamblocks.models.loading import load_pretrained
 
     console = Console()
-    with _usage_errors():
+    with usage_errors():
         if quick and policies is not None:
             raise ValueError("--quick: expected without --policies, got both")
         plan = QUICK if quick else DEFAULT
@@ -201,7 +200,7 @@ def evaluate(
         loaded, tokenizer = load_pretrained(model)
         if tokenizer is None:
             raise ValueError(f"model: expected one with a tokenizer, got {model} without")
-        with _progress(console) as progress:
+        with progress_bars(console) as progress:
             results = run(loaded.to(device), tokenizer, plan, out, Path(model).name, progress)
     (out / "evaluate.md").write_text(markdown(results))
     chart(results, out / "evaluate.png")
@@ -321,7 +320,7 @@ def check(
     """Runs the checks of hamblocks.testing over a part; exits with 1 if one fails."""
     testing = _testing()
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
-    with _usage_errors():
+    with usage_errors():
         if against is not None:
             failed = _compare(against, kind, target, as_json)
             raise typer.Exit(1 if failed else 0)
@@ -368,7 +367,7 @@ def record(
 ) -> None:
     """Writes the results of a part for seeded inputs to a file, for `hamblocks check --against`."""
     testing = _testing()
-    with _usage_errors():
+    with usage_errors():
         parts = testing.target.parts_of(kind, target, like, impl)
         if len(parts) != 1:
             raise ValueError(

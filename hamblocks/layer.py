@@ -24,7 +24,7 @@ from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.own_weights import check_like_weights, check_present
-from hamblocks.parallel.layer import call_sharded, check_alone
+from hamblocks.parallel.layer import call_sharded, check_sharded
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.pieces import Pieces
 from hamblocks.protocols import (
@@ -318,8 +318,9 @@ class HAMLayer(CallsParts):
         """
         self._check(x, state, cu_seqlens, given_score)
         if shard is not None:
-            check_alone(state, cu_seqlens)
-            return call_sharded(self, x, shard, given_score)
+            check_sharded(x, shard, state, cu_seqlens)
+            if x.shape[0] * shard.tokens:
+                return call_sharded(self, x, shard, given_score)
         batch, tokens = x.shape[:2]
         position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if batch * tokens == 0:

@@ -104,6 +104,14 @@ class Channel:
         return [int(x) for x in _exchanged(rows, each, each, self.group)]
 
     @torch.no_grad()
+    def largest(self, *numbers: int) -> list[int]:
+        """Each number's largest value on any rank. The host waits for the device."""
+        rows = torch.tensor(numbers, device=self.ticket.device)
+        self._count(rows, len(numbers))
+        dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.group)
+        return [int(x) for x in rows]
+
+    @torch.no_grad()
     def send(self, tensors: Sequence[Tensor], rank: int) -> None:
         """Sends some tensors to a rank, which calls `receive`; their shapes go with them."""
         to = self._global(rank)

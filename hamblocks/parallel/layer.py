@@ -85,10 +85,8 @@ def call_sharded(
         given_score: as in `HAMLayer.forward`, of those tokens.
 
     Raises:
-        ValueError: x has another number of tokens, or a part has a state that it cannot pass on.
+        ValueError: a part has a state that it cannot pass on.
     """
-    sizes = [1 if shard.packed else None, shard.local_tokens, None]
-    check_tensor("x", x, "[B, tokens of this rank, hidden]", sizes)
     trained = [weight for weight in layer.parameters() if weight.requires_grad]
     channel = Channel(shard.group, x, *trained[:1])
     pieces = _pieces(layer, x, shard, given_score)
@@ -107,12 +105,14 @@ def call_sharded(
     return LayerOutput(y, None, stats)
 
 
-def check_alone(state: object, cu_seqlens: Tensor | None) -> None:
-    """Checks that a shard is given without what it replaces.
+def check_sharded(x: Tensor, shard: ContextShard, state: object, cu_seqlens: Tensor | None) -> None:
+    """Checks that x holds the tokens of a shard, and that nothing is given that the shard replaces.
 
     Raises:
-        ValueError: it is not.
+        ValueError: one of the two is not so.
     """
+    sizes = [1 if shard.packed else None, shard.local_tokens, None]
+    check_tensor("x", x, "[B, tokens of this rank, hidden]", sizes)
     if state is not None:
         raise wrong("state", "None beside a shard, which holds whole sequences", state)
     if cu_seqlens is not None:
@@ -151,9 +151,10 @@ def _remembered(
         if not isinstance(memory, HasTransition):
             expected = "one that passes its state on (hamblocks.slices.HasTransition)"
             raise wrong("memory", f"{expected} beside a shard", memory)
-        own = memory.border_inputs
         shared = [(None,) * 3 if layer._memory_projects else p.projected for p in pieces]
-        inputs = [own(piece.x, *qkv) for piece, qkv in zip(pieces, shared, strict=True)]
+        inputs = [
+            memory.border_inputs(piece.x, *qkv) for piece, qkv in zip(pieces, shared, strict=True)
+        ]
         before = borders(channel, shard, inputs, memory.border_size)
         transitions = [
             _transition(memory, piece, qkv, border)
@@ -185,10 +186,10 @@ def _transition(memory: HasTransition, piece: _Piece, qkv: Any, border: Tensor) 
     heads, keys, values = memory.recurrent_size
     rows, chunk = piece.x.shape[0], piece.chunk
     if chunk.tokens and chunk.goes_on:
-        own = [piece.last_sequence(tensor) for tensor in (piece.x, *qkv)]
-        assert own[0] is not None
+        inputs = [piece.last_sequence(tensor) for tensor in (piece.x, *qkv)]
+        assert inputs[0] is not None
         border = border if chunk.last == chunk.begin else torch.zeros_like(border)
-        return memory.transition(own[0], *own[1:], border=border)
+        return memory.transition(inputs[0], *inputs[1:], border=border)
     dtype, device = wide(piece.x), piece.x.device
     carry = torch.eye(keys, dtype=dtype, device=device).expand(rows, heads, keys, keys)
     write = torch.zeros(rows, heads, keys, values, dtype=dtype, device=device)
@@ -203,13 +204,18 @@ def _attended(
     traces: list[MemoryTrace | None],
 ) -> tuple[LayerStats, list[Tensor]]:
     """Decisions, and the read of attention of every chunk that has tokens."""
-    known = [_decided(layer, piece, trace) for piece, trace in zip(pieces, traces, strict=True)]
+    prepared = _prepared(layer, channel, shard, pieces)
+    known = [
+        None if trace is None else _decided(layer, piece, trace._replace(stored_k=k, stored_v=v))
+        for piece, trace, (_, k, v) in zip(pieces, traces, prepared, strict=True)
+    ]
     decided = _filled(channel, shard, pieces, known)
     evict_at = select(
         channel,
         shard,
         [one.score for one in decided],
         [piece.position for piece in pieces],
+        [piece.cu_seqlens for piece in pieces],
         layer._selected,
         lambda sequences, heads: (
             None
@@ -217,7 +223,6 @@ def _attended(
             else start(layer.selector, sequences, heads, pieces[0].x.device)
         ),
     )
-    prepared = _prepared(layer, channel, shard, pieces)
     tokens = []
     for piece, one, (_, k, v), until in zip(pieces, decided, prepared, evict_at, strict=True):
         place, placed = shard.place(piece.chunk, until)
@@ -248,9 +253,7 @@ def _where(shard: ContextShard, pieces: list[_Piece]) -> tuple[Tensor, Tensor]:
     return position, last.expand(position.shape)
 
 
-def _decided(layer: CallsParts, piece: _Piece, trace: MemoryTrace | None) -> _Decided | None:
-    if trace is None:
-        return None
+def _decided(layer: CallsParts, piece: _Piece, trace: MemoryTrace) -> _Decided:
     score, logit_bias = layer._scored(piece.x, trace)
     decision = None if layer.query_gate is None else layer._asked(piece.x, trace)
     return _Decided(score, logit_bias, decision)
@@ -268,8 +271,7 @@ def _filled(
     known = next((one for one in decided if one is not None), None)
     bias = None if known is None else known.logit_bias
     heads = 0 if known is None else known.score.shape[2]
-    own = [heads, 0 if bias is None else bias.shape[2]]
-    heads, biases = (max(channel.counts([number] * channel.ranks)) for number in own)
+    heads, biases = channel.largest(heads, 0 if bias is None else bias.shape[2])
 
     def no_token(x: Tensor) -> _Decided:
         none = x.new_zeros(x.shape[0], 0, heads, dtype=wide(x))

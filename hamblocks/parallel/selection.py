@@ -27,6 +27,7 @@ def select(
     shard: ContextShard,
     scores: list[Tensor],
     positions: list[Tensor],
+    borders: list[Tensor | None],
     selector: Select,
     start: Start,
 ) -> list[Tensor]:
@@ -41,6 +42,7 @@ def select(
         shard: which tokens this rank holds.
         scores: `[B, T, H]` of every chunk of this rank.
         positions: int32 `[B, T]`, positions within the sequences.
+        borders: int32 `[N+1]`, borders of the sequences in every chunk; None if it is not packed.
         selector: the selector.
         start: makes its ledger.
 
@@ -50,15 +52,16 @@ def select(
     rows, _, heads = scores[0].shape
     if start(1, heads) is None:
         return [
-            selector(score, None, position, shard.cu_seqlens(chunk, score.device)).evict_at
-            if chunk.tokens
+            selector(score, None, position, cu_seqlens).evict_at
+            if score.shape[1]
             else torch.zeros_like(score, dtype=torch.int32)
-            for chunk, score, position in zip(shard.own, scores, positions, strict=True)
+            for score, position, cu_seqlens in zip(scores, positions, borders, strict=True)
         ]
     evict_at: dict[int, Tensor] = {}
     lowered: dict[int, Lifetimes] = {}
     passed: dict[int, Any] = {}  # ledgers on their way between two chunks of this rank
-    for chunk, score, position in zip(shard.own, scores, positions, strict=True):
+    chunks = zip(shard.own, scores, positions, borders, strict=True)
+    for chunk, score, position, cu_seqlens in chunks:
         ledger = None
         if chunk.continues:
             before = shard.owner(chunk.number - 1)
@@ -69,7 +72,7 @@ def select(
                 ledger = tree_map(lambda _: next(values), start(rows, heads))  # noqa: B023
         after = ledger
         if chunk.tokens:
-            selection, after = _one_chunk(chunk, shard, score, position, ledger, selector, start)
+            selection, after = _one_chunk(score, position, cu_seqlens, ledger, selector, start)
             evict_at[chunk.number] = selection.evict_at
             if ledger is not None and selection.lowered is not None:
                 lowered[chunk.number] = selection.lowered
@@ -88,10 +91,9 @@ def select(
 
 
 def _one_chunk(
-    chunk: Chunk,
-    shard: ContextShard,
     score: Tensor,
     position: Tensor,
+    cu_seqlens: Tensor | None,
     ledger: Any,
     selector: Select,
     start: Start,
@@ -100,7 +102,6 @@ def _one_chunk(
 
     What is lowered is that of the sequences that came with a ledger.
     """
-    cu_seqlens = shard.cu_seqlens(chunk, score.device)
     sequences = score.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     own = start(sequences, score.shape[2])
     if ledger is not None:  # of all rows, or of the first packed sequence
@@ -109,7 +110,7 @@ def _one_chunk(
             return torch.cat([came, empty[came.shape[0] :].to(came.dtype)])
 
         own = tree_map(first, own, ledger)
-    pieces = Pieces(cu_seqlens, sequences, chunk.tokens)
+    pieces = Pieces(cu_seqlens, sequences, score.shape[1])
     padded = pieces.apart(score, 0), own, pieces.apart(position, EMPTY), None
     selection = selector(*padded)
     rows = score.shape[0]
@@ -127,7 +128,7 @@ def _every(
 ) -> dict[int, Lifetimes]:
     """What every chunk of every rank lowered."""
     sizes = [lowered[c.number].position.shape[1] if c.number in lowered else 0 for c in shard.own]
-    most = max(channel.counts([max(sizes)] * channel.ranks))
+    (most,) = channel.largest(max(sizes))
     rows, _, heads = like.shape
     table = torch.full(
         (len(shard.own), 2, rows, most, heads), EMPTY, dtype=torch.int32, device=like.device

@@ -117,6 +117,8 @@ class ContextShard:
         self.borders = list(accumulate(sizes, initial=0))
         self.chunks = [self._chunk(v) for v in range(count)]
         self.sent_nbytes = 0
+        # every layer of a model asks for the same
+        self._known: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         self.own = [chunk for chunk in self.chunks if self.owner(chunk.number) == self.rank]
 
     def owner(self, chunk: int) -> int:
@@ -169,10 +171,15 @@ class ContextShard:
 
     def _sequences(self, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Place of every token of a chunk, and first place and end of its sequence, int64."""
-        place = torch.arange(chunk.begin, chunk.end, device=device)
-        starts = torch.tensor(self.starts, device=device)
-        index = torch.searchsorted(starts, place, right=True)
-        return place, starts[index - 1], starts[index]
+        known = self._known.get((chunk.number, device))
+        if known is not None:
+            return known
+        with torch.inference_mode(False):  # so that a call with gradients can use them later
+            place = torch.arange(chunk.begin, chunk.end, device=device)
+            starts = torch.tensor(self.starts, device=device)
+            index = torch.searchsorted(starts, place, right=True)
+            known = self._known[chunk.number, device] = place, starts[index - 1], starts[index]
+        return known
 
     def cu_seqlens(self, chunk: Chunk, device: torch.device) -> Tensor | None:
         """Borders of the sequences within a chunk, int32; None for a batch that is not packed."""

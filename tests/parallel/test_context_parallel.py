@@ -40,6 +40,9 @@ LAYERS: dict[str, Any] = {
     ),
     "memory_alone": lambda: _layer(memory=hb.DeltaMemory(), attention=None),
     "attention_alone": lambda: _layer(hb.FirstTokens(2) | hb.Window(4), memory=None),
+    "stored_keys": lambda: _layer(
+        hb.TopK(5), gate=hb.KeyNorm(), attention=hb.SelectedAttention(conv_size=3)
+    ),
     "query_gate": lambda: _layer(
         hb.Threshold(hb.FixedThreshold(0.8)),
         query_gate=hb.ThresholdQueries(hb.PredictionError("l2"), hb.FixedThreshold(0.7)),
@@ -113,7 +116,7 @@ def test_shards_equal_the_whole(workers, name):
     workers.run(check, 2, name, [3, 29, 1, 12], True, "head-tail", torch.float64)
 
 
-@pytest.mark.parametrize("lengths", [[1], [3, 3], [2, 1], [9]])
+@pytest.mark.parametrize("lengths", [[0], [1], [3, 3], [2, 1], [9]])
 @pytest.mark.parametrize("name", ["union", "router", "conv", "own", "query_gate"])
 def test_ranks_and_chunks_without_tokens(workers, name, lengths):
     packed = len(set(lengths)) > 1
