@@ -1,4 +1,4 @@
-"""The commands `hamblocks demo`, `experiment`, `evaluate`, `convert`, `align`, `info`, `check`, `record`.
+"""The command line: `hamblocks demo`, `evaluate`, `convert`, `align`, `show`, `check` and others.
 
 It needs the extra `cli`; `hamblocks.__main__` says so where it is missing.
 """
@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hamblocks import retrofit_cli
+import hamblocks
+from hamblocks import retrofit_cli, show_cli
 from hamblocks.terminal import progress_bars, usage_errors
 
 app = typer.Typer(
@@ -28,10 +29,22 @@ app = typer.Typer(
 
 app.command()(retrofit_cli.convert)
 app.command()(retrofit_cli.align)
+app.command()(show_cli.show)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hamblocks {hamblocks.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
     """Building blocks for Hybrid Associative Memory."""
 
 
@@ -170,9 +183,7 @@ def evaluate(
         Path | None,
         typer.Option(help="JSON of policies, fractions and sizes.", exists=True, dir_okay=False),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Six policies, one seed.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Six policies, one seed.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamblocks.state import HAMState
 from hamblocks_ops import Explanation
+from hamblocks_ops.arguments import wrong
 from hamblocks_ops.packing import sequence_of
 
 
@@ -34,10 +35,37 @@ class LayerStats(NamedTuple):
     reads: Tensor | None = None
     last: Tensor | None = None
 
-    def keep_fraction(self) -> Tensor:
-        """Fraction of the call's tokens that are stored at its end, float32 `[]`; 0 if T is 0."""
+    def keep_fraction(self, by: str | None = None) -> Tensor:
+        """Fraction of the call's tokens that are stored at its end.
+
+        Args:
+            by: "head": a fraction for every head that decides, float32 `[Hkv or 1]`; None: one for
+                all, float32 `[]`.
+
+        Returns:
+            The fraction; 0 if there are no tokens. A layer without attention stores nothing: 0, by
+            head `[1]`.
+
+        Raises:
+            ValueError: there is no such `by`.
+        """
+        if by not in (None, "head"):
+            raise wrong("by", "None or head", repr(by))
+        heads = 1 if self.evict_at is None else self.evict_at.shape[2]
         if self.evict_at is None or self.position.numel() == 0:
-            return torch.zeros((), dtype=torch.float32, device=self.position.device)
+            none = torch.zeros(heads, dtype=torch.float32, device=self.position.device)
+            return none if by else none.sum()
+        stored = self.is_stored().float()
+        return stored.mean((0, 1)) if by else stored.mean()
+
+    def is_stored(self) -> Tensor:
+        """Whether each token is stored at the end of the call, bool `[B, T, Hkv or 1]`.
+
+        Raises:
+            ValueError: the layer has no attention, so it decides nothing.
+        """
+        if self.evict_at is None:
+            raise wrong("stats", "those of a layer with attention", "those of a memory alone")
         if self.last is not None:
             last = self.last
         elif self.cu_seqlens is None:
@@ -45,7 +73,7 @@ class LayerStats(NamedTuple):
         else:
             sequence = sequence_of(self.cu_seqlens, self.position.shape[1])
             last = self.position[:, self.cu_seqlens.long()[1:][sequence] - 1]
-        return (self.evict_at > last[..., None]).float().mean()
+        return self.evict_at > last[..., None]
 
 
 class LayerOutput(NamedTuple):

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from characters import CHARACTERS, character_tokenizer, tiny_llama
 from rich.console import Console
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import hamblocks as hb
 from hamblocks.cli import app
-from hamblocks.experiments.evaluation.documents import KEY_VALUE, PASSKEY, documents_of
+from hamblocks.experiments.evaluation import study
+from hamblocks.experiments.evaluation.documents import KEY_VALUE, PASSKEY, documents_of, sources_of
 from hamblocks.experiments.evaluation.measure import measure
 from hamblocks.experiments.evaluation.policies import (
     DEFAULT,
@@ -32,24 +32,22 @@ from hamblocks.experiments.retrofit_text import Text, for_alignment, held_out
 from hamblocks.models import HAMConfig, HAMForCausalLM
 from hamblocks.ops import NEVER
 
-CHARACTERS = [chr(code) for code in (10, *range(32, 127))]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token for each character."""
-    vocabulary = {character: place for place, character in enumerate(CHARACTERS)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=" ")
+    return character_tokenizer()
 
 
-def plain(seed=0):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 6}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(CHARACTERS), **sizes, **heads)).eval()
+def some(texts):
+    """The first 2,000 characters of the first texts of both kinds: enough for tiny documents."""
+    kinds = [[t for t in texts if t.name.startswith(kind)][:4] for kind in ("topics/", "lib/")]
+    return [text._replace(text=text.text[:2000]) for kind in kinds for text in kind]
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch):
+    for name, texts in (("held_out", held_out), ("for_alignment", for_alignment)):
+        monkeypatch.setattr(study, name, lambda texts=texts: some(texts()))
 
 
 def converted():
@@ -92,8 +90,9 @@ def test_the_halves_share_no_text_and_are_both_of_topics_and_files():
 def test_documents_hold_their_lines_where_they_say(tokenizer):
     letters = "abcdefghij" * 300
     texts = [Text("topics/a", letters), Text("lib/b.py", letters.upper())]
+    sources = sources_of(tokenizer, texts)
     sizes = {"count": 5, "length": 400, "lines": 2}
-    made = documents_of(tokenizer, texts, seed=3, **sizes)
+    made = documents_of(tokenizer, sources, seed=3, **sizes)
     assert made.tokens.shape == (5, 400)
     assert [question.kind for question in made.questions] == [PASSKEY, KEY_VALUE, KEY_VALUE]
     for question in made.questions:
@@ -110,13 +109,13 @@ def test_documents_hold_their_lines_where_they_say(tokenizer):
     counted = made.tokens[:, 1:][made.counts]
     assert set(tokenizer.decode(counted)) <= set("abcdefghijABCDEFGHIJ")
     assert not made.counts[:, :200].any()
-    again = documents_of(tokenizer, texts, seed=3, **sizes)
+    again = documents_of(tokenizer, sources, seed=3, **sizes)
     assert torch.equal(again.tokens, made.tokens)
-    assert not torch.equal(documents_of(tokenizer, texts, seed=4, **sizes).tokens, made.tokens)
+    assert not torch.equal(documents_of(tokenizer, sources, seed=4, **sizes).tokens, made.tokens)
     with pytest.raises(ValueError, match=r"^length: expected at least \d+ tokens, got"):
-        documents_of(tokenizer, texts, seed=0, count=2, length=100)
+        documents_of(tokenizer, sources, seed=0, count=2, length=100)
     with pytest.raises(ValueError, match=r"^length: expected documents shorter than the text"):
-        documents_of(tokenizer, texts, seed=0, count=2, length=4000)
+        documents_of(tokenizer, sources, seed=0, count=2, length=4000)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_thresholds_are_quantiles_of_the_first_call():
 
 
 def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
-    model = plain()
+    model = tiny_llama()
     before = model.config._attn_implementation
     told = []
     results = run(model, tokenizer, SMALL, tmp_path, "tiny", lambda *one: told.append(one))
@@ -229,8 +228,10 @@ def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
 @torch.no_grad()
 def test_the_loss_and_the_answers_are_those_of_one_pass(tokenizer):
     """Whatever the pieces, the cache and the forks do."""
-    model, plan = plain(), named("key norm")
-    documents = documents_of(tokenizer, held_out(), seed=0, count=2, length=400)
+    model, plan = tiny_llama(), named("key norm")
+    documents = documents_of(
+        tokenizer, sources_of(tokenizer, some(held_out())), seed=0, count=2, length=400
+    )
     gates = [hb.SharedGate(hb.KeyNorm()) for _ in range(2)]
     selectors = [hb.Threshold(-3.0) | hb.Window(8) for _ in range(2)]
     with subject_of(model, plan) as subject:
@@ -268,7 +269,14 @@ def test_a_converted_model_is_measured_and_stays_as_it_was(tokenizer, tmp_path):
         (block.block.layer.gate, block.block.layer.selector) for block in model.model.stack.blocks
     ]
     with pytest.raises(ValueError, match=r"^policy 'its own gate': expected a converted model"):
-        run(plain(), tokenizer, replace(plan, policies=(own,)), tmp_path / "plain", "tiny", quiet)
+        run(
+            tiny_llama(),
+            tokenizer,
+            replace(plan, policies=(own,)),
+            tmp_path / "plain",
+            "tiny",
+            quiet,
+        )
 
 
 def test_a_score_for_every_head():
@@ -282,7 +290,7 @@ def test_a_score_for_every_head():
 
 
 def test_the_command_writes_a_table_and_a_chart(tokenizer, tmp_path):
-    plain().save_pretrained(tmp_path / "model")
+    tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     plan = named("everything", "random", "key norm", seeds=(0, 1), length=300)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))

@@ -64,9 +64,20 @@ class _Line(NamedTuple):
     answer: str
 
 
+def sources_of(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
+    """The tokens of all topics, and those of all source files: what documents are drawn from.
+
+    It takes longer than drawing them: call it once for all seeds.
+    """
+    return [
+        _ids(tokenizer, "\n\n".join(t.text for t in texts if t.name.startswith(start)))
+        for start in ("topics/", "lib/")
+    ]
+
+
 def documents_of(
     tokenizer: Any,
-    texts: Sequence[Text],
+    sources: Sequence[list[int]],
     *,
     seed: int,
     count: int,
@@ -80,7 +91,7 @@ def documents_of(
 
     Args:
         tokenizer: of transformers.
-        texts: where to draw from.
+        sources: where to draw from, see `sources_of`.
         seed: of the places, names and numbers.
         count: documents, N.
         length: tokens of a document, T.
@@ -90,10 +101,6 @@ def documents_of(
         ValueError: `length` leaves no room for text, or the texts are shorter than a document.
     """
     draw = random.Random(seed)
-    sources = [
-        _ids(tokenizer, "\n\n".join(t.text for t in texts if t.name.startswith(start)))
-        for start in ("topics/", "lib/")
-    ]
     sources = [source for source in sources if len(source) > length]
     if not sources:
         raise wrong("length", "documents shorter than the text they are drawn from", length)
@@ -125,10 +132,10 @@ def documents_of(
 
 
 def plain_text(
-    tokenizer: Any, texts: Sequence[Text], *, seed: int, count: int, length: int
+    tokenizer: Any, sources: Sequence[list[int]], *, seed: int, count: int, length: int
 ) -> Tensor:
     """Pieces of text without lines, int64 `[N, T]`, to calibrate thresholds on."""
-    return documents_of(tokenizer, texts, seed=seed, count=count, length=length, lines=0).tokens
+    return documents_of(tokenizer, sources, seed=seed, count=count, length=length, lines=0).tokens
 
 
 def _passkey(tokenizer: Any, draw: random.Random) -> _Line:

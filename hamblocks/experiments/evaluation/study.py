@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hamblocks.experiments.evaluation.documents import Documents, documents_of, plain_text
+from hamblocks.experiments.evaluation.documents import (
+    Documents,
+    documents_of,
+    plain_text,
+    sources_of,
+)
 from hamblocks.experiments.evaluation.measure import Measured, measure
 from hamblocks.experiments.evaluation.policies import (
     AtQuantile,
@@ -121,19 +126,20 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     results = _resumed(out / "evaluate.json", plan, about(model, name))
-    texts = held_out()
+    sources = sources_of(tokenizer, held_out())
     device = next(model.parameters()).device
     batches: dict[int, Documents] = {}
 
     def documents(seed: int) -> Documents:
         if seed not in batches:
             sizes = {"count": plan.count, "length": plan.length, "lines": plan.lines}
-            batches[seed] = _moved(documents_of(tokenizer, texts, seed=seed, **sizes), device)
+            batches[seed] = _moved(documents_of(tokenizer, sources, seed=seed, **sizes), device)
         return batches[seed]
 
     sizes = {"count": plan.calibration, "length": plan.length}
     seed = CALIBRATION_SEED
-    calibration = plain_text(tokenizer, for_alignment(), seed=seed, **sizes).to(device)
+    others = sources_of(tokenizer, for_alignment())
+    calibration = plain_text(tokenizer, others, seed=seed, **sizes).to(device)
     if any(policy.heads for policy in plan.policies) and not results.copying:
         shuffled = calibration[:1, : plan.length // 2]
         order = torch.randperm(

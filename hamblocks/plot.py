@@ -1,0 +1,250 @@
+"""Pictures of what layers stored. They need matplotlib: `pip install 'hamblocks[plot]'`.
+
+    output = model(tokens)
+    plot_kept(output.stats, text).savefig("kept.png")
+
+Functions return a figure of matplotlib and show nothing by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hamblocks.extras import require
+from hamblocks.fates import Fates, fates_of
+from hamblocks.outputs import LayerStats
+from hamblocks.protocols import check_count
+from hamblocks_ops.arguments import wrong
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Stats = LayerStats | Iterable[LayerStats | None]
+
+KEPT, STORED, EVICTED = (0.80, 0.30, 0.12), (0.36, 0.62, 0.83), (0.93, 0.93, 0.93)
+"""Colors of a token that is stored for good, one that is stored at the end, and one that is not."""
+_SIGNS = {"\n": "↵", "\t": "→", "\r": "←"}
+_POINTS, _ADVANCE = 9.0, 0.6021
+"""Font size of text in points, and the width of a character in DejaVu Sans Mono over it."""
+
+
+def plot_kept(
+    stats: Stats, tokens: Sequence[str], *, sequence: int = 0, columns: int = 96
+) -> Figure:
+    """Draws a text and below each line what every layer and head stored of it.
+
+    A token is dark where it is stored for good, light blue where it is stored at the end but will
+    be evicted (a window, a top-k), and gray where it is evicted or never stored; the longer it was
+    stored, the bluer. The text itself is darker, the more heads store the token for good.
+
+    Args:
+        stats: of a layer, or of all layers for the same tokens; layers without attention are left
+            out.
+        tokens: the T tokens of the sequence, as text.
+        sequence: which batch row, or which sequence of a packed batch.
+        columns: characters in a line.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there are no decisions to draw, or another number of tokens.
+    """
+    require("plot", "plot_kept", "matplotlib")
+    from matplotlib.figure import Figure
+
+    fates = _checked(fates_of(stats, sequence), tokens)
+    columns = check_count("columns", columns, 8)
+    lines = _lines([printable(token) for token in tokens], columns)
+    colors = _colors(fates)
+    share = fates.is_kept.float().mean(1)
+    rows = len(fates.rows)
+    strip = min(0.075 * rows, 1.2) if rows > 1 else 0.11  # inches
+    line, top = strip + 0.28, 0.45
+    width = columns * _POINTS * _ADVANCE / 72
+    figure = Figure(figsize=(width + 0.85, top + line * len(lines) + 0.1))
+    height = figure.get_size_inches()[1]
+    for number, cells in enumerate(lines):
+        bottom = (height - top - line * (number + 1)) / height
+        axes = figure.add_axes(
+            (0.65 / (width + 0.85), bottom, width / (width + 0.85), strip / height)
+        )
+        image = torch.full((rows, columns, 3), 1.0)
+        for column, (token, character) in enumerate(cells):
+            image[:, column] = colors[token]
+            axes.text(
+                column + 0.5,
+                1.06,
+                character,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                family="monospace",
+                fontsize=_POINTS,
+                color=str(round(0.62 * (1 - float(share[token])), 3)),
+                fontweight="bold" if float(share[token]) > 0.5 else "normal",
+                clip_on=False,
+            )
+        axes.imshow(
+            image.numpy(), aspect="auto", interpolation="nearest", extent=(0, columns, rows, 0)
+        )
+        _name_rows(axes, fates)
+    _legend(figure)
+    return figure
+
+
+def plot_scores(
+    stats: Stats,
+    tokens: Sequence[str] | None = None,
+    *,
+    sequence: int = 0,
+    threshold: float | None = None,
+) -> Figure:
+    """Draws the score of every token, one panel per layer; what is stored for good has a dot.
+
+    Args:
+        stats: as in `plot_kept`.
+        tokens: the T tokens as text, below the last panel; None: their positions. Best for up to
+            about 150 tokens.
+        sequence: which batch row, or which sequence of a packed batch.
+        threshold: draws a line at this score.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there are no decisions to draw, or another number of tokens.
+    """
+    require("plot", "plot_scores", "matplotlib")
+    from matplotlib.figure import Figure
+
+    fates = fates_of(stats, sequence)
+    if tokens is not None:
+        _checked(fates, tokens)
+    layers = list(dict.fromkeys(layer for layer, _ in fates.rows))
+    places = fates.position
+    figure = Figure(figsize=(11, 0.7 + 1.5 * len(layers)), layout="constrained")
+    panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
+    for layer, axes in zip(layers, panels, strict=True):
+        for row, (of, head) in enumerate(fates.rows):
+            if of != layer:
+                continue
+            score, kept = fates.score[:, row], fates.is_kept[:, row]
+            (drawn,) = axes.plot(places, score, linewidth=0.9, label=f"head {head}")
+            axes.plot(places[kept], score[kept], ".", markersize=5, color=drawn.get_color())
+        if threshold is not None:
+            axes.axhline(threshold, color="0.4", linewidth=0.8, linestyle="--")
+        axes.set_ylabel(f"layer {layer}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
+    last = panels[-1]
+    last.set_xlabel("position; a dot: stored for good")
+    if tokens is not None:
+        last.set_xticks(places, [printable(token) for token in tokens], fontsize=7)
+        last.tick_params(axis="x", length=0)
+        last.set_xlabel("a dot: stored for good")
+    figure.suptitle("Score of every token", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def plot_growth(stats: Mapping[str, Stats], *, sequence: int = 0) -> Figure:
+    """Draws how many tokens a head stores after each token, mean and range over layers and heads.
+
+    Args:
+        stats: decisions by label, for example of fresh and of repeated text; each as in
+            `plot_kept`.
+        sequence: which batch row, or which sequence of a packed batch.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is nothing to draw.
+    """
+    require("plot", "plot_growth", "matplotlib")
+    from matplotlib.figure import Figure
+
+    if not isinstance(stats, Mapping) or not stats:
+        raise wrong("stats", "decisions by label, such as {'fresh': output.stats}", stats)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    longest = 0
+    for label, one in stats.items():
+        stored = fates_of(one, sequence).stored_after()
+        seen = torch.arange(1, len(stored) + 1)
+        longest = max(longest, len(stored))
+        (drawn,) = axes.plot(seen, stored.double().mean(1), label=label)
+        lowest, highest = stored.amin(1), stored.amax(1)
+        axes.fill_between(seen, lowest, highest, color=drawn.get_color(), alpha=0.18, linewidth=0)
+    axes.plot([0, longest], [0, longest], color="0.6", linewidth=0.8, linestyle="--")
+    axes.text(longest, longest, "everything ", ha="right", va="top", color="0.4", fontsize=8)
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("tokens stored per head")
+    axes.set_xlim(0, longest)
+    axes.set_ylim(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def printable(token: str) -> str:
+    """A token in characters of one column each; at least one."""
+    shown = "".join(_SIGNS.get(one, one if one.isprintable() else "·") for one in token)
+    return shown or "·"
+
+
+def _checked(fates: Fates, tokens: Sequence[str]) -> Fates:
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise wrong("tokens", "a list of texts, one for each token", tokens)
+    if len(tokens) != len(fates.position):
+        raise wrong("tokens", f"{len(fates.position)} tokens, as stats", str(len(tokens)))
+    return fates
+
+
+def _lines(tokens: list[str], columns: int) -> list[list[tuple[int, str]]]:
+    """(token, character) of every cell, line by line."""
+    cells = [(index, character) for index, token in enumerate(tokens) for character in token]
+    return [cells[at : at + columns] for at in range(0, len(cells), columns)]
+
+
+def _colors(fates: Fates) -> Tensor:
+    """Color of every token and row, float32 `[T, rows, 3]`."""
+    kept, stored, gone = (torch.tensor(color) for color in (KEPT, STORED, EVICTED))
+    life = (fates.evict_at - fates.position[:, None]).clamp(min=0).float()
+    longest = life[~fates.is_kept].max().clamp(min=1) if (~fates.is_kept).any() else 1
+    # the longest life that has ended is a third as blue as one that goes on
+    blue = torch.where(fates.is_stored, 1.0, (life / longest).clamp(max=1) / 3)[..., None]
+    colors = gone + blue * (stored - gone)
+    return torch.where(fates.is_kept[..., None], kept, colors)
+
+
+def _name_rows(axes: Any, fates: Fates) -> None:
+    """Names the first row of every layer, where there is room."""
+    heads = Counter(layer for layer, _ in fates.rows)
+    borders = list(accumulate(heads.values(), initial=0))
+    middles = [(begin + end) / 2 for begin, end in pairwise(borders)]
+    step = -(-len(heads) // 6)
+    names = [f"layer {layer}" for layer in heads]
+    axes.set_yticks(middles[::step], names[::step], fontsize=6)
+    axes.tick_params(length=0, pad=2)
+    axes.set_xticks([])
+    if len(heads) <= 12:
+        for border in borders[1:-1]:
+            axes.axhline(border, color="white", linewidth=0.6)
+    axes.spines[:].set_visible(False)
+
+
+def _legend(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    names = ("stored for good", "stored at the end, evicted later", "evicted or never stored")
+    colors = (KEPT, STORED, EVICTED)
+    patches = [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
+    figure.legend(
+        handles=patches,
+        loc="upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        bbox_to_anchor=(0.03, 1),
+    )
