@@ -1,0 +1,179 @@
+"""Pictures hold what the layers decided; `hamblocks show` prints it."""
+
+import matplotlib as mpl
+import pytest
+import torch
+from characters import CHARACTERS, character_tokenizer, tiny_llama
+from typer.testing import CliRunner
+
+import hamblocks as hb
+from hamblocks.cli import app
+from hamblocks.fates import fates_of
+from hamblocks.models import HAMConfig, HAMForCausalLM
+from hamblocks.ops import NEVER
+from hamblocks.plot import EVICTED, KEPT, STORED, plot_growth, plot_kept, plot_scores
+
+TEXT = "Two\tlines,\nand \x07."
+
+
+def stats_of(*ends):
+    """Decisions of one head about one sequence."""
+    evict_at = torch.tensor(ends, dtype=torch.int32)[None, :, None]
+    position = torch.arange(len(ends), dtype=torch.int32)[None]
+    return hb.LayerStats(torch.rand(evict_at.shape), evict_at, position, None)
+
+
+def images_of(figure):
+    return [torch.tensor(image.get_array()) for axes in figure.axes for image in axes.images]
+
+
+def characters_of(figure):
+    return ["".join(text.get_text() for text in axes.texts) for axes in figure.axes]
+
+
+def test_every_token_has_the_color_of_its_fate(tmp_path):
+    ends = [NEVER, 1, 2, 3, 3, 99]
+    figure = plot_kept(stats_of(*ends), ["a", "bc", "\n", "d", "", "ef"], columns=8)
+    assert characters_of(figure) == ["abc↵d·ef"]
+    (image,) = images_of(figure)
+    found = [tuple(round(x, 2) for x in color) for color in image[0].tolist()]
+    assert found[0] == KEPT
+    assert found[6] == found[7] == STORED
+    # never stored: 1 at place 1, 2 at place 2, 3 at place 3; a token may occupy two columns
+    assert found[1] == found[2] == found[3] == found[4] == EVICTED
+    figure.savefig(tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_line_holds_so_many_characters_and_rows_are_layers_and_heads():
+    torch.manual_seed(0)
+    model = hb.Decoder(
+        256, 3, lambda i: hb.HAMLayer(8, 4, num_kv_heads=2, selector=hb.TopK(3) | hb.Window(4))
+    )
+    out = model(torch.tensor([list(TEXT.encode())]))
+    figure = plot_kept(out.stats, list(TEXT), columns=10)
+    assert characters_of(figure) == ["Two→lines,", "↵and ·."]
+    images = images_of(figure)
+    assert [image.shape[:2] for image in images] == [(6, 10), (6, 10)]
+    kept = fates_of(out.stats).is_kept.T
+    red = (torch.cat(images, 1) - torch.tensor(KEPT)).abs().amax(-1) < 1e-6
+    assert torch.equal(red[:, : len(TEXT)], kept)
+    # as many text characters are bold as most heads keep
+    bold = [text.get_fontweight() == "bold" for axes in figure.axes for text in axes.texts]
+    assert bold == (kept.float().mean(0) > 0.5).tolist()
+
+
+def test_scores_and_what_is_kept():
+    stats = stats_of(NEVER, 1, NEVER, 5)
+    figure = plot_scores(stats, list("abcd"), threshold=0.5)
+    (axes,) = figure.axes
+    line, dots, level = axes.lines
+    torch.testing.assert_close(torch.tensor(line.get_ydata()), stats.score[0, :, 0])
+    assert list(dots.get_xdata()) == [0, 2]
+    assert list(level.get_ydata()) == [0.5, 0.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("abcd")
+
+
+def test_growth_is_a_line_for_every_label():
+    figure = plot_growth({"all": stats_of(*[NEVER] * 4), "window of 2": stats_of(2, 3, 4, 5)})
+    all_of_them, window, diagonal = figure.axes[0].lines
+    assert list(all_of_them.get_ydata()) == [1, 2, 3, 4]
+    assert list(window.get_ydata()) == [1, 2, 2, 2]
+    assert list(diagonal.get_xdata()) == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda one: plot_kept(one, "ab"), r"^tokens: expected a list of texts, one for each"),
+        (lambda one: plot_kept(one, ["a"]), r"^tokens: expected 2 tokens, as stats, got 1"),
+        (lambda one: plot_kept(one, ["a", "b"], columns=2), r"^columns: expected an integer >= 8"),
+        (lambda one: plot_scores(one, ["a"]), r"^tokens: expected 2 tokens, as stats, got 1"),
+        (lambda one: plot_growth({}), r"^stats: expected decisions by label"),
+        (lambda one: plot_growth(one), r"^stats: expected decisions by label"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(stats_of(1, NEVER))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of transformers, a model of hamblocks, a text and an empty one."""
+    root = tmp_path_factory.mktemp("show")
+    tiny_llama().save_pretrained(root / "llama")
+    torch.manual_seed(0)
+    config = HAMConfig(
+        vocab_size=len(CHARACTERS),
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "hybrid"],
+        selector={"type": "top_k", "k": 5},
+    )
+    HAMForCausalLM(config).save_pretrained(root / "ham")
+    for name in ("llama", "ham"):
+        character_tokenizer().save_pretrained(root / name)
+    (root / "text.txt").write_text("Stored for good?\nYes and no.\n")
+    (root / "empty.txt").write_text("")
+    return root
+
+
+def show(folder, model, *options, text="text.txt"):
+    given = ["show", str(folder / model), "--text", str(folder / text), *options]
+    return CliRunner().invoke(app, given)
+
+
+def test_show_prints_the_text_and_the_shares(folder, tmp_path):
+    result = show(folder, "ham", "--tokens", "20", "--out", str(tmp_path / "kept.png"))
+    assert result.exit_code == 0, result.output
+    assert "Stored for good?" in result.output
+    assert "Yes" in result.output
+    assert "and" not in result.output.split("layer")[0]
+    assert "25%" in result.output  # 5 of 20
+    assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_show_attaches_a_policy_to_any_model(folder):
+    options = ["--gate", "KeyNorm()", "--selector", "TopK(7)", "--layers", "1"]
+    result = show(folder, "llama", *options, "--tokens", "28")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("25%") == 4  # two heads, for good and at the end
+    policy = '{"type": "window", "width": 4}'
+    result = show(folder, "llama", "--selector", policy, "--tokens", "8")
+    assert result.output.count("50%") == 2  # without scores all heads decide together
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("llama", [], "--selector: expected one, because this model stores everything"),
+        ("ham", ["--selector", "TopK(3)"], "--selector: expected none beside a model of hamblocks"),
+        ("llama", ["--gate", "KeyNorm()"], "--gate: expected one beside --selector"),
+        ("ham", ["--layers", "0"], "stats: expected those of a layer with attention"),
+        ("ham", ["--layers", "2"], "layers: expected"),
+    ],
+)
+def test_show_says_what_is_wrong(folder, model, options, message):
+    result = show(folder, model, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_show_needs_a_token(folder):
+    result = show(folder, "ham", text="empty.txt")
+    assert result.exit_code == 2
+    assert "at least one token" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_drawing_changes_no_setting_of_matplotlib():
+    before = mpl.get_backend(), dict(mpl.rcParams)
+    plot_kept(stats_of(1, NEVER), ["a", "b"])
+    plot_growth({"a": stats_of(1, NEVER)})
+    assert (mpl.get_backend(), dict(mpl.rcParams)) == before
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output == f"hamblocks {hb.__version__}\n"
