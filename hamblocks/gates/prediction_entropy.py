@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import Built, GateOutput, LayerDims, MemoryTrace, check_count
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.precision import wide
@@ -54,6 +55,9 @@ class PredictionEntropy(Built):
 
     The logits `[B, T, V]` are computed for every token, so the cost is that of the model's head.
     """
+
+    score_heads: ScoreHeads = "one"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, vocab_size: int) -> None:
         """Makes the gate; the layer that owns it makes the head.
