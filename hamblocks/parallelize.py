@@ -97,14 +97,16 @@ def _shard(
         fully_shard(module, mesh=flat, mp_policy=policy, shard_placement_fn=placement)
 
 
-def split_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def split_heads(
+    model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0
+) -> nn.Module:
     """Lets the ranks of a mesh share the heads of every layer (tensor parallel), in place.
 
     Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the
     memory, and the channels of the MLPs likewise; embedding and head are split over the vocabulary.
     Every rank is called with the same tokens, and returns the same logits. Its states, caches and
-    stats are those of its own heads. Parameters are `DTensor`s, so every rank may load and save
-    whole ones (`torch.distributed.checkpoint`), and those of rank 0 count.
+    stats are those of its own heads. Parameters are `DTensor`s, so that optimizers and
+    `torch.distributed.checkpoint` see whole ones.
 
     This is `parallelize_module(model, mesh, tensor_plan(model))` of torch, after which tied weights
     are tied again.
@@ -112,6 +114,8 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: a model with one or more `HAMLayer`, or such a layer.
         mesh: a mesh of one dimension.
+        src_data_rank: the rank of the mesh whose parameters all ranks take. None: every rank has
+            the same already, and nothing is sent.
 
     Returns:
         The model.
@@ -134,7 +138,7 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    parallelize_module(model, mesh, tensor_plan(model))
+    parallelize_module(model, mesh, tensor_plan(model), src_data_rank=src_data_rank)
     for first, *others in names.values():
         for name in others:
             owner, _, key = name.rpartition(".")

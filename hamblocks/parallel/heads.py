@@ -148,7 +148,8 @@ def _local(
 
     if not isinstance(weight, DTensor):
         return weight, True
-    is_cut = any(placement.is_shard() for placement in weight.placements)
+    # _StridedShard says that it is no shard
+    is_cut = any(not placement.is_replicate() for placement in weight.placements)
     if is_cut and not isinstance(splits.get(name), Split):
         raise wrong(name, "a parameter that every rank holds whole", f"{weight.placements}")
     return weight.to_local(), not is_cut
