@@ -97,9 +97,7 @@ def _shard(
         fully_shard(module, mesh=flat, mp_policy=policy, shard_placement_fn=placement)
 
 
-def split_heads(
-    model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0
-) -> nn.Module:
+def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> nn.Module:
     """Lets the ranks of a mesh share the heads of every layer (tensor parallel), in place.
 
     Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the

@@ -42,6 +42,7 @@ from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
+from hamblocks.models.tensor_parallel import HEAD
 from hamblocks.models.weights import is_loaded, keep_weights, lacks, repeated
 from hamblocks.outputs import LayerStats
 from hamblocks.stack import Stack, StackOutput, entropy_gates
@@ -440,6 +441,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = HEAD if HAMConfig.base_model_tp_plan else None
 
     def __init__(
         self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None

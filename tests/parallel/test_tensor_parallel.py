@@ -278,7 +278,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: layer(memory=hb.GatedDeltaMemory(projections="own", num_heads=2)),
         r"num_heads of the memory: expected a multiple of the 4 ranks.*got 2",
     ),
-    "combiner": (lambda: layer(combiner=PlainCombiner()), "combiner: expected one with split_heads"),
+    "combiner": (
+        lambda: layer(combiner=PlainCombiner()),
+        "combiner: expected one with split_heads",
+    ),
     "gate": (
         lambda: layer(gate=hb.SharedGate(PlainGate())),
         "gate: expected one with score_heads",
