@@ -299,7 +299,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 def refuses(group: Any) -> None:
     for make, message in REFUSED.values():
-        with pytest.warns(UserWarning) if "controller" in message else nullcontext():
+        with (
+            pytest.warns(UserWarning, match="controllers")
+            if "controller" in message
+            else nullcontext()
+        ):
             made = make()
         before = {name: id(weight) for name, weight in made.named_parameters()}
         with pytest.raises(ValueError, match=message):
