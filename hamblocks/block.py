@@ -7,10 +7,10 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.heads import OnFirstRank, Split
+from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerOutput
-from hamblocks.parallel.heads import HeadSplit, of_rank
+from hamblocks.parallel.heads import HeadSplit
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.state import HAMState
 
@@ -34,11 +34,11 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, 2 * width, bias=bias)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
 
-    def split_heads(self, ranks: int) -> dict[str, Split | OnFirstRank]:
+    def split_heads(self, ranks: int) -> dict[str, How]:
         """See `hamblocks.heads.SplitsHeads`; here ranks share the channels of the inner layer."""
         width = self.down_proj.in_features
         halves = Split(0, [width, width])
-        splits: dict[str, Split | OnFirstRank] = {
+        splits: dict[str, How] = {
             "up_proj.weight": halves,
             "down_proj.weight": Split(1, [width]),
         }
@@ -49,7 +49,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps x `[..., hidden]` to y of the same shape."""
         if self.head_split is not None:
-            return of_rank(self, self.head_split, self._mapped, x)
+            y: Tensor = self.head_split.call(self, self.head_split, self._mapped, x)
+            return y
         return self._mapped(x)
 
     def _mapped(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hamblocks.heads import OnFirstRank, Split
+from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.norm import RMSNorm
 from hamblocks.protocols import Built, LayerDims
 from hamblocks_ops.arguments import wrong
@@ -55,7 +55,7 @@ class _Mix(Built):
         if self.output_gate:
             self.g_proj = nn.Linear(dims.hidden_size, width, bias=False)
 
-    def split_heads(self, ranks: int) -> dict[str, Split | OnFirstRank]:
+    def split_heads(self, ranks: int) -> dict[str, How]:
         """See `hamblocks.heads.SplitsHeads`."""
         if self.is_joint:  # the gates of a head stand together
             gates, widths = Split(0, [sum(self.heads)]), [self.widths[0]]
@@ -63,7 +63,7 @@ class _Mix(Built):
             gates, widths = Split(0, self.heads, is_small=True), self.widths
         self.heads = [heads // ranks for heads in self.heads]
         is_small = len(widths) > 1
-        splits: dict[str, Split | OnFirstRank] = {
+        splits: dict[str, How] = {
             "gate_proj.weight": gates,
             "gate_proj.bias": gates,
             "o_proj.weight": Split(1, widths, is_small),

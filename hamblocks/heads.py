@@ -7,7 +7,7 @@ memory. It computes whatever concerns its own heads, and decides for its own key
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
 
@@ -52,6 +52,14 @@ class OnFirstRank(NamedTuple):
     """A parameter that is added to a sum over ranks, and so counts on the first rank alone."""
 
 
+class NotTrained(NamedTuple):
+    """A parameter that the module uses without a gradient: there is none to add over the ranks."""
+
+
+How = Split | OnFirstRank | NotTrained
+"""How the ranks hold a parameter."""
+
+
 def under(name: str, splits: dict[str, Split]) -> dict[str, Split]:
     """The splits of a module inside a part, by name within the part."""
     return {f"{name}.{own}": split for own, split in splits.items()}
@@ -72,7 +80,7 @@ class SplitsHeads(Protocol):
     summed over the ranks.
     """
 
-    def split_heads(self, ranks: int) -> dict[str, Split | OnFirstRank]:
+    def split_heads(self, ranks: int) -> Mapping[str, How]:
         """Becomes a part with its share of heads: sizes that it has stored are now those of a rank.
 
         Called once, when its parameters are still whole.
@@ -180,8 +188,11 @@ _CALL: ContextVar[SharedCall | None] = ContextVar("hamblocks_shared_call", defau
 
 
 def shared_call() -> SharedCall | None:
-    """The call that parts are in; None: their layer has all heads."""
-    return _CALL.get()
+    """The call that parts are in; None: their layer has all heads.
+
+    Compiled code has no such call: layers whose heads are split run outside of it.
+    """
+    return None if torch.compiler.is_compiling() else _CALL.get()
 
 
 @contextlib.contextmanager
@@ -204,5 +215,5 @@ def one_score() -> Iterator[None]:
 
 def all_heads(x: Tensor) -> Tensor:
     """What all ranks have of `[..., heads]`; x itself where the layer has all heads."""
-    call = _CALL.get()
+    call = shared_call()
     return x if call is None else call.share.gather(x)

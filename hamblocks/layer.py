@@ -25,7 +25,7 @@ from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.own_weights import check_like_weights, check_present
-from hamblocks.parallel.heads import HeadSplit, call_split, local_dims
+from hamblocks.parallel.heads import HeadSplit, local_dims
 from hamblocks.parallel.layer import call_sharded, check_sharded
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.pieces import Pieces
@@ -332,7 +332,10 @@ class HAMLayer(CallsParts):
         """
         if self.head_split is not None and shared_call() is None:
             given = {"state": state, "cu_seqlens": cu_seqlens, "shard": shard}
-            return call_split(self, self.head_split, x, given_score, **given)
+            split: LayerOutput = self.head_split.call(
+                self, self.head_split, x, given_score, **given
+            )
+            return split
         self._check(x, state, cu_seqlens, given_score)
         if shard is not None:
             check_sharded(x, shard, state, cu_seqlens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import final
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hamblocks.controllers import controller_of
 from hamblocks.gates.around import AroundGate
-from hamblocks.heads import ScoreHeads, all_heads, one_score
+from hamblocks.heads import ScoreHeads, all_heads, one_score, shared_call
 from hamblocks.protocols import (
     Controller,
     Gate,
@@ -55,7 +56,7 @@ class ThresholdQueries(AroundGate):
         """See `hamblocks.protocols.QueryGate`."""
         score, bias = self.gate(x, trace)
         score = all_heads(score.detach()).mean(-1, keepdim=True)
-        with one_score():
+        with contextlib.nullcontext() if shared_call() is None else one_score():
             tau = self.controller(score)
         weight = None if bias is None else all_heads(bias).mean(-1, keepdim=True).exp()
         # as in a threshold selector: an infinite tau admits nothing

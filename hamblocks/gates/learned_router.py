@@ -69,7 +69,8 @@ class LearnedRouter(Built):
 
     def split_heads(self, ranks: int) -> dict[str, Split]:
         """See `hamblocks.heads.SplitsHeads`: the last map has a row for every head."""
-        rows = Split(0, [self.mlp[-1].out_features])
+        assert self.dims is not None
+        rows = Split(0, [self.dims.num_kv_heads])
         return {"mlp.2.weight": rows, "mlp.2.bias": rows}
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:

@@ -318,7 +318,7 @@ class HAMModel(HAMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         if shard is not None:
-            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
             given |= {"past_key_values": past_key_values, "cu_seq_lens_q": cu_seq_lens_q}
             check_beside_shard(x, shard, use_cache=use_cache or None, **given)
             return self._of_slices(x, shard, output_hidden_states)

@@ -29,20 +29,17 @@ def _register_style() -> bool:
     """Registers our style with transformers, if its plans can name the styles of others.
 
     Returns:
-        Whether they can: releases before 5.20 or so, and a torch without `torch.distributed`,
-        cannot.
+        Whether they can: older releases, and a torch without `torch.distributed`, cannot.
     """
     try:
-        from transformers.distributed.tensor_parallel import (
-            ALL_PARALLEL_STYLES,
-            TensorParallelLayer,
-        )
+        from transformers.distributed import tensor_parallel
     except ImportError:
         return False
-    if not hasattr(TensorParallelLayer, "install_forward"):
+    style: Any = getattr(tensor_parallel, "TensorParallelLayer", None)
+    if not hasattr(style, "install_forward"):
         return False
 
-    class HeadParallel(TensorParallelLayer):  # type: ignore[misc]
+    class HeadParallel(style):
         """Each rank holds some heads of a layer, or some channels of an MLP."""
 
         def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> Any:
@@ -50,7 +47,8 @@ def _register_style() -> bool:
             split_module(module, mesh, None)
             return module
 
-    ALL_PARALLEL_STYLES.register(STYLE, HeadParallel())
+    styles: Any = tensor_parallel
+    styles.ALL_PARALLEL_STYLES.register(STYLE, HeadParallel())
     return True
 
 

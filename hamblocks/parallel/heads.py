@@ -24,6 +24,8 @@ from hamblocks.heads import (
     DecidesByHead,
     HasScoreHeads,
     HeadShare,
+    How,
+    NotTrained,
     OnFirstRank,
     SharedCall,
     Split,
@@ -46,10 +48,13 @@ class HeadSplit(NamedTuple):
     Attributes:
         share: the heads of this rank.
         splits: how its parameters and buffers are cut, by name; those without a name are whole.
+        call: calls the module on what the rank holds: `call_split` or `of_rank`, outside of what
+            `torch.compile` compiles.
     """
 
     share: HeadShare
-    splits: Mapping[str, Split | OnFirstRank]
+    splits: Mapping[str, How]
+    call: Callable[..., Any]
 
 
 # calls
@@ -106,24 +111,31 @@ def _entered(module: nn.Module, split: HeadSplit, x: Tensor) -> Iterator[Tensor]
     Yields:
         x, whose gradient is summed over the ranks.
     """
-    share, splits = split
+    share, splits, _ = split
     ranks = share.rank, share.ranks
     weights = module.named_parameters(remove_duplicate=False)
     held = {name: _local(name, weight, splits) for name, weight in weights}
-    whole = [name for name, (_, is_whole) in held.items() if is_whole]
-    x, *summed = _Enter.apply(share, x, *(held[name][0] for name in whole))  # type: ignore[no-untyped-call]
     local = {name: weight for name, (weight, _) in held.items()}
+    for name, how in splits.items():
+        if isinstance(how, NotTrained):
+            local[name] = local[name].detach()
+    whole = [
+        name
+        for name, (_, is_whole) in held.items()
+        if is_whole and not isinstance(splits.get(name), NotTrained)
+    ]
+    x, *summed = _Enter.apply(share, x, *(held[name][0] for name in whole))  # type: ignore[no-untyped-call]
     for name, weight in zip(whole, summed, strict=True):
-        how = splits.get(name)
-        if isinstance(how, OnFirstRank) and share.rank > 0:
+        by = splits.get(name)
+        if isinstance(by, OnFirstRank) and share.rank > 0:
             weight = weight * 0
-        elif isinstance(how, Split):
-            weight = how.of_rank(weight, *ranks)
+        elif isinstance(by, Split):
+            weight = by.of_rank(weight, *ranks)
         local[name] = weight
     for name, buffer in module.named_buffers():
-        how = splits.get(name)
-        if isinstance(how, Split):
-            local[name] = how.of_rank(buffer, *ranks)
+        by = splits.get(name)
+        if isinstance(by, Split):
+            local[name] = by.of_rank(buffer, *ranks)
     restore: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in local.items():
@@ -140,9 +152,7 @@ def _entered(module: nn.Module, split: HeadSplit, x: Tensor) -> Iterator[Tensor]
             tensors[key] = tensor
 
 
-def _local(
-    name: str, weight: Tensor, splits: Mapping[str, Split | OnFirstRank]
-) -> tuple[Tensor, bool]:
+def _local(name: str, weight: Tensor, splits: Mapping[str, How]) -> tuple[Tensor, bool]:
     """What this rank holds of a parameter, and whether that is the whole parameter."""
     from torch.distributed.tensor import DTensor
 
@@ -183,7 +193,8 @@ def call_split(
     share, heads = split.share, None
     if given_score is not None and given_score.dim() == 3:
         heads = given_score.shape[2]
-        allowed = [1, *(layer.dims[i] * share.ranks for i in (2, 1))]
+        local = layer.dims.num_kv_heads, layer.dims.num_heads
+        allowed = [1, *(count * share.ranks for count in local)]
         if heads not in allowed:
             raise wrong("given_score", f"{', '.join(map(str, allowed))} heads", f"{heads}")
         if heads > 1:
@@ -264,7 +275,7 @@ def split_module(module: nn.Module, mesh: DeviceMesh, source: int | None = 0) ->
     share = HeadShare(mesh.get_group())
     if isinstance(module, CallsParts):
         check_splits(module, share.ranks)
-    splits: dict[str, Split | OnFirstRank] = {}
+    splits: dict[str, How] = {}
     for prefix, part in module.named_modules():
         if isinstance(part, SplitsHeads):
             for name, how in part.split_heads(share.ranks).items():
@@ -275,7 +286,8 @@ def split_module(module: nn.Module, mesh: DeviceMesh, source: int | None = 0) ->
         if id(weight) not in made:
             made[id(weight)] = _distributed(weight, splits.get(name), mesh, source)
         module.get_submodule(owner)._parameters[key] = made[id(weight)]
-    module.head_split = HeadSplit(share, splits)
+    call = torch.compiler.disable(call_split if isinstance(module, CallsParts) else of_rank)
+    vars(module)["head_split"] = HeadSplit(share, splits, call)
 
 
 def hold_whole(module: nn.Module, mesh: DeviceMesh, source: int | None = 0) -> None:
@@ -296,7 +308,7 @@ def _use_local(module: nn.Module, _: Any) -> None:
     module._parameters.update(
         {name: _local(name, x, {})[0] for name, x in distributed.items() if x is not None}  # type: ignore[misc]
     )
-    module._distributed = distributed
+    vars(module)["_distributed"] = distributed
 
 
 def _use_distributed(module: nn.Module, *_: Any) -> None:
@@ -306,7 +318,7 @@ def _use_distributed(module: nn.Module, *_: Any) -> None:
 
 
 def _distributed(
-    weight: nn.Parameter, how: Split | OnFirstRank | None, mesh: DeviceMesh, source: int | None
+    weight: nn.Parameter, how: How | None, mesh: DeviceMesh, source: int | None
 ) -> nn.Parameter:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
