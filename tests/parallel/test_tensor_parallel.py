@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.functional import cross_entropy
@@ -236,6 +237,27 @@ def trains(_: Any, tensor: int, recompute: bool) -> None:
 @pytest.mark.parametrize(("tensor", "recompute"), [(2, True), (4, False)])
 def test_a_decoder_trains_as_one_process(workers, tensor, recompute):
     workers.run(trains, 4, tensor, recompute)
+
+
+def gathers(_: Any, tensor: int) -> None:
+    mesh = init_device_mesh("cpu", (4 // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    model = decoder()
+    wanted = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if tensor < 4:
+        parallelize(model, mesh, tensor="tensor")
+    else:
+        split_heads(model, mesh["tensor"], src_data_rank=None)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        assert saved.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            assert torch.equal(saved[name], weight), name
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_full_state_dict_holds_whole_weights(workers, tensor):
+    workers.run(gathers, 4, tensor)
 
 
 def slices_too(_: Any) -> None:
