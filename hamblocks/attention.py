@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks.convolution import ShortConvolution
+from hamblocks.heads import Split, under
 from hamblocks.keys import Keys
 from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
@@ -97,6 +98,17 @@ class SelectedAttention(Built):
         if self.conv_size > 1:
             channels = (1 + self.conv_values) * dims.num_kv_heads * dims.head_dim
             self.conv = ShortConvolution(channels, self.conv_size, None, self.conv_init)
+
+    def split_heads(self, ranks: int) -> dict[str, Split]:
+        """See `hamblocks.heads.SplitsHeads`."""
+        assert self.dims is not None
+        heads, splits = self.dims.num_kv_heads, {}
+        if self.null_sink:
+            splits["null"] = Split(0, [heads])
+        if self.conv_size > 1:
+            blocks = [heads * self.dims.head_dim] * (1 + self.conv_values)
+            splits |= under("conv", self.conv.split_blocks(blocks, ranks))
+        return splits
 
     def prepare(
         self,

@@ -7,8 +7,10 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerOutput
+from hamblocks.parallel.heads import HeadSplit
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.state import HAMState
 
@@ -16,6 +18,9 @@ from hamblocks.state import HAMState
 @final
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, the SwiGLU MLP (arXiv 2002.05202)."""
+
+    head_split: HeadSplit | None = None
+    """Set where ranks share the inner layer (`hamblocks.parallel.heads`)."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
         """Makes the MLP.
@@ -29,8 +34,26 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, 2 * width, bias=bias)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
 
+    def split_heads(self, ranks: int) -> dict[str, How]:
+        """See `hamblocks.heads.SplitsHeads`; here ranks share the channels of the inner layer."""
+        width = self.down_proj.in_features
+        halves = Split(0, [width, width])
+        splits: dict[str, How] = {
+            "up_proj.weight": halves,
+            "down_proj.weight": Split(1, [width]),
+        }
+        if self.down_proj.bias is not None:
+            splits |= {"up_proj.bias": halves, "down_proj.bias": OnFirstRank()}
+        return splits
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps x `[..., hidden]` to y of the same shape."""
+        if self.head_split is not None:
+            y: Tensor = self.head_split.call(self, self.head_split, self._mapped, x)
+            return y
+        return self._mapped(x)
+
+    def _mapped(self, x: Tensor) -> Tensor:
         gate, up = self.up_proj(x).chunk(2, -1)
         y: Tensor = self.down_proj(F.silu(gate) * up)
         return y

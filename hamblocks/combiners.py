@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.norm import RMSNorm
 from hamblocks.protocols import Built, LayerDims
 from hamblocks_ops.arguments import wrong
@@ -46,13 +47,33 @@ class _Mix(Built):
                 self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
         self.heads = [heads for heads, _ in sizes]
         self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
-        widths = [heads * dim for heads, dim in sizes]
+        widths = self.widths = [heads * dim for heads, dim in sizes]
         # one projection of the sum where both reads have one size
         self.is_joint = len(set(sizes)) == 1
         width = widths[0] if self.is_joint else sum(widths)
         self.o_proj = nn.Linear(width, dims.hidden_size, bias=self.bias)
         if self.output_gate:
             self.g_proj = nn.Linear(dims.hidden_size, width, bias=False)
+
+    def split_heads(self, ranks: int) -> dict[str, How]:
+        """See `hamblocks.heads.SplitsHeads`."""
+        if self.is_joint:  # the gates of a head stand together
+            gates, widths = Split(0, [sum(self.heads)]), [self.widths[0]]
+        else:
+            gates, widths = Split(0, self.heads, is_small=True), self.widths
+        self.heads = [heads // ranks for heads in self.heads]
+        is_small = len(widths) > 1
+        splits: dict[str, How] = {
+            "gate_proj.weight": gates,
+            "gate_proj.bias": gates,
+            "o_proj.weight": Split(1, widths, is_small),
+            "g_proj.weight": Split(0, widths, is_small),
+            "o_proj.bias": OnFirstRank(),
+        }
+        return {name: split for name, split in splits.items() if self._has(name)}
+
+    def _has(self, name: str) -> bool:
+        return name in dict(self.named_parameters())
 
     def weights(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, H, reads]` -> the weight of each read, memory first."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks.heads import Split
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.packing import sequence_of
@@ -97,6 +98,20 @@ class ShortConvolution(nn.Module):
             return weight / math.sqrt(self.kernel_size)
         used = self.used.to(weight.device)
         return weight * used / used.sum(1, keepdim=True).sqrt()
+
+    def split_blocks(self, blocks: Sequence[int], ranks: int) -> dict[str, Split]:
+        """Becomes the convolution of a rank's share of channels (`hamblocks.heads.SplitsHeads`).
+
+        Args:
+            blocks: how many channels stand together; each rank has an equal run of each.
+            ranks: how many ranks share the channels.
+
+        Returns:
+            How its tensors are cut.
+        """
+        self.hidden_size //= ranks
+        split = Split(0, blocks, is_small=True)
+        return {"weight": split} if self.used is None else {"weight": split, "used": split}
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -20,10 +20,12 @@ from hamblocks.assembly import (
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
 from hamblocks.calls import CallsParts
+from hamblocks.heads import Split, shared_call
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
 from hamblocks.outputs import LayerExplanation, LayerOutput, LayerStats
 from hamblocks.own_weights import check_like_weights, check_present
+from hamblocks.parallel.heads import HeadSplit, local_dims
 from hamblocks.parallel.layer import call_sharded, check_sharded
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.pieces import Pieces
@@ -94,6 +96,9 @@ class HAMLayer(CallsParts):
         HAMLayer(512, 8, memory=None, selector=FirstTokens(4) | Window(64))  # some tokens
     """
 
+    head_split: HeadSplit | None = None
+    """Set where ranks share the heads (`hamblocks.parallel.heads`). `dims` are then of this rank."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -160,6 +165,15 @@ class HAMLayer(CallsParts):
             self.part_modules = nn.ModuleDict(hidden)
         for name, part in parts.items():
             warn_of_unsaved(name, part)
+
+    def split_heads(self, ranks: int) -> dict[str, Split]:
+        """See `hamblocks.heads.SplitsHeads`; use `hamblocks.parallel.heads.split_layer`."""
+        _, heads, kv_heads, dim, *_ = self.dims
+        self.dims = local_dims(self.dims, ranks)
+        rows = {"q_proj": Split(0, [heads * dim])}
+        rows |= dict.fromkeys(("k_proj", "v_proj"), Split(0, [kv_heads * dim]))
+        names = [name for name, _ in self.named_parameters()]
+        return {name: rows[name[:6]] for name in names if name[:6] in rows}
 
     # states
 
@@ -316,6 +330,12 @@ class HAMLayer(CallsParts):
             ValueError: a bad argument, or a part returned a value that its protocol does not allow.
                 The message names the argument or part, what was expected and what it got.
         """
+        if self.head_split is not None and shared_call() is None:
+            given = {"state": state, "cu_seqlens": cu_seqlens, "shard": shard}
+            split: LayerOutput = self.head_split.call(
+                self, self.head_split, x, given_score, **given
+            )
+            return split
         self._check(x, state, cu_seqlens, given_score)
         if shard is not None:
             check_sharded(x, shard, state, cu_seqlens)

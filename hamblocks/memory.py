@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hamblocks.convolution import ShortConvolution
+from hamblocks.heads import Split, under
 from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
 from hamblocks.slices import Transition
 from hamblocks_ops import gated_delta_rule
@@ -104,6 +105,7 @@ class _DeltaRuleMemory(Built):
         else:
             shared = dims.num_kv_heads * dims.head_dim
             channels = [dims.num_heads * dims.head_dim, shared, shared]
+        self.channels = channels
         # one convolution for q, k and v side by side
         self.conv = ShortConvolution(
             sum(channels),
@@ -189,6 +191,19 @@ class _DeltaRuleMemory(Built):
             g=g,
         )
         return result.out, trace, DeltaMemoryState(conv, result.final_state)
+
+    def split_heads(self, ranks: int) -> dict[str, Split]:
+        """See `hamblocks.heads.SplitsHeads`."""
+        heads, value = self.size
+        self.size = heads // ranks, value
+        names = ["b_proj.weight"]
+        if isinstance(self, GatedDeltaMemory):
+            names += ["a_proj.weight", "A_log", "dt_bias"]
+        splits = {name: Split(0, [heads]) for name in names}
+        if self.own_projections:
+            for name, size in zip("qkv", self.channels, strict=True):
+                splits[f"{name}_proj.weight"] = Split(0, [size])
+        return splits | under("conv", self.conv.split_blocks(self.channels, ranks))
 
     # slices of a sequence on several ranks (see `hamblocks.slices.HasTransition`)
 

@@ -1,37 +1,48 @@
-"""A model on the ranks of a device mesh: recomputation and FSDP2, in the right order."""
+"""A model on the ranks of a device mesh: tensor parallel, recomputation and FSDP2, in that order."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from hamblocks.block import SwiGLU
 from hamblocks.layer import HAMLayer
+from hamblocks.parallel.heads import check_splits
 from hamblocks_ops.arguments import wrong
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
+    tensor: str | None = None,
     recompute: bool = False,
     param_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Prepares a model for training on the ranks of a mesh, in place.
 
-    Parameters are sharded over all dimensions of the mesh (FSDP2), block by block. A dimension for
-    context parallel is among them: its ranks hold slices of one batch, so their gradients are added
-    like those of a batch. FSDP2 averages gradients over ranks: let every rank's loss be its sum over
-    its tokens, times the number of ranks, over the number of tokens of all.
+    The ranks of the dimension `tensor` share the heads of every layer (see `split_heads`), and see
+    the same tokens.
+
+    Parameters are sharded over all other dimensions of the mesh (FSDP2), block by block. A dimension
+    for context parallel is among them: its ranks hold slices of one batch, so their gradients are
+    added like those of a batch. FSDP2 averages gradients over ranks: let every rank's loss be its
+    sum over its tokens, times the number of ranks in these dimensions, over the number of tokens of
+    all.
 
     Args:
         model: a model whose blocks hold a `HAMLayer` as attribute `layer`, such as `Decoder`.
-        mesh: dimensions for data and context, e.g. `init_device_mesh("cuda", (4, 2),
-            mesh_dim_names=("data", "context"))`.
+        mesh: dimensions for data, context and heads, e.g. `init_device_mesh("cuda", (4, 2),
+            mesh_dim_names=("data", "tensor"))`.
+        tensor: name of the mesh dimension whose ranks share heads. None: no rank shares heads.
         recompute: run every block again in the backward pass instead of keeping what it computed.
         param_dtype: dtype of parameters in a block's call (mixed precision); gradients are reduced
             in float32. None: that of the parameters.
@@ -40,11 +51,9 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: the model has no such block.
+        ValueError: the model has no such block, the mesh has no dimension `tensor`, or the heads
+            cannot be shared.
     """
-    # imported here: it takes a second, and other users of this package have no mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     blocks: list[Any] = [
         module for module in model.modules() if isinstance(getattr(module, "layer", None), HAMLayer)
     ]
@@ -52,13 +61,124 @@ def parallelize(
         raise wrong(
             "model", "blocks that hold a HAMLayer as attribute `layer`", type(model).__name__
         )
+    names = mesh.mesh_dim_names or ()
+    if tensor is not None and tensor not in names:
+        raise wrong("tensor", f"a dimension of the mesh, {', '.join(names) or 'unnamed'}", tensor)
+    if tensor is not None:
+        split_heads(model, mesh[tensor])
+    if recompute:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    others = tuple(name for name in names if name != tensor)
+    if tensor is None or others:
+        _shard(model, blocks, mesh if tensor is None else mesh[others], param_dtype)
+    return model
+
+
+def _shard(
+    model: nn.Module, blocks: list[Any], mesh: DeviceMesh, param_dtype: torch.dtype | None
+) -> None:
+    """Shards the parameters over all dimensions of a mesh."""
+    # imported here: it takes a second, and other users of this package have no mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
     flat = mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        # FSDP2 does not know the rows of a rank where they are runs of several blocks
+        several = isinstance(weight, DTensor) and "Strided" in type(weight.placements[0]).__name__
+        return Shard(1) if several else None
+
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32
     )
-    for block in blocks:
-        if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, mesh=flat, mp_policy=policy)
-    fully_shard(model, mesh=flat, mp_policy=policy)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=flat, mp_policy=policy, shard_placement_fn=placement)
+
+
+def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> nn.Module:
+    """Lets the ranks of a mesh share the heads of every layer (tensor parallel), in place.
+
+    Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the
+    memory, and the channels of the MLPs likewise; embedding and head are split over the vocabulary.
+    Every rank is called with the same tokens, and returns the same logits. Its states, caches and
+    stats are those of its own heads. Parameters are `DTensor`s. To save them, ask
+    `get_model_state_dict` of torch for a full state dict: it cannot save the shards of an MLP.
+
+    This is `parallelize_module(model, mesh, tensor_plan(model))` of torch, after which tied weights
+    are tied again.
+
+    Args:
+        model: a model with one or more `HAMLayer`, or such a layer.
+        mesh: a mesh of one dimension.
+        src_data_rank: the rank of the mesh whose parameters all ranks take. None: every rank has
+            the same already, and nothing is sent.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the mesh has more dimensions, the number of ranks does not divide the heads of a
+            layer, or a part cannot be split (see `hamblocks.heads`). The model is unchanged.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    if mesh.ndim != 1:
+        raise wrong("mesh", "one dimension, e.g. mesh['tensor']", f"{mesh.ndim} dimensions")
+    layers = [module for module in model.modules() if isinstance(module, HAMLayer)]
+    if not layers:
+        raise wrong("model", "a model with a HAMLayer", type(model).__name__)
+    for layer in layers:
+        if layer.head_split is not None:
+            raise wrong("model", "a model whose heads are not shared yet", "one whose heads are")
+        check_splits(layer, mesh.size())
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    parallelize_module(model, mesh, tensor_plan(model), src_data_rank=src_data_rank)
+    for first, *others in names.values():
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._parameters[key] = model.get_parameter(first)
     return model
+
+
+def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The style of every module of a model, for `parallelize_module` of torch.
+
+    Layers and MLPs are split by hamblocks' own style. Of the other modules, an `nn.Embedding` is
+    split over its rows (`RowwiseParallel`), and an `nn.Linear` over its outputs, which are gathered
+    (`ColwiseParallel`). All others are held whole, and so is a weight that a gate inside a layer
+    uses too (`PredictionEntropy`).
+
+    Args:
+        model: a model with one or more `HAMLayer`, or such a layer.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    from hamblocks.parallel.styles import HeadParallel, Whole
+
+    plan: dict[str, ParallelStyle] = {}
+    layers = [module for module in model.modules() if isinstance(module, HAMLayer)]
+    inside = {id(weight) for layer in layers for weight in layer.parameters()}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if isinstance(module, (HAMLayer, SwiGLU)):
+            plan[name] = HeadParallel()
+            return
+        own = list(module.parameters(recurse=False))
+        if own:
+            is_shared = any(id(weight) in inside for weight in own)
+            if type(module) is nn.Embedding and not is_shared:
+                plan[name] = RowwiseParallel(input_layouts=Replicate())
+            elif type(module) is nn.Linear and not is_shared:
+                plan[name] = ColwiseParallel(output_layouts=Replicate())
+            else:
+                plan[name] = Whole()
+        for key, child in module.named_children():
+            visit(f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    return plan

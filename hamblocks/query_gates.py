@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import final
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from hamblocks.controllers import controller_of
 from hamblocks.gates.around import AroundGate
+from hamblocks.heads import ScoreHeads, all_heads, one_score, shared_call
 from hamblocks.protocols import (
     Controller,
     Gate,
@@ -28,6 +30,9 @@ class ThresholdQueries(AroundGate):
     The score is the mean over the gate's heads. The logit bias of a learned gate becomes the weight
     of the read, exp(bias): sigmoid(MLP(x)) for `LearnedRouter`, which so learns where to read.
     """
+
+    score_heads: ScoreHeads = "one"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     controller: Controller
 
@@ -50,9 +55,10 @@ class ThresholdQueries(AroundGate):
     def forward(self, x: Tensor, trace: MemoryTrace) -> QueryGateOutput:
         """See `hamblocks.protocols.QueryGate`."""
         score, bias = self.gate(x, trace)
-        score = score.detach().mean(-1, keepdim=True)
-        tau = self.controller(score)
-        weight = None if bias is None else bias.mean(-1, keepdim=True).exp()
+        score = all_heads(score.detach()).mean(-1, keepdim=True)
+        with contextlib.nullcontext() if shared_call() is None else one_score():
+            tau = self.controller(score)
+        weight = None if bias is None else all_heads(bias).mean(-1, keepdim=True).exp()
         # as in a threshold selector: an infinite tau admits nothing
         reads = (score >= tau) & (tau < torch.inf)
         return QueryGateOutput(reads.squeeze(-1), weight, self.window)

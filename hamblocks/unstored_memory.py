@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from hamblocks.heads import Split
 from hamblocks.memory import DeltaMemory, GatedDeltaMemory
 from hamblocks.protocols import Built, LayerDims, Memory, MemoryTrace
 from hamblocks_ops import gated_delta_rule
@@ -74,6 +75,10 @@ class UnstoredMemory(Built):
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters, which are those of the inner memory."""
         self.inner.build(dims)
+
+    def split_heads(self, ranks: int) -> dict[str, Split]:
+        """See `hamblocks.heads.SplitsHeads`: the parameters are those of the inner memory."""
+        return {}
 
     def forward(
         self,

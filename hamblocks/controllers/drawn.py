@@ -18,17 +18,20 @@ NO_SCORE = 2**63 - 1
 _BITS = 0xFFFFFFFF
 
 
-def keys_of(score: Tensor) -> Tensor:
+def keys_of(score: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
     """Keys of scores.
 
     Args:
         score: floating `[B, T, H]`, rounded to float32; NaN stands for no score.
+        rank: the scores are of the heads from `rank * H` on,
+        ranks: of `ranks * H` heads.
 
     Returns:
         int64 `[B * T * H]`: 31 bits of the hash, then the 32 bits of the score.
     """
     _, tokens, heads = score.shape
-    place = torch.arange(tokens * heads, device=score.device).view(tokens, heads)
+    place = torch.arange(tokens * heads * ranks, device=score.device)
+    place = place.view(tokens, ranks, heads)[:, rank]
     bits = score.detach().float().contiguous().view(torch.int32).long() & _BITS
     keys = (mix(bits ^ mix(place)) >> 1) << 32 | bits
     return keys.masked_fill(score.isnan(), NO_SCORE).flatten()

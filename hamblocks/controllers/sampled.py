@@ -15,6 +15,7 @@ from hamblocks.controllers.drawn import NO_SCORE, drawn, keys_of, scores_of
 from hamblocks.controllers.quantiles import LARGEST, ordered
 from hamblocks.controllers.ranks import over_ranks
 from hamblocks.controllers.tau import HasTau, float32
+from hamblocks.heads import shared_call
 
 SAMPLE_SIZE = 4096
 """Scores that a controller remembers: enough to place a quantile within 0.01."""
@@ -120,9 +121,15 @@ class SampledThreshold(HasTau):
     @torch.no_grad()
     def _count(self, score: Tensor, tau: Tensor) -> None:
         self._move_scratch(score.device)
+        call = shared_call()
+        rank, ranks = (0, 1) if call is None else (call.share.rank, call.share.ranks)
+        if call is not None and call.one_score:
+            if rank > 0:  # the first rank counts the score that all of them have
+                return
+            ranks = 1
         self.seen.add_((~score.isnan()).sum())
         self.admitted.add_((score >= tau).sum() * (tau < math.inf))
-        keys = torch.cat([self.batch_sample, keys_of(score)])
+        keys = torch.cat([self.batch_sample, keys_of(score, rank, ranks)])
         self.batch_sample.copy_(drawn(keys, SAMPLE_SIZE))
 
     def _remind(self) -> None:

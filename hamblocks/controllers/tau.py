@@ -37,6 +37,9 @@ def sum_and_weight(tau: Tensor) -> tuple[Tensor, Tensor]:
 class HasTau(nn.Module):
     """A threshold that stays float32 whatever the model is cast to. Its state is in buffers."""
 
+    by_head = True
+    """Its counts are those of all ranks, also where they share the heads of a layer."""
+
     tau_sum: Tensor
     tau_weight: Tensor
 

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from hamblocks.gates.requirements import write_of
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace
 
 
@@ -19,6 +20,9 @@ class CommittedWrite:
     A token that surprises the memory but is hardly written scores low. This is the score of HOLA
     (arXiv 2607.02303).
     """
+
+    score_heads: ScoreHeads = "own"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     metric: str | None = None
     """None: the memory returns the residual."""

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace
 from hamblocks_ops.arguments import wrong
 
@@ -19,6 +20,9 @@ class GivenScore:
     what routing can reach (an oracle); the entropy or the loss of another model; random numbers of
     a generator. The gate needs no memory.
     """
+
+    score_heads: ScoreHeads = "given"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     reads_given: bool = True
     """The layer must be called with `given_score`."""

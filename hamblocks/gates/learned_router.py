@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks.heads import ScoreHeads, Split
 from hamblocks.protocols import Built, GateOutput, LayerDims, MemoryTrace, check_count
 from hamblocks_ops.arguments import wrong
 
@@ -37,6 +38,9 @@ class LearnedRouter(Built):
     In both cases only the keys that are stored give a gradient.
     """
 
+    score_heads: ScoreHeads = "own"
+    """See `hamblocks.heads.HasScoreHeads`."""
+
     def __init__(self, width: int | None = None, *, gradient: str = "bias") -> None:
         """Makes the gate; the layer that owns it makes the MLP.
 
@@ -62,6 +66,12 @@ class LearnedRouter(Built):
         self.mlp = nn.Sequential(
             nn.Linear(dims.hidden_size, width), nn.SiLU(), nn.Linear(width, dims.num_kv_heads)
         )
+
+    def split_heads(self, ranks: int) -> dict[str, Split]:
+        """See `hamblocks.heads.SplitsHeads`: the last map has a row for every head."""
+        assert self.dims is not None
+        rows = Split(0, [self.dims.num_kv_heads])
+        return {"mlp.2.weight": rows, "mlp.2.bias": rows}
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Returns score and logit bias, `[B, T, Hkv]`, float32 (or float64)."""

@@ -6,12 +6,16 @@ from typing import final
 
 from torch import Tensor
 
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace, check_count
 
 
 @final
 class PeriodicGate:
     """Scores every n-th token 1 and the others 0; `Threshold(0.5)` then stores a stride of n."""
+
+    score_heads: ScoreHeads = "one"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, n: int, offset: int = 0) -> None:
         """Makes the gate.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hamblocks.heads import NotTrained, ScoreHeads
 from hamblocks.protocols import Built, GateOutput, LayerDims, MemoryTrace, check_count
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.precision import wide
@@ -55,6 +56,9 @@ class PredictionEntropy(Built):
     The logits `[B, T, V]` are computed for every token, so the cost is that of the model's head.
     """
 
+    score_heads: ScoreHeads = "one"
+    """See `hamblocks.heads.HasScoreHeads`."""
+
     def __init__(self, vocab_size: int) -> None:
         """Makes the gate; the layer that owns it makes the head.
 
@@ -87,6 +91,10 @@ class PredictionEntropy(Built):
         if not isinstance(weight, nn.Parameter):
             raise wrong("weight", "a Parameter, which the model trains", weight)
         self.head.weight = weight
+
+    def split_heads(self, ranks: int) -> dict[str, NotTrained]:
+        """See `hamblocks.heads.SplitsHeads`."""
+        return {"head.weight": NotTrained()}
 
     def forward(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Returns the score `[B, T, 1]`, float32 (or float64), the same for all heads."""

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from hamblocks.gates.requirements import check_memory
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.surprise import METRICS
@@ -19,6 +20,9 @@ class PredictionError:
     This is the gate of the HAM paper (arXiv 2603.22325). The layer passes `metric` to the memory,
     which computes the score and need not write the residual.
     """
+
+    score_heads: ScoreHeads = "own"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, metric: str = "cosine") -> None:
         """Makes the gate.

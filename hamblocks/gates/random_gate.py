@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.hashing import mix
+from hamblocks.heads import ScoreHeads, shared_call
 from hamblocks.protocols import GateOutput, MemoryTrace, check_count
 from hamblocks_ops.arguments import wrong
 
@@ -61,11 +62,18 @@ class RandomGate:
             raise wrong("heads", f"one of {', '.join(HEADS)}", repr(heads))
         self.seed, self.per, self.heads = seed, per, heads
 
+    @property
+    def score_heads(self) -> ScoreHeads:
+        """See `hamblocks.heads.HasScoreHeads`."""
+        return "one" if self.heads == "shared" else "own"
+
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Returns the score `[B, T, 1]`, or `[B, T, H]` with `heads="own"`, float32."""
         # the keys tell the number of heads; a layer without a memory has them too
         count = 1 if self.heads == "shared" else trace.k.shape[2]
-        heads = torch.arange(count, device=x.device)
+        call = shared_call()
+        first = 0 if call is None or self.heads == "shared" else call.share.rank * count
+        heads = torch.arange(first, first + count, device=x.device)
         word = mix(mix(torch.full_like(heads, self.seed & 0xFFFFFFFF)) ^ heads)
         word = mix(word ^ trace.position.long()[..., None])
         if self.per == "sequence":

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from hamblocks.gates.requirements import write_of
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace
 
 
@@ -27,6 +28,9 @@ class RecallError:
     score of LoLA (arXiv 2505.23666), which measures it when a token leaves the window, in a state
     that later tokens may have changed; this gate measures it at the token itself.
     """
+
+    score_heads: ScoreHeads = "own"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     metric: str | None = None
     """None: the memory returns the residual."""

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from hamblocks.gates.around import AroundGate
+from hamblocks.heads import ScoreHeads, all_heads
 from hamblocks.protocols import Gate, GateOutput, MemoryTrace
 
 
@@ -16,6 +17,9 @@ class SharedGate(AroundGate):
 
     The layer then takes one decision for all of its heads.
     """
+
+    score_heads: ScoreHeads = "one"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, gate: Gate) -> None:
         """Makes the gate.
@@ -32,5 +36,6 @@ class SharedGate(AroundGate):
         """Returns score and logit bias, `[B, T, 1]`."""
         score, bias = self.gate(x, trace)
         return GateOutput(
-            score.mean(-1, keepdim=True), None if bias is None else bias.mean(-1, keepdim=True)
+            all_heads(score).mean(-1, keepdim=True),
+            None if bias is None else all_heads(bias).mean(-1, keepdim=True),
         )

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from hamblocks.gates.requirements import stored_of
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace
 
 
@@ -19,6 +20,9 @@ class ValueNorm:
     has no weight yet, so the norm stands alone here. The norm is that of the value as attention
     stores it. The gate needs no memory.
     """
+
+    score_heads: ScoreHeads = "own"
+    """See `hamblocks.heads.HasScoreHeads`."""
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:
         """Returns the score `[B, T, Hkv]`, float32 (or float64), at least 0.

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import (
     Buildable,
     Gate,
@@ -73,6 +74,12 @@ class WeightedSum(nn.Module):
     def gates(self) -> list[Gate]:
         """The gates, in the order of their weights."""
         return [getattr(self, f"gate_{i}") for i in range(len(self.weights))]
+
+    @property
+    def score_heads(self) -> ScoreHeads:
+        """See `hamblocks.heads.HasScoreHeads`: those of the term with the most."""
+        said = {getattr(gate, "score_heads", "own") for gate in self.gates}
+        return "own" if "own" in said else "given" if "given" in said else "one"
 
     def build(self, dims: LayerDims) -> None:
         """Builds the gates that have parameters."""

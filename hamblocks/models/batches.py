@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.protocols import check_count
 from hamblocks_ops import packing
 from hamblocks_ops.arguments import (
@@ -165,6 +166,21 @@ def last_columns(x: Tensor, count: int | Tensor) -> Tensor:
     if isinstance(count, Tensor):
         return x[:, count]
     return x[:, -count:] if count else x
+
+
+def check_beside_shard(x: Tensor, shard: ContextShard, **given: object) -> None:
+    """Checks a batch of a rank's tokens, and that nothing is given that the shard replaces.
+
+    Raises:
+        ValueError: x has another number of tokens, or an argument is not None.
+    """
+    rows = 1 if shard.packed else x.shape[0]
+    if tuple(x.shape[:2]) != (rows, shard.local_tokens):
+        expected = f"the tokens of this rank, [{rows}, {shard.local_tokens}] (shard.take)"
+        raise wrong("input_ids", expected, list(x.shape[:2]))
+    for name, value in given.items():
+        if value is not None:
+            raise wrong(name, "None beside a shard, which holds whole sequences", value)
 
 
 def check_kept(logits_to_keep: object) -> int | Tensor:

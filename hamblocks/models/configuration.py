@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from hamblocks.models.policies import Policy, complete, part_of, policy_of
+from hamblocks.models.tensor_parallel import HAS_PLANS, LAYERS
 from hamblocks.protocols import PARTS, check_count
 from hamblocks.saved import check_format
 from hamblocks_ops.arguments import wrong
@@ -111,6 +112,8 @@ class HAMConfig(PreTrainedConfig):
     """
 
     model_type = "ham"
+    # None where this transformers cannot use it: it then says that there is no plan
+    base_model_tp_plan = dict(LAYERS) if HAS_PLANS else None
     # a list, as transformers has it
     keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hamblocks.models.tensor_parallel import HAS_PLANS
 from hamblocks_ops.arguments import wrong
 
 
@@ -43,16 +44,17 @@ class FrameworkModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, without tensor, pipeline and expert parallelism.
+        """As in transformers, without pipeline and expert parallelism.
+
+        Tensor parallelism (`DistributedConfig(tp_size=...)`) shares the heads of every layer, by the
+        plan of the model (see `hamblocks.parallelize.split_heads`).
 
         Raises:
-            ValueError: one of them is asked for. Without a plan transformers would load all weights
-                on all ranks, and a plan would shard projections that the layer takes for whole.
+            ValueError: other parallelism is asked for, a plan for parts of a layer, FSDP2 beside
+                tensor parallelism, or this transformers cannot use the plan of the model.
         """
         for name in ("tp_plan", "tp_size", "distributed_config"):
-            if _is_parallel(kwargs.get(name)):
-                expected = "no parallelism within layers or between them (shard with FSDP instead)"
-                raise wrong(name, expected, repr(kwargs[name]))
+            check_parallel(name, kwargs.get(name))
         return super().from_pretrained(*args, **kwargs)
 
     def _check_and_adjust_attn_implementation(
@@ -84,11 +86,32 @@ class FrameworkModel(PreTrainedModel):
         )
 
 
-def _is_parallel(value: Any) -> bool:
-    """Whether a plan, a number of ranks or a `DistributedConfig` asks for parallelism in a model."""
-    if value is None or isinstance(value, int):
-        return (value or 1) > 1
-    if isinstance(value, (str, dict)):
-        return bool(value)
-    names = ("tp_size", "tp_plan", "pp_size", "ep_size", "ep_plan")
-    return any(_is_parallel(getattr(value, name, None)) for name in names)
+def check_parallel(name: str, value: Any) -> None:
+    """Checks what is asked of `from_pretrained`: a plan, a number of ranks or a `DistributedConfig`.
+
+    Raises:
+        ValueError: it is not tensor parallelism by the plan of the model.
+    """
+    is_config = not (value is None or isinstance(value, (int, str, dict)))
+    size, plan = (
+        (getattr(value, "tp_size", None), getattr(value, "tp_plan", None))
+        if is_config
+        else (value, None)
+        if isinstance(value, int)
+        else (None, value)
+    )
+    other = ("pp_size", "ep_size", "ep_plan")
+    if any((getattr(value, one, None) or 1) != 1 for one in other):
+        expected = "no parallelism within layers or between them but tp_size"
+        raise wrong(name, expected, repr(value))
+    if (size or 1) == 1 and not plan:
+        return
+    if not HAS_PLANS:
+        expected = "none in this release of transformers (use hamblocks.parallelize.split_heads)"
+        raise wrong(name, expected, repr(value))
+    inside = [rule for rule in plan if "stack." in rule] if isinstance(plan, dict) else []
+    if inside:
+        raise wrong(name, "no rule for parts of layers, which share heads as a whole", inside[0])
+    if (getattr(value, "dp_size", None) or 1) > 1 and (size or 1) > 1:
+        expected = "tp_size alone (beside FSDP2 use hamblocks.parallelize.parallelize)"
+        raise wrong(name, expected, repr(value))

@@ -34,6 +34,7 @@ from hamblocks.models.batches import (
     IGNORE,
     BatchLayout,
     batch_layout,
+    check_beside_shard,
     check_kept,
     last_columns,
 )
@@ -42,8 +43,10 @@ from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
+from hamblocks.models.tensor_parallel import HEAD
 from hamblocks.models.weights import is_loaded, keep_weights, lacks, repeated
 from hamblocks.outputs import LayerStats
+from hamblocks.parallel.shard import ContextShard
 from hamblocks.stack import Stack, StackOutput, entropy_gates
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
@@ -281,6 +284,7 @@ class HAMModel(HAMPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        shard: ContextShard | None = None,
         **kwargs: Any,
     ) -> HAMModelOutput:
         """Runs a batch, or the next columns of a batch.
@@ -298,6 +302,9 @@ class HAMModel(HAMPreTrainedModel):
             output_hidden_states: return the input of each block and the last hidden state.
             output_attentions: must be False; there is no matrix of attention weights.
             cu_seq_lens_q: int `[N+1]`, borders of sequences packed into one batch row.
+            shard: context parallel: the batch holds the tokens of this rank (`shard.take`), and
+                every rank of the shard's group calls the model. The shard says where sequences end,
+                so there is no mask, no position, no border and no cache beside it.
             kwargs: `logits_to_keep` says of how many columns the caller makes logits, for a cache
                 that records: no other column can be rejected. Further arguments of transformers
                 are ignored.
@@ -308,6 +315,13 @@ class HAMModel(HAMPreTrainedModel):
         """
         self._check_output_attentions(output_attentions)
         x = self._embedded(input_ids, inputs_embeds)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        if shard is not None:
+            given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+            given |= {"past_key_values": past_key_values, "cu_seq_lens_q": cu_seq_lens_q}
+            check_beside_shard(x, shard, use_cache=use_cache or None, **given)
+            return self._of_slices(x, shard, output_hidden_states)
         cache = checked_cache(past_key_values, self.config, x.shape[0])
         layout = batch_layout(
             x,
@@ -322,8 +336,6 @@ class HAMModel(HAMPreTrainedModel):
         use_cache = self._returns_cache(use_cache, cache, layout)
         if cache is None and use_cache:
             cache = HAMCache(self.config)
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
         kept = check_kept(kwargs.get("logits_to_keep", 0))
         # a tensor lists columns: any of them may be rejected
         kept = x.shape[1] if isinstance(kept, Tensor) else kept or x.shape[1]
@@ -334,6 +346,15 @@ class HAMModel(HAMPreTrainedModel):
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
             hidden_states=inputs if output_hidden_states else None,
+            stats=tuple(result.stats),
+        )
+
+    def _of_slices(self, x: Tensor, shard: ContextShard, keep_inputs: bool) -> HAMModelOutput:
+        """The result for the tokens of one rank."""
+        result: StackOutput = self.stack(x, shard=shard, keep_inputs=keep_inputs)
+        return HAMModelOutput(
+            last_hidden_state=result.y,
+            hidden_states=(*result.inputs, result.y) if keep_inputs else None,
             stats=tuple(result.stats),
         )
 
@@ -440,6 +461,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = HEAD if HAMConfig.base_model_tp_plan else None
 
     def __init__(
         self, config: HAMConfig, *, layer: Callable[[int], HAMLayer] | None = None
@@ -480,6 +502,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        shard: ContextShard | None = None,
         **kwargs: Any,
     ) -> HAMCausalLMOutput:
         """Returns next-token logits, and their loss where `labels` are given.
@@ -498,6 +521,10 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             cu_seq_lens_q: see `HAMModel.forward`.
             logits_to_keep: return the logits of the last `logits_to_keep` columns, or of these
                 columns if it is a tensor. 0 returns all.
+            shard: see `HAMModel.forward`. Labels are `shard.take(labels)`, unshifted as without it:
+                the loss gets the labels of tokens that other ranks hold. It is the share of this
+                rank, the sum over its tokens over the number of labels on all ranks, so the shares
+                of all ranks add up to the loss of one process.
             kwargs: `num_items_in_batch` divides the loss; other arguments are ignored.
 
         Raises:
@@ -522,6 +549,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 cu_seq_lens_q=cu_seq_lens_q,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
+                **({} if shard is None else {"shard": shard}),
             )
             hidden = outputs.last_hidden_state
             assert hidden is not None
@@ -531,18 +559,24 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 check_tensor("labels", labels, "[B, T]", list(hidden.shape[:2]), like=hidden)
                 if not isinstance(logits_to_keep, int) or logits_to_keep:
                     raise wrong("logits_to_keep", "0 beside labels", f"{logits_to_keep}")
-                layout = batch_layout(
-                    hidden,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    cu_seqlens=cu_seq_lens_q,
-                    past=past,
-                    seen=seen,
-                )
-                targets = layout.targets(labels).contiguous().long()
+                if shard is None:
+                    layout = batch_layout(
+                        hidden,
+                        attention_mask=attention_mask,
+                        position_ids=position_ids,
+                        cu_seqlens=cu_seq_lens_q,
+                        past=past,
+                        seen=seen,
+                    )
+                    targets = layout.targets(labels).contiguous().long()
+                else:
+                    targets = shard.next_of(labels.long(), IGNORE)
                 count = kwargs.get("num_items_in_batch")
                 if count is None:  # a mean over no label would be NaN
-                    count = (targets != IGNORE).sum().clamp(min=1)
+                    count = (targets != IGNORE).sum()
+                    if shard is not None:
+                        torch.distributed.all_reduce(count, group=shard.group)
+                    count = count.clamp(min=1)
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,

@@ -224,6 +224,43 @@ class ContextShard:
         return torch.cat(pieces, dim)
 
     @torch.no_grad()
+    def next_of(self, x: Tensor, last: int) -> Tensor:
+        """What belongs to the next token of each token, which another rank may hold: labels.
+
+        Args:
+            x: an integer tensor `[B, local_tokens]`, the same B on all ranks.
+            last: the value for the last token of every sequence.
+
+        Returns:
+            `[B, local_tokens]`.
+
+        Raises:
+            ValueError: x has another number of tokens.
+        """
+        if x.dim() != 2 or x.shape[1] != self.local_tokens:
+            raise wrong("x", f"[B, {self.local_tokens}], the tokens of this rank", list(x.shape))
+        first = torch.full((len(self.own), x.shape[0]), last, dtype=x.dtype, device=x.device)
+        for slot, chunk in enumerate(self.own):
+            if chunk.tokens:
+                first[slot] = x[:, chunk.slots.start]
+        every = [torch.empty_like(first) for _ in range(self.ranks)]
+        dist.all_gather(every, first, group=self.group)
+        shifted = torch.full_like(x, last)
+        ends = [start - 1 for start in self.starts]
+        for chunk in self.own:
+            if not chunk.tokens:
+                continue
+            begin, after = chunk.slots.start, chunk.slots.stop
+            shifted[:, begin : after - 1] = x[:, begin + 1 : after]
+            later = next((c for c in self.chunks[chunk.number + 1 :] if c.tokens), None)
+            if later is not None:
+                shifted[:, after - 1] = every[self.owner(later.number)][self.slot(later.number)]
+            stops = [end - chunk.begin + begin for end in ends if chunk.begin <= end < chunk.end]
+            if stops:
+                shifted[:, torch.tensor(stops, device=x.device)] = last
+        return shifted
+
+    @torch.no_grad()
     def gather(self, y: Tensor) -> Tensor:
         """The whole batch `[B, T, ...]` from the tokens of all ranks, without a gradient.
 

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from hamblocks.heads import DecidesByHead
 from hamblocks.ledger import EMPTY, CombinedLedger, find, last_slots, lower, new_positions
 from hamblocks.protocols import Lifetimes, Selection, Selector, check_part
 from hamblocks.selectors.questions import ignores_score, is_causal, start
@@ -14,6 +15,15 @@ from hamblocks.selectors.questions import ignores_score, is_causal, start
 
 class Composable(nn.Module):
     """Gives a selector the operators `|` and `&`. The other side may be any selector."""
+
+    @property
+    def by_head(self) -> bool:
+        """See `hamblocks.heads.DecidesByHead`."""
+        return all(decides_by_head(inner) for inner in self._inners())
+
+    def _inners(self) -> tuple[Selector, ...]:
+        """The selectors that this one asks."""
+        return ()
 
     def __or__(self, other: Selector) -> AnyOf:
         return AnyOf(self, other)
@@ -36,6 +46,11 @@ class Composable(nn.Module):
         )
 
 
+def decides_by_head(selector: object) -> bool:
+    """Whether a selector says that it decides for each head alone."""
+    return isinstance(selector, DecidesByHead) and selector.by_head
+
+
 class Combined(Composable):
     """Two selectors over the same scores. A subclass says how two lifetimes of a token combine."""
 
@@ -52,6 +67,9 @@ class Combined(Composable):
         for name, side in (("left", left), ("right", right)):
             check_part(name, side)
         self.left, self.right = left, right
+
+    def _inners(self) -> tuple[Selector, ...]:
+        return self.left, self.right
 
     @property
     def causal(self) -> bool:

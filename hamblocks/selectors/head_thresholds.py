@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.controllers.tau import number
+from hamblocks.heads import shared_call
 from hamblocks.protocols import Selection
 from hamblocks.selectors.combined import Composable
 from hamblocks_ops import select_threshold
@@ -53,10 +54,13 @@ class HeadThresholds(Composable):
         Raises:
             ValueError: the score has another number of heads than there are thresholds.
         """
-        heads = len(self.taus)
+        taus, call = self.taus, shared_call()
+        if call is not None and not call.one_score and len(taus) > 1:
+            taus = taus[call.share.own(len(taus))]
+        heads = len(taus)
         if heads not in (1, score.shape[2]):
             got = f"{score.shape[2]} (a gate that scores for all heads together has one)"
             raise wrong("score", f"{heads} heads, one for each of taus", got)
         # filled on the device: a copy from the host cannot be captured in a CUDA graph
-        tau = torch.cat([score.new_full((1,), tau, dtype=torch.float32) for tau in self.taus])
+        tau = torch.cat([score.new_full((1,), tau, dtype=torch.float32) for tau in taus])
         return Selection(select_threshold(score, tau, position=position, cu_seqlens=cu_seqlens))

@@ -25,6 +25,9 @@ class Wrapper(Composable):
         check_part("inner", inner)
         self.inner = inner
 
+    def _inners(self) -> tuple[Selector, ...]:
+        return (self.inner,)
+
     @property
     def causal(self) -> bool:
         """Whether the inner selector is causal."""

@@ -186,23 +186,34 @@ def test_the_policy_of_attention_names_the_implementation(tmp_path, name):
     assert torch.equal(eager(ids).logits, made(ids).logits)
 
 
+RULE = {"model.stack.blocks.*.block.layer.q_proj": "colwise"}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("arguments", "message"),
     [
-        ({"tp_plan": "auto"}, "tp_plan"),
-        ({"tp_size": 2}, "tp_size"),
-        ({"distributed_config": DistributedConfig(tp_size=2)}, "distributed_config"),
-        ({"distributed_config": DistributedConfig(tp_plan="auto")}, "distributed_config"),
-        ({"distributed_config": DistributedConfig(pp_size=2)}, "distributed_config"),
+        ({"tp_plan": RULE}, "tp_plan: expected no rule for parts of layers"),
+        (
+            {"distributed_config": DistributedConfig(tp_size=2, tp_plan=RULE)},
+            "distributed_config: expected no rule for parts of layers",
+        ),
+        (
+            {"distributed_config": DistributedConfig(pp_size=2)},
+            "distributed_config: expected no parallelism within layers",
+        ),
+        (
+            {"distributed_config": DistributedConfig(tp_size=2, fsdp_size=2)},
+            "distributed_config: expected tp_size alone",
+        ),
     ],
 )
-def test_parallelism_that_needs_a_plan_is_refused(tmp_path, arguments, name):
+def test_parallelism_without_a_plan_is_refused(tmp_path, arguments, message):
     made = model(dtype=torch.float32)
     made.save_pretrained(tmp_path)
-    assert not made.supports_tp_plan
+    assert made.supports_tp_plan
     assert not made.supports_pp_plan
     for cls in (HAMForCausalLM, AutoModelForCausalLM, AutoModel):
-        with pytest.raises(ValueError, match=rf"^{name}: expected no parallelism within layers"):
+        with pytest.raises(ValueError, match=rf"^{message}"):
             cls.from_pretrained(tmp_path, **arguments)
     one = HAMForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig())
     assert torch.equal(one.lm_head.weight, made.lm_head.weight)

@@ -17,7 +17,7 @@ RANKS = 4
 TIMEOUT = 300
 
 
-def _main(rank: int, store: Path, pipe: Any) -> None:
+def _main(rank: int, store: Path, pipe: Any, timeout: float) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -25,7 +25,7 @@ def _main(rank: int, store: Path, pipe: Any) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT),
+        timeout=timedelta(seconds=timeout),
     )
     # every rank makes every group
     groups = {1: [dist.new_group([one]) for one in range(RANKS)][rank]}
@@ -50,14 +50,14 @@ def _answer(pipe: Any) -> tuple[bool, Any]:
 class Workers:
     """Four processes; they stay, because importing torch takes longer than most tests."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout: float = TIMEOUT) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         self.answers: list[tuple[bool, Any]] = []
         for rank in range(RANKS):
             own, other = context.Pipe()
             process = context.Process(
-                target=_main, args=(rank, folder / "store", other), daemon=True
+                target=_main, args=(rank, folder / "store", other, timeout), daemon=True
             )
             process.start()
             other.close()  # so that the end of the process closes the pipe

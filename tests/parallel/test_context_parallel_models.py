@@ -104,6 +104,99 @@ def test_lower_precision_is_as_near_as_in_one_process(workers, dtype):
     workers.run(in_dtype, 4, dtype)
 
 
+# the models of transformers
+
+
+def causal_lm(**changed: Any) -> Any:
+    from hamblocks.models import HAMConfig, HAMForCausalLM
+
+    torch.manual_seed(0)
+    kinds = ["hybrid", "linear_attention", "full_attention"]
+    selector = hb.Threshold(hb.FixedThreshold(0.9)) | hb.TopK(3)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_attention_heads": 2}
+    config = HAMConfig(
+        **sizes, num_hidden_layers=3, layer_types=kinds, selector=selector, **changed
+    )
+    model = HAMForCausalLM(config).double().train()
+    model.loss_function = exact_loss
+    return model
+
+
+def exact_loss(logits, labels, vocab_size, *, shift_labels, num_items_in_batch):
+    """transformers' own computes in float32."""
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), shift_labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return loss / num_items_in_batch
+
+
+def labelled(tokens: torch.Tensor) -> torch.Tensor:
+    """Labels of which some do not count."""
+    return tokens.masked_fill(tokens % 5 == 2, -100)
+
+
+BORDERS = torch.tensor([0, 9, 10, 10, 22, 27], dtype=torch.int32)
+
+
+def loses(group: Any, packed: bool, order: str, checkpoints: bool) -> None:
+    tokens = batch(27)[: 1 if packed else 2]
+    borders = BORDERS if packed else None
+    whole = causal_lm()
+    wanted = whole(tokens, labels=labelled(tokens), cu_seq_lens_q=borders)
+    wanted.loss.backward()
+
+    model = causal_lm()
+    if checkpoints:
+        model.gradient_checkpointing_enable()
+    shard = ContextShard(27, cu_seqlens=borders, group=group, order=order)
+    own = shard.take(tokens)
+    found = model(own, labels=shard.take(labelled(tokens)), shard=shard)
+    torch.testing.assert_close(shard.gather(found.logits), wanted.logits, rtol=1e-9, atol=1e-10)
+    found.loss.backward()
+    loss = found.loss.detach().clone()
+    dist.all_reduce(loss, group=group)
+    torch.testing.assert_close(loss, wanted.loss.detach(), rtol=1e-9, atol=1e-10)
+    for (name, weight), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        summed = weight.grad.clone()
+        dist.all_reduce(summed, group=group)
+        torch.testing.assert_close(summed, other.grad, rtol=1e-9, atol=1e-10, msg=name)
+
+    for argument in ("attention_mask", "position_ids"):
+        with pytest.raises(ValueError, match=f"{argument}: expected None beside a shard"):
+            model(own, shard=shard, **{argument: torch.ones_like(own)})
+    with pytest.raises(ValueError, match="use_cache: expected None beside a shard"):
+        model(own, shard=shard, use_cache=True)
+    with pytest.raises(ValueError, match="input_ids: expected the tokens of this rank"):
+        model(own[:, 1:], shard=shard)
+
+
+@pytest.mark.parametrize(
+    ("packed", "order", "checkpoints"),
+    [(False, "head-tail", True), (True, "head-tail", False), (True, "contiguous", False)],
+)
+def test_the_loss_of_a_causal_lm_is_that_of_one_process(workers, packed, order, checkpoints):
+    workers.run(loses, 4, packed, order, checkpoints)
+
+
+def follows(group: Any) -> None:
+    for tokens in (0, 3, 9, 27):
+        for borders in (None, [0, tokens // 3, tokens // 3, tokens]):
+            for order in ("head-tail", "contiguous"):
+                shard = ContextShard(tokens, cu_seqlens=borders, group=group, order=order)
+                x = torch.arange(2 * tokens).view(2, tokens)
+                wanted = torch.nn.functional.pad(x, [0, 1])[:, 1:]
+                for end in borders or [tokens]:
+                    if end:
+                        wanted[:, end - 1] = -1
+                assert torch.equal(shard.next_of(shard.take(x), -1), shard.take(wanted))
+    with pytest.raises(ValueError, match="x: expected"):
+        shard.next_of(x[0], -1)
+
+
+def test_the_next_token_may_be_on_another_rank(workers):
+    workers.run(follows, 4)
+
+
 class EveryNth:
     """Stores every n-th token."""
 

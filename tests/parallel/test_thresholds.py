@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Workers
 
 import hamblocks as hb
 
@@ -16,6 +19,7 @@ MAKERS = {
     "elastic": lambda: hb.ElasticFraction(0.1),
 }
 STEPS = 6
+GROUP_TIMEOUT, LATE = 8, 16  # seconds
 
 
 def batches() -> list[torch.Tensor]:
@@ -49,3 +53,48 @@ def test_ranks_and_forwards_do_not_change_the_threshold(workers, name):
     assert taus_of(name, [list(score.chunk(8)) for score in batches()]) == alone
     for accumulated in (1, 2):
         assert workers.run(on_ranks, 4, name, accumulated) == [alone] * 4
+
+
+def steps_but_for_one(_: Any) -> str:
+    layer = hb.HAMLayer(8, 1, selector=hb.Threshold(hb.TargetFraction(0.5)))
+    layer(torch.randn(1, 4, 8))
+    if dist.get_rank() == 2:
+        time.sleep(LATE)  # a rank that ended would be an error at once
+        return "late"
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="step_controllers: expected a call on each of the 4"):
+        hb.step_controllers(layer)
+    assert time.monotonic() - begin < LATE
+    return "ended"
+
+
+def test_a_step_on_some_ranks_ends_by_the_timeout_of_the_group(tmp_path):
+    workers = Workers(tmp_path, timeout=GROUP_TIMEOUT)
+    try:
+        found = workers.run(steps_but_for_one, 4)
+    finally:
+        workers.close()
+    assert found == ["ended", "ended", "late", "ended"]
+
+
+def steps_but_one_dies(_: Any) -> None:
+    layer = hb.HAMLayer(8, 1, selector=hb.Threshold(hb.TargetFraction(0.5)))
+    layer(torch.randn(1, 4, 8))
+    if dist.get_rank() == 2:
+        os._exit(1)
+    begin = time.monotonic()
+    try:
+        hb.step_controllers(layer)
+    finally:  # an uncaught error ends the process, and so the next one
+        assert time.monotonic() - begin < 30
+
+
+def test_a_rank_that_ends_before_a_step_ends_the_others(tmp_path):
+    workers = Workers(tmp_path)
+    try:
+        with pytest.raises((AssertionError, ConnectionError)):
+            workers.run(steps_but_one_dies, 4)
+        named = "RuntimeError: step_controllers: expected a call on each of the 4 ranks"
+        assert sum(named in text for _, text in workers.answers) == 3
+    finally:
+        workers.close()
