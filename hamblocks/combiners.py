@@ -68,9 +68,9 @@ class _Mix(Built):
         """See `hamblocks.protocols.Combiner`."""
         reads = []
         if memory_read is not None:
-            reads.append(self._of_memory(x, memory_read))
+            reads.append(self.of_memory(x, memory_read))
         if attention_read is not None:
-            reads.append(self._of_attention(x, attention_read))
+            reads.append(self.of_attention(x, attention_read))
         logits = self.gate_proj(x)
         if self.is_joint:
             weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)
@@ -94,12 +94,12 @@ class _Mix(Built):
         """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
         raise NotImplementedError
 
-    def _of_memory(self, x: Tensor, read: Tensor) -> Tensor:
-        """The memory's read as it is joined."""
+    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
+        """The memory's read as it is joined, `[B, T, H, D]`."""
         return self.memory_norm(read) if self.read_norm else read
 
-    def _of_attention(self, x: Tensor, read: Tensor) -> Tensor:
-        """The read of attention as it is joined."""
+    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
+        """The read of attention as it is joined, `[B, T, H, D]`."""
         return self.attention_norm(read) if self.attention_read_norm else read
 
 
@@ -235,13 +235,15 @@ class ScaledSum(_Mix):
         """The logits themselves."""
         return logits
 
-    def _of_memory(self, x: Tensor, read: Tensor) -> Tensor:
-        read = super()._of_memory(x, read)
+    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
+        """The memory's read after its norm and gate."""
+        read = super().of_memory(x, read)
         if self.memory_gate is None:
             return read
         return _gated(read, self.memory_gate, self.memory_g_proj(x))
 
-    def _of_attention(self, x: Tensor, read: Tensor) -> Tensor:
+    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
+        """The read of attention after its gate."""
         if self.attention_gate is None:
             return read
         return _gated(read, self.attention_gate, self.attention_g_proj(x))

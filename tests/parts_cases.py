@@ -174,6 +174,22 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3),
         "combiner": hb.GatedSum(output_gate=True),
     },
+    "memory-first": lambda: {
+        "memory": hb.GatedDeltaMemory(
+            3,
+            projections="own",
+            num_heads=8,
+            num_k_heads=2,
+            head_dim=2,
+            expand_v=1.5,
+            qk_l2norm_eps=1e-6,
+        ),
+        "selector": hb.TopK(3) | hb.Window(2),
+        "attention": hb.SelectedAttention(partial_rotary_factor=0.5),
+        "combiner": hb.ScaledSum(
+            bias=True, start="memory", memory_gate="silu", attention_gate="sigmoid"
+        ),
+    },
     "taps-of-its-own": lambda: {
         "memory": hb.GatedDeltaMemory((1, 3, 2)),
         "selector": hb.Threshold(0.9) | hb.Window(2),

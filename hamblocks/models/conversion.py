@@ -251,7 +251,12 @@ def _copy(
     if left:
         raise wrong("model", "only weights that a HAM model has a place for", ", ".join(left))
     for done, (place, origin) in enumerate(origins.items(), 1):
-        value = origin.made(*(weights[name].data for name in origin.names))
+        given: list[Tensor] = [weights[name].data for name in origin.names]
+        try:
+            value = origin.made(*given)
+        except RuntimeError as error:
+            expected = "a weight of the shape that its configuration says"
+            raise wrong(f"model.{origin.names[0]}", expected, given[0]) from error
         target: Tensor = targets[place]
         if origin.columns is not None:
             target = target[:, origin.columns]
