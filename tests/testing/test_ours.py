@@ -138,7 +138,7 @@ def test_selectors(check: Any) -> None:
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
         hb.GatedDeltaMemory(2, projections="own", num_heads=6, head_dim=4, expand_v=0.5),
         hb.GatedDeltaMemory(
-            2, projections="own", num_heads=4, num_k_heads=2, head_dim=4, qk_l2norm_eps=1e-6
+            2, projections="own", num_heads=6, num_k_heads=2, head_dim=4, qk_l2norm_eps=1e-6
         ),
         hb.UnstoredMemory(hb.GatedDeltaMemory(2)),
     ],
