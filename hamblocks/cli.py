@@ -170,7 +170,9 @@ def evaluate(
         Path | None,
         typer.Option(help="JSON of policies, fractions and sizes.", exists=True, dir_okay=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Six policies, one seed.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Six policies, one seed.")
+    ] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[
