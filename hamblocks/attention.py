@@ -38,6 +38,7 @@ class SelectedAttention(Built):
         conv_values: bool = False,
         rope_theta: float | None = 10_000.0,
         rope_scaling: dict[str, Any] | None = None,
+        partial_rotary_factor: float = 1.0,
         qk_norm: bool = True,
         norm_eps: float = 1e-6,
         null_sink: bool = False,
@@ -57,6 +58,8 @@ class SelectedAttention(Built):
                 with "linear", "dynamic", "llama3" or "yarn" as `rope_type`, and its numbers
                 (`hamblocks.rope`). With "dynamic" a token's frequencies depend on the number of
                 tokens up to it.
+            partial_rotary_factor: the share of a head's channels that are rotated, the first ones,
+                in (0, 1].
             qk_norm: RMSNorm of queries and keys, per head.
             norm_eps: epsilon of these norms.
             null_sink: one more key per key/value head, with a learned logit and the value 0: a
@@ -66,7 +69,8 @@ class SelectedAttention(Built):
 
         Raises:
             ValueError: `conv_size` is not an integer of at least 1, values are to be convolved with
-                one tap, or `rope_scaling` is unknown or has no rotary positions to scale.
+                one tap, `rope_scaling` is unknown or has no rotary positions to scale, or
+                `partial_rotary_factor` is out of range.
         """
         super().__init__()
         conv_size = check_count("conv_size", conv_size, 1)
@@ -75,6 +79,9 @@ class SelectedAttention(Built):
         rope_scaling = check_scaling(rope_scaling)
         if rope_scaling is not None and rope_theta is None:
             raise wrong("rope_scaling", "None where rope_theta = None", repr(rope_scaling))
+        if not 0 < partial_rotary_factor <= 1:
+            raise wrong("partial_rotary_factor", "a number in (0, 1]", repr(partial_rotary_factor))
+        self.partial_rotary_factor = partial_rotary_factor
         self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
         self.rope_theta = None if rope_theta is None else float(rope_theta)
         self.rope_scaling = rope_scaling
@@ -85,12 +92,15 @@ class SelectedAttention(Built):
         """Makes norms, convolution and null logits.
 
         Raises:
-            ValueError: rotary positions need an even head_dim, of at least 4 if they are scaled.
+            ValueError: rotary positions need an even head_dim, of at least 4 if they are scaled;
+                the same holds of the channels that are rotated.
         """
-        if self.rope_theta is not None and dims.head_dim % 2:
-            raise wrong("head_dim", "an even number for rotary positions", f"{dims.head_dim}")
-        if self.rope_scaling is not None and dims.head_dim < 4:
-            raise wrong("head_dim", "at least 4 for rope_scaling", f"{dims.head_dim}")
+        self.rotated = int(dims.head_dim * self.partial_rotary_factor)
+        name = "head_dim" if self.partial_rotary_factor == 1 else "head_dim * partial_rotary_factor"
+        if self.rope_theta is not None and (self.rotated % 2 or not self.rotated):
+            raise wrong(name, "an even number for rotary positions", f"{self.rotated}")
+        if self.rope_scaling is not None and self.rotated < 4:
+            raise wrong(name, "at least 4 for rope_scaling", f"{self.rotated}")
         if self.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(dims.head_dim, eps=self.norm_eps) for _ in range(2))
         if self.null_sink:
@@ -136,8 +146,14 @@ class SelectedAttention(Built):
             q = self.q_norm(q).to(dtype)
             k = self.k_norm(k).to(dtype)
         if self.rope_theta is not None:
-            turn = angles(q, position, self.rope_theta, self.rope_scaling)
-            q, k = turned(q, *turn), turned(k, *turn)
+            size = self.rotated
+            turn = angles(q[..., :size], position, self.rope_theta, self.rope_scaling)
+            q, k = (
+                turned(x, *turn)
+                if size == x.shape[3]
+                else torch.cat([turned(x[..., :size], *turn), x[..., size:]], -1)
+                for x in (q, k)
+            )
         return q, k, v, after
 
     @property

@@ -70,6 +70,7 @@ class HAMBlock(nn.Module):
         intermediate_size: int | None = None,
         norm_eps: float = 1e-6,
         mlp_bias: bool = False,
+        mlp: nn.Module | None = None,
     ) -> None:
         """Makes the block.
 
@@ -78,6 +79,7 @@ class HAMBlock(nn.Module):
             intermediate_size: inner width of the MLP; None: 8/3 of the hidden size.
             norm_eps: epsilon of both norms.
             mlp_bias: whether the projections of the MLP have biases.
+            mlp: a module in place of the MLP, from `[B, T, hidden]` to the same shape.
         """
         super().__init__()
         hidden = layer.dims.hidden_size
@@ -86,7 +88,8 @@ class HAMBlock(nn.Module):
             nn.RMSNorm(hidden, eps=norm_eps),
             nn.RMSNorm(hidden, eps=norm_eps),
         )
-        self.mlp = SwiGLU(hidden, intermediate_size or hidden * 8 // 3, mlp_bias)
+        width = intermediate_size or hidden * 8 // 3
+        self.mlp = SwiGLU(hidden, width, mlp_bias) if mlp is None else mlp
 
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -13,6 +13,9 @@ from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.norm import RMSNorm
 from hamblocks.protocols import Built, LayerDims
 from hamblocks_ops.arguments import wrong
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+"""Activations of the gates on a read, by name."""
 
 
 class _Mix(Built):
@@ -34,17 +37,18 @@ class _Mix(Built):
         super().__init__()
         self.output_gate, self.read_norm = output_gate, read_norm
         self.attention_read_norm, self.bias = read_norm, False
+        self.norm_eps = 1e-6
 
     def make(self, dims: LayerDims) -> None:
         sizes = []
         if dims.has_memory:
             sizes.append(dims.memory_read)
             if self.read_norm:
-                self.memory_norm = RMSNorm(dims.memory_read[1], eps=1e-6)
+                self.memory_norm = RMSNorm(dims.memory_read[1], eps=self.norm_eps)
         if dims.has_attention:
             sizes.append((dims.num_heads, dims.head_dim))
             if self.attention_read_norm:
-                self.attention_norm = RMSNorm(dims.head_dim, eps=1e-6)
+                self.attention_norm = RMSNorm(dims.head_dim, eps=self.norm_eps)
         self.heads = [heads for heads, _ in sizes]
         self.gate_proj = nn.Linear(dims.hidden_size, sum(self.heads))
         widths = self.widths = [heads * dim for heads, dim in sizes]
@@ -85,10 +89,9 @@ class _Mix(Built):
         """See `hamblocks.protocols.Combiner`."""
         reads = []
         if memory_read is not None:
-            reads.append(self.memory_norm(memory_read) if self.read_norm else memory_read)
+            reads.append(self.of_memory(x, memory_read))
         if attention_read is not None:
-            normed = self.attention_read_norm
-            reads.append(self.attention_norm(attention_read) if normed else attention_read)
+            reads.append(self.of_attention(x, attention_read))
         logits = self.gate_proj(x)
         if self.is_joint:
             weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)
@@ -111,6 +114,14 @@ class _Mix(Built):
     def apart(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
         raise NotImplementedError
+
+    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
+        """The memory's read as it is joined, `[B, T, H, D]`."""
+        return self.memory_norm(read) if self.read_norm else read
+
+    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
+        """The read of attention as it is joined, `[B, T, H, D]`."""
+        return self.attention_norm(read) if self.attention_read_norm else read
 
 
 @final
@@ -173,35 +184,69 @@ class ConstantStart(nn.Linear):
 
 @final
 class ScaledSum(_Mix):
-    """Adds the memory's read to attention's, each scaled per head; it starts at attention alone.
+    """Adds the memory's read to attention's, each scaled per head; it starts at one of them alone.
 
     `y = o_proj(a * attention_read + m * norm(memory_read))`, with a and m `[H]` from `gate_proj(x)`,
     whose weight starts at 0 and whose bias starts at a = 1 and m = 0. So a layer of a trained
-    attention model, given a memory, starts as it was. Where the memory is the only read, m starts
-    at 1.
+    attention model, given a memory, starts as it was. With `start="memory"` the bias starts at
+    a = 0 and m = 1, for a trained layer with a memory that is given attention. Where a layer has
+    one read, its scale starts at 1.
     """
 
-    def __init__(self, bias: bool = False, read_norm: bool = True) -> None:
+    def __init__(
+        self,
+        bias: bool = False,
+        read_norm: bool = True,
+        *,
+        start: str = "attention",
+        norm_eps: float = 1e-6,
+        memory_gate: str | None = None,
+        attention_gate: str | None = None,
+    ) -> None:
         """Makes the part; the layer that owns it makes the parameters.
 
         Args:
-            bias: whether `o_proj` has a bias.
+            bias: whether `o_proj` and `attention_g_proj` have biases.
             read_norm: normalise the memory's read per head; False: take it as it is. The read of
                 attention is never normalised.
+            start: the read that the layer starts with, "attention" or "memory".
+            norm_eps: epsilon of the norm.
+            memory_gate: multiply the memory's read, after its norm, by an activation of
+                `memory_g_proj(x)`, channel by channel: "silu", as Gated DeltaNet does, or
+                "sigmoid". None: no gate.
+            attention_gate: the same for the read of attention, by `attention_g_proj(x)`; "sigmoid"
+                is the gate of Qwen3-Next (arXiv 2505.06708).
+
+        Raises:
+            ValueError: there is no such start or gate.
         """
         super().__init__(read_norm=read_norm)
-        self.attention_read_norm, self.bias = False, bias
+        if start not in ("attention", "memory"):
+            raise wrong("start", '"attention" or "memory"', repr(start))
+        for name, gate in (("memory_gate", memory_gate), ("attention_gate", attention_gate)):
+            if gate is not None and gate not in GATES:
+                raise wrong(name, f"None or one of {', '.join(GATES)}", repr(gate))
+        self.attention_read_norm, self.bias, self.start = False, bias, start
+        self.norm_eps = norm_eps
+        self.memory_gate, self.attention_gate = memory_gate, attention_gate
 
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters."""
         super().make(dims)
+        memory, attention = (0.0, 1.0) if self.start == "attention" else (1.0, 0.0)
         if len(self.heads) == 1:
             start = [1.0] * self.heads[0]
         elif self.is_joint:  # memory and attention take turns, head by head
-            start = [0.0, 1.0] * self.heads[0]
+            start = [memory, attention] * self.heads[0]
         else:
-            start = [0.0] * self.heads[0] + [1.0] * self.heads[1]
+            start = [memory] * self.heads[0] + [attention] * self.heads[1]
         self.gate_proj = ConstantStart(dims.hidden_size, start)
+        if dims.has_memory and self.memory_gate is not None:
+            heads, size = dims.memory_read
+            self.memory_g_proj = nn.Linear(dims.hidden_size, heads * size, bias=False)
+        if dims.has_attention and self.attention_gate is not None:
+            width = dims.num_heads * dims.head_dim
+            self.attention_g_proj = nn.Linear(dims.hidden_size, width, bias=self.bias)
 
     def weights(self, logits: Tensor) -> Tensor:
         """The logits themselves."""
@@ -210,3 +255,21 @@ class ScaledSum(_Mix):
     def apart(self, logits: Tensor) -> Tensor:
         """The logits themselves."""
         return logits
+
+    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
+        """The memory's read after its norm and gate."""
+        read = super().of_memory(x, read)
+        if self.memory_gate is None:
+            return read
+        return _gated(read, self.memory_gate, self.memory_g_proj(x))
+
+    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
+        """The read of attention after its gate."""
+        if self.attention_gate is None:
+            return read
+        return _gated(read, self.attention_gate, self.attention_g_proj(x))
+
+
+def _gated(read: Tensor, gate: str, logits: Tensor) -> Tensor:
+    """A read `[B, T, H, D]`, multiplied by an activation of logits `[B, T, H * D]`."""
+    return read * GATES[gate](logits).view(read.shape).to(read.dtype)

@@ -49,9 +49,11 @@ class _DeltaRuleMemory(Built):
         conv_activation: str | None,
         projections: str,
         num_heads: int | None,
+        num_k_heads: int | None,
         head_dim: int | None,
         expand_v: float,
         allow_neg_eigval: bool,
+        qk_l2norm_eps: float,
         impl: str,
     ) -> None:
         super().__init__()
@@ -63,18 +65,25 @@ class _DeltaRuleMemory(Built):
             raise wrong("projections", '"shared" or "own"', repr(projections))
         if num_heads is not None:
             num_heads = check_count("num_heads", num_heads, 1)
+        if num_k_heads is not None:
+            num_k_heads = check_count("num_k_heads", num_k_heads, 1)
         if head_dim is not None:
             head_dim = check_count("head_dim", head_dim, 1)
-        if projections == "shared" and (num_heads or head_dim or expand_v != 1):
-            expected = '"own" for a memory with sizes of its own (num_heads, head_dim, expand_v)'
+        sizes = "num_heads, num_k_heads, head_dim, expand_v"
+        if projections == "shared" and (num_heads or num_k_heads or head_dim or expand_v != 1):
+            expected = f'"own" for a memory with sizes of its own ({sizes})'
             raise wrong("projections", expected, '"shared"')
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
+        if not 0 <= qk_l2norm_eps < math.inf:
+            raise wrong("qk_l2norm_eps", "a number >= 0", repr(qk_l2norm_eps))
         self.conv_size = taps if isinstance(conv_size, Sequence) else taps[0]
         self.taps, self.conv_init, self.conv_activation = taps, conv_init, conv_activation
         self.projections = projections
-        self.num_heads, self.head_dim, self.expand_v = num_heads, head_dim, expand_v
+        self.num_heads, self.num_k_heads = num_heads, num_k_heads
+        self.head_dim, self.expand_v = head_dim, expand_v
         self.allow_neg_eigval = allow_neg_eigval
+        self.qk_l2norm_eps = qk_l2norm_eps
         self.impl = impl
 
     @property
@@ -86,22 +95,27 @@ class _DeltaRuleMemory(Built):
         """Heads and value size (see `hamblocks.protocols.ProjectsItself`).
 
         Raises:
-            ValueError: `expand_v` times the size of a key is not an integer.
+            ValueError: `expand_v` times the size of a key is not an integer, or `num_k_heads` does
+                not divide the heads.
         """
         heads, key = self.num_heads or dims.num_heads, self.head_dim or dims.head_dim
+        if heads % (self.num_k_heads or heads):
+            raise wrong("num_k_heads", f"a divisor of the {heads} heads", f"{self.num_k_heads}")
         value = key * self.expand_v
-        if value != int(value):
+        # a quotient of two integers may be off by a rounding
+        if not math.isclose(value, round(value), rel_tol=1e-9):
             raise wrong("expand_v", f"a number that makes {key} * expand_v an integer", value)
-        return heads, int(value)
+        return heads, round(value)
 
     def make(self, dims: LayerDims) -> None:
         heads, value = self.size = self.read_size(dims)
         key = self.key_size = self.head_dim or dims.head_dim
         if self.own_projections:
+            keys = (self.num_k_heads or heads) * key
+            channels = [keys, keys, heads * value]
             self.q_proj, self.k_proj, self.v_proj = (
-                nn.Linear(dims.hidden_size, heads * size, bias=False) for size in (key, key, value)
+                nn.Linear(dims.hidden_size, width, bias=False) for width in channels
             )
-            channels = [heads * key, heads * key, heads * value]
         else:
             shared = dims.num_kv_heads * dims.head_dim
             channels = [dims.num_heads * dims.head_dim, shared, shared]
@@ -130,11 +144,11 @@ class _DeltaRuleMemory(Built):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v before the convolution."""
         if self.projections == "own":
-            size = self.size[0], -1
+            key = -1, self.key_size
             return (
-                self.q_proj(x).unflatten(-1, size),
-                self.k_proj(x).unflatten(-1, size),
-                self.v_proj(x).unflatten(-1, size),
+                self.q_proj(x).unflatten(-1, key),
+                self.k_proj(x).unflatten(-1, key),
+                self.v_proj(x).unflatten(-1, self.size),
             )
         assert q is not None
         assert k is not None
@@ -262,24 +276,33 @@ class _DeltaRuleMemory(Built):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v as the recurrence takes them, all `[B, T, H, D]`, and the convolution's state.
 
-        Queries and keys get unit length; keys and values are repeated under grouped heads.
+        Queries and keys get unit length. Where q, k or v has fewer heads than the state, its heads
+        are repeated.
         """
-        heads, kv_heads = q.shape[2], k.shape[2]
         parts = q, k, v
+        counts = [x.shape[2] for x in parts]
         widths = [x.shape[2] * x.shape[3] for x in parts]
         mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
         if q.shape[3] == v.shape[3]:  # fewer operations per token
-            every = mixed.unflatten(-1, (heads + 2 * kv_heads, -1))
-            q, k, v = every.split([heads, kv_heads, kv_heads], 2)
+            q, k, v = mixed.unflatten(-1, (sum(counts), -1)).split(counts, 2)
         else:
             q, k, v = (
                 y.unflatten(-1, x.shape[2:])
                 for x, y in zip(parts, mixed.split(widths, -1), strict=True)
             )
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        if heads != kv_heads:
-            k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
+        heads, _ = self.size
+        q, k, v = (
+            x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+            for x in (self._unit(q), self._unit(k), v)
+        )
         return q, k, v, conv
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """x, of unit length; a little shorter with `qk_l2norm_eps`."""
+        if not self.qk_l2norm_eps:
+            return F.normalize(x, dim=-1)
+        squared = x.to(wide(x)).square().sum(-1, keepdim=True)
+        return (x * (squared + self.qk_l2norm_eps).rsqrt()).to(x.dtype)
 
     def _check_state(
         self, state: DeltaMemoryState, x: Tensor, recurrent: tuple[int, int, int, int]
@@ -309,9 +332,11 @@ class DeltaMemory(_DeltaRuleMemory):
         conv_activation: str | None = "silu",
         projections: str = "shared",
         num_heads: int | None = None,
+        num_k_heads: int | None = None,
         head_dim: int | None = None,
         expand_v: float = 1,
         allow_neg_eigval: bool = False,
+        qk_l2norm_eps: float = 0,
         impl: str = "auto",
     ) -> None:
         """Makes the part; the layer that owns it makes the parameters.
@@ -324,10 +349,14 @@ class DeltaMemory(_DeltaRuleMemory):
                 memory starts from q, k and v as they are.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
-            num_heads: heads of the memory; None: those of the layer.
+            num_heads: heads of the memory, each with a state; None: those of the layer.
+            num_k_heads: heads of queries and keys, a divisor of the heads; each serves as many
+                heads. None: every head has its own.
             head_dim: size of a key; None: that of the layer.
             expand_v: size of a value over that of a key.
             allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            qk_l2norm_eps: added to the squared length by which queries and keys are normalised, as
+                in fla and transformers (1e-6 there). 0: keys are of unit length.
             impl: implementation of `gated_delta_rule`.
 
         Raises:
@@ -339,9 +368,11 @@ class DeltaMemory(_DeltaRuleMemory):
             conv_activation,
             projections,
             num_heads,
+            num_k_heads,
             head_dim,
             expand_v,
             allow_neg_eigval,
+            qk_l2norm_eps,
             impl,
         )
 
@@ -365,9 +396,11 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         conv_activation: str | None = "silu",
         projections: str = "shared",
         num_heads: int | None = None,
+        num_k_heads: int | None = None,
         head_dim: int | None = None,
         expand_v: float = 1,
         allow_neg_eigval: bool = False,
+        qk_l2norm_eps: float = 0,
         A_init_range: Sequence[float] = (1.0, 16.0),
         dt_min: float = 0.001,
         dt_max: float = 0.1,
@@ -386,10 +419,14 @@ class GatedDeltaMemory(_DeltaRuleMemory):
                 memory starts from q, k and v as they are.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
-            num_heads: heads of the memory; None: those of the layer.
+            num_heads: heads of the memory, each with a state; None: those of the layer.
+            num_k_heads: heads of queries and keys, a divisor of the heads; each serves as many
+                heads. None: every head has its own.
             head_dim: size of a key; None: that of the layer.
             expand_v: size of a value over that of a key.
             allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            qk_l2norm_eps: added to the squared length by which queries and keys are normalised, as
+                in fla and transformers (1e-6 there). 0: keys are of unit length.
             A_init_range: two numbers > 0; exp(A_log) starts uniformly distributed between them.
             dt_min: softplus(dt_bias) starts log-uniformly distributed in [dt_min, dt_max].
             dt_max: see `dt_min`; not below it.
@@ -404,9 +441,11 @@ class GatedDeltaMemory(_DeltaRuleMemory):
             conv_activation,
             projections,
             num_heads,
+            num_k_heads,
             head_dim,
             expand_v,
             allow_neg_eigval,
+            qk_l2norm_eps,
             impl,
         )
         self.A_init_range = list(A_init_range)

@@ -84,6 +84,7 @@ def convert(
     console.print(table)
     weights = dict(made.model.named_parameters())
     new = sum(weights[name].numel() for name in made.new)
+    new += sum(weights[name].shape[0] * columns for name, columns in made.widened.items())
     every = sum(weight.numel() for weight in weights.values())
     console.print(f"{new:,} of {every:,} weights are new. Written: {out}", highlight=False)
     if tokenizer is None:

@@ -174,6 +174,22 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "selector": hb.TopK(3),
         "combiner": hb.GatedSum(output_gate=True),
     },
+    "memory-first": lambda: {
+        "memory": hb.GatedDeltaMemory(
+            3,
+            projections="own",
+            num_heads=6,
+            num_k_heads=2,
+            head_dim=2,
+            expand_v=1.5,
+            qk_l2norm_eps=1e-6,
+        ),
+        "selector": hb.TopK(3) | hb.Window(2),
+        "attention": hb.SelectedAttention(partial_rotary_factor=0.5),
+        "combiner": hb.ScaledSum(
+            bias=True, start="memory", memory_gate="silu", attention_gate="sigmoid"
+        ),
+    },
     "taps-of-its-own": lambda: {
         "memory": hb.GatedDeltaMemory((1, 3, 2)),
         "selector": hb.Threshold(0.9) | hb.Window(2),
@@ -328,15 +344,18 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     own, counts = projected, (heads, kv_heads, kv_heads)
     if memory.projections == "own":
         own = [x @ p.weight.T for p in (memory.q_proj, memory.k_proj, memory.v_proj)]
-        counts = 3 * (memory.num_heads or heads,)
+        own_heads = memory.num_heads or heads
+        counts = (memory.num_k_heads or own_heads,) * 2 + (own_heads,)
     mixed = F.silu(convolved(torch.cat(own, 1), taps))
     widths = [part.shape[1] for part in own]
     mq, mk, mv = (
         part.unflatten(-1, (count, -1))
         for part, count in zip(mixed.split(widths, 1), counts, strict=True)
     )
-    mk, mv = (part.repeat_interleave(mq.shape[1] // part.shape[1], 1) for part in (mk, mv))
-    mq, mk = (part / part.norm(dim=-1, keepdim=True) for part in (mq, mk))
+    most = max(counts)
+    mq, mk, mv = (part.repeat_interleave(most // part.shape[1], 1) for part in (mq, mk, mv))
+    shortened = memory.qk_l2norm_eps
+    mq, mk = (part / (part.square().sum(-1, keepdim=True) + shortened).sqrt() for part in (mq, mk))
     beta = torch.sigmoid(x @ memory.b_proj.weight.T) * (2 if memory.allow_neg_eigval else 1)
     decay = torch.ones_like(beta)
     if isinstance(memory, hb.GatedDeltaMemory):
@@ -359,12 +378,16 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
     if attention.qk_norm:
         q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     if attention.rope_theta is not None:
+        size = int(dim * attention.partial_rotary_factor)
         angle = torch.arange(tokens)[:, None] * attention.rope_theta ** (
-            -torch.arange(dim // 2).double() * 2 / dim
+            -torch.arange(size // 2).double() * 2 / size
         )
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-        turned = (torch.complex(*part.chunk(2, -1)) * turn for part in (q, k))
-        q, k = (torch.cat([part.real, part.imag], -1) for part in turned)
+        turned = (torch.complex(*part[..., :size].chunk(2, -1)) * turn for part in (q, k))
+        q, k = (
+            torch.cat([part.real, part.imag, whole[..., size:]], -1)
+            for part, whole in zip(turned, (q, k), strict=True)
+        )
     group = heads // kv_heads
     k, v, visible = (
         part.repeat_interleave(group, dim=-1 if part.dtype == torch.bool else 1)
@@ -397,9 +420,24 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
         return Plain((remembered - attended).flatten(1), residuals, mv)
     reads = remembered, attended
     if combiner.read_norm:
-        reads = rms(remembered, combiner.memory_norm), rms(attended, combiner.attention_norm)
+        reads = rms(remembered, combiner.memory_norm), attended
+        if combiner.attention_read_norm:
+            reads = reads[0], rms(attended, combiner.attention_norm)
+    if isinstance(combiner, hb.ScaledSum):
+        activations = {None: torch.ones_like, "silu": F.silu, "sigmoid": torch.sigmoid}
+        reads = tuple(
+            read * activations[gate](logit.view(read.shape))
+            for read, gate, logit in zip(
+                reads,
+                (combiner.memory_gate, combiner.attention_gate),
+                (combiner.memory_g_proj(x), combiner.attention_g_proj(x)),
+                strict=True,
+            )
+        )
     gates = x @ combiner.gate_proj.weight.T + combiner.gate_proj.bias
     squash = torch.sigmoid
+    if isinstance(combiner, hb.ScaledSum):
+        squash = torch.clone
     if isinstance(combiner, hb.SoftmaxMix):
 
         def squash(pair):
@@ -418,7 +456,8 @@ def plain(layer: hb.HAMLayer, x: Tensor, visible: Tensor) -> Plain:
         )
     if combiner.output_gate:
         mixed = mixed * F.silu(x @ combiner.g_proj.weight.T)
-    return Plain(mixed @ combiner.o_proj.weight.T, residuals, mv)
+    bias = 0 if combiner.o_proj.bias is None else combiner.o_proj.bias
+    return Plain(mixed @ combiner.o_proj.weight.T + bias, residuals, mv)
 
 
 def recalled(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,13 @@ OTHER_NAMES = {
 """Arguments that would be a second statement of another one, which transformers would ignore."""
 
 
+MLP_TYPES = ("dense", "sparse")
+"""Kinds of MLPs, by the names that transformers has for them."""
+
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+"""Arguments that a mixture of experts needs."""
+
+
 class _Unstated(float):
     """A default that can be told from the same number given by the user."""
 
@@ -101,6 +108,13 @@ class HAMConfig(PreTrainedConfig):
             None: no rotary positions. A list where layers differ.
         qkv_bias: the projections to q, k and v have biases.
         mlp_bias: the projections of the MLPs have biases.
+        mlp_layer_types: one name per layer: "dense" (the MLP) or "sparse" (a mixture of experts, see
+            `hamblocks.experts.SparseMLP`); None: all sparse with `num_experts`, else all dense.
+        num_experts: experts of a sparse layer; None: there is no sparse layer.
+        num_experts_per_tok: how many of them a token runs through.
+        moe_intermediate_size: inner width of an expert.
+        shared_expert_intermediate_size: inner width of the expert of all tokens; None: none.
+        norm_topk_prob: divide the weights of the chosen experts by their sum.
         rms_norm_eps: epsilon of the blocks' norms.
         initializer_range: standard deviation of new weights.
         use_cache: return the cache, outside of training.
@@ -134,6 +148,12 @@ class HAMConfig(PreTrainedConfig):
     rope_theta: float | list[float | None] | None = DEFAULT_ROPE_THETA
     qkv_bias: bool = False
     mlp_bias: bool = False
+    mlp_layer_types: list[str] | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -160,6 +180,7 @@ class HAMConfig(PreTrainedConfig):
                 raise wrong(name, f"no such argument (its name here is {own})", kwargs[name])
         self._complete_sizes()
         self._complete_layer_types()
+        self._complete_mlp_types()
         for kind in DEFAULTS:
             if kind != "attention":
                 setattr(self, kind, self._completed(kind, getattr(self, kind)))
@@ -274,6 +295,28 @@ class HAMConfig(PreTrainedConfig):
         if len(self.layer_types) != layers:
             expected = f"num_hidden_layers = {layers} of them"
             raise wrong("layer_types", expected, f"{len(self.layer_types)}")
+
+    def _complete_mlp_types(self) -> None:
+        kinds = self.mlp_layer_types
+        if kinds is None:
+            kinds = ["dense" if self.num_experts is None else "sparse"] * self.num_hidden_layers
+        unknown = sorted({str(kind) for kind in kinds if kind not in MLP_TYPES})
+        if unknown:
+            raise wrong("mlp_layer_types", f"only {', '.join(MLP_TYPES)}", ", ".join(unknown))
+        if len(kinds) != self.num_hidden_layers:
+            expected = f"num_hidden_layers = {self.num_hidden_layers} of them"
+            raise wrong("mlp_layer_types", expected, f"{len(kinds)}")
+        self.mlp_layer_types = list(kinds)
+        is_sparse = "sparse" in kinds
+        for name in EXPERTS:
+            value = getattr(self, name)
+            if is_sparse:
+                expected = "an integer of at least 1 for sparse layers"
+                if value is None:
+                    raise wrong(name, expected, "None")
+                setattr(self, name, check_count(name, value, 1))
+            elif value is not None:
+                raise wrong(name, "None without a sparse layer", f"{value}")
 
     def _complete_attention(self) -> None:
         """Completes the policies of attention and `rope_theta` so that they agree."""

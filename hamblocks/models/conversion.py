@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hamblocks.layer import HAMLayer
 from hamblocks.models.configuration import HAMConfig
 from hamblocks.models.modeling import HAMForCausalLM
-from hamblocks.models.sources import Source, read_source
+from hamblocks.models.origins import Source
+from hamblocks.models.sources import FP32, read_source
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
 
@@ -29,11 +30,8 @@ MEMORY = {
     "dt_min": 0.0001,
     "dt_max": 0.001,
 }
-"""The memory of a converted layer: its projections start as those of attention and learn apart, and
-half of its state is left after 700 to 7000 tokens."""
-
-FP32 = ("A_log", "dt_bias")
-"""Weights that stay in float32 in a narrower model."""
+"""The memory of a layer that had attention alone: its projections start as those of attention and
+learn apart, and half of its state is left after 700 to 7000 tokens."""
 
 
 class Conversion(NamedTuple):
@@ -45,6 +43,8 @@ class Conversion(NamedTuple):
         layers: indices of the layers that became hybrid.
         copied: names of weights, and the weights of the source that each was copied from.
         new: names of the weights that the source has not.
+        widened: names of copied weights that have new columns too, for the read that the source
+            has not, and how many.
     """
 
     model: HAMForCausalLM
@@ -52,6 +52,7 @@ class Conversion(NamedTuple):
     layers: list[int]
     copied: dict[str, tuple[str, ...]]
     new: list[str]
+    widened: dict[str, int]
 
 
 def convert(
@@ -62,28 +63,33 @@ def convert(
     memory: Any = None,
     layers: Sequence[int] | None = None,
 ) -> HAMForCausalLM:
-    """Makes a HAM model from a model of transformers.
+    """Makes a HAM model from a model of transformers or flash-linear-attention.
 
     With a selector that stores every token (`Threshold(-inf)`) the new model computes what the old
-    one did, until it is trained: the memory's read has the weight 0 at first (see `ScaledSum`).
+    one did, until it is trained. A layer of attention is given a memory, a layer with a memory is
+    given attention; the new read has the weight 0 at first (see `ScaledSum`).
 
         convert(model, selector=Threshold(TargetFraction(0.15)) | Window(64) | FirstTokens(4))
 
     Args:
-        model: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM` or
-            `SmolLM3ForCausalLM`. It does not change, and its weights are copied.
+        model: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`,
+            `SmolLM3ForCausalLM`, `Qwen3NextForCausalLM`, or fla's `GatedDeltaNetForCausalLM`. It
+            does not change, and its weights are copied.
         selector: which tokens are stored: a part, its policy as JSON, or a list with one per layer.
         gate: as `selector`; None: the cosine prediction error.
-        memory: as `selector`; None: the gated delta rule, with projections of its own that start
-            as those of attention.
-        layers: indices of the layers that become hybrid; the others stay full attention. None: all.
+        memory: as `selector`, for layers that had attention alone (None in a list for the others);
+            None: the gated delta rule, with projections of its own that start as those of
+            attention. A memory that the model has is kept.
+        layers: indices of the layers that become hybrid; the others stay as they are, full
+            attention or a memory alone. None: all.
 
     Returns:
         The model, in the dtype, on the device and in the mode (training or eval) of `model`.
 
     Raises:
         ValueError: the architecture cannot be converted, or something in it would be lost (a
-            sliding window, soft-capping, an unknown field, an adapter); the message names it.
+            sliding window, soft-capping, an unknown field, an adapter), or a memory is given for a
+            layer that has one; the message names it.
     """
     return convert_recorded(model, selector=selector, gate=gate, memory=memory, layers=layers).model
 
@@ -111,17 +117,17 @@ def convert_recorded(
         ValueError: as in `convert`.
     """
     source = read_source(model)
-    number = source.sizes["num_hidden_layers"]
+    number = len(source.layers)
     hybrid = _checked_layers(layers, number)
+    kinds = ["hybrid" if i in hybrid else layer.kind for i, layer in enumerate(source.layers)]
     config = HAMConfig(
         **source.sizes,
-        layer_types=["hybrid" if i in hybrid else "full_attention" for i in range(number)],
+        layer_types=kinds,
         selector=selector,
         gate=gate,
-        memory=copy.deepcopy(MEMORY) if memory is None else memory,
-        attention=_attention(source),
-        # a read without a norm has the scale of the values, as the read of attention has
-        combiner={"type": "scaled_sum", "bias": source.output_bias, "read_norm": False},
+        memory=_memories(source, memory),
+        attention=_one_or_all([layer.attention for layer in source.layers]),
+        combiner=_one_or_all([layer.combiner for layer in source.layers]),
     )
     made = HAMForCausalLM(config)
     first = next(model.parameters())
@@ -131,14 +137,22 @@ def convert_recorded(
             if name.endswith(FP32):
                 weight.data = weight.data.float()
     copied = _copy(model, made, source, progress)
-    for layer in made.model.stack.layers:
-        start_projections(layer)
+    for layer, old in zip(made.model.stack.layers, source.layers, strict=True):
+        if old.memory is None:
+            start_projections(layer)
     made.train(model.training)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         made.generation_config = copy.deepcopy(generation)
     new = [name for name, _ in made.named_parameters() if name not in copied]
-    return Conversion(made, source.family, sorted(hybrid), copied, new)
+    weights = dict(made.named_parameters())
+    widened = {
+        name: weights[name].shape[1] - len(range(*origin.columns.indices(weights[name].shape[1])))
+        for name, origin in source.origins.items()
+        if name in copied and origin.columns is not None
+    }
+    widened = {name: columns for name, columns in widened.items() if columns}
+    return Conversion(made, source.family, sorted(hybrid), copied, new, widened)
 
 
 @torch.no_grad()
@@ -155,7 +169,8 @@ def start_projections(layer: HAMLayer, key_map: Tensor | None = None) -> bool:
     memory: Any = layer.memory
     heads, kv_heads, dim = layer.dims[1:4]
     key = getattr(memory, "head_dim", None) or dim
-    fits = layer.dims.memory_read == (heads, dim) and key == dim
+    k_heads = getattr(memory, "num_k_heads", None) or heads
+    fits = layer.dims.memory_read == (heads, dim) and key == dim and k_heads == heads
     if not fits or getattr(memory, "projections", None) != "own":
         return False
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -179,19 +194,37 @@ def _checked_layers(layers: Sequence[int] | None, number: int) -> set[int]:
     return set(given)
 
 
-def _attention(source: Source) -> dict[str, Any] | list[dict[str, Any]]:
-    """The policy of attention of every layer, or one for all where they agree."""
-    policies = [
-        {
-            "type": "selected_attention",
-            "conv_size": 1,
-            "rope_theta": theta,
-            "rope_scaling": None if theta is None else copy.deepcopy(source.rope_scaling),
-            "qk_norm": source.qk_norm,
-            "norm_eps": source.sizes["rms_norm_eps"],
-        }
-        for theta in source.rope_theta
-    ]
+def _memories(source: Source, memory: Any) -> Any:
+    """The policy of the memory of every layer, or one for all where they agree.
+
+    Raises:
+        ValueError: a memory is given for a layer that has one, or there is no layer to give it to.
+    """
+    owned = [index for index, layer in enumerate(source.layers) if layer.memory is not None]
+    default = copy.deepcopy(MEMORY) if memory is None else memory
+    if not owned:
+        return default
+    if isinstance(memory, (list, tuple)):
+        if len(memory) != len(source.layers):
+            raise wrong("memory", f"one for each of {len(source.layers)} layers", f"{len(memory)}")
+        taken = [index for index in owned if memory[index] is not None]
+        if taken:
+            raise wrong(
+                "memory", f"None for layer {taken[0]}, which has a memory", memory[taken[0]]
+            )
+    elif memory is not None and len(owned) == len(source.layers):
+        raise wrong("memory", "None: every layer has a memory, which is kept", memory)
+    given = default if isinstance(default, (list, tuple)) else [default] * len(source.layers)
+    return _one_or_all(
+        [
+            (MEMORY if own is None else own) if layer.memory is None else layer.memory
+            for layer, own in zip(source.layers, given, strict=True)
+        ]
+    )
+
+
+def _one_or_all(policies: list[Any]) -> Any:
+    """The policies of all layers, or one for all where they agree."""
     return policies if any(policy != policies[0] for policy in policies) else policies[0]
 
 
@@ -204,59 +237,36 @@ def _copy(
     Raises:
         ValueError: a weight of the source has no place, or another shape than its place.
     """
-    places = _places(source)
+    origins = dict(source.origins)
     weights, targets = model.state_dict(keep_vars=True), dict(made.named_parameters())
     if source.sizes["tie_word_embeddings"]:
-        head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
-        if head is not embedding:
-            expected = "the weight of model.embed_tokens, as config.tie_word_embeddings says"
+        (name,) = origins["model.embed_tokens.weight"].names
+        if weights["lm_head.weight"] is not weights[name]:
+            expected = (
+                f"the weight of {name[: -len('.weight')]}, as config.tie_word_embeddings says"
+            )
             raise wrong("model.lm_head", expected, "a weight of its own")
-        del places["lm_head.weight"], weights["lm_head.weight"]
-    left = sorted(set(weights) - {name for names in places.values() for name in names})
+        del origins["lm_head.weight"], weights["lm_head.weight"]
+    left = sorted(set(weights) - {name for origin in origins.values() for name in origin.names})
     if left:
         raise wrong("model", "only weights that a HAM model has a place for", ", ".join(left))
-    for done, (place, names) in enumerate(places.items(), 1):
-        value: Tensor = torch.cat([weights[name].data for name in names])
+    for done, (place, origin) in enumerate(origins.items(), 1):
+        given: list[Tensor] = [weights[name].data for name in origin.names]
+        try:
+            value = origin.made(*given)
+        except RuntimeError as error:
+            expected = "a weight of the shape that its configuration says"
+            raise wrong(f"model.{origin.names[0]}", expected, given[0]) from error
         target: Tensor = targets[place]
-        if place.endswith("combiner.o_proj.weight"):
-            # where the memory's read has a projection too, attention's is the last
-            target = target[:, -source.sizes["num_attention_heads"] * source.sizes["head_dim"] :]
+        if origin.columns is not None:
+            target = target[:, origin.columns]
         if value.shape != target.shape:
             expected = f"shape {list(target.shape)}, as its configuration says"
-            raise wrong(f"model.{names[0]}", expected, value)
+            raise wrong(f"model.{origin.names[0]}", expected, value)
         target.copy_(value)
         if progress is not None:
-            progress("weights", done, len(places), place)
-    return places
-
-
-def _places(source: Source) -> dict[str, tuple[str, ...]]:
-    """Weights of the HAM model, and those of the source that each is made of."""
-    places: dict[str, tuple[str, ...]] = {
-        "model.embed_tokens.weight": ("model.embed_tokens.weight",),
-        "model.stack.norm.weight": ("model.norm.weight",),
-        "lm_head.weight": ("lm_head.weight",),
-    }
-    for layer in range(source.sizes["num_hidden_layers"]):
-        block, old = f"model.stack.blocks.{layer}.block", f"model.layers.{layer}"
-        places[f"{block}.layer_norm.weight"] = (f"{old}.input_layernorm.weight",)
-        places[f"{block}.mlp_norm.weight"] = (f"{old}.post_attention_layernorm.weight",)
-        if source.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                place = f"{block}.layer.attention.{name}.weight"
-                places[place] = (f"{old}.self_attn.{name}.weight",)
-        for kind in ("weight", "bias"):
-            if kind == "weight" or source.sizes["qkv_bias"]:
-                for name in ("q_proj", "k_proj", "v_proj"):
-                    places[f"{block}.layer.{name}.{kind}"] = (f"{old}.self_attn.{name}.{kind}",)
-            if kind == "weight" or source.output_bias:
-                place = f"{block}.layer.combiner.o_proj.{kind}"
-                places[place] = (f"{old}.self_attn.o_proj.{kind}",)
-            if kind == "weight" or source.sizes["mlp_bias"]:
-                gate, up = (f"{old}.mlp.{name}_proj.{kind}" for name in ("gate", "up"))
-                places[f"{block}.mlp.up_proj.{kind}"] = (gate, up)
-                places[f"{block}.mlp.down_proj.{kind}"] = (f"{old}.mlp.down_proj.{kind}",)
-    return places
+            progress("weights", done, len(origins), place)
+    return {place: origin.names for place, origin in origins.items()}
 
 
 def rows(converted: Conversion) -> list[tuple[str, str, str]]:
@@ -268,6 +278,8 @@ def rows(converted: Conversion) -> list[tuple[str, str, str]]:
     kinds: dict[tuple[str, str, str], int] = {}
     for name, weight in weights.items():
         source = " + ".join(converted.copied.get(name, ())) or "new"
+        if name in converted.widened:
+            source += f", and {converted.widened[name]} new columns"
         row = (_any_layer(name), _any_layer(source), f"{list(weight.shape)}")
         kinds[row] = kinds.get(row, 0) + 1
     return [

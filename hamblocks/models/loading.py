@@ -9,6 +9,9 @@ from typing import Any
 from hamblocks.extras import require
 from hamblocks_ops.arguments import wrong
 
+OF_FLA = ("gated_deltanet",)
+"""Model types that transformers knows once fla is imported."""
+
 
 def gguf_of_package(name: str) -> Path | None:
     """The GGUF file inside an installed Python package, which is not imported.
@@ -40,10 +43,11 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
 
     Raises:
         ValueError: there is no such file or model.
-        ImportError: a GGUF file, and a package that reads it is not installed.
+        ImportError: a GGUF file or a model of flash-linear-attention, and a package that reads it
+            is not installed.
     """
     require("hf", "load_pretrained", "transformers")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     path = Path(source)
     file = path if path.suffix == ".gguf" else None if path.exists() else gguf_of_package(source)
@@ -54,6 +58,10 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
         require("retrofit", "a GGUF file", "gguf", "sentencepiece", "google.protobuf")
         source, given = str(file.parent), {"gguf_file": file.name}
     try:
+        if file is None:
+            stated, _ = PreTrainedConfig.get_config_dict(source)
+            if stated.get("model_type") in OF_FLA:
+                require("gpu", f"a {stated['model_type']} model", "fla.models")
         model = AutoModelForCausalLM.from_pretrained(source, **given, **kwargs)
     except OSError as error:
         reason = str(error).splitlines()[0]

@@ -27,6 +27,7 @@ from hamblocks.block import HAMBlock
 from hamblocks.combiners import ConstantStart
 from hamblocks.controllers import FixedThreshold, SampledThreshold
 from hamblocks.convolution import ShortConvolution
+from hamblocks.experts import Experts, SparseMLP
 from hamblocks.gates.prediction_entropy import UntrainedHead
 from hamblocks.layer import HAMLayer
 from hamblocks.memory import GatedDeltaMemory
@@ -39,7 +40,7 @@ from hamblocks.models.batches import (
     last_columns,
 )
 from hamblocks.models.cache import HAMCache, checked_cache
-from hamblocks.models.configuration import LAYER_TYPES, HAMConfig
+from hamblocks.models.configuration import EXPERTS, LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
 from hamblocks.models.saving import FollowsModel
@@ -80,13 +81,15 @@ class HAMCausalLMOutput(CausalLMOutputWithPast):
 class HAMDecoderLayer(GradientCheckpointingLayer):
     """A `HAMBlock` that supports transformers' activation checkpointing."""
 
-    def __init__(self, layer: HAMLayer, config: HAMConfig) -> None:
+    def __init__(self, layer: HAMLayer, config: HAMConfig, index: int) -> None:
+        """Makes block number `index` of the model that a configuration describes."""
         super().__init__()
         self.block = HAMBlock(
             layer,
             intermediate_size=config.intermediate_size,
             norm_eps=config.rms_norm_eps,
             mlp_bias=config.mlp_bias,
+            mlp=experts_of(config, index),
         )
 
     @property
@@ -97,6 +100,14 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
         """See `HAMBlock.forward`."""
         return self.block(x, **kwargs)
+
+
+def experts_of(config: HAMConfig, index: int) -> SparseMLP | None:
+    """The mixture of experts of layer number `index`; None: its MLP is dense."""
+    if (config.mlp_layer_types or [])[index] == "dense":
+        return None
+    names = (*EXPERTS, "shared_expert_intermediate_size", "norm_topk_prob")
+    return SparseMLP(config.hidden_size, **{name: getattr(config, name) for name in names})
 
 
 def layer_of(config: HAMConfig, index: int) -> HAMLayer:
@@ -196,6 +207,9 @@ class HAMPreTrainedModel(FollowsModel):
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, UntrainedHead):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Experts):
+            for weight in (module.up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.fresh())
         elif isinstance(module, GatedDeltaMemory):
@@ -258,7 +272,8 @@ class HAMModel(HAMPreTrainedModel):
         if layer is not None:
             keep_weights(layers)
         self.stack = Stack(
-            (HAMDecoderLayer(own, config) for own in layers), norm_eps=config.rms_norm_eps
+            (HAMDecoderLayer(own, config, index) for index, own in enumerate(layers)),
+            norm_eps=config.rms_norm_eps,
         )
         if self.stack.hidden_size != config.hidden_size:
             raise wrong(

@@ -41,6 +41,7 @@ OLD = (
     "k_proj.",
     "v_proj.",
     "combiner.o_proj.",
+    "combiner.attention_g_proj.",
     "attention.q_norm.",
     "attention.k_norm.",
 )
@@ -214,21 +215,26 @@ class Student:
 
 
 def students_of(model: nn.Module, settings: AlignmentSettings) -> dict[int, Student]:
-    """The hybrid layers of a converted model by index."""
+    """The hybrid layers of a converted model by index, without those that had a memory.
+
+    Such a layer computes what the source did whatever is stored, until its attention is trained.
+    """
     stack: Any = getattr(getattr(model, "base_model", None), "stack", None)
     if stack is None:
         raise wrong("model", "a HAM model, from hamblocks.models.convert", model)
     for index, layer in enumerate(stack.layers):
-        if layer.attention is None or not isinstance(layer.combiner, ScaledSum):
+        joins = layer.combiner
+        kept = isinstance(joins, ScaledSum) and joins.start == "memory"
+        if not isinstance(joins, ScaledSum) or (layer.attention is None and not kept):
             expected = "attention and a ScaledSum in every layer, as convert makes it"
             raise wrong("model", expected, f"layer {index} with {layer.combiner}")
     found = {
         index: Student(layer, decoder.block.mlp_norm.weight, settings)
         for index, (layer, decoder) in enumerate(zip(stack.layers, stack.blocks, strict=True))
-        if layer.memory is not None
+        if layer.memory is not None and layer.combiner.start == "attention"
     }
     if not found:
-        raise wrong("model", "a hybrid layer", "none")
+        raise wrong("model", "a hybrid layer that was attention alone in the source", "none")
     owners: dict[int, int] = {}
     for index, student in found.items():
         for module in (*student.controllers, *student.layer.modules()):

@@ -1,4 +1,4 @@
-"""The teacher inside a converted model: full attention with the weights of the source."""
+"""The teacher inside a converted model: the layers of the source, with the weights of the source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Taught(NamedTuple):
     Attributes:
         layer: its index.
         x: `[B, T, hidden]`, its normed input.
-        y: `[B, T, hidden]`, what full attention gives.
+        y: `[B, T, hidden]`, what the layer of the source gives.
         hidden: `[B, T, hidden]`, what the block gives.
     """
 
@@ -48,7 +48,7 @@ def full_attention(model: nn.Module, ids: Tensor) -> Iterator[Taught]:
     for index, decoder in enumerate(base.stack.blocks):
         block = decoder.block
         x = block.layer_norm(hidden)
-        y = attention_of(block.layer, x)
+        y = source_of(block.layer, x)
         hidden = hidden + y
         hidden = hidden + block.mlp(block.mlp_norm(hidden))
         yield Taught(index, x, y, hidden)
@@ -63,15 +63,26 @@ def source_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def attention_of(layer: HAMLayer, x: Tensor) -> Tensor:
-    """What full attention gives for normed inputs x `[B, T, hidden]`: the source's own layer."""
-    q, k, v = _prepared(layer, x)
-    read = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def source_of(layer: HAMLayer, x: Tensor) -> Tensor:
+    """What the source's layer gives for normed inputs x `[B, T, hidden]`.
+
+    It is full attention, or in a layer that had a memory the memory alone.
+    """
     combiner: Any = layer.combiner
-    project = combiner.o_proj
-    read = read.transpose(1, 2).flatten(2)
-    # where both reads have a projection, attention's is the last
-    y: Tensor = F.linear(read, project.weight[:, -read.shape[2] :], project.bias)
+    weight = combiner.o_proj.weight
+    # where both reads have a projection, the memory's is the first and attention's the last
+    if combiner.start == "memory":
+        memory: Any = layer.memory
+        position = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]
+        read, _, _ = memory(x, None, None, None, position=position)
+        joined = combiner.of_memory(x, read).flatten(2)
+        weight = weight[:, : joined.shape[2]]
+    else:
+        q, k, v = _prepared(layer, x)
+        read = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        joined = combiner.of_attention(x, read.transpose(1, 2)).flatten(2)
+        weight = weight[:, -joined.shape[2] :]
+    y: Tensor = F.linear(joined.to(x.dtype), weight, combiner.o_proj.bias)
     return y
 
 

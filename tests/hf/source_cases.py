@@ -3,6 +3,7 @@ float32."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,21 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+# transformers takes fla's kernels where fla is installed; float64 needs the formulas in torch
+for _name in (
+    "torch_chunk_gated_delta_rule",
+    "torch_recurrent_gated_delta_rule",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+):
+    setattr(modeling_qwen3_next, _name, inspect.unwrap(getattr(modeling_qwen3_next, _name)))
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -45,6 +58,23 @@ LENGTH = {"original_max_position_embeddings": 16}
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LENGTH}
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}
 
+MEMORY = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}
+DENSE = {**EXPERTS, "num_experts": 0}
+
 SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama biased tied": (
@@ -66,6 +96,36 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {**MEMORY, **EXPERTS, "mlp_only_layers": [0], "rms_norm_eps": 1e-3},
+    ),
+    # one size for both reads, all channels turned, biases of attention, tied embeddings
+    "qwen3_next dense": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            **MEMORY,
+            **DENSE,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            **_scaled("yarn", factor=4.0, partial_rotary_factor=1.0, **LENGTH),
+        },
+    ),
+    "qwen3_next yarn": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            **MEMORY,
+            **EXPERTS,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            **_scaled("yarn", factor=4.0, partial_rotary_factor=0.5, **LENGTH),
+        },
+    ),
 }
 """Classes of models and of configurations, and what differs from `SIZES`."""
 
@@ -101,7 +161,8 @@ def source(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **chang
     """A model in eval mode; every weight is moved, because an initial value may hide a mistake."""
     model_class, config_class, given = SOURCES[name]
     torch.manual_seed(seed)
-    config = config_class(**{**SIZES, **given, **changes}, attn_implementation="eager")
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    config = config_class(**{**SIZES, **given, **changes}, **how)
     if dtype != torch.float64:
         return _moved(model_class(config).to(dtype))
     with InFloat64():

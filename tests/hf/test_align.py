@@ -77,6 +77,20 @@ def test_the_teacher_is_the_source(name):
     )
 
 
+def test_layers_that_had_a_memory_are_not_aligned():
+    model = converted("qwen3_next")
+    before = weights(model)
+    result = align(model, ids(), replace(SETTINGS, steps=4))
+    assert result.layers == [1]
+    for name, weight in model.state_dict().items():
+        within = name.partition(".layer.")[2]
+        if ".blocks.1." not in name or not within or within.startswith(OLD):
+            assert torch.equal(weight, before[name]), name
+    for layers in ([0], [0, 2]):
+        with pytest.raises(ValueError, match=r"^model: expected a hybrid layer that was attention"):
+            align(converted("qwen3_next", layers=layers), ids(), SETTINGS)
+
+
 @torch.no_grad()
 def test_half_life_of_heads_with_a_known_reach():
     """Equal weights from distance 50 on: the density is ln 2 up to 100, and half of it 97 away."""

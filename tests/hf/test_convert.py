@@ -55,7 +55,9 @@ def test_logits_are_those_of_the_source(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama biased tied", "llama yarn", "qwen3", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["llama biased tied", "llama yarn", "qwen3", "smollm3", "qwen3_next dense"]
+)
 def test_logits_differ_by_rounding_in_narrow_dtypes(name, dtype):
     old, ids = source(name, dtype), text(1, 2, 24)
     model = convert(old, selector=everything())

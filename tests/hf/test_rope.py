@@ -92,3 +92,39 @@ def test_scaling_needs_positions_and_channels():
         hb.SelectedAttention(rope_theta=None, rope_scaling=scaling)
     with pytest.raises(ValueError, match=r"^head_dim: expected at least 4"):
         hb.HAMLayer(4, 2, memory=None, attention=hb.SelectedAttention(rope_scaling=scaling))
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])
+def test_the_first_channels_are_turned_alone(scaling):
+    part = hb.SelectedAttention(
+        conv_size=1,
+        qk_norm=False,
+        rope_theta=50.0,
+        rope_scaling=scaling,
+        partial_rotary_factor=0.25,
+    )
+    hb.HAMLayer(32, 2, memory=None, attention=part)
+    q, k = torch.randn(2, 2, 5, 2, 16, dtype=torch.float64)
+    position = torch.arange(5)[None]
+    turned = part.prepare(q, k, k, position=position)
+    for got, x in zip(turned[:2], (q, k), strict=True):
+        expected = rotate(x[..., :4], position, 50.0, scaling)
+        assert torch.equal(got, torch.cat([expected, x[..., 4:]], -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor: expected"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected"),
+        ({"partial_rotary_factor": 0.375}, "head_dim . partial_rotary_factor: expected an even"),
+        ({"partial_rotary_factor": 0.01}, "head_dim . partial_rotary_factor: expected an even"),
+        (
+            {"partial_rotary_factor": 0.25, "rope_scaling": {"rope_type": "linear", "factor": 2}},
+            "head_dim . partial_rotary_factor: expected at least 4",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_turned_is_named(arguments, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
+        hb.HAMLayer(16, 2, memory=None, attention=hb.SelectedAttention(**arguments))

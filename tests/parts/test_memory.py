@@ -140,6 +140,12 @@ def test_scores_that_fit_no_key_value_heads_are_refused():
         ({"num_heads": 3}, "projections"),
         ({"projections": "own", "num_heads": 0}, "num_heads"),
         ({"projections": "own", "expand_v": 0}, "expand_v"),
+        ({"projections": "own", "expand_v": 0.3}, "expand_v"),
+        ({"num_k_heads": 1}, "projections"),
+        ({"projections": "own", "num_k_heads": 0}, "num_k_heads"),
+        ({"projections": "own", "num_heads": 4, "num_k_heads": 3}, "num_k_heads"),
+        ({"qk_l2norm_eps": -1.0}, "qk_l2norm_eps"),
+        ({"qk_l2norm_eps": float("nan")}, "qk_l2norm_eps"),
         ({"conv_init": "zero"}, "init"),
         ({"A_init_range": (0.0, 1.0)}, "A_init_range"),
         ({"dt_min": 0.2}, "dt_min"),
@@ -158,3 +164,53 @@ def test_the_first_decay_lies_in_its_range():
     assert (rate <= 3).all()
     assert (step >= 0.01 - 1e-6).all()
     assert (step <= 0.02 + 1e-6).all()
+
+
+def alone(memory, seed=0):
+    """A memory of its own projections in a layer without attention, in float64."""
+    torch.manual_seed(seed)
+    return hb.HAMLayer(8, 2, memory=memory, attention=None).double().memory
+
+
+def test_a_head_of_keys_serves_consecutive_heads():
+    sizes = {"projections": "own", "num_heads": 6, "head_dim": 2, "expand_v": 1.5}
+    few = alone(hb.GatedDeltaMemory(2, num_k_heads=2, **sizes))
+    all_heads = alone(hb.GatedDeltaMemory(2, **sizes))
+    weights = few.state_dict()
+
+    def repeated(weight):
+        return weight.unflatten(0, (2, 2)).repeat_interleave(3, 0).flatten(0, 1)
+
+    conv = weights["conv.weight"].split([4, 4, 18])
+    all_heads.load_state_dict(
+        weights
+        | {f"{name}.weight": repeated(weights[f"{name}.weight"]) for name in ("q_proj", "k_proj")}
+        | {"conv.weight": torch.cat([repeated(conv[0]), repeated(conv[1]), conv[2]])}
+    )
+    x, position = torch.randn(2, 7, 8, dtype=torch.float64), torch.arange(7)[None]
+    got, expected = (memory(x, None, None, None, position=position) for memory in (few, all_heads))
+    for one, other in zip(
+        (got[0], *got[1][:4], got[2].recurrent),
+        (expected[0], *expected[1][:4], expected[2].recurrent),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert got[2].conv.shape == (2, 1, 26)
+
+
+def test_keys_are_shorter_with_an_epsilon():
+    memory = alone(hb.GatedDeltaMemory(1, projections="own", qk_l2norm_eps=0.5))
+    x, position = torch.randn(2, 7, 8, dtype=torch.float64), torch.arange(7)[None]
+    _, trace, _ = memory(x, None, None, None, position=position)
+    for name, unit in (("q", trace.q), ("k", trace.k)):
+        projected = getattr(memory, f"{name}_proj")(x)
+        weight = memory.conv.weight[{"q": slice(0, 8), "k": slice(8, 16)}[name], 0]
+        y = torch.nn.functional.silu(projected * weight).unflatten(-1, (2, 4))
+        expected = y / (y.square().sum(-1, keepdim=True) + 0.5).sqrt()
+        torch.testing.assert_close(unit, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_expansion_that_is_off_by_a_rounding_is_an_integer():
+    assert 7 * (29 / 7) != 29
+    memory = hb.GatedDeltaMemory(projections="own", head_dim=7, expand_v=29 / 7)
+    assert alone(memory).size == (2, 29)

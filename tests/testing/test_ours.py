@@ -76,6 +76,8 @@ def test_ops(check: Any) -> None:
         hb.GatedSum(output_gate=True, read_norm=False),
         hb.ScaledSum(),
         hb.ScaledSum(bias=True, read_norm=False),
+        hb.ScaledSum(start="memory", norm_eps=1e-3, memory_gate="silu"),
+        hb.ScaledSum(bias=True, memory_gate="sigmoid", attention_gate="sigmoid"),
     ],
     query_gates=[
         hb.ThresholdQueries(hb.PredictionError(), 0.9),
@@ -135,6 +137,9 @@ def test_selectors(check: Any) -> None:
         hb.DeltaMemory(),
         hb.DeltaMemory(conv_size=1, allow_neg_eigval=True),
         hb.GatedDeltaMemory(2, projections="own", num_heads=6, head_dim=4, expand_v=0.5),
+        hb.GatedDeltaMemory(
+            2, projections="own", num_heads=6, num_k_heads=2, head_dim=4, qk_l2norm_eps=1e-6
+        ),
         hb.UnstoredMemory(hb.GatedDeltaMemory(2)),
     ],
     attentions=[
@@ -142,6 +147,7 @@ def test_selectors(check: Any) -> None:
         hb.SelectedAttention(rope_theta=None, qk_norm=False),
         hb.SelectedAttention(impl="reference"),
         hb.SelectedAttention(conv_size=2),
+        hb.SelectedAttention(partial_rotary_factor=0.5),
         hb.SelectedAttention(null_sink=True),
         hb.SelectedAttention(null_sink=True, impl="reference"),
         hb.SelectedAttention(conv_size=3, conv_values=True, qk_norm=False),

@@ -1,0 +1,294 @@
+"""How `convert` reads models that have memories: Qwen3-Next and fla's Gated DeltaNet.
+
+Their memories are the gated delta rule, so `GatedDeltaMemory` takes their weights over. The norm and
+the gate of a memory's read belong to the combiner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamblocks.models.origins import (
+    Origin,
+    Source,
+    SourceLayer,
+    block_of,
+    combiner_of,
+    has_bias,
+    mlp_origins,
+    rope_of,
+    sizes_of,
+    stacked,
+)
+from hamblocks.models.policies import Policy
+from hamblocks_ops.arguments import wrong
+
+EPS = 1e-6
+"""What both add to the squared length of a query or key."""
+
+GATES = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
+"""fla's names of activations, and ours."""
+
+
+def _memory(heads: int, k_heads: int, key: int, value: int, conv_size: int, **given: Any) -> Policy:
+    """The policy of a memory of these sizes."""
+    return {
+        "type": "gated_delta_memory",
+        "projections": "own",
+        "num_heads": heads,
+        "num_k_heads": k_heads,
+        "head_dim": key,
+        "expand_v": value / key,
+        "conv_size": conv_size,
+        "qk_l2norm_eps": EPS,
+        **given,
+    }
+
+
+def _from_zero(weight: Tensor) -> Tensor:
+    """The weight of a norm that multiplies by 1 + weight."""
+    return 1 + weight
+
+
+# Qwen3-Next
+
+
+def read_qwen3_next(family: str, model: Any) -> Source:
+    """Reads a `Qwen3NextForCausalLM`.
+
+    Args:
+        family: its model type.
+        model: the model; it passed the checks of `hamblocks.models.sources`.
+
+    Raises:
+        ValueError: rotary positions that a HAM model cannot have.
+    """
+    config, layers = model.config, model.get_submodule("model.layers")
+    heads, key = config.linear_num_value_heads, config.linear_key_head_dim
+    if heads % config.linear_num_key_heads:
+        expected = f"a divisor of the {heads} heads of the values"
+        raise wrong("config.linear_num_key_heads", expected, f"{config.linear_num_key_heads}")
+    with_attention = [layer for layer in layers if layer.block_type == "full_attention"]
+    biased = bool(with_attention) and has_bias(
+        with_attention, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    sizes = sizes_of(
+        config,
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+    )
+    sizes["qkv_bias"] = biased
+    sparse = [hasattr(layer.mlp, "experts") for layer in layers]
+    if any(sparse):
+        names = (
+            "num_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "norm_topk_prob",
+        )
+        sizes |= {name: getattr(config, name) for name in names}
+        sizes["mlp_layer_types"] = ["sparse" if own else "dense" for own in sparse]
+    attention = {
+        "type": "selected_attention",
+        **rope_of(config),
+        "qk_norm": True,
+        "norm_eps": config.rms_norm_eps,
+    }
+    memory = _memory(
+        heads,
+        config.linear_num_key_heads,
+        key,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+    )
+    kinds = {
+        "full_attention": SourceLayer(
+            "full_attention",
+            {**attention, "conv_size": 1},
+            None,
+            combiner_of(bias=biased, read_norm=False, attention_gate="sigmoid"),
+        ),
+        "linear_attention": SourceLayer(
+            "linear_attention",
+            attention,
+            memory,
+            combiner_of(start="memory", norm_eps=config.rms_norm_eps, memory_gate="silu"),
+        ),
+    }
+    origins = {
+        "model.embed_tokens.weight": Origin(("model.embed_tokens.weight",)),
+        "model.stack.norm.weight": Origin(("model.norm.weight",), _from_zero),
+        "lm_head.weight": Origin(("lm_head.weight",)),
+    }
+    for index, layer in enumerate(layers):
+        block, old = block_of(index), f"model.layers.{index}"
+        norms = ("layer_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")
+        for place, name in norms:
+            origins[f"{block}.{place}.weight"] = Origin((f"{old}.{name}.weight",), _from_zero)
+        if layer.block_type == "full_attention":
+            origins |= _gated_attention(config, f"{block}.layer", f"{old}.self_attn", biased)
+        else:
+            origins |= _gated_delta_net(config, f"{block}.layer", f"{old}.linear_attn")
+        if sparse[index]:
+            origins |= _experts(f"{block}.mlp", f"{old}.mlp")
+        else:
+            origins |= mlp_origins(f"{block}.mlp", f"{old}.mlp")
+    read = [kinds[layer.block_type] for layer in layers]
+    return Source(family, sizes, read, origins)
+
+
+def _gated_attention(config: Any, place: str, old: str, biased: bool) -> dict[str, Origin]:
+    """The weights of attention with a gate; q_proj has a query and a gate for every head."""
+    heads, dim = config.num_attention_heads, config.head_dim
+
+    def half(which: int) -> Callable[[Tensor], Tensor]:
+        return lambda weight: weight.unflatten(0, (heads, 2, dim))[:, which].flatten(0, 1)
+
+    origins = {}
+    for kind in ("weight", "bias") if biased else ("weight",):
+        both = (f"{old}.q_proj.{kind}",)
+        origins[f"{place}.q_proj.{kind}"] = Origin(both, half(0))
+        origins[f"{place}.combiner.attention_g_proj.{kind}"] = Origin(both, half(1))
+        for name in ("k_proj", "v_proj"):
+            origins[f"{place}.{name}.{kind}"] = Origin((f"{old}.{name}.{kind}",))
+        last = slice(-heads * dim, None) if kind == "weight" else None
+        origin = Origin((f"{old}.o_proj.{kind}",), columns=last)
+        origins[f"{place}.combiner.o_proj.{kind}"] = origin
+    for name in ("q_norm", "k_norm"):
+        origin = Origin((f"{old}.{name}.weight",), _from_zero)
+        origins[f"{place}.attention.{name}.weight"] = origin
+    return origins
+
+
+def _gated_delta_net(config: Any, place: str, old: str) -> dict[str, Origin]:
+    """The weights of a memory whose projections lie group by group, one group per key head."""
+    groups = config.linear_num_key_heads
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    each = config.linear_num_value_heads // groups
+
+    def part(sizes: list[int], which: int) -> Callable[[Tensor], Tensor]:
+        """One part of every group, whose parts have these sizes."""
+        return lambda weight: weight.unflatten(0, (groups, -1)).split(sizes, 1)[which].flatten(0, 1)
+
+    qkvz, ba = [key, key, each * value, each * value], [each, each]
+    names = {
+        "memory.q_proj": ("in_proj_qkvz", part(qkvz, 0)),
+        "memory.k_proj": ("in_proj_qkvz", part(qkvz, 1)),
+        "memory.v_proj": ("in_proj_qkvz", part(qkvz, 2)),
+        "combiner.memory_g_proj": ("in_proj_qkvz", part(qkvz, 3)),
+        "memory.b_proj": ("in_proj_ba", part(ba, 0)),
+        "memory.a_proj": ("in_proj_ba", part(ba, 1)),
+        "memory.conv": ("conv1d", _taps),
+        "combiner.memory_norm": ("norm", stacked),
+    }
+    origins = {
+        f"{place}.{name}.weight": Origin((f"{old}.{source}.weight",), made)
+        for name, (source, made) in names.items()
+    }
+    for name in ("A_log", "dt_bias"):
+        origins[f"{place}.memory.{name}"] = Origin((f"{old}.{name}",))
+    # where attention's read has a projection too, the memory's is the first
+    first = slice(config.linear_num_value_heads * value)
+    output = Origin((f"{old}.out_proj.weight",), columns=first)
+    return origins | {f"{place}.combiner.o_proj.weight": output}
+
+
+def _experts(place: str, old: str) -> dict[str, Origin]:
+    """The weights of a mixture of experts."""
+    names = {
+        "router.weight": "gate.weight",
+        "experts.up_proj": "experts.gate_up_proj",
+        "experts.down_proj": "experts.down_proj",
+        "shared_gate.weight": "shared_expert_gate.weight",
+    }
+    origins = {f"{place}.{new}": Origin((f"{old}.{name}",)) for new, name in names.items()}
+    return origins | mlp_origins(f"{place}.shared_expert", f"{old}.shared_expert")
+
+
+# Gated DeltaNet of flash-linear-attention
+
+
+def read_gated_deltanet(family: str, model: Any) -> Source:
+    """Reads a `GatedDeltaNetForCausalLM` of fla.
+
+    Every layer has a memory. The attention that a layer is given has the heads of the memory's
+    queries, and their size.
+
+    Args:
+        family: its model type.
+        model: the model; it passed the checks of `hamblocks.models.sources`.
+
+    Raises:
+        ValueError: fewer heads of values than of keys.
+    """
+    config, layers = model.config, model.get_submodule("model.layers")
+    net = layers[0].attn
+    heads = net.num_v_heads
+    if heads % net.num_heads:
+        expected = f"a multiple of num_heads = {net.num_heads}"
+        raise wrong("config.num_v_heads", expected, f"{heads}")
+    sizes = sizes_of(config)
+    sizes |= {
+        "intermediate_size": layers[0].mlp.intermediate_size,
+        "num_attention_heads": net.num_heads,
+        "head_dim": net.head_dim,
+        "rms_norm_eps": config.norm_eps,
+    }
+    gate = GATES[config.output_gate_activation] if config.use_gate else None
+    memory = _memory(
+        heads,
+        net.num_heads,
+        net.head_k_dim,
+        net.head_v_dim,
+        net.conv_size if config.use_short_conv else 1,
+        conv_init="uniform" if config.use_short_conv else "identity",
+        allow_neg_eigval=config.allow_neg_eigval,
+    )
+    read = SourceLayer(
+        "linear_attention",
+        {"type": "selected_attention", "norm_eps": config.norm_eps},
+        memory,
+        combiner_of(start="memory", norm_eps=config.norm_eps, memory_gate=gate),
+    )
+    origins = {
+        "model.embed_tokens.weight": Origin(("model.embeddings.weight",)),
+        "model.stack.norm.weight": Origin(("model.norm.weight",)),
+        "lm_head.weight": Origin(("lm_head.weight",)),
+    }
+    for index in range(len(layers)):
+        block, old = block_of(index), f"model.layers.{index}"
+        origins |= _fla_layer(f"{block}.layer", f"{old}.attn", net, gate is not None)
+        for place, name in (("layer_norm", "attn_norm"), ("mlp_norm", "mlp_norm")):
+            origins[f"{block}.{place}.weight"] = Origin((f"{old}.{name}.weight",))
+        origins |= mlp_origins(f"{block}.mlp", f"{old}.mlp")
+    return Source(family, sizes, [read] * len(layers), origins)
+
+
+def _fla_layer(place: str, old: str, net: Any, gated: bool) -> dict[str, Origin]:
+    """The weights of one `fla.layers.GatedDeltaNet`."""
+    memory = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj")
+    names = {f"memory.{name}.weight": f"{name}.weight" for name in memory}
+    names |= {f"memory.{name}": name for name in ("A_log", "dt_bias")}
+    names["combiner.memory_norm.weight"] = "o_norm.weight"
+    if gated:
+        names["combiner.memory_g_proj.weight"] = "g_proj.weight"
+    origins = {f"{place}.{new}": Origin((f"{old}.{name}",)) for new, name in names.items()}
+    if net.use_short_conv:  # else one tap of weight 1: the activation alone
+        taps = tuple(f"{old}.{name}_conv1d.weight" for name in "qkv")
+        origins[f"{place}.memory.conv.weight"] = Origin(taps, _taps)
+    first = slice(net.value_dim)
+    output = Origin((f"{old}.o_proj.weight",), columns=first)
+    return origins | {f"{place}.combiner.o_proj.weight": output}
+
+
+def _taps(*weights: Tensor) -> Tensor:
+    """The weights `[channels, 1, taps]` of convolutions, side by side as `[channels, taps]`."""
+    return torch.cat(weights).squeeze(1)
