@@ -248,6 +248,14 @@ class ScaledSum(_Mix):
             width = dims.num_heads * dims.head_dim
             self.attention_g_proj = nn.Linear(dims.hidden_size, width, bias=self.bias)
 
+    def split_heads(self, ranks: int) -> dict[str, How]:
+        """See `hamblocks.heads.SplitsHeads`."""
+        splits = super().split_heads(ranks)
+        for name in ("memory_g_proj.weight", "attention_g_proj.weight", "attention_g_proj.bias"):
+            if self._has(name):
+                splits[name] = Split(0, [self.get_parameter(name).shape[0]])
+        return splits
+
     def weights(self, logits: Tensor) -> Tensor:
         """The logits themselves."""
         return logits

@@ -229,6 +229,9 @@ def check_splits(layer: CallsParts, ranks: int) -> None:
     counts = {"num_heads": dims.num_heads, "num_kv_heads": dims.num_kv_heads}
     if dims.has_memory:
         counts["num_heads of the memory"] = dims.memory_read[0]
+        key_heads: int | None = getattr(layer.memory, "num_k_heads", None)
+        if key_heads is not None:
+            counts["num_k_heads of the memory"] = key_heads
     for name, count in counts.items():
         if count % ranks:
             raise wrong(name, f"a multiple of the {ranks} ranks that share the heads", str(count))

@@ -50,6 +50,11 @@ LAYERS: dict[str, Any] = {
     "own projections, output gate": lambda: layer(
         memory=hb.GatedDeltaMemory(projections="own"), combiner=hb.GatedSum(output_gate=True)
     ),
+    "gated reads": lambda: layer(
+        memory=hb.GatedDeltaMemory(projections="own", num_heads=8, num_k_heads=4, head_dim=4),
+        attention=hb.SelectedAttention(partial_rotary_factor=0.5),
+        combiner=hb.ScaledSum(bias=True, memory_gate="silu", attention_gate="sigmoid"),
+    ),
     "weighted sum": lambda: layer(
         gate=hb.WeightedSum(
             [hb.RandomGate(heads="own"), hb.SharedGate(hb.LearnedRouter()), hb.KeyNorm()],
@@ -314,6 +319,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "heads of the memory": (
         lambda: layer(memory=hb.GatedDeltaMemory(projections="own", num_heads=2)),
         r"num_heads of the memory: expected a multiple of the 4 ranks.*got 2",
+    ),
+    "key heads of the memory": (
+        lambda: layer(memory=hb.GatedDeltaMemory(projections="own", num_heads=4, num_k_heads=2)),
+        r"num_k_heads of the memory: expected a multiple of the 4 ranks.*got 2",
     ),
     "combiner": (
         lambda: layer(combiner=PlainCombiner()),
