@@ -47,8 +47,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_examples_run(page, monkeypatch):
+def test_examples_run(page, monkeypatch, tmp_path):
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # pages write files
     module = types.ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(
         sys.modules, module.__name__, module
