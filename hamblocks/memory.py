@@ -120,8 +120,8 @@ class _DeltaRuleMemory(Built):
 
     def strength(self, x: Tensor) -> Tensor:
         """Write strength beta `[B, T, H]` for x `[B, T, hidden]`."""
-        beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
-        return beta
+        beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid()
+        return 2 * beta if self.allow_neg_eigval else beta
 
     def _inputs(
         self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
@@ -252,16 +252,17 @@ class _DeltaRuleMemory(Built):
         heads, kv_heads = q.shape[2], k.shape[2]
         parts = q, k, v
         widths = [x.shape[2] * x.shape[3] for x in parts]
-        mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
         if q.shape[3] == v.shape[3]:  # fewer operations per token
+            mixed, conv = self.conv(torch.cat(parts, 2).flatten(2), past, cu_seqlens)
             every = mixed.unflatten(-1, (heads + 2 * kv_heads, -1))
             q, k, v = every.split([heads, kv_heads, kv_heads], 2)
         else:
+            mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
             q, k, v = (
                 y.unflatten(-1, x.shape[2:])
                 for x, y in zip(parts, mixed.split(widths, -1), strict=True)
             )
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = _of_unit_length(q), _of_unit_length(k)
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
         return q, k, v, conv
@@ -280,6 +281,12 @@ class _DeltaRuleMemory(Built):
             fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == sizes
             if not fits or tensor.device != x.device:
                 raise wrong(f"state.{name}", f"a tensor {list(sizes)} on {x.device}", tensor)
+
+
+def _of_unit_length(x: Tensor) -> Tensor:
+    """`F.normalize(x, dim=-1)` without the op that expands the norm."""
+    unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    return unit
 
 
 @final

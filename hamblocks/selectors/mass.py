@@ -71,8 +71,8 @@ def by_heap(
     )
     decided = [_one_stream(*stream, begins, share, capacity) for stream in streams]
     shape = score.shape[0], stored.shape[1] + score.shape[1]
-    leaves = torch.tensor([one[0] for one in decided], dtype=torch.int64).view(shape)
-    sums = torch.tensor([one[1:] for one in decided], dtype=torch.float64).view(-1, 2)
+    leaves = score.new_tensor([one[0] for one in decided], dtype=torch.int64).view(shape)
+    sums = score.new_tensor([one[1:] for one in decided]).view(-1, 2)
     return leaves, sums[:, :1].clone(), sums[:, 1:].clone()
 
 
