@@ -30,6 +30,7 @@ from hamblocks.protocols import (
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.context import arguments_are_checked
+from hamblocks_ops.precision import detached
 
 
 class Projected(NamedTuple):
@@ -80,6 +81,10 @@ class CallsParts(nn.Module):
         """q, k and v, if attention or the memory uses them."""
         if self._memory_projects and not self.dims.has_attention:
             return None
+        if x.shape[1] == 1:  # decoding: a linear map of a matrix takes fewer ops
+            one, sizes = x[:, 0], (len(x), 1, -1, self.dims.head_dim)
+            q, k, v = self.q_proj(one), self.k_proj(one), self.v_proj(one)
+            return Projected(q.view(sizes), k.view(sizes), v.view(sizes))
         size = -1, self.dims.head_dim
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return Projected(q.unflatten(-1, size), k.unflatten(-1, size), v.unflatten(-1, size))
@@ -140,7 +145,7 @@ class CallsParts(nn.Module):
             trace = trace.scored_for(self.gate)
         result: GateOutput = self._call("gate", x, trace)
         contracts.check_gate(result, x, self.dims)
-        score, logit_bias = result.score.detach(), result.logit_bias
+        score, logit_bias = detached(result.score), result.logit_bias
         heads, kv_heads = score.shape[2], self.dims.num_kv_heads
         if heads in (1, kv_heads):
             return score, logit_bias

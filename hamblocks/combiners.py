@@ -92,16 +92,18 @@ class _Mix(Built):
             reads.append(self.of_memory(x, memory_read))
         if attention_read is not None:
             reads.append(self.of_attention(x, attention_read))
-        logits = self.gate_proj(x)
+        # decoding: a linear map of a matrix takes fewer ops
+        logits = self.gate_proj(x[:, 0] if x.shape[1] == 1 else x)
         if self.is_joint:
-            weights = self.weights(logits.unflatten(-1, (-1, len(reads)))).to(x.dtype)
+            shape = *x.shape[:2], self.heads[0], len(reads)
+            weights = self.weights(logits.view(shape)).to(x.dtype)
             # slices instead of unbind: inductor in torch 2.13 computes wrong gradients of unbind
             mixed = weights[..., :1] * reads[0]
             if len(reads) == 2:
-                mixed = mixed + weights[..., 1:] * reads[1]
+                mixed = torch.addcmul(mixed, weights[..., 1:], reads[1])
             joined = mixed.to(x.dtype).flatten(2)
         else:
-            weights = self.apart(logits).to(x.dtype)
+            weights = self.apart(logits.view(*x.shape[:2], -1)).to(x.dtype)
             first = weights[..., : self.heads[0], None] * reads[0]
             second = weights[..., self.heads[0] :, None] * reads[1]
             # one product of both reads, side by side, is the sum of two projections

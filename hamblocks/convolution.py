@@ -139,6 +139,9 @@ class ShortConvolution(nn.Module):
         past, tokens = self.kernel_size - 1, x.shape[1]
         # every sequence's past, then its tokens: token t stands at index past + t
         inputs = torch.cat([state, x], 1)
+        if tokens == 1:  # decoding: the inputs are those of all taps, as they lie
+            y = (inputs * self._taps().mT).sum(1, keepdim=True)
+            return self._activated(y), inputs[:, tokens:]
         delayed = [inputs[:, past - delay : past - delay + tokens] for delay in range(past + 1)]
         return self._weighted(delayed), inputs[:, tokens:]
 
@@ -164,8 +167,15 @@ class ShortConvolution(nn.Module):
 
     def _weighted(self, delayed: list[Tensor]) -> Tensor:
         """Activation of the sum over taps; `delayed[n]` is x as it was n tokens ago."""
-        weight = self.weight if self.used is None else self.weight * self.used
+        weight = self._taps()
         y = weight[:, -1] * delayed[0]
         for delay in range(1, self.kernel_size):
             y = torch.addcmul(y, weight[:, self.kernel_size - 1 - delay], delayed[delay])
+        return self._activated(y)
+
+    def _taps(self) -> Tensor:
+        """Weights `[hidden_size, kernel_size]`, 0 for taps that a channel does not have."""
+        return self.weight if self.used is None else self.weight * self.used
+
+    def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else F.silu(y)

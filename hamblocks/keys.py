@@ -27,6 +27,7 @@ from hamblocks_ops import (
 from hamblocks_ops.context import CHOICES, Choice
 from hamblocks_ops.dispatch import WHEN_NAMED
 from hamblocks_ops.packing import sequence_of
+from hamblocks_ops.paged_attention import PageMemo
 from hamblocks_ops.precision import wide
 from hamblocks_ops.selected_attention import AttentionOutput
 
@@ -264,7 +265,7 @@ class PagedKeys(Keys):
         self,
         query_position: Tensor,
         *,
-        pages: Callable[[], tuple[Sequence[Pages], Tensor]],
+        pages: Callable[[], tuple[Sequence[Pages], Tensor, PageMemo | None]],
         shared: bool | None,
         learns: bool,
         not_in_place: str | None,
@@ -274,7 +275,7 @@ class PagedKeys(Keys):
 
         Args:
             query_position: int32 `[N, T]`.
-            pages: returns the slabs and the page table that `paged_attention` takes.
+            pages: returns the slabs, the page table and the memo that `paged_attention` takes.
             shared: the argument `shared` of `paged_attention`: whether two streams may list the
                 same page; None: not known.
             learns: whether a tensor of the new tokens requires a gradient.
@@ -313,7 +314,7 @@ class PagedKeys(Keys):
     def _attend(self, q: Tensor, scale: float | None, impl: str) -> AttentionOutput:
         if not self._reads_pages(q, impl):
             return self.dense().attend(q, scale=scale, impl=impl)
-        slabs, table = self._pages()
+        slabs, table, memo = self._pages()
         return paged_attention(
             q,
             slabs,
@@ -321,6 +322,7 @@ class PagedKeys(Keys):
             query_position=self.query_position,
             scale=scale,
             shared=self._shared,
+            memo=memo,
             impl=impl,
         )
 
@@ -329,7 +331,7 @@ class PagedKeys(Keys):
         refused, passed_over = self._refused(q), self._passed_over()
         answers: dict[str, str] = {}
         if refused is None:
-            slabs, table = self._pages()
+            slabs, table, _ = self._pages()
             found = explain(
                 paged_attention, q, slabs, table, query_position=self.query_position, scale=scale
             )

@@ -342,15 +342,13 @@ class HAMLayer(CallsParts):
             if x.shape[0] * shard.tokens:
                 return call_sharded(self, x, shard, given_score)
         batch, tokens = x.shape[:2]
-        position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
         if batch * tokens == 0:
+            position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
             return self._of_no_token(x, position, state, cu_seqlens)
         if state is not None and state.ring is not None:
             return call_and_record(self, x, state, cu_seqlens, given_score)
         begin = None if state is None else state.position.to(x.device)
-        if begin is not None:
-            own = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
-            position = position + own
+        position = _positions(x, begin, cu_seqlens)
         where = position, cu_seqlens
         past = None if state is None else state.memory
         try:
@@ -485,7 +483,10 @@ class HAMLayer(CallsParts):
             evict_at=pieces.together(selection.evict_at),
             ledger=selection.ledger,
             extension=extension,
-            seen=torch.maximum(begin, position.amax(1) + 1),
+            # sequences of a packed batch differ in length
+            seen=begin + call.q.shape[1]
+            if call.cu_seqlens is None
+            else torch.maximum(begin, position.amax(1) + 1),
         )
 
     # checks
@@ -521,3 +522,22 @@ class HAMLayer(CallsParts):
             if x.is_meta and state.cache is not None:
                 expected = "values beside a state with a cache: its pages are counted by them"
                 raise wrong("x", expected, x)
+
+
+def _positions(x: Tensor, begin: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions of a call's tokens, int32 `[B, T]`.
+
+    Args:
+        x: `[B, T, hidden]`.
+        begin: int32 `[N]`, tokens seen before; None: none.
+        cu_seqlens: borders of packed sequences.
+    """
+    batch, tokens = x.shape[:2]
+    if begin is not None and tokens == 1 and cu_seqlens is None:
+        return begin[:, None]
+    position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
+    if begin is None:
+        return position
+    return position + (
+        begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
+    )

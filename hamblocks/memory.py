@@ -136,8 +136,8 @@ class _DeltaRuleMemory(Built):
 
     def strength(self, x: Tensor) -> Tensor:
         """Write strength beta `[B, T, H]` for x `[B, T, hidden]`."""
-        beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
-        return beta
+        beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid()
+        return 2 * beta if self.allow_neg_eigval else beta
 
     def _inputs(
         self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
@@ -282,10 +282,11 @@ class _DeltaRuleMemory(Built):
         parts = q, k, v
         counts = [x.shape[2] for x in parts]
         widths = [x.shape[2] * x.shape[3] for x in parts]
-        mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
         if q.shape[3] == v.shape[3]:  # fewer operations per token
+            mixed, conv = self.conv(torch.cat(parts, 2).flatten(2), past, cu_seqlens)
             q, k, v = mixed.unflatten(-1, (sum(counts), -1)).split(counts, 2)
         else:
+            mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
             q, k, v = (
                 y.unflatten(-1, x.shape[2:])
                 for x, y in zip(parts, mixed.split(widths, -1), strict=True)
@@ -300,7 +301,7 @@ class _DeltaRuleMemory(Built):
     def _unit(self, x: Tensor) -> Tensor:
         """x, of unit length; a little shorter with `qk_l2norm_eps`."""
         if not self.qk_l2norm_eps:
-            return F.normalize(x, dim=-1)
+            return _of_unit_length(x)
         squared = x.to(wide(x)).square().sum(-1, keepdim=True)
         return (x * (squared + self.qk_l2norm_eps).rsqrt()).to(x.dtype)
 
@@ -318,6 +319,12 @@ class _DeltaRuleMemory(Built):
             fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == sizes
             if not fits or tensor.device != x.device:
                 raise wrong(f"state.{name}", f"a tensor {list(sizes)} on {x.device}", tensor)
+
+
+def _of_unit_length(x: Tensor) -> Tensor:
+    """`F.normalize(x, dim=-1)` without the op that expands the norm."""
+    unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    return unit
 
 
 @final

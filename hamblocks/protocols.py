@@ -20,6 +20,7 @@ from typing_extensions import TypeVar
 from hamblocks.keys import Keys
 from hamblocks_ops import surprise
 from hamblocks_ops.arguments import wrong
+from hamblocks_ops.precision import detached
 from hamblocks_ops.surprise import METRICS
 
 PARTS = ("memory", "gate", "selector", "query_gate", "attention", "combiner")
@@ -122,7 +123,7 @@ class MemoryTrace(NamedTuple):
         if metric not in METRICS:
             raise wrong("metric", f"one of {', '.join(METRICS)}", repr(metric))
         if self.score is not None and self.metric == metric:
-            return self.score.detach()
+            return detached(self.score)
         if self.residual is not None:
             residual = self.residual.detach()
             return surprise(residual, self.v.detach().to(residual.dtype), metric=metric)

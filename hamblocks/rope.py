@@ -88,22 +88,62 @@ def rotate(x: Tensor, position: Tensor, theta: float, scaling: Scaling | None = 
 def angles(
     x: Tensor, position: Tensor, theta: float, scaling: Scaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, `[B, T, 1, D // 2]`; arguments as in `rotate`.
+    """Cosine and sine of every token's angles, `[B, T, 1, D]`; arguments as in `rotate`.
 
-    Both are multiplied by the attention factor of the scaling.
+    Both are multiplied by the attention factor of the scaling. A pair of channels has its angle
+    twice, first negative and then positive, as `turned` takes it.
     """
     dtype = wide(x)
-    frequency, factor = frequencies(x.shape[-1], theta, scaling, position, dtype)
-    angle = (position.to(dtype)[..., None] * frequency)[:, :, None]
+    frequency, factor = _both_ways(x.shape[-1], theta, scaling, position, dtype)
+    angle = position.view(*position.shape, 1, 1).to(dtype) * frequency
     cos, sin = angle.cos(), angle.sin()
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[B, T, H, D]`, turned by angles `[B, T, 1, D // 2]`; shape and dtype as x."""
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    both = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return both.to(x.dtype)
+    """x `[B, T, H, D]`, turned by what `angles` gives; shape and dtype as x."""
+    wider = x.to(cos.dtype)
+    # the first half takes -sin times the second, and the second half sin times the first
+    swapped = wider.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(wider * cos, swapped, sin).to(x.dtype)
+
+
+def _both_ways(
+    dim: int, theta: float, scaling: Scaling | None, position: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """`frequencies`, negative and then positive: `[D]`, or `[B, T, 1, D]`; and the factor."""
+    if (scaling or {}).get("rope_type") == "dynamic":
+        frequency, factor = frequencies(dim, theta, scaling, position, dtype)
+        return torch.cat([-frequency, frequency], -1)[:, :, None], factor
+    # Decoding would compute the same table at every token. Tables are kept for a CPU only: one that
+    # is made while a CUDA graph is captured belongs to the graph. Under a trace, and for tensors of
+    # another type, it is part of what is traced.
+    if position.device.type != "cpu" or torch.compiler.is_compiling():
+        return _table(dim, theta, scaling, position, dtype)
+    key = dim, theta, repr(scaling), dtype
+    known = _TABLES.get(key)
+    if known is None or type(position) is not Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            known = _table(dim, theta, scaling, position, dtype)
+        if type(position) is Tensor and type(known[0]) is Tensor:
+            if len(_TABLES) == MAX_TABLES:
+                _TABLES.clear()
+            _TABLES[key] = known
+    return known
+
+
+def _table(
+    dim: int, theta: float, scaling: Scaling | None, position: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    frequency, factor = frequencies(dim, theta, scaling, position, dtype)
+    return torch.cat([-frequency, frequency]), factor
+
+
+MAX_TABLES = 64
+"""Tables that are kept; a process has one for each kind of layer."""
+
+_TABLES: dict[tuple[int, float, str, torch.dtype], tuple[Tensor, float]] = {}
+"""What `_both_ways` gave on a CPU, by its arguments."""
 
 
 def frequencies(

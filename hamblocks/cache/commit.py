@@ -196,6 +196,7 @@ class Commit:
                 self._return_pages()
             else:
                 streams.reservation.steps -= self.count
+            streams.relisted()
             streams.seen.copy_(self.seen)
             # all older handles are spent, also those made before the streams were allocated
             streams.turn += 1

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import torch
 from torch import Tensor
 
-from hamblocks.cache.changes import apply_or_queue
+from hamblocks.cache.append import append
+from hamblocks.cache.changes import Change, apply_or_queue
 from hamblocks.cache.commit import Commit
 from hamblocks.cache.pool import Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting
 from hamblocks.keys import DenseKeys, PagedKeys
 from hamblocks_ops import NEVER, Pages, unpage
-from hamblocks_ops.arguments import check_tensor
+from hamblocks_ops.arguments import check_tensor, values_are_checked
 from hamblocks_ops.context import CHECKED
+from hamblocks_ops.paged_attention import PageMemo
+from hamblocks_ops.precision import detached
 
 if TYPE_CHECKING:
     from hamblocks.cache.store import KVCache
@@ -40,6 +43,24 @@ class Stored(NamedTuple):
     logit_bias: Tensor | None
 
 
+class CallTokens(NamedTuple):
+    """The new tokens of a call.
+
+    Attributes:
+        k: `[N, T, Hkv, D]`.
+        v: `[N, T, Hkv, D]`.
+        position: int32 `[N, T]`; NEVER for padding, which no query sees and no commit stores.
+        evict_at: int32 `[N, T, H]`, by stream.
+        logit_bias: `[N, T, Hkv]` or `[N, T, 1]`, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    evict_at: Tensor
+    logit_bias: Tensor | None
+
+
 @final
 class Extension:
     """A cache together with the new tokens and the lowered lifetimes of one call.
@@ -51,7 +72,7 @@ class Extension:
     def __init__(
         self,
         streams: Streams,
-        new: Stored,
+        new: CallTokens,
         until: Tensor | None,
         query_position: Tensor,
         origin: Unallocated | None,
@@ -62,7 +83,7 @@ class Extension:
 
         Args:
             streams: the stored tokens.
-            new: the new tokens; padding has position NEVER.
+            new: the new tokens.
             until: int32 `[R, S]`, lowered lifetimes of the stored tokens; None: unchanged.
             query_position: int32 `[N, T]`, -1 for padding.
             origin: the `Unallocated` that the streams were made from, if nothing was stored yet.
@@ -92,7 +113,7 @@ class Extension:
     def stored(self) -> Stored:
         """A padded copy of the stored tokens, with lowered lifetimes, and of the new tokens."""
         self._check()
-        old, new = stored(self._streams, self._until), self._new
+        old, new = stored(self._streams, self._until), self._stored_new()
         k, v, position, until = (
             torch.cat([x, own], 1) for x, own in zip(old[:4], new[:4], strict=True)
         )
@@ -116,16 +137,26 @@ class Extension:
         """
         if not CHECKED.get():
             check_tensor("seen", seen, "[N]", [self._streams.sequences])
-        k, v, position, evict_at, bias = self._by_stream()
-        k, v, position, evict_at = (x.detach().flatten(0, 1) for x in (k, v, position, evict_at))
-        bias = None if bias is None else bias.detach().flatten()
-        tokens = Tokens(k, v, position, evict_at, bias)
+        page = Pages(*(None if x is None else detached(x) for x in self._by_stream()))  # type: ignore[arg-type]
         with self._streams.lock:
             # under the lock: another thread may be about to commit to the same handle
             self._check()
             # made before the change is applied, because a transaction may apply it later
             following = self._following(self._streams)
-            apply_or_queue(Commit(self._streams, seen, self._until, tokens, self._origin))
+            change: Change | None = None
+            if self._until is None and self._origin is None:
+                change = append(self._streams, seen, page)
+            if change is None:
+                k, v, position, evict_at, bias = page
+                tokens = Tokens(
+                    k.flatten(0, 1),
+                    v.flatten(0, 1),
+                    position.flatten(),
+                    evict_at.flatten(),
+                    None if bias is None else bias.flatten(),
+                )
+                change = Commit(self._streams, seen, self._until, tokens, self._origin)
+            apply_or_queue(change)
         return following
 
     def _not_in_place(self) -> str | None:
@@ -138,12 +169,17 @@ class Extension:
             "them (fork or reorder, then a selector that evicts)"
         )
 
-    def _pages(self) -> tuple[list[Pages], Tensor]:
+    def _pages(self) -> tuple[list[Pages], Tensor, PageMemo | None]:
         """Slabs and page table: the pool's slabs, then a slab of new tokens, one page a stream."""
         streams, pool, new = self._streams, self._streams.pool, self._by_stream()
         # The lock is needed for a consistent list of slabs. They are read without it: growing and
         # shrinking the pool leave the memory of slabs that are in use as it is.
         with streams.lock:
+            if self._until is None and values_are_checked(streams.seen):
+                listing = streams.listing()
+                # a memo serves calls with as many new tokens: those that decode one by one
+                memo = listing.memo if new.k.shape[1] == 1 else None
+                return [*pool.views().slabs, new], listing.table, memo
             evict_at = None
             # a clone, since the pool must not change before the commit
             if self._until is not None:
@@ -152,16 +188,45 @@ class Extension:
         # pages are numbered through all slabs, so those of the new tokens follow those of the pool
         own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
         table = torch.cat([table, own[:, None]], 1)
-        return slabs, table.view(streams.sequences, streams.heads, table.shape[1])
+        return slabs, table.view(streams.sequences, streams.heads, table.shape[1]), None
 
     def _by_stream(self) -> Pages:
         """The new tokens, one page per stream; computed once, for attention and for the commit."""
         if self._page is None:
-            streams, new = self._streams, self._new
-            k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
-            bias = None if new.logit_bias is None else streams.by_stream(new.logit_bias)[..., 0]
-            self._page = Pages(k, v, position[..., 0], evict_at[..., 0], bias)
+            one = self._new.k.shape[1] == 1 and values_are_checked(self._streams.seen)
+            self._page = self._one_by_stream() if one else self._many_by_stream()
         return self._page
+
+    def _many_by_stream(self) -> Pages:
+        streams, new = self._streams, self._stored_new()
+        k, v, position, evict_at = (streams.by_stream(x) for x in new[:4])
+        bias = None if new.logit_bias is None else streams.by_stream(new.logit_bias)[..., 0]
+        return Pages(k, v, position[..., 0], evict_at[..., 0], bias)
+
+    def _one_by_stream(self) -> Pages:
+        """One token per sequence, on a CPU: nothing is transposed."""
+        streams, (k, v, position, evict_at, bias) = self._streams, self._new
+        with streams.lock:
+            sequence = streams.listing().sequence
+        page = len(sequence), 1, streams.pool.heads, streams.pool.head_dim
+        if bias is not None:
+            bias = bias.expand(-1, -1, streams.heads) if bias.shape[2] == 1 else bias
+            bias = bias.reshape(len(sequence), 1)
+        return Pages(
+            k.reshape(page),
+            v.reshape(page),
+            position.index_select(0, sequence),
+            evict_at.reshape(len(sequence), 1),
+            bias,
+        )
+
+    def _stored_new(self) -> Stored:
+        """The new tokens as `stored` has them."""
+        streams, (k, v, position, evict_at, bias) = self._streams, self._new
+        kv_heads = k.shape[2]
+        bias = None if bias is None else bias.expand(-1, -1, kv_heads)
+        position = position[..., None].expand(-1, -1, kv_heads)
+        return Stored(k, v, position, streams.for_heads(evict_at), bias)
 
     def _dense(self) -> DenseKeys:
         k, v, position, evict_at, bias = self.stored()

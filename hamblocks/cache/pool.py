@@ -35,6 +35,20 @@ class Tokens(NamedTuple):
     logit_bias: Tensor | None
 
 
+class _Views(NamedTuple):
+    """Views of the tensors of a pool, made again when slabs come or go.
+
+    Attributes:
+        slabs: as `paged_attention` takes them.
+        keys: k and v of every slab, `[slots, 1, W, D]`, its scratch page included.
+        tables: positions, lifetimes and biases, `[slots, 1]`.
+    """
+
+    slabs: list[Pages]
+    keys: list[tuple[Tensor, Tensor]]
+    tables: list[Tensor]
+
+
 @final
 class Pool:
     """Pages of one layer, in slabs. A slab never moves, so growing copies no keys or values.
@@ -56,6 +70,7 @@ class Pool:
     Attributes:
         lock: guards everything below, and the streams of the pool; reentrant.
         users: int32 `[P + 2]`, how many streams list a page.
+        version: how often slabs were added or freed.
         promised: number of free pages that are reserved (see `Reservation`).
         returned: page tables `[R, C + 1]` of dead caches and their reservations, which `collect`
             takes back. The last column is not part of the table. Appending needs no lock.
@@ -90,7 +105,8 @@ class Pool:
         self.dtype, self.device = like.dtype, like.device
         self.lock = threading.RLock()
         self.keys: list[tuple[Tensor, Tensor]] = []
-        self.promised = 0
+        self.promised = self.version = 0
+        self._views: _Views | None = None
         self.returned: list[tuple[Tensor, Reservation]] = []
         self.position = torch.zeros(2, page_size, dtype=torch.int32, device=like.device)
         self.evict_at = torch.zeros_like(self.position)
@@ -180,6 +196,7 @@ class Pool:
         self.users = self._widened(self.users, grown)
         if self.bias is not None:
             self.bias = self._widened(self.bias, grown)
+        self._slabs_changed()
 
     def _slab(self, pages: int) -> tuple[Tensor, Tensor]:
         shape = pages + 1, self.page_size, self.heads, self.head_dim
@@ -211,6 +228,23 @@ class Pool:
             )
             if self.bias is not None:
                 self.bias = torch.cat([self.bias[:rest], self.bias[-2:]])
+            self._slabs_changed()
+
+    def _slabs_changed(self) -> None:
+        self.version += 1
+        self._views = None
+
+    def views(self) -> _Views:
+        """Views of all tensors. The caller holds the lock."""
+        if self._views is None:
+            with torch.inference_mode(False), torch.no_grad():
+                tables = (self.position, self.evict_at, self.bias)
+                self._views = _Views(
+                    self.slabs(),
+                    [(_by_slot(k), _by_slot(v)) for k, v in self.keys],
+                    [_by_slot(x) for x in tables if x is not None],
+                )
+        return self._views
 
     def free(self, turn: Tensor) -> Tensor:
         """The turn-th free pages (from 0), int64.
@@ -264,6 +298,30 @@ class Pool:
             if table is not None and values is not None:
                 table.view(-1).index_copy_(0, anywhere, values)
 
+    def put(self, slots: list[int], new: Pages) -> None:
+        """Writes one token per stream, on a CPU.
+
+        Args:
+            slots: all different except for -1; tokens with slot -1 are not stored.
+            new: a page of one token for each stream.
+        """
+        views, begin, nowhere = self.views(), 0, self.scratch * self.page_size
+        anywhere = torch.tensor(
+            [nowhere if slot < 0 else slot for slot in slots], device=self.device
+        )
+        for k, v in views.keys:
+            scratch = k.shape[0] - self.page_size  # the first slot of the slab's scratch page
+            place = [slot - begin if 0 <= slot - begin < scratch else scratch for slot in slots]
+            if min(place) < scratch:
+                where = anywhere if place == slots else torch.tensor(place, device=self.device)
+                k.index_copy_(0, where, new.k)
+                v.index_copy_(0, where, new.v)
+            begin += scratch
+        values = (new.position, new.evict_at, new.logit_bias)
+        for table, value in zip(views.tables, values, strict=False):
+            assert value is not None
+            table.index_copy_(0, anywhere, value)
+
     def _places(self, slot: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
         """For each slab that has some of the slots: which ones, where in the slab, its k and v."""
         begin = 0
@@ -285,6 +343,11 @@ class Pool:
             place = torch.where((slot >= begin) & (slot < end), slot - begin, end - begin)
             yield slice(None), place, k.flatten(0, 1), v.flatten(0, 1)
             begin = end
+
+
+def _by_slot(x: Tensor) -> Tensor:
+    """`[pages, page_size, ...]` -> `[slots, 1, ...]`."""
+    return x.view(-1, 1, *x.shape[2:])
 
 
 @final

@@ -18,7 +18,7 @@ from hamblocks.cache.checks import (
     check_tokens,
 )
 from hamblocks.cache.decisions import lowered_lifetimes
-from hamblocks.cache.extension import Extension, Stored, stored
+from hamblocks.cache.extension import CallTokens, Extension, Stored, stored
 from hamblocks.cache.forks import Renewal, mixed
 from hamblocks.cache.pool import Pool
 from hamblocks.cache.saving import loaded, saved
@@ -34,6 +34,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.context import CHECKED
+from hamblocks_ops.packing import no_padding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -224,9 +225,9 @@ class KVCache:
         k = torch.empty(own.sequences, 0, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype).to(
             sizes.device
         )
-        times = torch.empty(*k.shape[:3], dtype=torch.int32, device=k.device)
+        times = torch.empty(own.sequences, 0, own.heads, dtype=torch.int32, device=k.device)
         bias = times.to(own.pool.bias.dtype) if own.pool.bias is not None else None
-        new = Stored(k, k, times, times, bias)
+        new = CallTokens(k, k, times[..., 0], times, bias)
         return Extension(
             own, new, None, query_position, None, check=self.check, following=_following
         ).keys
@@ -285,16 +286,17 @@ class KVCache:
         if values_are_checked(position):
             check_order(position, streams.seen)
         until = None if lowered is None else lowered_lifetimes(streams, lowered)
-        kv_heads = k.shape[2]
-        evict_at = evict_at.to(torch.int32).expand(-1, -1, streams.heads)
+        evict_at = evict_at.to(torch.int32)
+        if evict_at.shape[2] != streams.heads:
+            evict_at = evict_at.expand(-1, -1, streams.heads)
         # position NEVER: no query sees padding, and the commit does not store it
-        where = torch.where(position < 0, NEVER, position).to(torch.int32)
+        where = position
+        if not no_padding(position):
+            where = torch.where(position < 0, NEVER, position)
         bias = None
         if logit_bias is not None and streams.pool.bias is not None:
-            bias = logit_bias.to(streams.pool.bias.dtype).expand(-1, -1, kv_heads)
-        new = Stored(
-            k, v, where[..., None].expand(-1, -1, kv_heads), streams.for_heads(evict_at), bias
-        )
+            bias = logit_bias.to(streams.pool.bias.dtype)
+        new = CallTokens(k, v, where.to(torch.int32), evict_at, bias)
         return Extension(
             streams, new, until, position, origin, check=self.check, following=_following
         )
@@ -412,6 +414,7 @@ class KVCache:
             gone = sequences.repeat_interleave(own.heads)[:, None]
             own.pool.count_users(torch.where(gone, own.table, -1), -1)
             own.table.masked_fill_(gone, -1)
+            own.relisted()
             own.seen.masked_fill_(sequences, 0)
             own.reservation.renew(sequences, gone[:, 0])
         own.turn += 1

@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, final
+from typing import NamedTuple, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hamblocks.cache.pool import Pool, Reservation
+from hamblocks_ops.arguments import values_are_checked
+from hamblocks_ops.paged_attention.layout import PageMemo
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +29,30 @@ def lasting(function: Callable[P, T]) -> Callable[P, T]:
     A tensor that was made in inference mode cannot be changed in place outside of it later.
     """
     return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+@final
+class Listing(NamedTuple):
+    """What follows from a page table on a CPU, kept until the table or the pool's slabs change.
+
+    Attributes:
+        version: of the pool.
+        private: whether each page was known to be listed by one stream only.
+        page: int64 `[R * width]`, the listed pages (see `Pool.listed`).
+        sequence: int64 `[R]`, the sequence of each stream.
+        have: pages of each stream.
+        table: int32 `[N, H, width + 1]`, the page table, and last a page per stream behind all
+            pages of the pool, which holds a call's new tokens.
+        memo: what `paged_attention` works out from the slabs and this table.
+    """
+
+    version: int
+    private: bool
+    page: Tensor
+    sequence: Tensor
+    have: list[int]
+    table: Tensor
+    memo: PageMemo
 
 
 @final
@@ -95,6 +121,7 @@ class Streams:
         self.end.atexit = False
         self.turn = 0
         self.pending = False
+        self._listing: Listing | None = None
 
     @staticmethod
     def empty(pool: Pool, sequences: int, heads: int) -> Streams:
@@ -126,7 +153,35 @@ class Streams:
     def lifetimes(self) -> Tensor:
         """Lifetime in every slot, `[R, S]`; 0 where there is no page."""
         with self.lock:
-            return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
+            if not values_are_checked(self.seen):
+                return self.pool.evict_at[self.pool.listed(self.table)].flatten(1)
+            slots = self.width * self.pool.page_size
+            until = self.pool.evict_at.index_select(0, self.listing().page)
+            return until.view(self.sequences * self.heads, slots)
+
+    @lasting
+    def listing(self) -> Listing:
+        """What follows from the page table, on a CPU. The caller holds the lock."""
+        known, pool = self._listing, self.pool
+        if known is not None and known[:2] == (pool.version, self.private):
+            return known
+        table, pages = self.table, pool.pages
+        own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
+        sequence = torch.arange(self.sequences, device=table.device)
+        self._listing = Listing(
+            pool.version,
+            self.private,
+            pool.listed(table).flatten(),
+            sequence.repeat_interleave(self.heads),
+            (table >= 0).sum(1).tolist(),
+            torch.cat([table, own[:, None]], 1).view(self.sequences, self.heads, -1),
+            PageMemo(),
+        )
+        return self._listing
+
+    def relisted(self) -> None:
+        """Says that the page table has changed."""
+        self._listing = None
 
     def put_back(self, until: Tensor, evict_at: Tensor, keep: Tensor | None = None) -> Tensor:
         """Writes lifetimes by stream into a tensor of lifetimes by page, and returns it.
@@ -143,9 +198,10 @@ class Streams:
         return evict_at.index_copy_(0, page, until.reshape(-1, self.pool.page_size))
 
     def alive(self, until: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Which lifetimes `[R, ...]` are later than `seen`: the next query sees these tokens."""
+        """Which lifetimes `[R, S]` are later than `seen`: the next query sees these tokens."""
         seen = self.seen if seen is None else seen
-        return until > seen.repeat_interleave(self.heads)[:, None]
+        by_sequence = until.reshape(self.sequences, self.heads * until.shape[1])
+        return (by_sequence > seen[:, None]).view(until.shape)
 
     def common(self) -> Tensor:
         """Which pages another stream lists too, bool `[R, width]`."""
@@ -172,6 +228,7 @@ class Streams:
         new = pool.free(torch.arange(len(old), device=old.device))
         pool.scatter(pool.slots(new).flatten(), pool.gather(pool.slots(old).flatten()), wait=True)
         self.table[copies] = new.to(torch.int32)
+        self.relisted()
         pool.count_users(new, 1)
         pool.count_users(old, -1)
 
@@ -194,6 +251,7 @@ class Streams:
         most = int(have.max()) if len(have) else 0
         self.lease.widen(most + each)
         self.width = most + each
+        self.relisted()
         self.reservation.take_steps(steps, each, have, self.seen)
 
     # conversions between tensors by stream [R, S, ...] and by sequence [N, S, H, ...]

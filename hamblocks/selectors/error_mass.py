@@ -22,7 +22,7 @@ class ErrorMassLedger(NamedTuple):
     Attributes:
         position: int32 `[N, capacity, H]`, -1 for empty slots.
         score: float64 `[N, capacity, H]`, -1 for empty slots.
-        sum: float64 `[N, capacity, H]`, of the stored scores down to this one, by rank.
+        sum: float64 `[N, 1, H]`, the sum of the stored scores.
         total: float64 `[N, 1, H]`, the sum of all scores so far.
     """
 
@@ -49,7 +49,8 @@ class ErrorMass(Composable):
 
     Scores are errors: those below 0 and NaN count as 0, and a score of 0 is never stored. Infinite
     scores count as the largest float32. Sums are float64 and taken in order of time. The tokens are
-    decided one after the other, O(T * capacity); the other selectors need no loop.
+    decided one after the other, which the other selectors need not do: O(T log capacity) on a CPU,
+    O(T * capacity) elsewhere.
     """
 
     def __init__(self, share: float, capacity: int) -> None:
@@ -81,7 +82,7 @@ class ErrorMass(Composable):
         size = (batch_size, self.capacity, heads)
         position = torch.full(size, EMPTY, dtype=torch.int32, device=device)
         none = torch.zeros(size, dtype=torch.float64, device=device)
-        return ErrorMassLedger(position, none - 1, none, none[:, :1])
+        return ErrorMassLedger(position, none - 1, none[:, :1], none[:, :1])
 
     def forward(
         self,
@@ -105,7 +106,7 @@ class ErrorMass(Composable):
         if ledger is None:
             return Selection(self._lived(new, own, None, cu_seqlens)[0])
         where = torch.cat([ledger.position, own], 1)
-        evict_at, sums, total = self._lived(new, where, ledger, None)
+        evict_at, held, total = self._lived(new, where, ledger, None)
         kept = last_slots((where >= 0) & (evict_at == NEVER), self.capacity)
         return Selection(
             evict_at=evict_at[:, self.capacity :],
@@ -113,7 +114,7 @@ class ErrorMass(Composable):
             ledger=ErrorMassLedger(
                 kept.take(where, EMPTY),
                 kept.take(torch.cat([ledger.score, new], 1), -1),
-                kept.take(sums, 0),
+                held,
                 total,
             ),
         )
@@ -130,7 +131,8 @@ class ErrorMass(Composable):
             cu_seqlens: borders of packed sequences.
 
         Returns:
-            Lifetimes int32 and sums float64, `[N, L + T, H]`, and the sum of all scores.
+            Lifetimes, int32 `[N, L + T, H]`; the sum of the stored scores and that of all scores,
+            float64 `[N, 1, H]`.
         """
         from hamblocks.selectors.mass import error_mass
 
@@ -142,21 +144,21 @@ class ErrorMass(Composable):
         def tensor(x: Tensor) -> Tensor:
             return x.view(batch, heads, -1).mT
 
-        none = new.new_zeros(batch, 0, heads)
-        stored, sums, total = none, none, new.new_zeros(batch, 1, heads)
+        stored = new.new_zeros(batch, 0, heads)
+        held = total = new.new_zeros(batch, 1, heads)
         if ledger is not None:
-            stored, sums, total = ledger.score, ledger.sum, ledger.total
+            stored, held, total = ledger.score, ledger.sum, ledger.total
         first = None
         if cu_seqlens is not None:
             sequence = sequence_of(cu_seqlens, tokens)
             first = torch.nn.functional.pad(sequence.diff() > 0, [1, 0], value=True)[:tokens]
-        leaves, sums, total = error_mass(
-            *(streams(new), first, streams(stored), streams(sums), streams(total)),
+        leaves, held, total = error_mass(
+            *(streams(new), first, streams(stored), streams(held), streams(total)),
             *(self.share, self.capacity),
         )
         if tokens == 0:
-            return torch.where(where < 0, where, NEVER), tensor(sums), tensor(total)
+            return torch.where(where < 0, where, NEVER), tensor(held), tensor(total)
         leaves = tensor(leaves)
         at = leaves.clamp(max=tokens - 1) + (where.shape[1] - tokens)
         lived = torch.where(leaves < tokens, where.gather(1, at), NEVER)
-        return torch.where(where < 0, where, lived), tensor(sums), tensor(total)
+        return torch.where(where < 0, where, lived), tensor(held), tensor(total)

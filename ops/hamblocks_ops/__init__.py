@@ -13,7 +13,7 @@ from hamblocks_ops.declare import Op
 from hamblocks_ops.dispatch import Explanation, UnsupportedError, explain, implementations
 from hamblocks_ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule
 from hamblocks_ops.packing import NEVER
-from hamblocks_ops.paged_attention import PagedRows, Pages, paged_attention, unpage
+from hamblocks_ops.paged_attention import PagedRows, PageMemo, Pages, paged_attention, unpage
 from hamblocks_ops.select import select_first, select_threshold, select_topk, select_window
 from hamblocks_ops.selected_attention import AttentionOutput, selected_attention
 from hamblocks_ops.surprise import surprise
@@ -38,6 +38,7 @@ __all__ = [
     "Compacted",
     "DeltaRuleOutput",
     "Explanation",
+    "PageMemo",
     "PagedRows",
     "Pages",
     "UnsupportedError",

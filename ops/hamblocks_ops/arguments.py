@@ -41,11 +41,12 @@ def value_checks() -> Iterator[None]:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be read for a check: on a CPU, never while tracing."""
+    """Whether the values of a tensor may be read: on a CPU, never while tracing or in `vmap`."""
     if (
         torch.compiler.is_compiling()
         or tensor.numel() == 0
         or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._functorch.is_batchedtensor(tensor)
     ):
         return False
     return tensor.device.type == "cpu" or _check_values_everywhere.get()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from hamblocks_ops.arguments import values_are_checked
 
 NEVER = 2**31 - 1
 """`evict_at` of a token that is stored for good."""
@@ -27,3 +31,27 @@ def positions(
     index = torch.arange(tokens, device=device)
     index = index - cu_seqlens.long()[sequence_of(cu_seqlens, tokens)]
     return index.to(torch.int32).expand(batch, tokens)
+
+
+FEW_POSITIONS = 64
+"""Up to this many positions, reading them one by one costs less than the op that masks padding."""
+
+
+def no_padding(position: Tensor) -> bool:
+    """Whether the host knows that no position is negative.
+
+    False means that padding has to be masked. The values are read only where this is cheap and
+    waits for no device: those of a decoding step on a CPU.
+
+    Args:
+        position: int, any shape; -1 marks padding.
+    """
+    # tracing comes first: a comparison of sizes would be a guard of the graph
+    if not values_are_checked(position) or position.numel() > FEW_POSITIONS:
+        return False
+    return _least(position.tolist()) >= 0
+
+
+def _least(values: Any) -> int:
+    """The least of nested lists of numbers."""
+    return min(map(_least, values)) if isinstance(values, list) else values

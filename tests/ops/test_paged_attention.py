@@ -28,6 +28,7 @@ from hamblocks.testing import (
 from hamblocks.testing.inputs.paged import DTYPES, INF, LAST, NAN, paged, slabs_of
 from hamblocks_ops import (
     NEVER,
+    PageMemo,
     Pages,
     UnsupportedError,
     explain,
@@ -109,6 +110,26 @@ def test_every_path_is_the_reference(way: str, dtype: torch.dtype, data: st.Data
 def test_arithmetic_of_other_devices_is_the_reference(case: PagedInputs) -> None:
     with arithmetic_of_other_devices():
         assert_close_to_reference(problem(case), "pages")
+
+
+@given(case=paged_inputs(forked=st.just(False)))
+@example(case=PagedInputs(slabs=((5, 2), (9, 1)), queries=1, group=2, together=2))
+def test_a_memo_changes_no_bit(case: PagedInputs) -> None:
+    """Calls with one page table and other keys, values, lifetimes and queries each time."""
+    q, slabs, table, asks = split(case)
+    memo = PageMemo()
+    for turn in range(3):
+        now = [
+            slab._replace(
+                k=slab.k + turn, v=slab.v * (turn + 1), evict_at=(slab.evict_at - turn).clamp(min=0)
+            )
+            for slab in slabs
+        ]
+        args = (q * (turn + 1), now[:-1] + slabs[-1:] if turn == 2 else now, table)
+        named = {"query_position": asks, "shared": False, "impl": "pages"}
+        expected = paged_attention(*args, **named)
+        for got, same in zip(paged_attention(*args, memo=memo, **named), expected, strict=True):
+            assert torch.equal(got, same)
 
 
 @given(case=paged_inputs(queries=st.integers(0, 3), dtype=torch.float64))

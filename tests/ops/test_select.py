@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +28,16 @@ def test_topk_keeps_the_best_at_every_time(case: Scores, k: int) -> None:
             seen = [j for j in range(t + 1) if where[j] >= 0]
             best = sorted(seen, key=lambda j: (-score[j], j))[:k]
             assert [j for j in seen if now < evict_at[j]] == sorted(best)
+
+
+@given(case=scores(), k=st.integers(0, 4), size=st.integers(1, 40))
+def test_topk_in_blocks_of_rows_is_the_reference(case: Scores, k: int, size: int) -> None:
+    """A CPU searches long sequences a few heads at a time; here short ones too."""
+    call = case.tensors()
+    where, sequence = placed(call["score"], call.get("position"), call.get("cu_seqlens"))
+    with patch.object(import_module("hamblocks_ops.select.topk"), "CACHED_RANKS", size):
+        got = select_topk(**call, k=k)
+    assert torch.equal(got, reference.topk(call["score"], k, where, sequence).to(torch.int32))
 
 
 @given(case=scores(), seed=seeds)

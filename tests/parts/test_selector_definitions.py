@@ -307,5 +307,40 @@ def test_the_operator_of_error_mass_is_registered_well(packed, slots):
     score = torch.rand(2, 6).double()
     first = torch.tensor([True, False, False, True, False, False]) if packed else None
     stored, total = torch.full((2, slots), -1.0).double(), torch.zeros(2, 1).double()
-    args = (score, first, stored, torch.zeros_like(stored), total, 0.5, 3)
+    args = (score, first, stored, total, total.clone(), 0.5, 3)
     torch.library.opcheck(error_mass, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@given(
+    streams=st.integers(1, 3),
+    tokens=st.integers(0, 30),
+    slots=st.integers(0, 5),
+    packed=st.booleans(),
+    share=st.floats(0, 1),
+    capacity=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_error_mass_decides_on_every_device_alike(
+    streams, tokens, slots, packed, share, capacity, seed
+):
+    """The heap of a CPU and the loop of other devices: the same tokens, and the same bits."""
+    from hamblocks.selectors.mass import by_columns, by_heap
+
+    random = torch.Generator().manual_seed(seed)
+    slots = min(slots, capacity)
+
+    def drawn(*size):
+        # some equal scores, some 0, and some padding
+        scores = torch.rand(*size, generator=random, dtype=torch.float64) ** 8
+        coarse = (scores * 4).round() / 4
+        kind = torch.randint(0, 4, size, generator=random)
+        return torch.where(kind == 0, coarse, scores).masked_fill(kind == 1, -1)
+
+    score, stored = drawn(streams, tokens), drawn(streams, slots)
+    first = torch.rand(tokens, generator=random) < 0.2 if packed else None
+    held = torch.zeros(streams, 1, dtype=torch.float64)
+    for column in stored.unbind(1):
+        held = held + column[:, None].clamp(min=0)
+    args = (score, first, stored, held, held + 0.125, share, capacity)
+    for mine, other in zip(by_heap(*args), by_columns(*args), strict=True):
+        assert torch.equal(mine, other)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hamblocks_ops.precision import detached
 from hamblocks_ops.surprise import surprise
 
 
@@ -74,8 +75,8 @@ def finish(call: DeltaRuleCall, raw: DeltaRuleRaw) -> DeltaRuleOutput:
     """The score of the residual before it is rounded, then the caller's dtype."""
     score = raw.score
     if score is None and call.metric is not None:
-        residual = raw.residual.detach()
-        score = surprise.unchecked(residual, call.v.detach().to(residual.dtype), metric=call.metric)
+        residual, v = detached(raw.residual), detached(call.v)
+        score = surprise.unchecked(residual, v.to(residual.dtype), metric=call.metric)
     return DeltaRuleOutput(
         out=raw.out.to(call.v.dtype),
         final_state=raw.final_state,

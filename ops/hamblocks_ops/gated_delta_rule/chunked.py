@@ -79,12 +79,22 @@ def chunked(
 def _step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token, as in decoding: a chunk of one has no system to solve."""
-    q, k, v, beta = (x[:, 0, :, None] for x in (q, k, v, beta))
-    state = g[:, 0, :, None, None].exp() * state
-    residual = v - k @ state
-    state = state + (beta[..., None] * k).mT * residual
-    return (scale * q @ state).transpose(1, 2), residual.transpose(1, 2), state
+    """One token, as in decoding: a chunk of one has no system to solve.
+
+    Sequences and heads are one batch dimension of `bmm`, because `matmul` would take four more ops
+    to make it so.
+    """
+    keys, values = state.shape[2:]
+    streams = state.shape[0] * state.shape[1]
+    q, k = q.reshape(streams, 1, keys), k.reshape(streams, 1, keys)
+    beta, decay = beta.reshape(streams, 1, 1), g.reshape(streams, 1, 1).exp()
+    decayed = decay * state.reshape(streams, keys, values)
+    residual = v - torch.bmm(k, decayed).view(v.shape)
+    error = residual.view(streams, 1, values)
+    written = torch.baddbmm(decayed, (beta * k).mT, error)
+    # beta=0: `error` gives only its shape
+    out = torch.baddbmm(error, q, written, beta=0, alpha=scale)
+    return out.view(v.shape), residual, written.view(state.shape)
 
 
 class _Layout(NamedTuple):

@@ -18,11 +18,12 @@ from hamblocks_ops.arguments import (
 )
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted
-from hamblocks_ops.packing import NEVER
+from hamblocks_ops.packing import NEVER, no_padding
 from hamblocks_ops.paged_attention import pages, reference
 from hamblocks_ops.paged_attention.layout import (
     PagedCall,
     PagedRows,
+    PageMemo,
     Pages,
     check_slabs,
     check_table,
@@ -32,7 +33,7 @@ from hamblocks_ops.paged_attention.layout import (
 )
 from hamblocks_ops.selected_attention.call import AttentionOutput, rounded, without_tiles
 
-__all__ = ["PagedRows", "Pages", "paged_attention", "unpage"]
+__all__ = ["PageMemo", "PagedRows", "Pages", "paged_attention", "unpage"]
 
 
 def _refused_by_triton(call: PagedCall) -> str | None:
@@ -76,6 +77,7 @@ def paged_attention(
     query_position: Tensor,
     scale: float | None = None,
     shared: bool | None = None,
+    memo: PageMemo | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
     r"""Attends from every query to the tokens in its stream's pages that are stored at its time.
@@ -101,6 +103,9 @@ def paged_attention(
         scale: factor of the logits; None: D ** -0.5.
         shared: whether a page may be listed twice. None: it is looked up, which waits for the
             device.
+        memo: what earlier calls with this page table worked out from it, and where this call keeps
+            it (see `PageMemo`); for tensors on a CPU, whose tables no replayed graph changes. None:
+            nothing is kept.
         impl: "triton" (a GPU kernel over the listed pages; bfloat16, float16, float32, head sizes
             up to 256), "pages" (reads pages where they lie, any device), "reference" (padded keys,
             dense mask), or "auto".
@@ -116,9 +121,10 @@ def paged_attention(
         # slab
         slabs=slabs or [_no_pages(q)],
         block_table=block_table,
-        query_position=torch.where(query_position < 0, NEVER, query_position).to(torch.int32),
+        query_position=_without_padding(query_position).to(torch.int32),
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         shared=shared,
+        memo=memo,
     )
     return paged_attention.request(call, impl)
 
@@ -132,6 +138,7 @@ def _check_paged_attention(
     query_position: Tensor,
     scale: float | None = None,
     shared: bool | None = None,
+    memo: PageMemo | None = None,
     impl: str = "auto",
 ) -> None:
     check_tensor("q", q, "[N, T, Hq, D]", [None] * 4)
@@ -150,6 +157,8 @@ def _check_paged_attention(
     check_range("query_position", query_position, -1, NEVER)
     if shared is not None and not isinstance(shared, bool):
         raise wrong("shared", "True, False or None", shared)
+    if memo is not None and not isinstance(memo, PageMemo):
+        raise wrong("memo", "a PageMemo or None", memo)
     if (
         shared is False
         and values_are_checked(block_table)
@@ -157,6 +166,10 @@ def _check_paged_attention(
     ):
         raise wrong("shared", "True or None where a page is listed twice", shared)
     _check_no_gradient(q, slabs)
+
+
+def _without_padding(position: Tensor) -> Tensor:
+    return position if no_padding(position) else torch.where(position < 0, NEVER, position)
 
 
 def _no_pages(q: Tensor) -> Pages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,23 @@ class PagedRows(NamedTuple):
     logit_bias: Tensor | None
 
 
+class PageMemo:
+    """What an implementation works out from page tables, kept for later calls by their owner.
+
+    It belongs to one page table and to slabs of the same sizes, and is used only with these: after
+    a change of any of them the owner makes a new one. Keys, values, positions, lifetimes and
+    queries may differ from call to call.
+
+    Attributes:
+        plan: what the implementation "pages" keeps.
+    """
+
+    __slots__ = ("plan",)
+
+    def __init__(self) -> None:
+        self.plan: Any = None
+
+
 class PagedCall(NamedTuple):
     """One call of `paged_attention`: at least one slab; query_position is NEVER for padding."""
 
@@ -61,6 +78,7 @@ class PagedCall(NamedTuple):
     query_position: Tensor
     scale: float
     shared: bool | None
+    memo: PageMemo | None = None
 
 
 def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -16,7 +17,8 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.declare import Hints, op
-from hamblocks_ops.packing import NEVER, positions, sequence_of
+from hamblocks_ops.packing import NEVER, no_padding, positions, sequence_of
+from hamblocks_ops.precision import wide
 from hamblocks_ops.select.topk import topk
 
 __all__ = ["NEVER", "select_first", "select_threshold", "select_topk", "select_window"]
@@ -48,13 +50,21 @@ def select_threshold(
     Raises:
         ValueError: a bad argument; NaN is a bad `tau`.
     """
-    where, _ = placed(score, position, cu_seqlens)
+    where = _by_token(score, position, cu_seqlens)
     if not isinstance(tau, Tensor):
         # a number beside a tensor would be rounded to the tensor's dtype
         tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
-    wide = torch.promote_types(score.dtype, torch.float32)
-    stored = (score.to(wide) >= tau.to(wide)) & (tau < float("inf"))
-    return torch.where(stored & (where >= 0), NEVER, where).to(torch.int32)
+    if tau.dim() == 0 and values_are_checked(tau):
+        # a number: whether it is infinite is known without an op
+        limit = tau.to(wide(score)).item()
+        stored = score.to(wide(score)) >= limit
+        if limit == math.inf:
+            stored = torch.zeros_like(stored)
+    else:
+        stored = (score.to(wide(score)) >= tau.to(wide(score))) & (tau < math.inf)
+    if not no_padding(where):
+        stored = stored & (where >= 0)
+    return where.masked_fill(stored, NEVER)
 
 
 @select_threshold.check
@@ -132,8 +142,12 @@ def select_window(
     Raises:
         ValueError: a bad argument.
     """
-    where, _ = placed(score, position, cu_seqlens)
-    return torch.where(where < 0, where, (where + width).clamp(max=NEVER)).to(torch.int32)
+    where = _by_token(score, position, cu_seqlens)
+    # clamped before the sum, which would overflow
+    until = where.clamp(max=NEVER - min(width, NEVER)) + min(width, NEVER)
+    if not no_padding(where):
+        until = torch.where(where < 0, where, until)
+    return until.expand(score.shape)
 
 
 @select_window.check
@@ -192,6 +206,16 @@ def check_placed(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | N
     else:
         check_tensor("position", position, "[B, T]", [batch, length], like=tokens)
     check_integer("position", position)
+
+
+def _by_token(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions as int32, `[B, T, H]`, or `[B, T, 1]` where they are the same for all heads."""
+    batch, length, _ = tokens.shape
+    if position is None:
+        position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
+    if position.dim() == 2:
+        position = position[..., None]
+    return position.to(torch.int32)
 
 
 def placed(

@@ -15,6 +15,10 @@ from torch import Tensor
 from hamblocks_ops.lengths import is_symbolic
 from hamblocks_ops.packing import NEVER
 
+CACHED_RANKS = 2**16
+"""Ranks that a CPU searches at a time. A level gathers from all over its tables, so with more of
+them the time grows faster than T log T, by misses of the cache."""
+
 
 def topk(score: Tensor, k: int, position: Tensor, sequence: Tensor | None) -> Tensor:
     """Shapes as in `reference.topk`; returns int64 like `position`."""
@@ -72,7 +76,12 @@ def kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Ten
     if is_symbolic(rank.shape[1]):
         found: Tensor = _kth_smallest_op(rank, low, high, wanted)
         return found
-    return _kth_smallest(rank, low, high, wanted)
+    rows = max(1, CACHED_RANKS // max(rank.shape[1], 1))
+    # a trace would repeat the ops for every block
+    if rank.device.type != "cpu" or rank.shape[0] <= rows or torch.compiler.is_compiling():
+        return _kth_smallest(rank, low, high, wanted)
+    blocks = zip(*(x.split(rows) for x in (rank, low, high, wanted)), strict=True)
+    return torch.cat([_kth_smallest(*block) for block in blocks])
 
 
 def _kth_smallest(rank: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Tensor:

@@ -33,13 +33,12 @@ def merge_all(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         out: `[R, M, ..., D]`, M parts; it is overwritten.
-        lse: `[R, M, ...]`, -inf where a part saw nothing.
+        lse: `[R, M, ...]`, -inf where a part saw nothing and has out = 0.
 
     Returns:
         out `[R, ..., D]` and lse `[R, ...]`; 0 and -inf where no part saw anything.
     """
-    peak = lse.amax(1, keepdim=True)
-    weight = (lse - peak.masked_fill(peak == float("-inf"), 0)).exp()
-    whole = weight.sum(1)
-    out = out.mul_(weight[..., None]).sum(1).div_(whole.masked_fill(whole == 0, 1)[..., None])
-    return out, whole.log() + peak[:, 0]
+    # Where no part saw anything, the softmax of -inf would be NaN. That of equal numbers is not, and
+    # what it weights is 0.
+    weight = lse.clamp(min=torch.finfo(lse.dtype).min).softmax(1)
+    return out.mul_(weight[..., None]).sum(1), lse.logsumexp(1)

@@ -11,8 +11,11 @@ finite number are clamped to it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hamblocks_ops.precision import wide
 from hamblocks_ops.surprise.call import SurpriseCall
@@ -28,11 +31,7 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     """`[..., V]` twice, float32 or float64 -> `[...]`."""
     most = torch.finfo(v.dtype).max
     if metric == "cosine":
-        prediction, value = _Scaled(v - residual), _Scaled(v)
-        cosine = (prediction.scaled * value.scaled).sum(-1) / (prediction.norm * value.norm)
-        # rounding must not push a perfect prediction below 0, where the minimum and its gradient
-        # lie
-        return (1 - cosine.masked_fill(prediction.zero | value.zero, 0)).clamp(min=0)
+        return _cosine(torch.stack([v - residual, v]))
     if metric == "relative_l2":
         error, value = _Scaled(residual), _Scaled(v)
         lead = error.peak / value.peak
@@ -43,6 +42,26 @@ def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
     # divided before it is squared: a mean in range has a sum that may not be
     scaled: Tensor = residual * residual.shape[-1] ** -0.5
     return scaled.square().sum(-1).clamp(max=most)
+
+
+def _cosine(pair: Tensor) -> Tensor:
+    """1 - cos of the two vectors `[2, ..., V]`.
+
+    Each op computes both vectors at once: the time of a decoded token is the number of its ops.
+    """
+    below = math.nextafter(torch.finfo(pair.dtype).tiny, 0)
+    with torch.no_grad():  # the peak cancels in the score, so its gradient is zero
+        peak = torch.linalg.vector_norm(pair, math.inf, -1, keepdim=True)
+        # what counts as zero becomes zero when it is divided by infinity, and so does its gradient
+        peak = F.threshold(peak, below, math.inf)
+    scaled = pair / peak
+    # A vector that is not zero has an entry +-1 now and a norm of at least 1, so the clamp changes
+    # only 0, which would give 0 / 0.
+    norms = torch.linalg.vector_norm(scaled, dim=-1).prod(0).clamp(min=1)
+    cosine = scaled.prod(0).sum(-1) / norms
+    # rounding must not push a perfect prediction below 0, where the minimum and its gradient lie
+    score: Tensor = (1 - cosine).clamp(min=0)
+    return score
 
 
 class _Scaled:
