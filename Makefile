@@ -6,8 +6,9 @@ READY := .venv/ready
 # a pretrained model for the tests that need one: 93 MB, kept in the environment
 CHECKPOINT := .venv/checkpoint
 OUT ?= out
+BASE ?= HEAD~1
 
-.PHONY: checkpoint compat demo test quick bench lint docs alarms mutants triton36 clean
+.PHONY: checkpoint compat demo test quick bench bench-compare lint docs alarms mutants triton36 clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -44,6 +45,10 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -rP -p no:xdist -p no:hypothesispytest
+
+# this tree against another revision: make bench-compare BASE=main
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(BASE)
 
 # the ci profile over all sound parts under 20 seeds: no check may fail
 alarms: $(READY)
