@@ -146,14 +146,15 @@ class SelectedAttention(Built):
             q = self.q_norm(q).to(dtype)
             k = self.k_norm(k).to(dtype)
         if self.rope_theta is not None:
-            size = self.rotated
-            turn = angles(q[..., :size], position, self.rope_theta, self.rope_scaling)
-            q, k = (
-                turned(x, *turn)
-                if size == x.shape[3]
-                else torch.cat([turned(x[..., :size], *turn), x[..., size:]], -1)
-                for x in (q, k)
-            )
+            size, theta, scaling = self.rotated, self.rope_theta, self.rope_scaling
+            if size == q.shape[3]:
+                turn = angles(q, position, theta, scaling)
+                q, k = turned(q, *turn), turned(k, *turn)
+            else:
+                turn = angles(q[..., :size], position, theta, scaling)
+                q, k = (
+                    torch.cat([turned(x[..., :size], *turn), x[..., size:]], -1) for x in (q, k)
+                )
         return q, k, v, after
 
     @property

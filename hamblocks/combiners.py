@@ -38,6 +38,8 @@ class _Mix(Built):
         self.output_gate, self.read_norm = output_gate, read_norm
         self.attention_read_norm, self.bias = read_norm, False
         self.norm_eps = 1e-6
+        self.memory_gate: str | None = None
+        self.attention_gate: str | None = None
 
     def make(self, dims: LayerDims) -> None:
         sizes = []
@@ -89,9 +91,16 @@ class _Mix(Built):
         """See `hamblocks.protocols.Combiner`."""
         reads = []
         if memory_read is not None:
-            reads.append(self.of_memory(x, memory_read))
+            read = self.memory_norm(memory_read) if self.read_norm else memory_read
+            if self.memory_gate is not None:
+                read = _gated(read, self.memory_gate, self.memory_g_proj(x))
+            reads.append(read)
         if attention_read is not None:
-            reads.append(self.of_attention(x, attention_read))
+            normed = self.attention_read_norm
+            read = self.attention_norm(attention_read) if normed else attention_read
+            if self.attention_gate is not None:
+                read = _gated(read, self.attention_gate, self.attention_g_proj(x))
+            reads.append(read)
         # decoding: a linear map of a matrix takes fewer ops
         logits = self.gate_proj(x[:, 0] if x.shape[1] == 1 else x)
         if self.is_joint:
@@ -116,14 +125,6 @@ class _Mix(Built):
     def apart(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
         raise NotImplementedError
-
-    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
-        """The memory's read as it is joined, `[B, T, H, D]`."""
-        return self.memory_norm(read) if self.read_norm else read
-
-    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
-        """The read of attention as it is joined, `[B, T, H, D]`."""
-        return self.attention_norm(read) if self.attention_read_norm else read
 
 
 @final
@@ -265,19 +266,6 @@ class ScaledSum(_Mix):
     def apart(self, logits: Tensor) -> Tensor:
         """The logits themselves."""
         return logits
-
-    def of_memory(self, x: Tensor, read: Tensor) -> Tensor:
-        """The memory's read after its norm and gate."""
-        read = super().of_memory(x, read)
-        if self.memory_gate is None:
-            return read
-        return _gated(read, self.memory_gate, self.memory_g_proj(x))
-
-    def of_attention(self, x: Tensor, read: Tensor) -> Tensor:
-        """The read of attention after its gate."""
-        if self.attention_gate is None:
-            return read
-        return _gated(read, self.attention_gate, self.attention_g_proj(x))
 
 
 def _gated(read: Tensor, gate: str, logits: Tensor) -> Tensor:

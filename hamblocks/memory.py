@@ -280,28 +280,32 @@ class _DeltaRuleMemory(Built):
         are repeated.
         """
         parts = q, k, v
-        counts = [x.shape[2] for x in parts]
-        widths = [x.shape[2] * x.shape[3] for x in parts]
+        counts = [q.shape[2], k.shape[2], v.shape[2]]
         if q.shape[3] == v.shape[3]:  # fewer operations per token
             mixed, conv = self.conv(torch.cat(parts, 2).flatten(2), past, cu_seqlens)
             q, k, v = mixed.unflatten(-1, (sum(counts), -1)).split(counts, 2)
         else:
             mixed, conv = self.conv(torch.cat([x.flatten(2) for x in parts], -1), past, cu_seqlens)
+            widths = [x.shape[2] * x.shape[3] for x in parts]
             q, k, v = (
                 y.unflatten(-1, x.shape[2:])
                 for x, y in zip(parts, mixed.split(widths, -1), strict=True)
             )
-        heads, _ = self.size
-        q, k, v = (
-            x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
-            for x in (self._unit(q), self._unit(k), v)
-        )
+        q, k = self._unit(q), self._unit(k)
+        heads = self.size[0]
+        if counts != [heads] * 3:
+            q, k, v = (
+                x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+                for x in (q, k, v)
+            )
         return q, k, v, conv
 
     def _unit(self, x: Tensor) -> Tensor:
         """x, of unit length; a little shorter with `qk_l2norm_eps`."""
         if not self.qk_l2norm_eps:
-            return _of_unit_length(x)
+            # `F.normalize` without the op that expands the norm
+            unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+            return unit
         squared = x.to(wide(x)).square().sum(-1, keepdim=True)
         return (x * (squared + self.qk_l2norm_eps).rsqrt()).to(x.dtype)
 
@@ -319,12 +323,6 @@ class _DeltaRuleMemory(Built):
             fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == sizes
             if not fits or tensor.device != x.device:
                 raise wrong(f"state.{name}", f"a tensor {list(sizes)} on {x.device}", tensor)
-
-
-def _of_unit_length(x: Tensor) -> Tensor:
-    """`F.normalize(x, dim=-1)` without the op that expands the norm."""
-    unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
-    return unit
 
 
 @final

@@ -9,6 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from hamblocks.cache.forked import watch
 from hamblocks_ops import Pages
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
@@ -104,6 +105,7 @@ class Pool:
         )
         self.dtype, self.device = like.dtype, like.device
         self.lock = threading.RLock()
+        watch(self)
         self.keys: list[tuple[Tensor, Tensor]] = []
         self.promised = self.version = 0
         self._views: _Views | None = None

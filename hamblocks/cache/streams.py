@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hamblocks.cache.forked import watch
 from hamblocks.cache.pool import Pool, Reservation
 from hamblocks_ops.arguments import values_are_checked
 from hamblocks_ops.paged_attention.layout import PageMemo
@@ -116,6 +117,7 @@ class Streams:
         """
         self.pool, self.seen, self.heads, self.private = pool, seen, heads, private
         self.lock = pool.lock
+        watch(self)
         self.lease, self.width = Lease(pool, table), table.shape[1]
         self.end = weakref.finalize(self, self.lease.end)
         self.end.atexit = False
@@ -290,6 +292,7 @@ class Unallocated:
         self.steps = self.turn = 0
         self.pending = False
         self.lock = threading.RLock()
+        watch(self)
 
     def copy(self, sequences: int | None = None) -> Unallocated:
         """Another one with the same sizes."""

@@ -80,11 +80,25 @@ def test_a_state_goes_to_another_process_and_to_its_fork():
         _, state, _ = layer.prefill(x)
         want = layer.decode(x[:, 0], state.fork()).y
         program = (
-            "import os, pickle, sys, torch\n"
+            "import os, pickle, sys, threading, torch\n"
             "torch.set_num_threads(1)\n"  # OpenMP's threads do not outlive a fork: torch would wait
             "layer, state, x = pickle.load(sys.stdin.buffer)\n"
             "with torch.no_grad(): y = layer.decode(x, state.fork()).y\n"
             "if hasattr(os, 'fork') and (child := os.fork()): os._exit(os.waitpid(child, 0)[1])\n"
+            # a fork while another thread is inside a call
+            "held, ended = threading.Event(), threading.Event()\n"
+            "def hold():\n"
+            "    with state.cache._own.lock: held.set(), ended.wait()\n"
+            "thread = threading.Thread(target=hold)\n"
+            "thread.start(), held.wait()\n"
+            "if hasattr(os, 'fork'):\n"
+            "    child = os.fork()\n"
+            "    if not child:\n"
+            "        try: layer.decode(x, state.fork())\n"
+            "        except RuntimeError as error: os._exit(17 if 'was forked' in str(error) else 1)\n"
+            "        os._exit(2)\n"
+            "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17\n"
+            "ended.set(), thread.join()\n"
             "with torch.no_grad(): again = layer.decode(x, state).y\n"
             "pickle.dump((y, again), sys.stdout.buffer)"
         )
