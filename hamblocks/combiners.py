@@ -26,6 +26,9 @@ class _Mix(Built):
     each read has a projection of its own, and the projections are added.
     """
 
+    memory_g_proj: nn.Linear
+    attention_g_proj: nn.Linear
+
     def __init__(self, output_gate: bool = False, read_norm: bool = True) -> None:
         """Makes the part; the layer that owns it makes the parameters.
 
