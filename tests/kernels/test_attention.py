@@ -40,7 +40,7 @@ def small_tiles() -> Any:
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(case=attention_inputs(dtype=LOW))
 @example(case=AttentionInputs(tokens=40, policy="topk", bias="some", group=2, dtype=torch.bfloat16))
 @example(case=AttentionInputs(tokens=40, policy="window", dtype=torch.float16))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parts_cases import SEEDS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,6 +40,7 @@ def odds(x):
     return x / max(1 - x, 1e-9)
 
 
+@settings(max_examples=12)
 @given(
     seed=SEEDS,
     kind=st.sampled_from(list(DISTRIBUTIONS)),
