@@ -19,9 +19,14 @@ from hamblocks.testing import settings  # noqa: E402 - it registers the profiles
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--hamblocks-profile")
     if not (given or config.getoption("hypothesis_profile", None)):
-        # the same cases on every machine: what fails for one fails for all
-        hypothesis.settings.load_profile("hamblocks-ci")
-        settings.choose(settings.chosen()._replace(profile="ci"))
+        # The same cases on every machine: what fails for one fails for all. Fewer than in "ci",
+        # because hundreds of parts run the same checks; `make alarms` draws more.
+        suite = settings.Profile("suite", examples=12, derandomize=True)
+        hypothesis.settings.register_profile(
+            "suite", hypothesis.settings.get_profile("hamblocks-ci"), max_examples=suite.examples
+        )
+        hypothesis.settings.load_profile("suite")
+        settings.choose(settings.chosen()._replace(profile=suite))
     from hamblocks_ops.dispatch import interpreting
 
     if interpreting():

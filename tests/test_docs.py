@@ -18,6 +18,7 @@ import torch
 import hamblocks
 import hamblocks.testing
 import hamblocks_ops
+from hamblocks.testing import settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
@@ -44,6 +45,13 @@ def blocks_of(page: Path) -> list[Block]:
             blocks[-1] = blocks[-1]._replace(output=fence["body"])
         behind = fence.end() if fence["language"] == "python" else 0
     return blocks
+
+
+@pytest.fixture(autouse=True)
+def _as_for_a_reader():
+    """The profile that a reader of the page has."""
+    with settings.using(settings.chosen()._replace(profile="dev")):
+        yield
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hamblocks.testing import settings
+
 ROOT = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(ROOT.glob("*.py"))
 GIVEN = {"plain_torch": [inspect.__file__, "2"], "trainer": [inspect.__file__, "2"]}
@@ -16,6 +18,12 @@ PRINTED = {
     "plain_torch": "Written: kept.png",
     "trainer": "stored at the end:",
 }
+
+
+@pytest.fixture(autouse=True)
+def _as_for_a_user():
+    with settings.using(settings.chosen()._replace(profile="dev")):
+        yield
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

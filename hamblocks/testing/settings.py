@@ -53,12 +53,13 @@ class Settings(NamedTuple):
     """What checks use where a call does not say otherwise.
 
     Attributes:
-        profile: name of a profile; None: "ci" where the environment variable CI is set, else "dev".
+        profile: a profile or the name of one; None: "ci" where the environment variable CI is set,
+            else "dev".
         seed: of the drawn cases; None: the profile decides whether cases differ from run to run.
         device: where implementations of ops run that name no device. References run on the CPU.
     """
 
-    profile: str | None = None
+    profile: str | Profile | None = None
     seed: int | None = None
     device: str = "cpu"
 
@@ -110,9 +111,9 @@ def profile_of(profile: str | Profile | None = None) -> Profile:
     Raises:
         ValueError: no profile has that name.
     """
-    if isinstance(profile, Profile):
-        return profile
     name = profile or chosen().profile or ("ci" if os.environ.get("CI") else "dev")
+    if isinstance(name, Profile):
+        return name
     if name not in PROFILES:
         raise wrong("profile", "one of " + ", ".join(PROFILES), repr(name))
     return PROFILES[name]
