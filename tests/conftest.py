@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (given or config.getoption("hypothesis_profile", None)):
         # The same cases on every machine: what fails for one fails for all. Fewer than in "ci",
         # because hundreds of parts run the same checks; `make alarms` draws more.
-        suite = settings.Profile("suite", examples=12, derandomize=True)
+        suite = settings.Profile("suite", examples=10, derandomize=True)
         hypothesis.settings.register_profile(
             "suite", hypothesis.settings.get_profile("hamblocks-ci"), max_examples=suite.examples
         )
