@@ -44,6 +44,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items=[item for item in items if item.get_closest_marker("gpu")]
         )
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    # Compiling thirty layers takes two minutes. Each part is compiled by a check of its own, and
+    # layers by `test_layers` and tests/parts/test_one_graph.py.
+    twice = [
+        item
+        for item in items
+        if "test_layers_of_every_part" in item.nodeid and "compiled_is_eager" in item.nodeid
+    ]
+    config.hook.pytest_deselected(items=twice)
+    items[:] = [item for item in items if item not in set(twice)]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         if getattr(getattr(check, "part", None), "impl", None) in (
