@@ -60,6 +60,9 @@ class HAMTitanModel(BaseModel):
             if not config.training.disable_cuda_graphs:
                 expected = "True (how much is stored differs from step to step)"
                 raise wrong("training.disable_cuda_graphs", expected, "False")
+            if config.checkpoint.last_save_in_hf:
+                expected = "False (it writes 0 for target fractions; see docs/guide/distributed.md)"
+                raise wrong("checkpoint.last_save_in_hf", expected, "True")
             if config.checkpoint.enable and config.parallelism.tensor_parallel_degree > 1:
                 expected = (
                     "False with tensor parallel (torch.distributed.checkpoint cannot save a rank's "
