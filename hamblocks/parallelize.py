@@ -24,6 +24,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     tensor: str | None = None,
+    replicate: str | None = None,
     recompute: bool = False,
     param_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -31,6 +32,8 @@ def parallelize(
 
     The ranks of the dimension `tensor` share the heads of every layer (see `split_heads`), and see
     the same tokens.
+
+    The ranks of the dimension `replicate` hold the same shards, and sum their gradients (HSDP).
 
     Parameters are sharded over all other dimensions of the mesh (FSDP2), block by block. A dimension
     for context parallel is among them: its ranks hold slices of one batch, so their gradients are
@@ -43,6 +46,8 @@ def parallelize(
         mesh: dimensions for data, context and heads, e.g. `init_device_mesh("cuda", (4, 2),
             mesh_dim_names=("data", "tensor"))`.
         tensor: name of the mesh dimension whose ranks share heads. None: no rank shares heads.
+        replicate: name of the mesh dimension whose ranks hold the same shards; the mesh then has
+            exactly one dimension to shard over. None: parameters are sharded over all ranks.
         recompute: run every block again in the backward pass instead of keeping what it computed.
         param_dtype: dtype of parameters in a block's call (mixed precision); gradients are reduced
             in float32. None: that of the parameters.
@@ -51,39 +56,59 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: the model has no such block, the mesh has no dimension `tensor`, or the heads
-            cannot be shared.
+        ValueError: the model has no such block, the mesh has no dimension `tensor` or `replicate`,
+            it has other dimensions than `replicate` needs, or the heads cannot be shared.
     """
-    blocks: list[Any] = [
-        module for module in model.modules() if isinstance(getattr(module, "layer", None), HAMLayer)
-    ]
+    blocks = _blocks(model)
     if not blocks:
         raise wrong(
             "model", "blocks that hold a HAMLayer as attribute `layer`", type(model).__name__
         )
     names = mesh.mesh_dim_names or ()
-    if tensor is not None and tensor not in names:
-        raise wrong("tensor", f"a dimension of the mesh, {', '.join(names) or 'unnamed'}", tensor)
+    for argument, name in (("tensor", tensor), ("replicate", replicate)):
+        if name is not None and name not in names:
+            raise wrong(argument, f"a dimension of the mesh, {', '.join(names) or 'unnamed'}", name)
+    others = tuple(name for name in names if name != tensor)
+    if replicate is not None and (len(others) != 2 or replicate not in others):
+        expected = "beside it one dimension to shard over, and tensor if heads are shared"
+        raise wrong("replicate", expected, ", ".join(names))
     if tensor is not None:
         split_heads(model, mesh[tensor])
     if recompute:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    others = tuple(name for name in names if name != tensor)
-    if tensor is None or others:
-        _shard(model, blocks, mesh if tensor is None else mesh[others], param_dtype)
+    if replicate is not None:
+        shards = tuple(name for name in others if name != replicate)
+        _shard(model, blocks, mesh[replicate, shards[0]], param_dtype)
+    elif tensor is None or others:
+        mesh = mesh if tensor is None else mesh[others]
+        flat = mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
+        _shard(model, blocks, flat, param_dtype)
     return model
+
+
+def _blocks(model: nn.Module) -> list[Any]:
+    """The modules that hold a `HAMLayer` as attribute `layer`, without those inside another one.
+
+    The blocks of a `HAMForCausalLM` are a `HAMBlock` inside a `HAMDecoderLayer`: both have the
+    attribute, and FSDP2 cannot shard a module after the one around it.
+    """
+    found: list[Any] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) not in inside and isinstance(getattr(module, "layer", None), HAMLayer):
+            found.append(module)
+            inside.update(id(one) for one in module.modules())
+    return found
 
 
 def _shard(
     model: nn.Module, blocks: list[Any], mesh: DeviceMesh, param_dtype: torch.dtype | None
 ) -> None:
-    """Shards the parameters over all dimensions of a mesh."""
+    """Shards the parameters over the last dimension of a mesh, and replicates over the first of two."""
     # imported here: it takes a second, and other users of this package have no mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard
-
-    flat = mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
 
     def placement(weight: nn.Parameter) -> Shard | None:
         # FSDP2 does not know the rows of a rank where they are runs of several blocks
@@ -94,7 +119,7 @@ def _shard(
         param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32
     )
     for module in (*blocks, model):
-        fully_shard(module, mesh=flat, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
 
 
 def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> nn.Module:
@@ -133,15 +158,31 @@ def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
         if layer.head_split is not None:
             raise wrong("model", "a model whose heads are not shared yet", "one whose heads are")
         check_splits(layer, mesh.size())
+    names = names_of_weights(model)
+    parallelize_module(model, mesh, tensor_plan(model), src_data_rank=src_data_rank)
+    tie_again(model, names)
+    return model
+
+
+def names_of_weights(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter; a tied one has several."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    parallelize_module(model, mesh, tensor_plan(model), src_data_rank=src_data_rank)
-    for first, *others in names.values():
+    return list(names.values())
+
+
+def tie_again(model: nn.Module, names: list[list[str]]) -> None:
+    """Gives tied parameters one tensor again, after each of their names got a tensor of its own.
+
+    Args:
+        model: the model.
+        names: `names_of_weights` of the model while its parameters were tied.
+    """
+    for first, *others in names:
         for name in others:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._parameters[key] = model.get_parameter(first)
-    return model
 
 
 def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:

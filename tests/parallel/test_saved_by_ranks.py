@@ -11,12 +11,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hamblocks as hb
+from hamblocks.models import HAMConfig, HAMForCausalLM
+from hamblocks.parallelize import parallelize
 
 VOCAB = 17
+SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def decoder(seed: int) -> hb.Decoder:
@@ -92,3 +95,28 @@ def test_one_file_of_it_is_a_plain_model(workers, tmp_path):
     taus = [layer.selector.controller.tau for layer in model.stack.layers]
     assert all(tau.isfinite() for tau in taus)
     assert len(set(taus)) == 2
+
+
+def save_causal_lm(_: Any, folder: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = HAMForCausalLM(HAMConfig(**SIZES))
+    parallelize(model, init_device_mesh("cpu", (4,), mesh_dim_names=("data",)))
+    train(model, 2)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=str(folder))
+    return full(model)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_one_safetensors_file_for_transformers(workers, tmp_path):
+    saved = workers.run(save_causal_lm, 4, tmp_path / "dcp")[0]
+    model = HAMForCausalLM(HAMConfig(**SIZES))
+    dcp.load({"model": model.state_dict()}, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    model.save_pretrained(tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+    again = HAMForCausalLM.from_pretrained(tmp_path / "model")
+    for name, x in again.state_dict().items():
+        assert torch.equal(x, saved[name]), name
+    taus = [layer.selector.left.controller.tau for layer in again.model.stack.layers]
+    assert all(tau.isfinite() for tau in taus)
