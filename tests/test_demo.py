@@ -42,6 +42,7 @@ def tiny(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_measured(tiny, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["demo", "--seed", "3", "--steps", "2", "--out", str(out)])

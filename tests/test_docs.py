@@ -54,6 +54,7 @@ def _as_for_a_reader():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page, monkeypatch, tmp_path):
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ def _as_for_a_user():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

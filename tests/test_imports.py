@@ -44,6 +44,7 @@ def test_every_public_name_is_there():
         hamblocks.Nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "code", "message"),
     [
@@ -61,6 +62,7 @@ def test_an_import_without_its_extra_names_it(tmp_path, missing, code, message):
     assert f"needs {missing}: pip install '{message}'" in last
 
 
+@pytest.mark.slow
 def test_models_without_transformers_work_without_it(tmp_path):
     code = "from hamblocks.models import Decoder, Stack"
     assert run(code, missing=("transformers",), path=tmp_path).returncode == 0

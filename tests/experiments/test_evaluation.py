@@ -182,6 +182,7 @@ def test_thresholds_are_quantiles_of_the_first_call():
     assert (AtQuantile([0.5])(score).evict_at == NEVER).float().mean((0, 1)).tolist() == [0.5] * 3
 
 
+@pytest.mark.slow
 def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
     model = tiny_llama()
     before = model.config._attn_implementation
@@ -289,6 +290,7 @@ def test_a_score_for_every_head():
     assert torch.equal(score, given[..., :1].expand(-1, -1, 2))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_chart(tokenizer, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

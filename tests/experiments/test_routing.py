@@ -49,6 +49,7 @@ def _quiet(*_):
     pass
 
 
+@pytest.mark.slow
 def test_every_job_is_run_once_and_a_later_run_goes_on(small, tmp_path):
     first = routing.run(replace(TINY, seeds=(5,)), tmp_path / "one", _quiet)
     done = []
@@ -81,6 +82,7 @@ def test_policies_store_what_the_budget_says(small, tmp_path):
     assert needed[routing.FRACTIONS.index(0.5)] == 1
 
 
+@pytest.mark.slow
 def test_tables_and_charts_show_every_seed(small, tmp_path):
     results = routing.run(TINY, tmp_path, _quiet)
     text = markdown(results)
@@ -102,6 +104,7 @@ def test_tables_and_charts_show_every_seed(small, tmp_path):
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+@pytest.mark.slow
 def test_growth_at_every_budget_is_set_against_what_the_budget_costs(small, tmp_path):
     results = routing.run(replace(TINY, tasks=("recall",), options=()), tmp_path, _quiet)
     _, cost, ratios = trade_off(results, "recall")
@@ -129,6 +132,7 @@ def test_growth_at_every_budget_is_set_against_what_the_budget_costs(small, tmp_
     assert trade_off(results, "recall").cost == [row[1:] for row in cost]
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_of_it(small, tmp_path, monkeypatch):
     monkeypatch.setattr(routing.Settings, "quick", classmethod(lambda _: TINY))
     given = ["experiment", "routing", "--quick", "--seeds", "1", "--out", str(tmp_path / "out")]

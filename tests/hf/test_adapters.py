@@ -67,6 +67,7 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [lambda: hb.TargetFraction(0.25), lambda: hb.ElasticFraction(0.1)],

@@ -148,6 +148,7 @@ def test_errors_fall_and_the_source_stays():
     assert all(0.1 < fraction < 0.5 for fraction in fractions), fractions
 
 
+@pytest.mark.slow
 def test_distillation_brings_predictions_nearer_and_the_source_stays(tmp_path):
     model = converted()
     before = weights(model)
@@ -192,6 +193,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on(tmp_path):
     class StoppedError(Exception):
         pass
@@ -225,6 +227,7 @@ def test_a_run_that_stops_goes_on(tmp_path):
         align(converted(layers=[0]), ids(), SETTINGS, folder=tmp_path / "halves")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

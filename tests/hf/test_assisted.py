@@ -71,6 +71,7 @@ def close(one, other):
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "name"), [*enumerate(SELECTORS)])
 def test_tokens_and_cache_are_those_of_greedy_decoding(seed, name, monkeypatch):
     made = tiny(seed, SELECTORS[name]())

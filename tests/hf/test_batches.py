@@ -150,6 +150,7 @@ def test_what_is_used_without_being_asked():
 IDS, MASK = text(0, 2, 4), torch.ones(2, 4, dtype=torch.long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

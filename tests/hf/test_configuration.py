@@ -487,6 +487,7 @@ def run(code):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_importing_hamblocks_needs_torch_alone():
     run(
         "import sys, hamblocks; assert 'transformers' not in sys.modules;"

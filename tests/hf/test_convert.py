@@ -103,6 +103,7 @@ def test_the_source_stays_as_it_was_and_shares_nothing():
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama yarn", "smollm3", "qwen3"])
 def test_generate_is_argmax_over_full_passes(name):
     model = moved(convert(source(name), selector=SELECTOR, layers=[0, 2]))
@@ -376,6 +377,7 @@ needs_checkpoint = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.checkpoint
 @needs_checkpoint
 def test_smollm2() -> None:

@@ -139,6 +139,7 @@ def test_logits_are_those_of_a_loop_over_the_weights(name):
         torch.testing.assert_close(run(model, ids), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_fla():
     old, ids = source("grouped", torch.float32), text(1, 2, 5)
     with torch.no_grad():

@@ -119,6 +119,7 @@ print(type(AutoModelForCausalLM.from_pretrained({folder!r})).__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

@@ -79,6 +79,7 @@ def test_sampling_repeats_with_its_seed_and_without_the_cache():
     assert torch.equal(many, sample(0, num_return_sequences=3, use_cache=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("returned", [1, 3])
 def test_beams_need_no_cache(name, returned):

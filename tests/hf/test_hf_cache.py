@@ -267,6 +267,7 @@ def test_an_exception_anywhere_leaves_the_cache_as_it_was(where):
     close(made(new, attention_mask=grown, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -60,6 +60,7 @@ def weights_elsewhere(made):
     return [name for name, weight in made.named_parameters() if weight.is_meta]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "buffers"), [*((name, True) for name in PARTS), ("target", False), ("router", False)]
 )
@@ -71,6 +72,7 @@ def test_weights_that_come_for_each_module(name, buffers):
 
 
 # transformers asks for enough memory when it saves
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize(
     ("name", "on_disk"),

@@ -109,6 +109,7 @@ def _end_of_sequences(lengths: list[int], packed: bool) -> Any:
     return torch.cat([torch.full((n,), n, dtype=torch.int32) for n in lengths])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_shards_equal_the_whole(workers, name):
     workers.run(check, 4, name, [37, 37], False, "head-tail", torch.float64)
@@ -116,6 +117,7 @@ def test_shards_equal_the_whole(workers, name):
     workers.run(check, 2, name, [3, 29, 1, 12], True, "head-tail", torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[0], [1], [3, 3], [2, 1], [9]])
 @pytest.mark.parametrize("name", ["union", "router", "conv", "own", "query_gate"])
 def test_ranks_and_chunks_without_tokens(workers, name, lengths):

@@ -169,6 +169,7 @@ def loses(group: Any, packed: bool, order: str, checkpoints: bool) -> None:
         model(own[:, 1:], shard=shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packed", "order", "checkpoints"),
     [(False, "head-tail", True), (True, "head-tail", False), (True, "contiguous", False)],
@@ -285,6 +286,7 @@ def one_raises(group: Any) -> str:
     return "ended"
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_others(tmp_path):
     """One that dies ends them in `test_thresholds`."""
     from ranks import Workers

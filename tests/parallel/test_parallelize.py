@@ -43,6 +43,7 @@ def trains(_: Any, context: int, recompute: bool) -> None:
         torch.testing.assert_close(found, other.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context", "recompute"), [(1, True), (2, False), (4, True)])
 def test_gradients_are_those_of_one_process(workers, context, recompute):
     workers.run(trains, 4, context, recompute)

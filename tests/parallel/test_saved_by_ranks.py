@@ -73,6 +73,7 @@ def load(group: Any, folder: Path) -> dict[str, torch.Tensor]:
     return full(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_four_ranks_save_and_others_load(workers, tmp_path, ranks):
     saved = workers.run(save, 4, tmp_path / "dcp")

@@ -117,6 +117,7 @@ def is_as_one_process(group: Any, names: list[str]) -> None:
         same_gradients(split, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "names"), [(2, ["default", "shared router"]), (4, list(LAYERS))])
 def test_a_layer_is_that_of_one_process(workers, ranks, names):
     workers.run(is_as_one_process, ranks, names)
@@ -239,6 +240,7 @@ def trains(_: Any, tensor: int, recompute: bool) -> None:
     torch.optim.AdamW(model.parameters(), foreach=True).step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "recompute"), [(2, True), (4, False)])
 def test_a_decoder_trains_as_one_process(workers, tensor, recompute):
     workers.run(trains, 4, tensor, recompute)

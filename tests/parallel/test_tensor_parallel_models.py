@@ -62,6 +62,7 @@ def loaded(group: Any, path: Path) -> tuple[Any, ...]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_loaded_model_is_that_of_one_process(workers, tmp_path, tied):
     torch.manual_seed(0)

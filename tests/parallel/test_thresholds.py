@@ -68,6 +68,7 @@ def steps_but_for_one(_: Any) -> str:
     return "ended"
 
 
+@pytest.mark.slow
 def test_a_step_on_some_ranks_ends_by_the_timeout_of_the_group(tmp_path):
     workers = Workers(tmp_path, timeout=GROUP_TIMEOUT)
     try:
@@ -89,6 +90,7 @@ def steps_but_one_dies(_: Any) -> None:
         assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_before_a_step_ends_the_others(tmp_path):
     workers = Workers(tmp_path)
     try:

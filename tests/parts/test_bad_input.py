@@ -268,6 +268,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CALLS)
 @torch.no_grad()
 def test_calls(what):

@@ -345,6 +345,7 @@ def test_gradient_checkpointing_gives_the_same_tau():
     assert train(True) == taus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_follows_scores_that_drift(fraction, scale):

@@ -40,6 +40,7 @@ def odds(x):
     return x / max(1 - x, 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     seed=SEEDS,

@@ -124,6 +124,7 @@ class NullSink(hb.protocols.Built):
         return dense.read(dense.softmax(dense.logits(q), null=self.null))
 
 
+@pytest.mark.slow
 @parametrize_with_checks(attentions=[Alibi(), SoftCapped(5.0), NullSink()])
 def test_attention_parts_of_ones_own(check):
     check()

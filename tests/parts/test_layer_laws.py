@@ -59,6 +59,7 @@ def test_layer_is_memory_and_attention_over_what_it_stored(case, size):
             assert (error <= 1e-10 + 32 * blur.unflatten(1, (heads, -1)).mean(-1)).all()
 
 
+@pytest.mark.slow
 @every_case
 @over_sizes(share=3)
 @torch.no_grad()

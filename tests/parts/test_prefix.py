@@ -50,6 +50,7 @@ def check(layer, x, more, state, got):
         assert torch.equal(evict_at, known[alive, head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["prompt", "continuations", "both"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()

@@ -175,6 +175,7 @@ def test_states_of_other_layers_are_refused(name):
         layer.prefill(torch.randn(1, 3, 8), other.init_state(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_they_pass_the_checks_of_layers(name):
     check_layer(hb.HAMLayer(8, 2, num_kv_heads=1, **PARTS[name]), profile="ci", only=LAWS)

@@ -162,6 +162,7 @@ def test_its_controller_is_stepped_and_saved():
     assert 0.1 < reads.float().mean() < 0.4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_is_eager():
     layer = layer_of(hb.ThresholdQueries(hb.PredictionError(), 0.9, window=2))

@@ -149,6 +149,7 @@ def test_each_is_found_once_in_order_and_cycles_end():
     assert find_controllers(deep) == [second]
 
 
+@pytest.mark.slow
 def test_a_set_has_the_same_order_in_every_process():
     code = (
         "import hamblocks as hb; from hamblocks.reachable import find_controllers;"

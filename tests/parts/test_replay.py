@@ -60,6 +60,7 @@ def begun(case, steps=RESERVED):
     return layer, x, state, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CAPTURED)
 def test_replays_within_the_reserve_are_decode_steps(case, monkeypatch):
     layer, x, state, _ = begun(case)

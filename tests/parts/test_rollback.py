@@ -46,6 +46,7 @@ def equal(one, other):
     return parts and (one.cache is None or same(one.cache.state_dict(), other.cache.state_dict()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("call", ["one token a call", "all in one call"])
 @torch.no_grad()
@@ -82,6 +83,7 @@ def test_taking_tokens_back_is_never_having_seen_them(case, call):
             assert torch.equal(evict_at, known[n, alive, head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_call_with_a_ring_is_a_call_without_one(case):
@@ -109,6 +111,7 @@ def test_a_call_with_a_ring_is_a_call_without_one(case):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_every_sequence_goes_back_by_its_own_number(case):

@@ -40,6 +40,7 @@ def test_a_refused_layer_spends_no_part():
     hb.HAMLayer(8, 2, selector=hb.Window(2), memory=memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "again",

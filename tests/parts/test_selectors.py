@@ -79,6 +79,7 @@ LAWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @given(tree=TREES, data=st.data())
 def test_every_expression_obeys_the_laws_of_a_selector(law, tree, data):

@@ -247,6 +247,7 @@ class Replay(torch.nn.Module):
         return hb.Selection(torch.where(position[..., None] < 0, -1, until))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["threshold", "delta-relative-topk", "router-and", "shared-error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @over_sizes(share=2, drawn=st.lists(st.integers(0, 14), max_size=5))
@@ -277,6 +278,7 @@ def test_low_precision_pieces_are_one_pass_within_the_budget(case, dtype, size, 
     assert_close(torch.cat(pieces, 1), right, "y", own=own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_beams_are_one_pass(case):
@@ -366,6 +368,7 @@ class NoWaiting(TorchDispatchMode):
 COPIES = ("reference", "queries-by-a-router")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in COPIES])
 @torch.no_grad()
 def test_decode_with_reserved_pages_never_waits_for_the_device(case, monkeypatch):

@@ -66,6 +66,7 @@ def requests(thread):
     return [100 * thread + n for n in range(FORKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_threads_with_forks_of_one_prompt_get_what_one_thread_gets(selector):
     layer = layer_of(selector)
@@ -177,6 +178,7 @@ def of_a_model():
     return lambda seed: decoded_by_a_model(model, [one.fork() for one in states], seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [of_a_layer, of_a_model])
 def test_threads_that_roll_back_or_decode_with_a_model(make):
     right = [make()(seed) for seed in range(THREADS)]

@@ -45,6 +45,7 @@ def run(check: str, part: Any) -> None:
     BY_NAME[check](part, options=options, profile="ci", shrink=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "one", BROKEN, ids=lambda one: f"{one.check.removeprefix('check_')}-{one.name}"
 )

@@ -215,6 +215,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "target"), PARTS, ids=[target for _, target in PARTS])
 def test_what_was_recorded_is_what_is_said_again(tmp_path: Path, kind: str, target: str) -> None:
     path = tmp_path / "golden.json"
@@ -237,6 +238,7 @@ def changed(value: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "target"), PARTS, ids=[target for _, target in PARTS])
 def test_every_result_that_changes_is_told(tmp_path: Path, kind: str, target: str) -> None:
     path = tmp_path / "golden.json"

@@ -20,6 +20,7 @@ def trained() -> hb.TargetFraction:
     return controller
 
 
+@pytest.mark.slow
 @parametrize_with_checks(ops=list(OPS))
 def test_ops(check: Any) -> None:
     check()
@@ -91,6 +92,7 @@ def test_small_parts(check: Any) -> None:
     check()
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     selectors=[
         hb.Threshold(0.25),
@@ -130,6 +132,7 @@ def test_selectors(check: Any) -> None:
     check()
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     memories=[
         hb.GatedDeltaMemory(),
