@@ -88,10 +88,10 @@ class _Mix(Built):
         """Gate logits `[B, T, H, reads]` -> the weight of each read, memory first."""
         raise NotImplementedError
 
-    def forward(
+    def normed(
         self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
-    ) -> Tensor:
-        """See `hamblocks.protocols.Combiner`."""
+    ) -> list[Tensor]:
+        """The reads that there are, `[B, T, H, D]`, after their norms and gates, memory first."""
         reads = []
         if memory_read is not None:
             read = self.memory_norm(memory_read) if self.read_norm else memory_read
@@ -104,6 +104,13 @@ class _Mix(Built):
             if self.attention_gate is not None:
                 read = _gated(read, self.attention_gate, self.attention_g_proj(x))
             reads.append(read)
+        return reads
+
+    def forward(
+        self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
+    ) -> Tensor:
+        """See `hamblocks.protocols.Combiner`."""
+        reads = self.normed(x, memory_read, attention_read)
         # decoding: a linear map of a matrix takes fewer ops
         logits = self.gate_proj(x[:, 0] if x.shape[1] == 1 else x)
         if self.is_joint:

@@ -75,12 +75,12 @@ def source_of(layer: HAMLayer, x: Tensor) -> Tensor:
         memory: Any = layer.memory
         position = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]
         read, _, _ = memory(x, None, None, None, position=position)
-        joined = combiner.of_memory(x, read).flatten(2)
+        joined = combiner.normed(x, read, None)[0].flatten(2)
         weight = weight[:, : joined.shape[2]]
     else:
         q, k, v = _prepared(layer, x)
         read = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        joined = combiner.of_attention(x, read.transpose(1, 2)).flatten(2)
+        joined = combiner.normed(x, None, read.transpose(1, 2))[0].flatten(2)
         weight = weight[:, -joined.shape[2] :]
     y: Tensor = F.linear(joined.to(x.dtype), weight, combiner.o_proj.bias)
     return y
