@@ -37,22 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks checks of interpreted Triton kernels as slow; without a GPU, deselects tests for one."""
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(
-            items=[item for item in items if item.get_closest_marker("gpu")]
-        )
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+def _is_left_out(item: pytest.Item) -> bool:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return True
     # Compiling thirty layers takes two minutes. Each part is compiled by a check of its own, and
     # layers by `test_layers` and tests/parts/test_one_graph.py.
-    twice = [
-        item
-        for item in items
-        if "test_layers_of_every_part" in item.nodeid and "compiled_is_eager" in item.nodeid
-    ]
-    config.hook.pytest_deselected(items=twice)
-    items[:] = [item for item in items if item not in set(twice)]
+    return "test_layers_of_every_part" in item.nodeid and "compiled_is_eager" in item.nodeid
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what is left out, and marks checks of interpreted Triton kernels as slow."""
+    left_out = [item for item in items if _is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not _is_left_out(item)]
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         if getattr(getattr(check, "part", None), "impl", None) in (
