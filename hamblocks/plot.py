@@ -226,7 +226,7 @@ def plot_lives(
     panels = len(lives) + (score is not None)
     columns = min(check_count("columns", columns, 1), panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(2.1 * columns + 0.3, 2.2 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.8 * columns + 0.3, 1.95 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     used, unused = list(grid.flat[:panels]), list(grid.flat[panels:])
     for axes in unused:
