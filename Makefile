@@ -28,11 +28,11 @@ demo: $(READY)
 	$(BIN)/hamblocks demo --out $(OUT)
 
 test: $(READY) $(CHECKPOINT) lint docs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # the inner loop
 quick: $(READY) lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not hamblocks_slow" --hamblocks-profile dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not hamblocks_slow" --hamblocks-profile dev
 
 lint: $(READY)
 	$(BIN)/ruff check .

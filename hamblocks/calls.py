@@ -147,7 +147,7 @@ class CallsParts(nn.Module):
         contracts.check_gate(result, x, self.dims)
         score, logit_bias = detached(result.score), result.logit_bias
         heads, kv_heads = score.shape[2], self.dims.num_kv_heads
-        if heads in (1, kv_heads):
+        if heads == 1 or heads == kv_heads:
             return score, logit_bias
         if heads < kv_heads:  # a memory with fewer heads than attention has key/value heads
             return score.repeat_interleave(kv_heads // heads, 2), logit_bias

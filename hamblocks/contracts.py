@@ -71,7 +71,7 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     if logit_bias is None:
         return
     check_tensor("logit_bias", logit_bias, "[B, T, heads] from the gate", [*rows, None], like=x)
-    if logit_bias.shape[2] not in (1, dims.num_kv_heads):
+    if logit_bias.shape[2] != 1 and logit_bias.shape[2] != dims.num_kv_heads:
         expected = f"1 or {dims.num_kv_heads} heads from the gate"
         raise wrong("logit_bias", expected, f"{logit_bias.shape[2]} heads")
 

@@ -389,6 +389,6 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _for_queries(x: Tensor, num_heads: int | None) -> Tensor:
     """`[B, Hkv, T, L]` -> `[B, H, T, L]`; a size of 1, which serves all heads, stays 1."""
-    if num_heads is None or x.shape[1] in (1, num_heads):
+    if num_heads is None or x.shape[1] == 1 or x.shape[1] == num_heads:
         return x
     return x.repeat_interleave(num_heads // x.shape[1], 1)

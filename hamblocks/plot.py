@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from hamblocks.extras import require
 from hamblocks.fates import Fates, fates_of
 from hamblocks.outputs import LayerStats
 from hamblocks.protocols import check_count
+from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import wrong
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def plot_kept(
             image.numpy(), aspect="auto", interpolation="nearest", extent=(0, columns, rows, 0)
         )
         _name_rows(axes, fates)
-    _legend(figure)
+    _legend(figure, "upper left", "stored at the end, evicted later")
     return figure
 
 
@@ -187,6 +188,67 @@ def plot_growth(stats: Mapping[str, Stats], *, sequence: int = 0) -> Figure:
     return figure
 
 
+def plot_lives(
+    evict_at: Mapping[str, Tensor],
+    *,
+    score: Tensor | None = None,
+    mark: int | None = None,
+    columns: int = 3,
+) -> Figure:
+    """Draws the life of every token under several policies, one panel for each.
+
+    Tokens stand from top to bottom, time runs to the right. The life of token j is a bar in row j,
+    from its own position to `evict_at[j]`. It is red if the token is stored for good, and blue if
+    it is evicted later. Where the bar has ended, and where a token is never stored, the row is
+    gray. A column of a panel is therefore what one query may read.
+
+    Args:
+        evict_at: lifetimes by label, integers `[T]` each, such as
+            `{"window": Window(8)(score).evict_at[0, :, 0]}` or `stats.evict_at[0, :, 0]`. The
+            tokens have the positions 0 to T - 1.
+        score: what the policies decided from, `[T]`; drawn in a panel of its own, row by row.
+        mark: outlines the life of this token in every panel and says when it ends.
+        columns: panels side by side.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is nothing to draw, a tensor of another shape or dtype, or no such token.
+    """
+    require("plot", "plot_lives", "matplotlib")
+    from matplotlib.figure import Figure
+
+    lives = _checked_lives(evict_at)
+    tokens = len(next(iter(lives.values())))
+    if score is not None and (not isinstance(score, Tensor) or score.shape != (tokens,)):
+        raise wrong("score", f"a tensor [{tokens}], as evict_at has tokens", score)
+    if mark is not None and check_count("mark", mark) >= tokens:
+        raise wrong("mark", f"a token in [0, {tokens})", str(mark))
+    panels = len(lives) + (score is not None)
+    columns = min(check_count("columns", columns, 1), panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(1.8 * columns + 0.3, 1.95 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    used, unused = list(grid.flat[:panels]), list(grid.flat[panels:])
+    for axes in unused:
+        axes.set_axis_off()
+    for axes in used:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    if score is not None:
+        _draw_scores(used[0], score, mark)
+    for (label, life), axes in zip(lives.items(), used[panels - len(lives) :], strict=True):
+        axes.imshow(_bars(life).numpy(), aspect="auto", interpolation="nearest")
+        axes.set_title(label, fontsize=9, loc="left")
+        if mark is not None:
+            _outline(axes, mark, int(life[mark]), tokens)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("token", fontsize=8)
+    for axes in used[-columns:]:
+        axes.set_xlabel("position of the query", fontsize=8)
+    _legend(figure, "outside upper left", "stored until it is evicted")
+    return figure
+
+
 def printable(token: str) -> str:
     """A token in characters of one column each; at least one."""
     shown = "".join(_SIGNS.get(one, one if one.isprintable() else "·") for one in token)
@@ -199,6 +261,53 @@ def _checked(fates: Fates, tokens: Sequence[str]) -> Fates:
     if len(tokens) != len(fates.position):
         raise wrong("tokens", f"{len(fates.position)} tokens, as stats", str(len(tokens)))
     return fates
+
+
+def _checked_lives(evict_at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lifetimes as int64 on the CPU."""
+    if not isinstance(evict_at, Mapping) or not evict_at:
+        raise wrong(
+            "evict_at", "lifetimes by label, such as {'window': evict_at[0, :, 0]}", evict_at
+        )
+    lives = {}
+    for label, life in evict_at.items():
+        if not isinstance(life, Tensor) or life.dtype.is_floating_point or life.dim() != 1:
+            raise wrong(f"evict_at[{label!r}]", "integers [T], of one head of a sequence", life)
+        lives[label] = life.detach().long().cpu()
+    tokens = {len(life) for life in lives.values()}
+    if len(tokens) > 1 or tokens == {0}:
+        raise wrong("evict_at", "as many tokens under every label, at least one", str(tokens))
+    return lives
+
+
+def _bars(life: Tensor) -> Tensor:
+    """What every query may read, as colors: float32 `[T tokens, T queries, 3]`."""
+    born = torch.arange(len(life))[:, None]
+    query = born.T
+    kept, stored, gone = (torch.tensor(color) for color in (KEPT, STORED, EVICTED))
+    alive = (life == NEVER)[:, None, None]
+    bars = torch.where((query < life[:, None])[..., None], torch.where(alive, kept, stored), gone)
+    return torch.where((query < born)[..., None], 1.0, bars)
+
+
+def _draw_scores(axes: Any, score: Tensor, mark: int | None) -> None:
+    drawn = axes.barh(range(len(score)), score.tolist(), height=0.8, color="0.6")
+    axes.set_title("score", fontsize=9, loc="left")
+    if mark is not None:
+        drawn[mark].set_color("black")
+
+
+def _outline(axes: Any, token: int, end: int, tokens: int) -> None:
+    """Outlines a token's life, and says when it ends where no life is drawn: in the lower left."""
+    from matplotlib.patches import Rectangle
+
+    width = min(end, tokens) - token
+    if width > 0:
+        corner = (token - 0.5, token - 0.5)
+        axes.add_patch(Rectangle(corner, width, 1, fill=False, color="black", linewidth=0.8))
+    says = "for good" if end == NEVER else f"until {end}" if end > token else "not stored"
+    place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 8}
+    axes.text(0.03, 0.03, f"token {token}:\n{says}", **place)
 
 
 def _lines(tokens: list[str], columns: int) -> list[list[tuple[int, str]]]:
@@ -234,17 +343,13 @@ def _name_rows(axes: Any, fates: Fates) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _legend(figure: Figure) -> None:
+def _legend(
+    figure: Figure, place: Literal["upper left", "outside upper left"], stored: str
+) -> None:
+    """Names the three colors; `stored` says what the second one stands for."""
     from matplotlib.patches import Patch
 
-    names = ("stored for good", "stored at the end, evicted later", "evicted or never stored")
+    names = ("stored for good", stored, "evicted or never stored")
     colors = (KEPT, STORED, EVICTED)
     patches = [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
-    figure.legend(
-        handles=patches,
-        loc="upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-        bbox_to_anchor=(0.03, 1),
-    )
+    figure.legend(handles=patches, loc=place, ncols=3, frameon=False, fontsize=8)

@@ -37,12 +37,23 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+LEFT_OUT = {
+    # Compiling thirty layers or selectors takes minutes. tests/parts/test_one_graph.py compiles every
+    # selector, and layers.
+    "compiled_is_eager": ("test_selectors", "test_layers_of_every_part"),
+    # The layers of `parts_cases.CASES` have every part, and run the same laws.
+    "works_in_a_layer": ("test_small_parts", "test_selectors", "test_memory_and_attention"),
+}
+"""Laws that tests of tests/testing/test_ours.py leave out, because others cover them."""
+
+
 def _is_left_out(item: pytest.Item) -> bool:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         return True
-    # Compiling thirty layers takes two minutes. Each part is compiled by a check of its own, and
-    # layers by `test_layers` and tests/parts/test_one_graph.py.
-    return "test_layers_of_every_part" in item.nodeid and "compiled_is_eager" in item.nodeid
+    check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
+    law = getattr(getattr(check, "check", None), "law", None)
+    tests = LEFT_OUT.get(law, ())
+    return item.path.name == "test_ours.py" and getattr(item, "originalname", None) in tests
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,8 +69,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "flex-compact",
         ):
             item.add_marker(pytest.mark.slow)
-        if getattr(getattr(check, "check", None), "law", None) == "works_in_a_layer":
-            item.add_marker(pytest.mark.slow)  # the checks of layers run the same laws
 
 
 @pytest.fixture(autouse=True)

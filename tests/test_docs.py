@@ -111,6 +111,8 @@ def test_site_builds_and_documents_every_public_name(tmp_path):
             assert documented & listings, (
                 f"{package.__name__}.{name} is in no page of the reference"
             )
+    # without this file, pages that are opened as files cannot be searched
+    assert (site / "search/search_index.js").exists()
     fetched = re.compile(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?(?:https?:)?//""")
     assert [
         str(page)

@@ -1,5 +1,8 @@
 """Pictures hold what the layers decided; `hamblocks show` prints it."""
 
+import runpy
+from pathlib import Path
+
 import matplotlib as mpl
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hamblocks.cli import app
 from hamblocks.fates import fates_of
 from hamblocks.models import HAMConfig, HAMForCausalLM
 from hamblocks.ops import NEVER
-from hamblocks.plot import EVICTED, KEPT, STORED, plot_growth, plot_kept, plot_scores
+from hamblocks.plot import EVICTED, KEPT, STORED, plot_growth, plot_kept, plot_lives, plot_scores
 
 TEXT = "Two\tlines,\nand \x07."
 
@@ -82,9 +85,78 @@ def test_growth_is_a_line_for_every_label():
     assert list(diagonal.get_xdata()) == [0, 4]
 
 
+def test_a_column_of_a_panel_is_what_a_query_reads():
+    score = torch.rand(1, 9, 1, generator=torch.Generator().manual_seed(0))
+    selectors = {"sinks and window": hb.FirstTokens(2) | hb.Window(3), "top": hb.TopK(2)}
+    lives = {name: selector(score).evict_at[0, :, 0] for name, selector in selectors.items()}
+    figure = plot_lives(lives, score=score[0, :, 0], mark=4, columns=2)
+    first, *panels, unused = figure.axes
+    assert [axes.get_title("left") for axes in figure.axes] == ["score", *selectors, ""]
+    assert not unused.axison
+    widths = torch.tensor([bar.get_width() for bar in first.patches])
+    torch.testing.assert_close(widths, score[0, :, 0], check_dtype=False)
+    position = torch.arange(9)
+    for axes, life in zip(panels, lives.values(), strict=True):
+        (image,) = (torch.tensor(image.get_array()) for image in axes.images)
+        drawn = {
+            name: (image - torch.tensor(color)).abs().amax(-1) < 1e-6
+            for name, color in (("kept", KEPT), ("stored", STORED), ("gone", EVICTED))
+        }
+        begun = position[:, None] <= position
+        seen = begun & (position < life[:, None])  # dense mask of concepts.md, keys in rows
+        assert torch.equal(drawn["kept"] | drawn["stored"], seen)
+        assert torch.equal(drawn["gone"], begun & ~seen)
+        assert torch.equal(drawn["kept"].any(1), life == NEVER)
+    assert [text.get_text() for text in panels[0].texts] == ["token 4:\nuntil 7"]
+    (outline,) = panels[0].patches
+    assert outline.get_bbox().bounds == (3.5, 3.5, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("end", "says", "outlines"), [(NEVER, "for good", 1), (1, "not stored", 0), (2, "until 2", 1)]
+)
+def test_the_end_of_a_marked_life(end, says, outlines):
+    figure = plot_lives({"one": torch.tensor([0, end])}, mark=1)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == [f"token 1:\n{says}"]
+    assert len(axes.patches) == outlines
+
+
+def test_the_picture_of_the_docs_has_every_policy_that_decides_what_is_stored():
+    docs = Path(__file__).parents[1] / "docs"
+    script = runpy.run_path(str(docs / "assets/lives.py"))
+    lives = script["lives"]()
+    for life in lives.values():
+        assert life.shape == (script["TOKENS"],)
+    figure = plot_lives(lives, score=script["scores"](), mark=script["MARKED"])
+    assert len(figure.axes) == len(lives) + 1
+    page = " ".join((docs / "policies.md").read_text(encoding="utf-8").split())
+    described = page[page.index("(assets/lives.png)") : page.index("The examples share")]
+    assert [name for name in lives if f"**{name}**" not in described] == []
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda one: plot_lives({}), r"^evict_at: expected lifetimes by label"),
+        (lambda one: plot_lives(one), r"^evict_at: expected lifetimes by label"),
+        (lambda one: plot_lives({"a": one.score}), r"^evict_at\['a'\]: expected integers \[T\]"),
+        (
+            lambda one: plot_lives({"a": torch.arange(2), "b": torch.arange(3)}),
+            r"^evict_at: expected as many tokens under every label",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, score=one.score),
+            r"^score: expected a tensor \[2\]",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, mark=2),
+            r"^mark: expected a token in \[0, 2\), got 2",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, columns=0),
+            r"^columns: expected an integer",
+        ),
         (lambda one: plot_kept(one, "ab"), r"^tokens: expected a list of texts, one for each"),
         (lambda one: plot_kept(one, ["a"]), r"^tokens: expected 2 tokens, as stats, got 1"),
         (lambda one: plot_kept(one, ["a", "b"], columns=2), r"^columns: expected an integer >= 8"),

@@ -55,7 +55,7 @@ def check_decisions(streams: Streams, evict_at: Tensor, logit_bias: Tensor | Non
     """Checks that lifetimes and biases have as many heads as the cache has streams, or one."""
     has_bias = streams.pool.bias is not None
     for name, value in (("evict_at", evict_at), ("logit_bias", logit_bias)):
-        if value is not None and value.shape[2] not in (1, streams.heads):
+        if value is not None and value.shape[2] != 1 and value.shape[2] != streams.heads:
             raise wrong(name, "1 head, as the cache", f"{value.shape[2]} heads")
     if (logit_bias is not None) != has_bias:
         expected = "a bias, as the cache has" if has_bias else "None, as the cache"

@@ -12,7 +12,7 @@ from hamblocks_ops.arguments import wrong
 
 def lowered_lifetimes(streams: Streams, lowered: Lifetimes) -> Tensor:
     """Lifetimes of every slot after a selector lowered some, int32 `[R, S]`."""
-    if lowered.position.shape[2] not in (1, streams.heads):
+    if lowered.position.shape[2] != 1 and lowered.position.shape[2] != streams.heads:
         got = f"{lowered.position.shape[2]} heads"
         raise wrong("lowered", f"{streams.heads} heads, as the cache", got)
     lowered = Lifetimes(*(x.expand(-1, -1, streams.heads) for x in lowered))

@@ -211,8 +211,8 @@ def option_lines(results: dict[str, Any]) -> list[str]:
 def charts(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes one PNG per task: accuracy or bits per byte against the share of tokens stored.
 
-    Bars are 95 % intervals over seeds. A second one shows growth against what is lost, where it was
-    measured at every budget.
+    Lines are means over seeds, and small dots the seeds. A second one shows growth against what is
+    lost, where it was measured at every budget.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
@@ -220,7 +220,7 @@ def charts(results: dict[str, Any], folder: Path) -> list[Path]:
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     paths = []
     for task in results["tasks"]:
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+        figure, axes = plt.subplots(figsize=(6.4, 4.8), constrained_layout=True)
         _draw(axes, results, task)
         words = "-".join("".join(c if c.isalnum() else " " for c in task).split())
         paths.append(folder / f"routing-{words}.png")
@@ -275,19 +275,18 @@ def _draw(axes: Any, results: dict[str, Any], task: str) -> None:
             task
         ):  # seeds differ more than policies do, and a policy is compared in its seed
             rows = [[a - b for a, b in zip(row, everything, strict=True)] for row in rows]
-        cells = [interval(row) for row in rows]
-        kept = [fmean(row) for row in of_seeds(results, task, arm, "keep_fraction")]
-        is_baseline = len(cells) == 1
-        axes.errorbar(
-            kept,
-            [mean for mean, _ in cells],
-            yerr=[0 if math.isnan(width) else width for _, width in cells],
-            fmt="s" if is_baseline else "o-",
-            color=COLORS.get(arm, "#555555"),
-            capsize=3,
+        kept = of_seeds(results, task, arm, "keep_fraction")
+        is_baseline, color = len(rows) == 1, COLORS.get(arm, "#555555")
+        axes.plot(
+            [fmean(row) for row in kept],
+            [fmean(row) for row in rows],
+            "s" if is_baseline else "o-",
+            color=color,
             markersize=8 if is_baseline else 4,
             label=arm,
         )
+        for share, row in zip(kept, rows, strict=True):
+            axes.plot(share, row, ".", color=color, alpha=0.35, markersize=5)
     axes.set_xlabel("stored tokens / tokens")
     axes.set_ylabel(
         "bits per byte, above everything" if is_text(task) else "answers right, held out"
@@ -297,4 +296,5 @@ def _draw(axes: Any, results: dict[str, Any], task: str) -> None:
     if not is_text(task):
         axes.set_ylim(-0.03, 1.05)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="upper right" if is_text(task) else "lower right")
+    # below the axes, where it hides no seed
+    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")

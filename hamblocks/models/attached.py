@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hamblocks.keys import Keys
 from hamblocks.layer import HAMLayer
-from hamblocks.models.cache import StateCache
+from hamblocks.models.cache import CACHE, StateCache
 from hamblocks.models.key_value_memory import KeyValueMemory
 from hamblocks.outputs import LayerStats
 from hamblocks.protocols import LayerDims
@@ -216,15 +216,17 @@ class AttachedPolicy:
 
         @functools.wraps(forward)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            if "past_key_values" in kwargs:
+                kwargs[CACHE] = kwargs.pop("past_key_values")
             given = signature.bind_partial(*args, **kwargs).arguments
-            cache = given.get("past_key_values")
+            cache = given.get(CACHE)
             if cache is not None and not isinstance(cache, AttachedCache):
                 expected = "a cache of the attached policy (AttachedPolicy.cache())"
                 raise wrong("past_key_values", expected, type(cache).__name__)
             if cache is not None and cache.policy is not self:
                 raise wrong("past_key_values", "a cache of the attached policy", "one of another")
             if cache is None and given.get("use_cache"):
-                cache = kwargs["past_key_values"] = self.cache()
+                cache = kwargs[CACHE] = self.cache()
             elif cache is None:
                 kwargs["use_cache"] = False  # else transformers makes a cache of its own
             with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():

@@ -121,7 +121,7 @@ def batch_layout(
     if position_ids is not None:
         check_tensor("position_ids", position_ids, "[B, T]", [None, tokens], like=x)
         check_integer("position_ids", position_ids)
-        if position_ids.shape[0] not in (1, batch):
+        if position_ids.shape[0] != 1 and position_ids.shape[0] != batch:
             raise wrong("position_ids", f"shape [B, T] = [{batch}, {tokens}]", position_ids)
         position_ids = position_ids.expand(batch, -1)
     if cu_seqlens is not None:

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from typing_extensions import Self
 
 from hamblocks.cache import cache_transaction
@@ -22,6 +23,9 @@ from hamblocks.models.configuration import HAMConfig
 from hamblocks.protocols import check_count
 from hamblocks.state import HAMState
 from hamblocks_ops.arguments import wrong
+
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+"""The name of a cache among arguments and outputs: "cache" from transformers 5.24 on."""
 
 SHAPING = (
     "hidden_size",
@@ -109,6 +113,10 @@ class StateCache(Cache):
             return states
         return [state.with_rollback(size) for state in states]
 
+    def activate_past_recording(self) -> None:
+        """Starts a recording; transformers (5.24 on) calls this before assisted generation."""
+        self.is_recording = True
+
     def stop_recording(self) -> None:
         """Ends a recording; `crop` can take back the last `rollback` columns again."""
         self.is_recording = False
@@ -178,8 +186,8 @@ class StateCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take columns back without a `checkpoint`, as `rollback` says."""
-        return self.rollback > 0
+        """Whether `crop` can take columns back without a `checkpoint`."""
+        return self.rollback > 0 or self.is_recording
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -382,6 +390,17 @@ class HAMCache(StateCache):
             return state.cache.tokens
         heads = 0 if self.config is None else self.config.num_key_value_heads or 0
         return state.position.new_zeros(len(state.position), heads, dtype=torch.int64)
+
+
+def either_cache(past_key_values: Any, cache: Any) -> Any:
+    """Returns the cache that was given under one of its two names, or None.
+
+    Raises:
+        ValueError: two caches are given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise wrong("cache", "None beside past_key_values, its older name", "both")
+    return past_key_values if cache is None else cache
 
 
 def checked_cache(cache: Any, config: HAMConfig, batch: int) -> HAMCache | None:

@@ -129,7 +129,7 @@ class HAMConfig(PreTrainedConfig):
     # None where this transformers cannot use it: it then says that there is no plan
     base_model_tp_plan = dict(LAYERS) if HAS_PLANS else None
     # a list, as transformers has it
-    keys_to_ignore_at_inference = ["past_key_values", "stats"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "stats"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512

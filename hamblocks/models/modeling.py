@@ -39,7 +39,7 @@ from hamblocks.models.batches import (
     check_kept,
     last_columns,
 )
-from hamblocks.models.cache import HAMCache, checked_cache
+from hamblocks.models.cache import CACHE, HAMCache, checked_cache, either_cache
 from hamblocks.models.configuration import EXPERTS, LAYER_TYPES, HAMConfig
 from hamblocks.models.framework import list_as_causal_lm
 from hamblocks.models.policies import part_of
@@ -135,7 +135,7 @@ class HAMPreTrainedModel(FollowsModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HAMDecoderLayer"]  # noqa: RUF012 - transformers' own form
-    _skip_keys_device_placement = ["past_key_values", "state"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "state"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
     # transformers refuses assisted generation for stateful models; a `HAMCache` records what it
     # needs to drop rejected candidate tokens
@@ -300,6 +300,7 @@ class HAMModel(HAMPreTrainedModel):
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         shard: ContextShard | None = None,
+        cache: HAMCache | None = None,
         **kwargs: Any,
     ) -> HAMModelOutput:
         """Runs a batch, or the next columns of a batch.
@@ -320,6 +321,7 @@ class HAMModel(HAMPreTrainedModel):
             shard: context parallel: the batch holds the tokens of this rank (`shard.take`), and
                 every rank of the shard's group calls the model. The shard says where sequences end,
                 so there is no mask, no position, no border and no cache beside it.
+            cache: the name of `past_key_values` from transformers 5.24 on; either is taken.
             kwargs: `logits_to_keep` says of how many columns the caller makes logits, for a cache
                 that records: no other column can be rejected. Further arguments of transformers
                 are ignored.
@@ -332,12 +334,13 @@ class HAMModel(HAMPreTrainedModel):
         x = self._embedded(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
+        cache = either_cache(past_key_values, cache)
         if shard is not None:
             given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-            given |= {"past_key_values": past_key_values, "cu_seq_lens_q": cu_seq_lens_q}
+            given |= {"past_key_values": cache, "cu_seq_lens_q": cu_seq_lens_q}
             check_beside_shard(x, shard, use_cache=use_cache or None, **given)
             return self._of_slices(x, shard, output_hidden_states)
-        cache = checked_cache(past_key_values, self.config, x.shape[0])
+        cache = checked_cache(cache, self.config, x.shape[0])
         layout = batch_layout(
             x,
             attention_mask=attention_mask,
@@ -357,11 +360,12 @@ class HAMModel(HAMPreTrainedModel):
         result = self._run(x, layout, cache, kept, keep_inputs=output_hidden_states)
         y = layout.unpack(result.y)
         inputs = (*(layout.unpack(x) for x in result.inputs), y)
+        named: dict[str, Any] = {CACHE: cache if use_cache else None}
         return HAMModelOutput(
             last_hidden_state=y,
-            past_key_values=cache if use_cache else None,
             hidden_states=inputs if output_hidden_states else None,
             stats=tuple(result.stats),
+            **named,
         )
 
     def _of_slices(self, x: Tensor, shard: ContextShard, keep_inputs: bool) -> HAMModelOutput:
@@ -518,6 +522,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         shard: ContextShard | None = None,
+        cache: HAMCache | None = None,
         **kwargs: Any,
     ) -> HAMCausalLMOutput:
         """Returns next-token logits, and their loss where `labels` are given.
@@ -540,6 +545,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 the loss gets the labels of tokens that other ranks hold. It is the share of this
                 rank, the sum over its tokens over the number of labels on all ranks, so the shares
                 of all ranks add up to the loss of one process.
+            cache: see `HAMModel.forward`.
             kwargs: `num_items_in_batch` divides the loss; other arguments are ignored.
 
         Raises:
@@ -547,16 +553,17 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 The cache is unchanged after an error.
         """
         logits_to_keep = check_kept(logits_to_keep)
-        cache = past_key_values if isinstance(past_key_values, HAMCache) else None
+        cache = either_cache(past_key_values, cache)
+        known = cache if isinstance(cache, HAMCache) else None  # the model refuses another
         # the model advances the cache, so where it stands now is kept for the labels
-        past, seen = (0, None) if cache is None else (cache.columns, cache.seen)
+        past, seen = (0, None) if known is None else (known.columns, known.seen)
         # an error in the head or in the loss must undo what the model did to the cache
-        with contextlib.nullcontext() if cache is None else cache.unchanged_on_error():
+        with contextlib.nullcontext() if known is None else known.unchanged_on_error():
             outputs: HAMModelOutput = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
@@ -602,9 +609,9 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         return HAMCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             stats=outputs.stats,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     @classmethod
@@ -627,9 +634,9 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             )
         given = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         result: bool = super()._prepare_cache_for_generation(*given)  # type: ignore[misc]
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HAMCache(self.config)
-        cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HAMCache(self.config)
+        cache = model_kwargs.get(CACHE)
         # candidate tokens can be rejected, in the model that checks them and in its assistant
         rejects = generation_mode == GenerationMode.ASSISTED_GENERATION
         if isinstance(cache, HAMCache) and (rejects or generation_config.is_assistant):
@@ -641,7 +648,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
         finally:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if isinstance(cache, HAMCache):
                 cache.stop_recording()
 

@@ -58,7 +58,7 @@ class HeadThresholds(Composable):
         if call is not None and not call.one_score and len(taus) > 1:
             taus = taus[call.share.own(len(taus))]
         heads = len(taus)
-        if heads not in (1, score.shape[2]):
+        if heads != 1 and heads != score.shape[2]:
             got = f"{score.shape[2]} (a gate that scores for all heads together has one)"
             raise wrong("score", f"{heads} heads, one for each of taus", got)
         # filled on the device: a copy from the host cannot be captured in a CUDA graph

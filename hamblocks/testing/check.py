@@ -156,6 +156,8 @@ class Check:
 
         A part that fails while this is looked up gets None: the check then shows the failure.
         """
+        if self.applies is always:
+            return None  # no copy: a suite asks this of every part and check
         try:
             return self.applies(copy.deepcopy(part), options or Options())
         except Exception:

@@ -100,7 +100,9 @@ def test_a_state_goes_to_another_process_and_to_its_fork():
             "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17\n"
             "ended.set(), thread.join()\n"
             "with torch.no_grad(): again = layer.decode(x, state).y\n"
-            "pickle.dump((y, again), sys.stdout.buffer)"
+            "pickle.dump((y, again), sys.stdout.buffer)\n"
+            # without torch's own way out, which may wait for threads that a fork does not have
+            "sys.stdout.flush(), os._exit(0)"
         )
         ended = subprocess.run(
             [sys.executable, "-c", program],

@@ -315,3 +315,20 @@ def test_a_cache_of_transformers_own():
         ValueError, match=r"^past_key_values: expected a HAMCache, got DynamicCache"
     ):
         model()(text(0, 1, 3), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("backbone", [False, True])
+@torch.no_grad()
+def test_both_names_that_transformers_has_for_a_cache_are_taken(backbone):
+    made = model(selector=hb.TopK(2))
+    called = made.model if backbone else made
+    ids, results = torch.tensor([[3, 1, 4]]), []
+    for name in ("past_key_values", "cache"):  # the newer name is that of transformers 5.24
+        cache = called(ids).past_key_values
+        results.append(called(ids, **{name: cache}))
+        assert results[-1].past_key_values is cache
+        assert cache.columns == 6
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    others = HAMCache(), HAMCache()
+    with pytest.raises(ValueError, match="cache: expected None beside past_key_values"):
+        called(ids, past_key_values=others[0], cache=others[1])

@@ -38,11 +38,6 @@ def machine_code(*arguments: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def built() -> list[dict[str, Any]]:
-    return machine_code()
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| kernel | head size | chip | tile | warps | stages | registers | spilled bytes | shared bytes "
@@ -68,7 +63,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.slow
-def test_what_kernels_take(built: list[dict[str, Any]]) -> None:
+def test_what_kernels_take_as_the_docs_say() -> None:
+    built = machine_code()
     print(table(built))
     for row in built:
         told = f"{row}"
@@ -84,6 +80,8 @@ def test_what_kernels_take(built: list[dict[str, Any]]) -> None:
             decoding = row["kernel"].endswith("of pages")
             expected = DECODING if decoding else TENSOR_CORES[row["chip"]]
             assert row["tensor_cores"] in expected, told
+    if version("triton") == TABLE_OF:  # another compiler gives other numbers, within the limits
+        assert table(built) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -93,10 +91,3 @@ def test_every_kernel_compiles_however_it_is_launched() -> None:
     failed = [result for result in results if result["error"]]
     assert not failed, failed
     assert {result["kernel"] for result in results} == set(map(named, every_kernel()))
-
-
-@pytest.mark.slow
-def test_the_table_stands_in_the_docs(built: list[dict[str, Any]]) -> None:
-    if version("triton") != TABLE_OF:
-        return  # another compiler gives other numbers; the limits above hold for it too
-    assert table(built) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ranks import Workers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives all tests of ranks to one worker of pytest-xdist: processes are started once."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 class _Keeper:

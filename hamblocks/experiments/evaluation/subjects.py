@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hamblocks.experiments.evaluation.policies import Plan
 from hamblocks.layer import HAMLayer
 from hamblocks.models.attached import AttachedPolicy, attach_policy
-from hamblocks.models.cache import HAMCache, StateCache
+from hamblocks.models.cache import CACHE, HAMCache, StateCache
 from hamblocks.models.copying import attention_layers
 from hamblocks.models.key_value_memory import KeyValueMemory
 from hamblocks.models.modeling import HAMForCausalLM
@@ -62,7 +62,7 @@ class Plain:
 
     def __call__(self, tokens: Tensor, cache: StateCache | None = None) -> Called:
         """See `Subject`."""
-        given = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        given = {"use_cache": False} if cache is None else {CACHE: cache}
         logits = self.model(tokens, **given).logits
         return Called(logits, [stats for stats in self.policy.stats if stats is not None])
 
@@ -83,7 +83,7 @@ class Converted:
 
     def __call__(self, tokens: Tensor, cache: StateCache | None = None) -> Called:
         """See `Subject`."""
-        given = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        given = {"use_cache": False} if cache is None else {CACHE: cache}
         output = self.model(tokens, **given)
         stats = [one for one in output.stats if one.evict_at is not None]
         return Called(output.logits, stats)

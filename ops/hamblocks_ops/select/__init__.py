@@ -81,7 +81,7 @@ def _check_threshold(
             raise wrong("tau", "a number that is not NaN", tau)
         return
     check_floating("tau", tau)
-    if tau.dim() > 1 or (tau.dim() == 1 and tau.shape[0] not in (1, score.shape[2])):
+    if tau.dim() > 1 or (tau.dim() == 1 and tau.shape[0] != 1 and tau.shape[0] != score.shape[2]):
         raise wrong("tau", f"shape [] or [H] = [{score.shape[2]}]", tau)
     if tau.device != score.device:
         raise wrong("tau", f"device {score.device}", tau)
