@@ -6,86 +6,24 @@ a large GPU and reading a value on the host is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from every_kernel import every_kernel, modules_with_kernels, named
+from every_kernel import every_kernel, named
+from launched import noted, own
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamblocks_ops import selected_attention
 
 BF16, INT32 = torch.bfloat16, torch.int32
 MAX_X, MAX_Y = 2**31 - 1, 65535
 """Most programs in the first dimension of a grid, and in each other one."""
-NO_LAUNCH = {
-    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
-    *("split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unflatten"),
-}
-"""Ops of torch that make a tensor without computing anything."""
-
-
-class Launches(TorchDispatchMode):
-    """Takes note of launches: of ops of torch by name, of kernels with their grids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.grids: dict[str, list[tuple[int, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in NO_LAUNCH:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def kernel(self, name: str) -> Any:
-        """What takes the place of a kernel."""
-
-        class Kernel:
-            def __getitem__(_, grid: tuple[int, ...]) -> Callable[..., None]:  # noqa: N805
-                def run(*_args: Any, **_kwargs: Any) -> None:
-                    self.names.append(name)
-                    self.grids.setdefault(name, []).append(grid)
-
-                return run
-
-        return Kernel()
-
-
-@contextmanager
-def noted() -> Iterator[Launches]:
-    launches = Launches()
-    patches = [
-        patch.object(module, name, launches.kernel(named(kernel)))
-        for module in modules_with_kernels()
-        for name, kernel in list(vars(module).items())
-        if name.endswith("_kernel")
-    ]
-    for one in patches:
-        one.start()
-    try:
-        with launches:
-            yield launches
-    finally:
-        for one in patches:
-            one.stop()
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def own(op: Any) -> Callable[..., Any]:
-    """What a registered operator runs on a GPU; on "meta" it would only make its results."""
-    function: Callable[..., Any] = op._init_fn
-    return function
 
 
 def attention(

@@ -18,10 +18,12 @@ as one node.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
@@ -45,19 +47,72 @@ def run(call: DeltaRuleCall) -> DeltaRuleRaw:
     return DeltaRuleRaw(out, residual, state, None if call.metric is None else score)
 
 
-def _packed(cu_seqlens: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
-    """Borders and chunks of a packed batch, also as arguments of fla; None and {} without packing.
+class _Packed(NamedTuple):
+    """Borders and chunks of a packed batch.
 
-    fla takes `cu_seqlens` as int64, and for each chunk its sequence and its number within the
-    sequence.
+    Attributes:
+        borders: int64 `[N+1]`, as fla takes them.
+        chunks: int64 `[C, 2]`, for each chunk its sequence and its number within the sequence.
     """
-    if cu_seqlens is None:
-        return None, {}
-    from fla.ops.utils.index import prepare_chunk_indices
 
+    borders: Tensor
+    chunks: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """The two as arguments of fla's functions."""
+        return {"cu_seqlens": self.borders, "chunk_indices": self.chunks}
+
+
+_last_packed: tuple[weakref.ref[Tensor], int, int, _Packed] | None = None
+"""The borders that came last, their version, the number of tokens, and what was made of them."""
+
+
+def _packed(cu_seqlens: Tensor | None, tokens: int) -> _Packed | None:
+    """Borders and chunks of a packed batch; None without packing.
+
+    All layers of a model are given the same borders, forward and backward, so the last result is
+    kept. Nothing is kept while a CUDA graph is captured, whose replays may see other borders, and
+    of tensors whose changes torch does not count.
+    """
+    global _last_packed
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.is_inference() or (
+        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        return _made_packed(cu_seqlens, tokens)
+    key, last = (cu_seqlens._version, tokens), _last_packed
+    if last is not None and last[0]() is cu_seqlens and last[1:3] == key:
+        return last[3]
+    packed = _made_packed(cu_seqlens, tokens)
+    _last_packed = weakref.ref(cu_seqlens), *key, packed
+    return packed
+
+
+def _made_packed(cu_seqlens: Tensor, tokens: int) -> _Packed:
+    """What `_packed` returns, without waiting for the device.
+
+    How many chunks there are depends on the borders, which only the device knows. So there are as
+    many as `tokens` tokens of N sequences can have at most: N sequences have fewer than N * CHUNK
+    tokens more than whole chunks. The chunks too many are those after the end of the last sequence.
+    They hold no token, so fla's kernels write nothing for them, and what they read of the states
+    are rows of their own.
+    """
     borders = cu_seqlens.long()
-    indices = prepare_chunk_indices(borders, CHUNK)
-    return (borders, indices), {"cu_seqlens": borders, "chunk_indices": indices}
+    sequences = borders.shape[0] - 1
+    most = (tokens + min(sequences, tokens) * (CHUNK - 1)) // CHUNK
+    # ends[n] is the number of chunks up to and including sequence n
+    ends = ((borders.diff() + (CHUNK - 1)) // CHUNK).cumsum(0)
+    number = torch.arange(most, device=borders.device)
+    sequence = torch.searchsorted(ends, number, right=True).clamp(max=sequences - 1)
+    begins = F.pad(ends, [1, 0])
+    return _Packed(borders, torch.stack([sequence, number - begins[sequence]], 1))
+
+
+def _at(packed: _Packed | None) -> dict[str, Tensor]:
+    """The arguments by which fla is told of packing: none without it."""
+    return {} if packed is None else packed.arguments
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -101,7 +156,7 @@ def chunks(
     from fla.ops.utils import chunk_local_cumsum
     from fla.ops.utils.constant import RCP_LN2
 
-    _, at = _packed(cu_seqlens)
+    at = _at(_packed(cu_seqlens, v.shape[1]))
     if writes or metric is not None:
         beta = beta.clamp(min=MIN_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
@@ -200,7 +255,8 @@ def chunks_backward(
     from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
     from fla.ops.utils import chunk_local_cumsum
 
-    packed, at = _packed(cu_seqlens)
+    packed = _packed(cu_seqlens, v.shape[1])
+    at: dict[str, Any] = _at(packed)
     sized = {"chunk_size": CHUNK, **at}
     if grad_residual is not None:
         beta = beta.clamp(min=MIN_BETA)
