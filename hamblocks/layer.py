@@ -20,6 +20,7 @@ from hamblocks.assembly import (
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
 from hamblocks.calls import CallsParts
+from hamblocks.graphed import GraphedDecode
 from hamblocks.heads import Split, shared_call
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
@@ -303,6 +304,30 @@ class HAMLayer(CallsParts):
         # the module itself and not its `forward`: hooks of others belong to every call
         result: LayerOutput = self(x[:, None], state=state, given_score=given_score)
         return result._replace(y=result.y[:, 0])
+
+    def graphed_decode(self, state: HAMState, steps: int) -> GraphedDecode[HAMState]:
+        """Reserves the pages of `steps` tokens per sequence, and decodes them by a CUDA graph.
+
+        Args:
+            state: state from `init_state`, `prefill` or the last call; it is spent.
+            steps: most tokens per sequence, at least 1.
+
+        Returns:
+            What takes x `[N, hidden_size]` of the next token of every sequence and returns y
+            `[N, hidden_size]`; its `state` is the state to go on from.
+
+        Raises:
+            ValueError: a bad argument, or one of `HAMState.reserve`.
+        """
+
+        def step(x: Tensor, state: HAMState) -> tuple[Tensor, HAMState]:
+            y, after, _ = self.decode(x, state)
+            assert after is not None
+            return y, after
+
+        sequences = len(state.position) if isinstance(state, HAMState) else 0
+        contracts.check_state(state, self.dims, sequences)
+        return GraphedDecode(step, state, steps)
 
     def forward(
         self,
