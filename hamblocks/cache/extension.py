@@ -11,6 +11,7 @@ from torch import Tensor
 from hamblocks.cache.append import append
 from hamblocks.cache.changes import Change, apply_or_queue
 from hamblocks.cache.commit import Commit
+from hamblocks.cache.placed import placed
 from hamblocks.cache.pool import Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting
 from hamblocks.keys import DenseKeys, PagedKeys
@@ -146,6 +147,8 @@ class Extension:
             change: Change | None = None
             if self._until is None and self._origin is None:
                 change = append(self._streams, seen, page)
+            if change is None and self._origin is None:
+                change = placed(self._streams, seen, self._until, page)
             if change is None:
                 k, v, position, evict_at, bias = page
                 tokens = Tokens(

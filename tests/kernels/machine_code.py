@@ -28,8 +28,10 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from hamblocks_ops.append import triton as append
 from hamblocks_ops.compact import triton as lists
 from hamblocks_ops.gated_delta_rule import triton as delta
+from hamblocks_ops.gated_delta_rule import triton_step as steps
 from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
@@ -70,6 +72,8 @@ def builds(chip: int) -> Iterator[Build]:
         yield from of_pages(width)
         yield from of_rows(width)
         yield of_beta(width)
+        yield of_steps(width)
+    yield from of_append()
     yield from of_stored(chip)
     yield from of_lists()
 
@@ -204,6 +208,42 @@ def of_beta(width: int) -> Build:
     }
     macs = 64 * 64 * (width + width) + 64 * width * width
     return Build(delta.beta_grad_kernel, width, sizes | tiles, types, (64, 64), macs=macs)
+
+
+def of_steps(width: int) -> Build:
+    """Decoding: one token of each sequence, with the score and without the residual."""
+    finfo = torch.finfo(torch.float32)
+    types = typed(
+        {
+            BF16: "q k v out residual",
+            FP32: "beta g state score final_state",
+            "fp32": "scale",
+            "i32": "tokens q_b q_t q_h k_b k_t k_h v_b v_t v_h",
+        }
+    )
+    rows, columns, warps = steps.tile(width, width)
+    sizes = {"HEADS": 16, "GROUP": 1, "K": width, "V": width, "BK": rows, "BV": columns}
+    metric = "cosine" if columns == width else None
+    more = {"METRIC": metric, "TINY": finfo.tiny, "MOST": finfo.max, "WRITES": metric is None}
+    constants = sizes | more | {"PACKED": False}
+    return Build(steps.step_kernel, width, constants, types, (rows, columns), warps)
+
+
+def of_append() -> Iterator[Build]:
+    """Decoding: one token of 8 streams of 128 entries, in pages of 32 slots."""
+    scalars = "columns width pages begin p_r e_r b_r"
+    types = typed(
+        {BF16: "keys values k v", FP32: "bias bias_of", INT64: "most_pages", "i32": scalars}
+    )
+    block = append.SCANNED
+    sizes = {"STREAMS": 8, "PAGE": 32, "BLOCK": block, "LOWERED": True}
+    more = {"ENTRIES": 128, "WIDTH": 128, "SLOTS": 32, "FIRST": True, "HAS_BIAS": False}
+    for kernel, constants in (
+        (append.plan_kernel, sizes),
+        (append.find_kernel, {"BLOCK": block}),
+        (append.append_kernel, sizes | more),
+    ):
+        yield Build(kernel, 0, constants, types, (block,), name=" of new tokens")
 
 
 def of_lists() -> Iterator[Build]:

@@ -70,6 +70,21 @@ def run_delta(batch: int, heads: int) -> None:
     x, beta = meta(batch, 1, heads, 16), meta(batch, 1, heads, dtype=torch.float32)
     triton.residual_and_score(x, beta, x, 2.0**-64, x, beta, "cosine")
     triton.beta_grad(x, meta(batch, 1, heads, 16, 16), beta, beta, x, x, x, 2.0**-64, None)
+    steps = import_module("hamblocks_ops.gated_delta_rule.triton_step").steps
+    state = meta(batch, heads, 16, 16, dtype=torch.float32)
+    own(steps)(x, x, x, beta, beta, state, None, 1.0, False, "cosine")
+
+
+def run_append(sequences: int, heads: int) -> None:
+    append = import_module("hamblocks_ops.append")
+    launch = import_module("hamblocks_ops.append.triton").launch
+    streams, slab = sequences * heads, meta(9, 16, 1, 16)
+    table, users, of_stream = (meta(*s, dtype=INT32) for s in ((streams, 40), (10,), (streams,)))
+    times, seen = meta(10, 16, dtype=INT32), meta(sequences, dtype=INT32)
+    most = meta(streams, dtype=torch.int64)
+    paged = append.Paged(table, users, times, times, None, [(slab, slab)], seen, most, 39)
+    x = meta(streams, 1, 16)
+    launch(table, paged, x, x, of_stream, of_stream, None, seen, None)
 
 
 def test_grids_hold_4096_sequences_of_64_heads() -> None:
@@ -80,6 +95,7 @@ def test_grids_hold_4096_sequences_of_64_heads() -> None:
         run_pages(batch, heads)
         run_rows(batch, heads)
         run_delta(batch, heads)
+        run_append(batch, heads)
         lifetimes = meta(batch, 2, heads, dtype=INT32)
         own(import_module("hamblocks_ops.compact.triton").lists)(lifetimes, lifetimes, 2)
     defined = {named(kernel) for kernel in every_kernel()}

@@ -8,10 +8,6 @@ more kernel (in `triton.py`) reads residual and score off v_new. In the backward
 of the residual is added to that of v_new before the gradient of the states is computed. Where beta
 is 0, 2**-64 takes its place: `out` stays the same to the bit, and the division by beta is defined.
 
-Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`),
-which is called with two entries for each token: the first reads with the key and writes nothing,
-which gives the prediction; the second writes and reads with the query.
-
 Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it
 as one node.
 """
@@ -28,7 +24,6 @@ from torch.nn import functional as F
 from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw
-from hamblocks_ops.gated_delta_rule.refused import recurs
 from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, residual_and_score
 
 MIN_BETA = 2.0**-64
@@ -39,10 +34,8 @@ still precise. fla subtracts running sums of g, and a difference of two infinite
 
 
 def run(call: DeltaRuleCall) -> DeltaRuleRaw:
-    """Runs a call by the recurrent kernel or in chunks."""
+    """Runs a call."""
     arguments = *call[:5], call.initial_state, call.cu_seqlens, call.scale
-    if recurs(call):
-        return DeltaRuleRaw(*recurrent(*arguments))
     out, residual, state, score, _, _ = chunks(*arguments, call.output_residual, call.metric)
     return DeltaRuleRaw(out, residual, state, None if call.metric is None else score)
 
@@ -341,52 +334,3 @@ def _autograd_backward(
 
 without_second_derivative("gated_delta_rule, impl='fla',", chunks_backward)
 chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("hamblocks::gated_delta_rule_fla_recurrent", mutates_args=())
-@launches
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, residual and final state, all in float32; it has no gradient.
-
-    fla's recurrent kernel decays the state, writes a token and then reads. A call with two entries
-    for each token makes it read before the write: the first has the token's decay, beta = 0 and the
-    key as its query; the second has no decay, the token's beta and its query.
-    """
-    if v.numel() == 0:
-        return v.to(g.dtype, copy=True), v.to(g.dtype, copy=True), initial_state.clone()
-    from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd
-
-    def twice(first: Tensor, second: Tensor) -> Tensor:
-        """[B, T, ...] twice -> [B, 2 T, ...], alternating."""
-        return torch.stack([first, second], 2).flatten(1, 2)
-
-    q, k, v = (x.to(g.dtype) for x in (q, k, v))
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        read, state = fused_recurrent_gated_delta_rule_fwd(
-            q=twice(k, scale * q),
-            k=twice(k, k),
-            v=twice(v, v),
-            beta=twice(torch.zeros_like(beta), beta),
-            g=twice(g, torch.zeros_like(g)),
-            scale=1.0,
-            initial_state=initial_state.contiguous(),
-            output_final_state=True,
-            cu_seqlens=None if cu_seqlens is None else 2 * cu_seqlens.long(),
-        )
-    return read[:, 1::2].contiguous(), v - read[:, 0::2], state
-
-
-@recurrent.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return g.new_empty(v.shape), g.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
