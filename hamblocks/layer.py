@@ -50,7 +50,7 @@ from hamblocks.selectors import start
 from hamblocks.state import HAMState, Ring, tree_map
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.context import arguments_are_checked, recorded_choices
-from hamblocks_ops.packing import positions, sequence_of
+from hamblocks_ops.packing import positions, sequence_of, unpadded
 
 
 class _Call(NamedTuple):
@@ -559,10 +559,9 @@ def _positions(x: Tensor, begin: Tensor | None, cu_seqlens: Tensor | None) -> Te
     """
     batch, tokens = x.shape[:2]
     if begin is not None and tokens == 1 and cu_seqlens is None:
-        return begin[:, None]
+        return unpadded(begin[:, None])
     position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
     if begin is None:
         return position
-    return position + (
-        begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
-    )
+    before = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
+    return unpadded(position + before)

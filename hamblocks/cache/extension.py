@@ -187,9 +187,8 @@ class Extension:
             # a clone, since the pool must not change before the commit
             if self._until is not None:
                 evict_at = streams.put_back(self._until, pool.evict_at.clone())
-            slabs, pages, table = [*pool.slabs(evict_at), new], pool.pages, streams.table
+            slabs, own, table = [*pool.slabs(evict_at), new], streams.own_pages(), streams.table
         # pages are numbered through all slabs, so those of the new tokens follow those of the pool
-        own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
         table = torch.cat([table, own[:, None]], 1)
         return slabs, table.view(streams.sequences, streams.heads, table.shape[1]), None
 

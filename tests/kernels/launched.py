@@ -119,13 +119,13 @@ def chosen_as_on_a_gpu() -> Iterator[None]:
     rows = [row for op in ops for row in op.table if row.passed_over is interpreted]
     for row in rows:
         object.__setattr__(row, "passed_over", always)
-    refused = import_module("hamblocks_ops.gated_delta_rule.refused")
     try:
-        append = import_module("hamblocks_ops.append")
-        with (
-            patch.object(refused, "interpreted", always),
-            patch.object(append, "interpreted", always),
-        ):
+        with ExitStack() as stack:
+            for name in ("append", "decode", "gated_delta_rule.refused"):
+                module = import_module(f"hamblocks_ops.{name}")
+                stack.enter_context(patch.object(module, "interpreted", always))
+            decode = import_module("hamblocks_ops.decode")
+            stack.enter_context(patch.object(decode, "DEVICES", {"cuda", "cpu"}))
             yield
     finally:
         for row in rows:

@@ -30,8 +30,9 @@ from triton.compiler import ASTSource, make_backend
 
 from hamblocks_ops.append import triton as append
 from hamblocks_ops.compact import triton as lists
-from hamblocks_ops.gated_delta_rule import triton as delta
-from hamblocks_ops.gated_delta_rule import triton_step as steps
+from hamblocks_ops.decode import triton as decode
+from hamblocks_ops.gated_delta_rule import triton as steps
+from hamblocks_ops.gated_delta_rule.triton import residual as delta
 from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
@@ -73,6 +74,7 @@ def builds(chip: int) -> Iterator[Build]:
         yield from of_rows(width)
         yield of_beta(width)
         yield of_steps(width)
+        yield from of_heads(width)
     yield from of_append()
     yield from of_stored(chip)
     yield from of_lists()
@@ -227,6 +229,56 @@ def of_steps(width: int) -> Build:
     more = {"METRIC": metric, "TINY": finfo.tiny, "MOST": finfo.max, "WRITES": metric is None}
     constants = sizes | more | {"PACKED": False}
     return Build(steps.step_kernel, width, constants, types, (rows, columns), warps)
+
+
+def of_heads(width: int) -> Iterator[Build]:
+    """Decoding: queries, keys and values of the memory and of attention, and the sum of reads."""
+    strides = "x0_n x0_h x1_n x1_h x2_n x2_h s_n s_t channels entries"
+    types = typed(
+        {
+            BF16: "x0 x1 x2 y0 y1 y2 weight0 weight1 weight2 taps state after first second weight1 "
+            "weight2 logits out a b a_log dt_bias",
+            FP32: "frequency g beta",
+            "fp32": "factor most",
+            "i32": strides,
+        }
+    )
+    part = {"HEADS": 16, "DIM": width, "WIDTH": width, "REPEAT": 1, "EPS": 0.0}
+
+    def parts(*own: dict[str, Any]) -> dict[str, Any]:
+        return {f"{n}{i}": x for i, one in enumerate(own) for n, x in (part | one).items()}
+
+    memory, attention = (
+        parts(
+            *(
+                {"CHANNEL": i * 16 * width, "SILU": True, "NORM": int(i < 2), "TURNS": False}
+                for i in range(3)
+            )
+        ),
+        parts(
+            {"CHANNEL": -1, "SILU": False, "NORM": 2, "TURNS": True, "EPS": 1e-6},
+            {"CHANNEL": 0, "SILU": False, "NORM": 2, "TURNS": True, "EPS": 1e-6},
+            {
+                "CHANNEL": -1,
+                "SILU": False,
+                "NORM": 0,
+                "TURNS": False,
+                "HEADS": 0,
+                "DIM": 1,
+                "WIDTH": 1,
+            },
+        ),
+    )
+    wide = {"WIDE": triton.language.float32}
+    for name, constants in (
+        (" of the memory", memory | wide | {"TAPS": 4, "PAIRS": 0}),
+        (" of attention", attention | wide | {"TAPS": 2, "PAIRS": width // 2}),
+    ):
+        yield Build(decode.heads_kernel, width, constants, types, (width,), 1, name=name)
+    norms = {"DIM": width, "WIDTH": width, "EPS": 1e-6, "NORM1": True, "NORM2": True}
+    yield Build(decode.mix_kernel, width, norms | wide, types, (width,), 1)
+    if width == WIDTHS[0]:
+        yield Build(decode.decay_kernel, 0, {"HEADS": 16, "BLOCK": 256}, types, (256,))
 
 
 def of_append() -> Iterator[Build]:

@@ -66,7 +66,7 @@ def test_reasons() -> None:
 
 
 def test_operator_is_registered_well() -> None:
-    steps = import_module("hamblocks_ops.gated_delta_rule.triton_step").steps
+    steps = import_module("hamblocks_ops.gated_delta_rule.triton").steps
     tensors = DeltaRuleInputs(tokens=2).tensors()
     names = ("q", "k", "v", "beta", "g", "initial_state")
     given = *(tensors[name] for name in names), None, 0.5

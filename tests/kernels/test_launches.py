@@ -66,13 +66,23 @@ def run_rows(batch: int, heads: int) -> None:
 
 
 def run_delta(batch: int, heads: int) -> None:
-    triton = import_module("hamblocks_ops.gated_delta_rule.triton")
+    triton = import_module("hamblocks_ops.gated_delta_rule.triton.residual")
     x, beta = meta(batch, 1, heads, 16), meta(batch, 1, heads, dtype=torch.float32)
     triton.residual_and_score(x, beta, x, 2.0**-64, x, beta, "cosine")
     triton.beta_grad(x, meta(batch, 1, heads, 16, 16), beta, beta, x, x, x, 2.0**-64, None)
-    steps = import_module("hamblocks_ops.gated_delta_rule.triton_step").steps
+    steps = import_module("hamblocks_ops.gated_delta_rule.triton").steps
     state = meta(batch, heads, 16, 16, dtype=torch.float32)
     own(steps)(x, x, x, beta, beta, state, None, 1.0, False, "cosine")
+
+
+def run_decode(batch: int, heads: int) -> None:
+    decode = import_module("hamblocks_ops.decode")
+    kernels = import_module("hamblocks_ops.decode.triton")
+    x, logits = meta(batch, 1, heads, 16), meta(batch, 1, heads)
+    conv = decode.Convolution(meta(heads * 16, 4), meta(batch, 3, heads * 16))
+    kernels.launch_heads(x, [decode.Heads(x, channel=0)] * 3, conv, None)
+    kernels.launch_decay(logits, logits[0, 0], logits[0, 0], logits, 1.0)
+    kernels.launch_mix(x, x, (None, None), meta(batch, 2 * heads), 1e-6)
 
 
 def run_append(sequences: int, heads: int) -> None:
@@ -96,6 +106,7 @@ def test_grids_hold_4096_sequences_of_64_heads() -> None:
         run_rows(batch, heads)
         run_delta(batch, heads)
         run_append(batch, heads)
+        run_decode(batch, heads)
         lifetimes = meta(batch, 2, heads, dtype=INT32)
         own(import_module("hamblocks_ops.compact.triton").lists)(lifetimes, lifetimes, 2)
     defined = {named(kernel) for kernel in every_kernel()}

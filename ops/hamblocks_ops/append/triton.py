@@ -6,7 +6,6 @@ because a page may be written to only when all streams have read who uses which 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -36,7 +36,7 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
 
 
 def _run_steps(call: DeltaRuleCall) -> DeltaRuleRaw:
-    from hamblocks_ops.gated_delta_rule.triton_step import run
+    from hamblocks_ops.gated_delta_rule.triton import run
 
     return run(call)
 

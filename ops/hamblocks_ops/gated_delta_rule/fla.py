@@ -4,7 +4,7 @@ https://github.com/fla-org/flash-linear-attention
 
 fla's public function does not return `v_new`, which is beta times the residual; the functions that
 it is made of do. `chunks` calls them in the same order, so that `out` has the bits of fla, and one
-more kernel (in `triton.py`) reads residual and score off v_new. In the backward pass the gradient
+more kernel (in `triton/residual.py`) reads residual and score off v_new. In the backward pass the gradient
 of the residual is added to that of v_new before the gradient of the states is computed. Where beta
 is 0, 2**-64 takes its place: `out` stays the same to the bit, and the division by beta is defined.
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw
-from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, residual_and_score
+from hamblocks_ops.gated_delta_rule.triton.residual import CHUNK, beta_grad, residual_and_score
 
 MIN_BETA = 2.0**-64
 """What takes the place of a smaller beta where something is divided by it."""
@@ -285,7 +285,7 @@ def chunks_backward(
         if grad_residual is not None:
             # fla's dbeta is computed before the division of the residual by beta. The missing term
             # nearly cancels it, so the sum of both is computed by a kernel of its own (see
-            # triton.py).
+            # triton/residual.py).
             dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, MIN_BETA, packed)
     return dq, dk.add_(more), dv, dbeta, dg, dh0
 

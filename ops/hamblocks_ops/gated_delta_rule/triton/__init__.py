@@ -49,7 +49,7 @@ def step_kernel(
     if PACKED:
         first, batch = tl.load(cu_seqlens + sequence).to(tl.int64), 0 * sequence
         count = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - first
-    for step in range(0, count):
+    for step in range(count):
         token = first + step
         number = (batch * tokens + token) * HEADS + head
         keys, queries = k + batch * k_b + token * k_t, q + batch * q_b + token * q_t
