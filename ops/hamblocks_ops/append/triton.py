@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hamblocks_ops.append import Paged
+from hamblocks_ops.append.call import Paged
 from hamblocks_ops.dispatch import launches
 
 SCANNED = 1024

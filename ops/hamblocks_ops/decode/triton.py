@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hamblocks_ops.decode import Convolution, Heads, Rotation
+from hamblocks_ops.decode.call import Convolution, Heads, Rotation
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.precision import wide
 
