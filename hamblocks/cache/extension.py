@@ -16,6 +16,7 @@ from hamblocks.cache.pool import Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting
 from hamblocks.keys import DenseKeys, PagedKeys
 from hamblocks_ops import NEVER, Pages, unpage
+from hamblocks_ops.append import runs, show
 from hamblocks_ops.arguments import check_tensor, values_are_checked
 from hamblocks_ops.context import CHECKED
 from hamblocks_ops.paged_attention import PageMemo
@@ -186,7 +187,11 @@ class Extension:
             evict_at = None
             # a clone, since the pool must not change before the commit
             if self._until is not None:
-                evict_at = streams.put_back(self._until, pool.evict_at.clone())
+                evict_at = pool.evict_at.clone()
+                if runs(evict_at):
+                    show(streams.table, self._until, evict_at, streams.width)
+                else:
+                    streams.put_back(self._until, evict_at)
             slabs, own, table = [*pool.slabs(evict_at), new], streams.own_pages(), streams.table
         # pages are numbered through all slabs, so those of the new tokens follow those of the pool
         table = torch.cat([table, own[:, None]], 1)

@@ -278,6 +278,9 @@ def of_heads(width: int) -> Iterator[Build]:
     norms = {"DIM": width, "WIDTH": width, "EPS": 1e-6, "NORM1": True, "NORM2": True}
     yield Build(decode.mix_kernel, width, norms | wide, types, (width,), 1)
     if width == WIDTHS[0]:
+        competing = typed({FP32: "score scores scores_after", "i32": "slots s_n s_h n_n n_h"})
+        block = {"HEADS": 16, "BLOCK": 1024}
+        yield Build(decode.compete_kernel, 0, block, competing, (1024,))
         yield Build(decode.decay_kernel, 0, {"HEADS": 16, "BLOCK": 256}, types, (256,))
 
 
@@ -296,6 +299,11 @@ def of_append() -> Iterator[Build]:
         (append.append_kernel, sizes | more),
     ):
         yield Build(kernel, 0, constants, types, (block,), name=" of new tokens")
+    scalars = "columns width listed w_n w_l w_h e_n e_l e_h"
+    constants = {"STREAMS": 8, "PAGE": 32, "BLOCK": block, "STEPS": 10}
+    yield Build(append.lower_kernel, 0, constants, typed({"i32": scalars}), (block,))
+    constants = {"PAGE": 32, "BLOCK": block}
+    yield Build(append.show_kernel, 0, constants, typed({"i32": "columns width"}), (block,))
 
 
 def of_lists() -> Iterator[Build]:

@@ -69,14 +69,18 @@ def test_leaves_what_a_commit_leaves(data: st.DataObject) -> None:
         cache.reserve(steps)  # slabs come apart where the pool has to grow
     for step in range(steps + 2):  # two more than reserved, as a replayed graph may run
         k, v, given = tokens(data.draw, caches[0], sequences, streams, bias, first + step)
+        shown: list[list[torch.Tensor]] = []
         for index, refuses in enumerate((always, lambda _: "no")):
             own = caches[index]._own
             own.reservation.steps = max(1, own.reservation.steps)
             with without_values(), patch.object(append, "interpreted", refuses):
                 made = caches[index].extend(k, v, **given)
+                shown.append([slab.evict_at for slab in made._pages()[0]])
                 caches[index] = made.commit(torch.full_like(seen, first + step + 1))
         (got, counts), (right, others) = map(tables, caches)
         assert counts == others
+        for one, other in zip(*shown, strict=True):  # what attention is shown before the commit
+            assert torch.equal(one, other)
         for one, other in zip(got, right, strict=True):
             assert torch.equal(one, other)
 

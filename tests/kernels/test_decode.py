@@ -21,6 +21,7 @@ from hamblocks.state import leaves
 from hamblocks_ops import decode
 
 F64 = torch.float64
+topk = import_module("hamblocks.selectors.topk")
 
 
 def close(got: Tensor, right: Tensor) -> None:
@@ -116,6 +117,29 @@ def test_mix_is_the_gated_sum(data: st.DataObject) -> None:
         for x, w in zip(reads, norms, strict=True)
     ]
     close(got, (gates[..., :1] * normed[0] + gates[..., 1:] * normed[1]).flatten(2))
+
+
+@given(st.data())
+def test_a_token_competes_as_in_topk(data: st.DataObject) -> None:
+    """Tokens one by one, with equal scores, infinities, NaN and tokens that do not compete."""
+    draw = data.draw
+    sequences, heads, k = (draw(st.integers(1, 3)) for _ in range(3))
+    k = draw(st.sampled_from([1, 2, 5, 1030]))
+    scores = st.sampled_from([0.0, 1.0, 2.0, float("inf"), -float("inf"), float("nan")])
+    ledgers = [topk.empty_ledger(k, sequences, heads) for _ in range(2)]
+    for at in range(draw(st.integers(1, 8))):
+        values = draw(st.lists(scores, min_size=sequences * heads, max_size=sequences * heads))
+        score = torch.tensor(values).view(sequences, 1, heads)
+        pauses = draw(st.lists(st.booleans(), min_size=sequences, max_size=sequences))
+        position = torch.where(torch.tensor(pauses), -1, at).to(torch.int32)
+        new = position[:, None, None].expand(score.shape)
+        right = topk.compete(score, ledgers[1], new, k)
+        with chosen_as_on_a_gpu():
+            got = topk.compete(score, ledgers[0], new, k)
+        ledgers = [got[2], right[2]]
+        assert torch.equal(got[0], right[0])
+        for one, other in zip((*got[1], *got[2]), (*right[1], *right[2]), strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

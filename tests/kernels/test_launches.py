@@ -82,6 +82,8 @@ def run_decode(batch: int, heads: int) -> None:
     conv = decode.Convolution(meta(heads * 16, 4), meta(batch, 3, heads * 16))
     kernels.launch_heads(x, [decode.Heads(x, channel=0)] * 3, conv, None)
     kernels.launch_decay(logits, logits[0, 0], logits[0, 0], logits, 1.0)
+    slots = meta(batch, 5, heads, dtype=INT32)
+    kernels.launch_compete(logits, slots[:, :1], slots, meta(batch, 5, heads))
     kernels.launch_mix(x, x, (None, None), meta(batch, 2 * heads), 1e-6)
 
 
@@ -95,6 +97,10 @@ def run_append(sequences: int, heads: int) -> None:
     paged = append.Paged(table, users, times, times, None, [(slab, slab)], seen, most, 39)
     x = meta(streams, 1, 16)
     launch(table, paged, x, x, of_stream, of_stream, None, seen, None)
+    listed = meta(sequences, 5, heads, dtype=INT32)
+    kernels = import_module("hamblocks_ops.append.triton")
+    until = kernels.launch_lower(table, times, times, seen, listed, listed, 39)
+    kernels.launch_show(table, until, times, 39)
 
 
 def test_grids_hold_4096_sequences_of_64_heads() -> None:

@@ -1,4 +1,4 @@
-"""One new token per stream of a paged cache, written into reserved pages without reading a value."""
+"""Changes of a paged cache on a GPU, in few kernels and without reading a value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from hamblocks_ops.append.call import Paged
 from hamblocks_ops.dispatch import interpreted, without_triton
 
-__all__ = ["Paged", "append", "runs"]
+__all__ = ["Paged", "append", "lower", "runs", "show"]
 
 
 def runs(table: Tensor) -> bool:
@@ -46,3 +46,43 @@ def append(
     from hamblocks_ops.append.triton import launch
 
     launch(paged.table, paged, k, v, position, evict_at, bias, seen, until)
+
+
+def lower(
+    table: Tensor,
+    position: Tensor,
+    evict_at: Tensor,
+    seen: Tensor,
+    wanted: Tensor,
+    ends: Tensor,
+    width: int,
+) -> Tensor:
+    """Lifetimes of the slots of all streams, lowered for the tokens that are listed.
+
+    Args:
+        table: int32 `[R, C]`, rows of any stride, entries contiguous.
+        position: int32 `[P + 2, page_size]`.
+        evict_at: int32 `[P + 2, page_size]`.
+        seen: int32 `[N]`, tokens seen; a token that ends by then keeps its lifetime.
+        wanted: int32 `[N, L, H]`, ascending positions of the tokens, -1 for none; H = R // N.
+        ends: int32 `[N, L, H]`, their lifetimes.
+        width: columns of the table that may hold a page.
+
+    Returns:
+        int32 `[R, width * page_size]`, 0 where there is no page.
+    """
+    from hamblocks_ops.append.triton import launch_lower
+
+    until: Tensor = launch_lower(table, position, evict_at, seen, wanted, ends, width)
+    return until
+
+
+def show(table: Tensor, until: Tensor, evict_at: Tensor, width: int) -> Tensor:
+    """Writes lifetimes `[R, width * page_size]` to the pages of all streams, and returns `evict_at`.
+
+    Arguments as in `lower`. No page is listed twice.
+    """
+    from hamblocks_ops.append.triton import launch_show
+
+    shown: Tensor = launch_show(table, until, evict_at, width)
+    return shown

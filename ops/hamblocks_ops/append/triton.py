@@ -173,3 +173,89 @@ def launch(
             FIRST=begin == 0, LOWERED=until is not None, HAS_BIAS=bias is not None,
         )  # fmt: skip
         begin += in_slab
+
+
+@triton.jit
+def lower_kernel(
+    table, position_of, evict_at, seen, wanted, ends, until, columns, width, listed, w_n, w_l, w_h,
+    e_n, e_l, e_h, STREAMS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Lifetimes of a block of slots of a stream, lowered where its tokens are listed.
+
+    The grid is [R, blocks]. `wanted` lists positions in ascending order, `listed` of them; a binary
+    search of STEPS steps finds a slot's position. A hole keeps its lifetime.
+    """
+    stream = tl.program_id(0).to(tl.int64)
+    sequence, own = stream // STREAMS, stream % STREAMS
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < width * PAGE
+    page = tl.load(table + stream * columns + slot // PAGE, mask=inside, other=-1)
+    there = page >= 0
+    at = page.to(tl.int64) * PAGE + slot % PAGE
+    end = tl.load(evict_at + at, mask=there, other=0)
+    place = tl.load(position_of + at, mask=there, other=-1)
+    there = there & (end > tl.load(seen + sequence))
+    list_of = wanted + sequence * w_n + own * w_h
+    # the first listed position that is not below that of the slot lies in [low, high]
+    low, high = slot * 0, slot * 0 + listed
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        apart = there & (low < high)
+        below = tl.load(list_of + middle.to(tl.int64) * w_l, mask=apart, other=0) < place
+        low = tl.where(apart & below, middle + 1, low)
+        high = tl.where(apart & (below == 0), middle, high)
+    there = there & (low < listed)
+    found = tl.load(list_of + low.to(tl.int64) * w_l, mask=there, other=-1)
+    there = there & (found == place) & (place >= 0)
+    lowered = ends + sequence * e_n + own * e_h + low.to(tl.int64) * e_l
+    end = tl.where(there, tl.load(lowered, mask=there, other=0), end)
+    tl.store(until + stream * width * PAGE + slot, end, mask=inside)
+
+
+@triton.jit
+def show_kernel(
+    table, until, evict_at, columns, width, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes lifetimes by stream to the pages of the streams. The grid is [R, blocks]."""
+    stream = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < width * PAGE
+    page = tl.load(table + stream * columns + slot // PAGE, mask=inside, other=-1)
+    end = tl.load(until + stream * width * PAGE + slot, mask=inside, other=0)
+    at = page.to(tl.int64) * PAGE + slot % PAGE
+    tl.store(evict_at + at, end, mask=page >= 0)
+
+
+@launches
+def launch_lower(
+    table: Tensor,
+    position: Tensor,
+    evict_at: Tensor,
+    seen: Tensor,
+    wanted: Tensor,
+    ends: Tensor,
+    width: int,
+) -> Tensor:
+    """See `hamblocks_ops.append.lower`."""
+    streams, size = len(table), position.shape[1]
+    until = evict_at.new_empty(streams, width * size)
+    if until.numel():
+        listed = wanted.shape[1]
+        lower_kernel[(streams, triton.cdiv(width * size, SCANNED))](
+            table, position, evict_at, seen, wanted, ends, until, table.stride(0), width, listed,
+            *wanted.stride(), *ends.stride(), STREAMS=streams // len(seen), PAGE=size,
+            BLOCK=SCANNED, STEPS=listed.bit_length(),
+        )  # fmt: skip
+    return until
+
+
+@launches
+def launch_show(table: Tensor, until: Tensor, evict_at: Tensor, width: int) -> Tensor:
+    """See `hamblocks_ops.append.show`."""
+    streams, size = len(table), evict_at.shape[1]
+    if streams * width:
+        show_kernel[(streams, triton.cdiv(width * size, SCANNED))](
+            table, until.contiguous(), evict_at, table.stride(0), width, PAGE=size, BLOCK=SCANNED
+        )
+    return evict_at

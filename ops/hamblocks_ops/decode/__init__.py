@@ -17,6 +17,7 @@ __all__ = [
     "Convolution",
     "Heads",
     "Rotation",
+    "compete",
     "decay_and_strength",
     "heads",
     "mix",
@@ -107,4 +108,28 @@ def mix(
     from hamblocks_ops.decode.triton import launch_mix
 
     made: Tensor = launch_mix(reads[0], reads[1], norms, logits, eps)
+    return made
+
+
+def compete(
+    score: Tensor, new: Tensor, position: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token competes with the k best so far, in one kernel.
+
+    The token with the smallest score of the k + 1 leaves when the new one comes; of equal scores the
+    latest. A score of NaN counts as -inf.
+
+    Args:
+        score: `[N, 1, H]`, of the new tokens.
+        new: int32 `[N, 1, H]`, their positions; -1 for those that do not compete.
+        position: int32 `[N, k, H]`, ascending, -1 for empty slots, which come first; k >= 1.
+        scores: `[N, k, H]`, in the dtype of `score`; 0 for empty slots.
+
+    Returns:
+        Lifetimes of the new tokens and of those in the slots, int32, and the slots after it: their
+        positions and scores.
+    """
+    from hamblocks_ops.decode.triton import launch_compete
+
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = launch_compete(score, new, position, scores)
     return made

@@ -303,3 +303,71 @@ def launch_mix(
             NORM1=norms[0] is not None, NORM2=norms[1] is not None, num_warps=1,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def compete_kernel(
+    score, new, position, scores, until, ends, position_after, scores_after, slots, s_n, s_h, n_n,
+    n_h, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The new token of one sequence and head against its slots. `slots` are `[N, slots, HEADS]`.
+
+    The slot that the new token removes is the first one while it is empty, else the worst one.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sequence, head = program // HEADS, program % HEADS
+    start = sequence * slots * HEADS + head
+    here = tl.load(new + sequence * n_n + head * n_h)
+    own = tl.load(score + sequence * s_n + head * s_h)
+    first = tl.load(position + start)
+    rank = tl.where(own != own, float("-inf"), own)
+    worst, place = rank, 0 * here + slots  # the worst so far, and its slot; at first the new token
+    for begin in range(0, slots, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        inside = slot < slots
+        value = tl.load(scores + start + slot.to(tl.int64) * HEADS, mask=inside, other=float("inf"))
+        value = tl.where(value != value, float("-inf"), value)
+        value = tl.where(inside, value, float("inf"))
+        least = tl.min(value, 0)
+        # of equal scores the latest is the worst, and the new token is the latest of all
+        last = tl.max(tl.where(inside & (value == least), slot, -1), 0)
+        lower = (least < worst) | ((least == worst) & (place < slots))
+        place = tl.where(lower, last, place)
+        worst = tl.where(lower, least, worst)
+    full, enters = first >= 0, here >= 0
+    removed = tl.where(full, place, 0)
+    stays = enters & (removed < slots)  # whether the new token is stored
+    tl.store(until + sequence * HEADS + head, tl.where(stays, 2147483647, here))
+    for begin in range(0, slots, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        inside = slot < slots
+        at = start + slot.to(tl.int64) * HEADS
+        held = tl.load(position + at, mask=inside, other=-1)
+        end = tl.where(held < 0, held, 2147483647)
+        tl.store(ends + at, tl.where(stays & full & (slot == removed), here, end), mask=inside)
+        # slots after the removed one move up, and the new token takes the last
+        moves = stays & (slot >= removed)
+        last = moves & (slot == slots - 1)
+        source = at + tl.where(moves & (last == 0), HEADS, 0)
+        held = tl.load(position + source, mask=inside, other=-1)
+        value = tl.load(scores + source, mask=inside, other=0.0)
+        tl.store(position_after + at, tl.where(last, here, held), mask=inside)
+        tl.store(scores_after + at, tl.where(last, own, value), mask=inside)
+
+
+@launches
+def launch_compete(
+    score: Tensor, new: Tensor, position: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `hamblocks_ops.decode.compete`."""
+    sequences, slots, heads = position.shape
+    position, scores = position.contiguous(), scores.contiguous()
+    until, ends = position.new_empty(sequences, 1, heads), position.new_empty(position.shape)
+    after = position.new_empty(position.shape), scores.new_empty(scores.shape)
+    if until.numel():
+        block = min(1024, triton.next_power_of_2(slots))
+        compete_kernel[(sequences * heads,)](
+            score, new, position, scores, until, ends, *after, slots, score.stride(0),
+            score.stride(2), new.stride(0), new.stride(2), HEADS=heads, BLOCK=block,
+        )  # fmt: skip
+    return until, ends, *after
