@@ -44,6 +44,8 @@ def test_heads_are_convolved_activated_normed_and_turned(data: st.DataObject) ->
         draw(st.lists(st.integers(0, 10**6), min_size=sequences, max_size=sequences)),
         dtype=torch.int32,
     )[:, None]
+    if draw(st.booleans()):
+        position = position[:1].expand(sequences, 1)
     theta = draw(st.sampled_from([10.0, 1e6]))
     frequency = 1.0 / theta ** (torch.arange(pairs, dtype=F64) / pairs)
     drawn_parts = draw(st.integers(1, 3))

@@ -259,7 +259,11 @@ def launch_heads(
         state = conv.state if conv.state.stride(2) == 1 else conv.state.contiguous()
         taps, after = conv.weight.contiguous(), state.new_empty(state.shape)
         s_n, s_t = state.stride(0), state.stride(1)
-    position, frequency, factor = (None, None, 1.0) if rotation is None else rotation
+    position, frequency, factor = None, None, 1.0
+    if rotation is not None:
+        _, frequency, factor = rotation
+        # positions that are the same for all sequences may be one number in memory
+        position = rotation.position.contiguous()
     programs = sequences * sum(sizes[f"HEADS{index}"] for index in range(PARTS))
     if programs:
         heads_kernel[(programs,)](
