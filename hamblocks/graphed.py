@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Generic, TypeVar, final
@@ -162,12 +163,13 @@ class GraphedDecode(Generic[States]):
 
 def capture_on(device: torch.device) -> Capture | None:
     """How a step is captured on a device; None: it is run as usual every time."""
-    return _cuda_graph if device.type == "cuda" else None
+    return functools.partial(_cuda_graph, device) if device.type == "cuda" else None
 
 
-def _cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+def _cuda_graph(device: torch.device, step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # the stream of a capture is one of the current device
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         step()
     replay: Callable[[], None] = graph.replay
     return replay

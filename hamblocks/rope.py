@@ -144,9 +144,8 @@ def _both_ways(
             host = torch.empty(0, device="cpu") if device.type == "cuda" else position
             table, factor = _table(dim, theta, scaling, host, dtype)
             known = table.to(device), factor
-        if type(position) is Tensor and type(known[0]) is Tensor:
-            if len(_TABLES) == MAX_TABLES:
-                _TABLES.clear()
+        # none makes way for another: a CUDA graph may read it for as long as the graph lives
+        if len(_TABLES) < MAX_TABLES and type(position) is Tensor and type(known[0]) is Tensor:
             _TABLES[key] = known
     return known
 

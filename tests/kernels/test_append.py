@@ -17,6 +17,7 @@ from hamblocks_ops import NEVER
 from hamblocks_ops.dispatch import always
 
 append = import_module("hamblocks_ops.append")
+kernels = import_module("hamblocks_ops.append.triton")
 HEADS, DIM = 2, 3
 
 
@@ -54,6 +55,7 @@ def test_leaves_what_a_commit_leaves(data: st.DataObject) -> None:
     sequences, streams = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, HEADS]))
     page, bias = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.booleans())
     caches = [hb.KVCache(sequences, page_size=page) for _ in range(2)]
+    scanned = data.draw(st.sampled_from([4, 1024]))  # slots, or pages, that are looked at together
     first, steps = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     k, v = torch.randn(2, sequences, first, HEADS, DIM, generator=random).unbind()
@@ -73,7 +75,11 @@ def test_leaves_what_a_commit_leaves(data: st.DataObject) -> None:
         for index, refuses in enumerate((always, lambda _: "no")):
             own = caches[index]._own
             own.reservation.steps = max(1, own.reservation.steps)
-            with without_values(), patch.object(append, "interpreted", refuses):
+            with (
+                without_values(),
+                patch.object(append, "interpreted", refuses),
+                patch.object(kernels, "SCANNED", scanned),
+            ):
                 made = caches[index].extend(k, v, **given)
                 shown.append([slab.evict_at for slab in made._pages()[0]])
                 caches[index] = made.commit(torch.full_like(seen, first + step + 1))
@@ -87,7 +93,6 @@ def test_leaves_what_a_commit_leaves(data: st.DataObject) -> None:
 
 def test_the_kernels_ran() -> None:
     """What the test above compares are the kernels, not the same torch ops twice."""
-    launch = import_module("hamblocks_ops.append.triton")
     cache = hb.KVCache(2)
     x, ends = torch.zeros(2, 1, 2, 4), torch.full((2, 1, 2), NEVER, dtype=torch.int32)
     for step in range(2):
@@ -96,7 +101,7 @@ def test_the_kernels_ran() -> None:
         with (
             without_values(),
             patch.object(append, "interpreted", always),
-            patch.object(launch, "launch", wraps=launch.launch) as ran,
+            patch.object(kernels, "launch", wraps=kernels.launch) as ran,
         ):
             cache = cache.extend(x, x, **given).commit(seen)
         assert ran.call_count == step

@@ -22,6 +22,7 @@ from hamblocks_ops import decode
 
 F64 = torch.float64
 topk = import_module("hamblocks.selectors.topk")
+kernels = import_module("hamblocks_ops.decode.triton")
 
 
 def close(got: Tensor, right: Tensor) -> None:
@@ -126,7 +127,7 @@ def test_a_token_competes_as_in_topk(data: st.DataObject) -> None:
     """Tokens one by one, with equal scores, infinities, NaN and tokens that do not compete."""
     draw = data.draw
     sequences, heads, k = (draw(st.integers(1, 3)) for _ in range(3))
-    k = draw(st.sampled_from([1, 2, 5, 1030]))
+    k = draw(st.sampled_from([1, 2, 5, 9]))
     scores = st.sampled_from([0.0, 1.0, 2.0, float("inf"), -float("inf"), float("nan")])
     ledgers = [topk.empty_ledger(k, sequences, heads) for _ in range(2)]
     for at in range(draw(st.integers(1, 8))):
@@ -136,7 +137,7 @@ def test_a_token_competes_as_in_topk(data: st.DataObject) -> None:
         position = torch.where(torch.tensor(pauses), -1, at).to(torch.int32)
         new = position[:, None, None].expand(score.shape)
         right = topk.compete(score, ledgers[1], new, k)
-        with chosen_as_on_a_gpu():
+        with chosen_as_on_a_gpu(), patch.object(kernels, "COMPETING", 4):  # blocks of 4 slots
             got = topk.compete(score, ledgers[0], new, k)
         ledgers = [got[2], right[2]]
         assert torch.equal(got[0], right[0])
@@ -183,7 +184,6 @@ def test_every_layer_decodes_as_without_the_kernels(case: str) -> None:
 def launched_heads(layer: hb.HAMLayer) -> int:
     """How often a decoded token runs the kernel of heads."""
     x = torch.randn(1, 3, layer.dims.hidden_size, dtype=F64)
-    kernels = import_module("hamblocks_ops.decode.triton")
     with (
         chosen_as_on_a_gpu(),
         patch.object(kernels, "launch_heads", wraps=kernels.launch_heads) as heads,

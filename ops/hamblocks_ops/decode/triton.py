@@ -13,6 +13,9 @@ from hamblocks_ops.decode.call import Convolution, Heads, Rotation
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.precision import wide
 
+COMPETING = 1024
+"""Slots that a token competes with at a time."""
+
 PARTS = 3
 """Parts that one launch takes: queries, keys and values."""
 
@@ -369,7 +372,7 @@ def launch_compete(
     until, ends = position.new_empty(sequences, 1, heads), position.new_empty(position.shape)
     after = position.new_empty(position.shape), scores.new_empty(scores.shape)
     if until.numel():
-        block = min(1024, triton.next_power_of_2(slots))
+        block = min(COMPETING, triton.next_power_of_2(slots))
         compete_kernel[(sequences * heads,)](
             score, new, position, scores, until, ends, *after, slots, score.stride(0),
             score.stride(2), new.stride(0), new.stride(2), HEADS=heads, BLOCK=block,
