@@ -12,8 +12,10 @@ from hamblocks.heads import Split, under
 from hamblocks.keys import Keys
 from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
+from hamblocks.own_weights import is_plain
 from hamblocks.protocols import Built, LayerDims, NewTokens, check_count
-from hamblocks.rope import angles, check_scaling, turned
+from hamblocks.rope import angles, check_scaling, pair_frequencies, turned
+from hamblocks_ops import decode
 from hamblocks_ops.arguments import wrong
 
 
@@ -138,6 +140,10 @@ class SelectedAttention(Built):
         Raises:
             ValueError: `state` is not the state of such a part.
         """
+        if q.device.type in decode.DEVICES:
+            decoded = self._decoded(q, k, v, position, state, cu_seqlens)
+            if decoded is not None:
+                return decoded
         after = None
         if self.conv_size > 1:
             k, v, after = self._convolved(k, v, state, cu_seqlens)
@@ -156,6 +162,46 @@ class SelectedAttention(Built):
                     torch.cat([turned(x[..., :size], *turn), x[..., size:]], -1) for x in (q, k)
                 )
         return q, k, v, after
+
+    def _decoded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        past: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+        """What `prepare` returns for one token, by one kernel; None where it cannot run."""
+        convolves = self.conv_size > 1
+        modules = [self.q_norm, self.k_norm] if self.qk_norm else []
+        weights: list[Tensor | None] = [norm.weight for norm in modules]
+        if q.shape[1] != 1 or cu_seqlens is not None or (convolves and past is None):
+            return None
+        if convolves:
+            weights += [self.conv.weight, past]
+        if not decode.runs(q, k, v, *weights) or not is_plain(
+            *modules, *([self.conv] if convolves else [])
+        ):
+            return None
+        rotation = None
+        if self.rope_theta is not None:
+            of = q[..., : self.rotated]
+            found = pair_frequencies(of, position, self.rope_theta, self.rope_scaling)
+            if found is None:
+                return None
+            rotation = decode.Rotation(position, *found)
+        norm: dict[str, Any] = {"eps": self.norm_eps, "turns": rotation is not None}
+        of_q, of_k = weights[:2] if self.qk_norm else (None, None)
+        parts = [
+            decode.Heads(q, weight=of_q, **norm),
+            decode.Heads(k, weight=of_k, channel=0 if convolves else None, **norm),
+        ]
+        if self.conv_values:
+            parts.append(decode.Heads(v, channel=k.shape[2] * k.shape[3]))
+        conv = None if past is None else decode.Convolution(self.conv.weight, past)
+        (q, k, *values), after = decode.heads(parts, conv, rotation)
+        return q, k, values[0] if values else v, after
 
     @property
     def border_size(self) -> int:

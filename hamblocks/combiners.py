@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.norm import RMSNorm
+from hamblocks.own_weights import is_plain
 from hamblocks.protocols import Built, LayerDims
+from hamblocks_ops import decode
 from hamblocks_ops.arguments import wrong
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -110,9 +112,33 @@ class _Mix(Built):
         self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
     ) -> Tensor:
         """See `hamblocks.protocols.Combiner`."""
-        reads = self.normed(x, memory_read, attention_read)
         # decoding: a linear map of a matrix takes fewer ops
         logits = self.gate_proj(x[:, 0] if x.shape[1] == 1 else x)
+        joined = None
+        if x.device.type in decode.DEVICES:
+            joined = self._decoded(memory_read, attention_read, logits)
+        if joined is None:
+            joined = self._joined(x, memory_read, attention_read, logits)
+        if self.output_gate:
+            joined = joined * F.silu(self.g_proj(x))
+        y: Tensor = self.o_proj(joined)
+        return y
+
+    def _decoded(
+        self, memory_read: Tensor | None, attention_read: Tensor | None, logits: Tensor
+    ) -> Tensor | None:
+        """What `_joined` gives for one token, by one kernel; None where it cannot run."""
+        return None
+
+    def _joined(
+        self,
+        x: Tensor,
+        memory_read: Tensor | None,
+        attention_read: Tensor | None,
+        logits: Tensor,
+    ) -> Tensor:
+        """The weighted sum of the reads, `[B, T, width]`, or both side by side."""
+        reads = self.normed(x, memory_read, attention_read)
         if self.is_joint:
             shape = *x.shape[:2], self.heads[0], len(reads)
             weights = self.weights(logits.view(shape)).to(x.dtype)
@@ -120,17 +146,12 @@ class _Mix(Built):
             mixed = weights[..., :1] * reads[0]
             if len(reads) == 2:
                 mixed = torch.addcmul(mixed, weights[..., 1:], reads[1])
-            joined = mixed.to(x.dtype).flatten(2)
-        else:
-            weights = self.apart(logits.view(*x.shape[:2], -1)).to(x.dtype)
-            first = weights[..., : self.heads[0], None] * reads[0]
-            second = weights[..., self.heads[0] :, None] * reads[1]
-            # one product of both reads, side by side, is the sum of two projections
-            joined = torch.cat([first.to(x.dtype).flatten(2), second.to(x.dtype).flatten(2)], -1)
-        if self.output_gate:
-            joined = joined * F.silu(self.g_proj(x))
-        y: Tensor = self.o_proj(joined)
-        return y
+            return mixed.to(x.dtype).flatten(2)
+        weights = self.apart(logits.view(*x.shape[:2], -1)).to(x.dtype)
+        first = weights[..., : self.heads[0], None] * reads[0]
+        second = weights[..., self.heads[0] :, None] * reads[1]
+        # one product of both reads, side by side, is the sum of two projections
+        return torch.cat([first.to(x.dtype).flatten(2), second.to(x.dtype).flatten(2)], -1)
 
     def apart(self, logits: Tensor) -> Tensor:
         """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
@@ -140,6 +161,24 @@ class _Mix(Built):
 @final
 class GatedSum(_Mix):
     """Joins the reads with one sigmoid gate each; the gates are independent."""
+
+    def _decoded(
+        self, memory_read: Tensor | None, attention_read: Tensor | None, logits: Tensor
+    ) -> Tensor | None:
+        if memory_read is None or attention_read is None or not self.is_joint:
+            return None
+        # a gate on a read by channel is applied after its norm, which the kernel does not know
+        if memory_read.shape[1] != 1 or self.memory_gate or self.attention_gate:
+            return None
+        normed = [self.memory_norm] if self.read_norm else []
+        normed += [self.attention_norm] if self.attention_read_norm else []
+        weights = [norm.weight for norm in normed]
+        if not decode.runs(memory_read, attention_read, logits, *weights) or not is_plain(*normed):
+            return None
+        first = weights[0] if self.read_norm else None
+        second = weights[-1] if self.attention_read_norm else None
+        reads = memory_read, attention_read
+        return decode.mix(reads, (first, second), logits, self.norm_eps)
 
     def weights(self, logits: Tensor) -> Tensor:
         """Sigmoid: each weight is in (0, 1)."""

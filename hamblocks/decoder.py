@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 from torch import Tensor, nn
 
 from hamblocks.block import HAMBlock
+from hamblocks.graphed import GraphedDecode
 from hamblocks.layer import HAMLayer
 from hamblocks.outputs import LayerStats
 from hamblocks.parallel.shard import ContextShard
@@ -99,3 +100,26 @@ class Decoder(nn.Module):
         given = {"cu_seqlens": cu_seqlens, "given_score": given_score, "shard": shard}
         result = self.stack(x, state=state, **given)
         return DecoderOutput(self.head(result.y), result.state, result.stats)
+
+    def graphed_decode(self, state: list[HAMState], steps: int) -> GraphedDecode[list[HAMState]]:
+        """Reserves the pages of `steps` tokens per sequence, and decodes them by a CUDA graph.
+
+        Args:
+            state: from `init_state(N)` or the last call; it is spent.
+            steps: most tokens per sequence, at least 1.
+
+        Returns:
+            What takes the last token of every sequence, int64 `[N]`, and returns the logits of the
+            next one, `[N, vocab_size]`; its `state` are the states to go on from.
+
+        Raises:
+            ValueError: a bad argument, or one of `HAMState.reserve`.
+        """
+
+        def step(tokens: Tensor, state: list[HAMState]) -> tuple[Tensor, list[HAMState]]:
+            check_tensor("tokens", tokens, "[N]", [len(state[0].position)])
+            result = self(tokens[:, None], state=state)
+            return result.logits[:, 0], result.state
+
+        self.stack.check_states(state)
+        return GraphedDecode(step, state, steps)

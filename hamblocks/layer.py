@@ -20,6 +20,7 @@ from hamblocks.assembly import (
 from hamblocks.cache import Extension, KVCache, dry_run
 from hamblocks.cache.checks import check_sequences
 from hamblocks.calls import CallsParts
+from hamblocks.graphed import GraphedDecode
 from hamblocks.heads import Split, shared_call
 from hamblocks.keys import DenseKeys
 from hamblocks.ledger import EMPTY
@@ -49,7 +50,7 @@ from hamblocks.selectors import start
 from hamblocks.state import HAMState, Ring, tree_map
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.context import arguments_are_checked, recorded_choices
-from hamblocks_ops.packing import positions, sequence_of
+from hamblocks_ops.packing import positions, sequence_of, unpadded
 
 
 class _Call(NamedTuple):
@@ -304,6 +305,30 @@ class HAMLayer(CallsParts):
         result: LayerOutput = self(x[:, None], state=state, given_score=given_score)
         return result._replace(y=result.y[:, 0])
 
+    def graphed_decode(self, state: HAMState, steps: int) -> GraphedDecode[HAMState]:
+        """Reserves the pages of `steps` tokens per sequence, and decodes them by a CUDA graph.
+
+        Args:
+            state: state from `init_state`, `prefill` or the last call; it is spent.
+            steps: most tokens per sequence, at least 1.
+
+        Returns:
+            What takes x `[N, hidden_size]` of the next token of every sequence and returns y
+            `[N, hidden_size]`; its `state` is the state to go on from.
+
+        Raises:
+            ValueError: a bad argument, or one of `HAMState.reserve`.
+        """
+
+        def step(x: Tensor, state: HAMState) -> tuple[Tensor, HAMState]:
+            y, after, _ = self.decode(x, state)
+            assert after is not None
+            return y, after
+
+        sequences = len(state.position) if isinstance(state, HAMState) else 0
+        contracts.check_state(state, self.dims, sequences)
+        return GraphedDecode(step, state, steps)
+
     def forward(
         self,
         x: Tensor,
@@ -534,10 +559,9 @@ def _positions(x: Tensor, begin: Tensor | None, cu_seqlens: Tensor | None) -> Te
     """
     batch, tokens = x.shape[:2]
     if begin is not None and tokens == 1 and cu_seqlens is None:
-        return begin[:, None]
+        return unpadded(begin[:, None])
     position = positions(batch, tokens, device=x.device, cu_seqlens=cu_seqlens)
     if begin is None:
         return position
-    return position + (
-        begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
-    )
+    before = begin[:, None] if cu_seqlens is None else begin[sequence_of(cu_seqlens, tokens)]
+    return unpadded(position + before)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from hamblocks.convolution import ShortConvolution
 from hamblocks.heads import Split, under
+from hamblocks.own_weights import is_plain
 from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
 from hamblocks.slices import Transition
-from hamblocks_ops import gated_delta_rule
+from hamblocks_ops import decode, gated_delta_rule
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
 
@@ -139,6 +140,10 @@ class _DeltaRuleMemory(Built):
         beta: Tensor = self.b_proj(x).to(wide(x)).sigmoid()
         return 2 * beta if self.allow_neg_eigval else beta
 
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Write strength and log decay, by one kernel where it can run."""
+        return self.strength(x), self.decay(x)
+
     def _inputs(
         self, x: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,8 +184,11 @@ class _DeltaRuleMemory(Built):
         if state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             self._check_state(state, x, (sequences, heads, q.shape[3], value))
-        q, k, v, conv = self._convolved(q, k, v, None if state is None else state.conv, cu_seqlens)
-        beta, g = self.strength(x), self.decay(x)
+        past = None if state is None else state.conv
+        fuses = x.device.type in decode.DEVICES
+        decoded = self._decoded(q, k, v, past) if fuses else None
+        q, k, v, conv = decoded or self._convolved(q, k, v, past, cu_seqlens)
+        beta, g = self._gates(x) if fuses else (self.strength(x), self.decay(x))
         result = gated_delta_rule(
             q,
             k,
@@ -299,6 +307,32 @@ class _DeltaRuleMemory(Built):
                 for x in (q, k, v)
             )
         return q, k, v, conv
+
+    def _decoded(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What `_convolved` gives for one token, by one kernel; None where it cannot run."""
+        conv = self.conv
+        if q.shape[1] != 1 or past is None or conv.used is not None or not is_plain(conv):
+            return None
+        if not decode.runs(q, k, v, conv.weight, past):
+            return None
+        heads, channel, parts = self.size[0], 0, []
+        for x in (q, k, v):
+            parts.append(
+                decode.Heads(
+                    x,
+                    repeat=heads // x.shape[2],
+                    channel=channel,
+                    silu=conv.activation == "silu",
+                    unit=x is not v,
+                    unit_eps=self.qk_l2norm_eps,
+                )
+            )
+            channel += x.shape[2] * x.shape[3]
+        (q, k, v), after = decode.heads(parts, decode.Convolution(conv.weight, past))
+        assert after is not None
+        return q, k, v, after
 
     def _unit(self, x: Tensor) -> Tensor:
         """x, of unit length; a little shorter with `qk_l2norm_eps`."""
@@ -466,6 +500,16 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         heads, _ = self.size
         self.a_proj = nn.Linear(dims.hidden_size, heads, bias=False)
         self.A_log, self.dt_bias = (nn.Parameter(x) for x in self.initial_decay(heads))
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        parameters = self.A_log, self.dt_bias
+        if decode.runs(x) and decode.runs(*parameters):
+            a, b = self.a_proj(x), self.b_proj(x)
+            if decode.runs(a, b):
+                most = 2.0 if self.allow_neg_eigval else 1.0
+                g, beta = decode.decay_and_strength(a, *parameters, b, most)
+                return beta, g
+        return super()._gates(x)
 
     def initial_decay(self, heads: int) -> tuple[Tensor, Tensor]:
         """Initial `A_log` and `dt_bias`, `[heads]` each, drawn as in Mamba-2."""

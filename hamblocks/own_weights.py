@@ -47,6 +47,18 @@ def _is_absent(layer: nn.Module) -> bool:
     )
 
 
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether the weights of modules may be read outside of their own calls.
+
+    Hooks, and a `forward` that another library has put in the place of that of the class, may
+    gather, load or cast weights for the call.
+    """
+    return not torch_module._global_forward_pre_hooks and not any(
+        module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+        for module in modules
+    )
+
+
 def check_within_reach(part: nn.Module) -> None:
     """Checks that a method of a part with hooks can use its parameters outside the part's own call.
 

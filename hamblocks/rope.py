@@ -100,6 +100,19 @@ def angles(
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
+def pair_frequencies(
+    x: Tensor, position: Tensor, theta: float, scaling: Scaling | None = None
+) -> tuple[Tensor, float] | None:
+    """The angle of each pair of channels per position, `[D // 2]`, and the factor of cosine and sine.
+
+    None where they depend on the position. Arguments as in `rotate`.
+    """
+    if (scaling or {}).get("rope_type") == "dynamic":
+        return None
+    table, factor = _both_ways(x.shape[-1], theta, scaling, position, wide(x))
+    return table[x.shape[-1] // 2 :], factor
+
+
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x `[B, T, H, D]`, turned by what `angles` gives; shape and dtype as x."""
     wider = x.to(cos.dtype)
@@ -115,19 +128,24 @@ def _both_ways(
     if (scaling or {}).get("rope_type") == "dynamic":
         frequency, factor = frequencies(dim, theta, scaling, position, dtype)
         return torch.cat([-frequency, frequency], -1)[:, :, None], factor
-    # Decoding would compute the same table at every token. Tables are kept for a CPU only: one that
-    # is made while a CUDA graph is captured belongs to the graph. Under a trace, and for tensors of
-    # another type, it is part of what is traced.
-    if position.device.type != "cpu" or torch.compiler.is_compiling():
+    # Decoding would compute the same table at every token. One that is made while a CUDA graph is
+    # captured belongs to the graph. Under a trace, and for tensors of another type, it is part of
+    # what is traced.
+    device = position.device
+    if device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return _table(dim, theta, scaling, position, dtype)
-    key = dim, theta, repr(scaling), dtype
+    key = dim, theta, repr(scaling), dtype, device
     known = _TABLES.get(key)
     if known is None or type(position) is not Tensor:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _table(dim, theta, scaling, position, dtype)
         with torch.inference_mode(False), torch.no_grad():
-            known = _table(dim, theta, scaling, position, dtype)
-        if type(position) is Tensor and type(known[0]) is Tensor:
-            if len(_TABLES) == MAX_TABLES:
-                _TABLES.clear()
+            # made on a CPU: a copy from there is done when it returns, for all streams of a GPU
+            host = torch.empty(0, device="cpu") if device.type == "cuda" else position
+            table, factor = _table(dim, theta, scaling, host, dtype)
+            known = table.to(device), factor
+        # none makes way for another: a CUDA graph may read it for as long as the graph lives
+        if len(_TABLES) < MAX_TABLES and type(position) is Tensor and type(known[0]) is Tensor:
             _TABLES[key] = known
     return known
 
@@ -142,8 +160,8 @@ def _table(
 MAX_TABLES = 64
 """Tables that are kept; a process has one for each kind of layer."""
 
-_TABLES: dict[tuple[int, float, str, torch.dtype], tuple[Tensor, float]] = {}
-"""What `_both_ways` gave on a CPU, by its arguments."""
+_TABLES: dict[tuple[int, float, str, torch.dtype, torch.device], tuple[Tensor, float]] = {}
+"""What `_both_ways` gave, by its arguments."""
 
 
 def frequencies(

@@ -111,9 +111,8 @@ class Stack(nn.Module):
         Raises:
             ValueError: an argument is wrong. The message names it, what was expected and what came.
         """
-        if state is not None and (not isinstance(state, list) or len(state) != len(self.blocks)):
-            got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
-            raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
+        if state is not None:
+            self.check_states(state)
         inputs: list[Tensor] = []
         states: list[HAMState] = []
         stats: list[LayerStats] = []
@@ -134,6 +133,16 @@ class Stack(nn.Module):
                 if after is not None:
                     states.append(after)
         return StackOutput(self.norm(x), None if state is None else states, stats, inputs)
+
+    def check_states(self, state: object) -> None:
+        """Checks that there is one state per layer.
+
+        Raises:
+            ValueError: it is not a list of as many states.
+        """
+        if not isinstance(state, list) or len(state) != len(self.blocks):
+            got = f"{len(state)}" if isinstance(state, list) else type(state).__name__
+            raise wrong("state", f"a list of {len(self.blocks)} states, one per layer", got)
 
 
 def entropy_gates(model: nn.Module) -> dict[str, PredictionEntropy]:

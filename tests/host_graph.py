@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,6 +41,38 @@ class HostGraph(TorchDispatchMode):
                     # a view, or the tensor that was changed in place, is where it was
                     if old.untyped_storage().data_ptr() not in given:
                         old.copy_(new)
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Records a step as a CUDA graph does: nothing is done before the first replay.
+
+    As in a capture, argument checks read no values.
+    """
+    with patch.object(torch.compiler, "is_compiling", lambda: True), _Undone() as undone:
+        graph = HostGraph(step)
+    undone.undo()
+    return graph.replay
+
+
+class _Undone(TorchDispatchMode):
+    """Keeps what ops change in place, to undo it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            for x in _tensors((args, kwargs or {})):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.kept:
+                    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                    self.kept[storage.data_ptr()] = whole, whole.clone()
+        return func(*args, **(kwargs or {}))
+
+    def undo(self) -> None:
+        for whole, before in self.kept.values():
+            whole.copy_(before)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -7,6 +7,8 @@ from torch import Tensor
 from hamblocks.cache.streams import Streams
 from hamblocks.ledger import EMPTY, lower
 from hamblocks.protocols import Lifetimes
+from hamblocks_ops.append import lower as lower_by_kernel
+from hamblocks_ops.append import runs
 from hamblocks_ops.arguments import wrong
 
 
@@ -16,6 +18,11 @@ def lowered_lifetimes(streams: Streams, lowered: Lifetimes) -> Tensor:
         got = f"{lowered.position.shape[2]} heads"
         raise wrong("lowered", f"{streams.heads} heads, as the cache", got)
     lowered = Lifetimes(*(x.expand(-1, -1, streams.heads) for x in lowered))
+    pool = streams.pool
+    if lowered.position.shape[1] and runs(streams.table):
+        with streams.lock:
+            given = pool.position, pool.evict_at, streams.seen, *lowered, streams.width
+            return lower_by_kernel(streams.table, *given)
     until = streams.lifetimes()
     # a hole keeps the position of its last token, which must not match a lowered one
     position = streams.position().where(streams.alive(until), EMPTY)

@@ -11,10 +11,12 @@ from torch import Tensor
 from hamblocks.cache.append import append
 from hamblocks.cache.changes import Change, apply_or_queue
 from hamblocks.cache.commit import Commit
+from hamblocks.cache.placed import placed
 from hamblocks.cache.pool import Tokens
 from hamblocks.cache.streams import Streams, Unallocated, lasting
 from hamblocks.keys import DenseKeys, PagedKeys
 from hamblocks_ops import NEVER, Pages, unpage
+from hamblocks_ops.append import runs, show
 from hamblocks_ops.arguments import check_tensor, values_are_checked
 from hamblocks_ops.context import CHECKED
 from hamblocks_ops.paged_attention import PageMemo
@@ -146,6 +148,8 @@ class Extension:
             change: Change | None = None
             if self._until is None and self._origin is None:
                 change = append(self._streams, seen, page)
+            if change is None and self._origin is None:
+                change = placed(self._streams, seen, self._until, page)
             if change is None:
                 k, v, position, evict_at, bias = page
                 tokens = Tokens(
@@ -183,10 +187,13 @@ class Extension:
             evict_at = None
             # a clone, since the pool must not change before the commit
             if self._until is not None:
-                evict_at = streams.put_back(self._until, pool.evict_at.clone())
-            slabs, pages, table = [*pool.slabs(evict_at), new], pool.pages, streams.table
+                evict_at = pool.evict_at.clone()
+                if runs(evict_at):
+                    show(streams.table, self._until, evict_at, streams.width)
+                else:
+                    streams.put_back(self._until, evict_at)
+            slabs, own, table = [*pool.slabs(evict_at), new], streams.own_pages(), streams.table
         # pages are numbered through all slabs, so those of the new tokens follow those of the pool
-        own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
         table = torch.cat([table, own[:, None]], 1)
         return slabs, table.view(streams.sequences, streams.heads, table.shape[1]), None
 

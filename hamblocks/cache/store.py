@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
 
@@ -323,6 +324,59 @@ class KVCache:
             own.steps = steps
         else:
             own.reserve(steps)
+
+    # for replays of a captured step, which the host has to count (see `hamblocks.graphed`)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock of the pool. While a thread holds it, no other changes a cache of the pool."""
+        return self._own.lock
+
+    @property
+    def pool_version(self) -> int:
+        """How often the pool has grown or shrunk: its tensors are others then."""
+        own = self._own
+        return 0 if isinstance(own, Unallocated) else own.pool.version
+
+    @locked
+    def check_reserved(self) -> None:
+        """Checks that a step is reserved, as the host counts them; it waits for no device.
+
+        Raises:
+            ValueError: no step is reserved, or the handle is spent.
+        """
+        own = self._newest()
+        steps = own.steps if isinstance(own, Unallocated) else own.reservation.steps
+        # pages that are shared end a reservation (see `fork`)
+        if steps < 1:
+            raise wrong(
+                "reserve", "a reserved step", "none (forking a state ends what it reserved)"
+            )
+
+    @locked
+    def replayed(self) -> KVCache:
+        """Counts a step that a captured graph replays, and returns the next handle.
+
+        It does what `Extension.commit` does on the host, and the graph does the rest.
+
+        Raises:
+            ValueError: as `check_reserved`.
+        """
+        self.check_reserved()
+        own = self._own
+        assert isinstance(own, Streams)
+        own.reservation.steps -= 1
+        own.turn += 1
+        return KVCache._of(own)
+
+    @locked
+    def uncounted(self) -> KVCache:
+        """The handle to go on with after a capture that failed, whose step the device did not run."""
+        own = self._own
+        if own.turn != self._turn:
+            assert isinstance(own, Streams)
+            own.reservation.steps += 1
+        return KVCache._of(own)
 
     @lasting
     @locked

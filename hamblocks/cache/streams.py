@@ -124,6 +124,7 @@ class Streams:
         self.turn = 0
         self.pending = False
         self._listing: Listing | None = None
+        self._own_pages: tuple[int, Tensor] | None = None
 
     @staticmethod
     def empty(pool: Pool, sequences: int, heads: int) -> Streams:
@@ -180,6 +181,17 @@ class Streams:
             PageMemo(),
         )
         return self._listing
+
+    def own_pages(self) -> Tensor:
+        """A page per stream behind all pages of the pool, int32 `[R]`, for a call's new tokens."""
+        pages, known = self.pool.pages, self._own_pages
+        if known is None or known[0] != pages:
+            table = self.table
+            own = torch.arange(pages, pages + len(table), dtype=torch.int32, device=table.device)
+            if table.is_cuda and torch.cuda.is_current_stream_capturing():
+                return own  # it belongs to the graph
+            known = self._own_pages = pages, own
+        return known[1]
 
     def relisted(self) -> None:
         """Says that the page table has changed."""

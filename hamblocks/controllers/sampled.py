@@ -70,6 +70,11 @@ class SampledThreshold(HasTau):
         self._count_anew(torch.device("cpu"))
 
     @property
+    def ignores_score(self) -> bool:
+        """Whether tau is the same for any score, so that padding needs no mask: out of training."""
+        return not self.training
+
+    @property
     def sample(self) -> Tensor:
         """Scores of the last training steps, float32 `[SAMPLE_SIZE]`; NaN before the first step."""
         return (self.quantiles / self.sampled).flatten()

@@ -10,7 +10,7 @@ from torch import Tensor
 from hamblocks.ledger import EMPTY, TopKLedger, last_slots, new_positions
 from hamblocks.protocols import Lifetimes, Selection, check_count
 from hamblocks.selectors.combined import Composable
-from hamblocks_ops import NEVER, select_topk
+from hamblocks_ops import NEVER, decode, select_topk
 from hamblocks_ops.arguments import wrong
 
 
@@ -112,6 +112,10 @@ def compete(
     slots = ledger.position.shape[1]
     if slots != k:
         raise wrong("ledger", f"one of k = {k} tokens", f"one of {slots}")
+    fuses = score.device.type in decode.DEVICES and score.shape[1] == 1 and k > 0
+    if fuses and decode.runs(score, ledger.score) and decode.runs(new, ledger.position):
+        until, ends, *kept_slots = decode.compete(score, new, ledger.position, ledger.score)
+        return until, Lifetimes(ledger.position, ends), TopKLedger(*kept_slots)
     where = torch.cat([ledger.position, new], 1)
     # A ledger starts in float32. Scores of a wider dtype widen it, which changes no comparison.
     dtype = torch.promote_types(score.dtype, ledger.score.dtype)

@@ -22,15 +22,27 @@ def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
 
 
+_UNPADDED = "hamblocks_unpadded"
+"""Attribute of a tensor of positions none of which is padding."""
+
+
+def unpadded(position: Tensor) -> Tensor:
+    """Notes of positions that none is negative, which no op then has to find out; returns them."""
+    if not torch.compiler.is_compiling():
+        setattr(position, _UNPADDED, True)
+    return position
+
+
 def positions(
     batch: int, tokens: int, *, device: torch.device, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Position of every token within its sequence, int32 `[batch, tokens]`."""
     if cu_seqlens is None:
-        return torch.arange(tokens, dtype=torch.int32, device=device).expand(batch, tokens)
+        counted = torch.arange(tokens, dtype=torch.int32, device=device)
+        return unpadded(counted.expand(batch, tokens))
     index = torch.arange(tokens, device=device)
     index = index - cu_seqlens.long()[sequence_of(cu_seqlens, tokens)]
-    return index.to(torch.int32).expand(batch, tokens)
+    return unpadded(index.to(torch.int32).expand(batch, tokens))
 
 
 FEW_POSITIONS = 64
@@ -40,13 +52,16 @@ FEW_POSITIONS = 64
 def no_padding(position: Tensor) -> bool:
     """Whether the host knows that no position is negative.
 
-    False means that padding has to be masked. The values are read only where this is cheap and
-    waits for no device: those of a decoding step on a CPU.
+    False means that padding has to be masked. The host knows it of tensors that were given to
+    `unpadded`. Values are read only where this is cheap and waits for no device: those of a
+    decoding step on a CPU.
 
     Args:
         position: int, any shape; -1 marks padding.
     """
     # tracing comes first: a comparison of sizes would be a guard of the graph
+    if not torch.compiler.is_compiling() and getattr(position, _UNPADDED, False):
+        return True
     if not values_are_checked(position) or position.numel() > FEW_POSITIONS:
         return False
     return _least(position.tolist()) >= 0

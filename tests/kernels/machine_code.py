@@ -28,8 +28,11 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from hamblocks_ops.append import triton as append
 from hamblocks_ops.compact import triton as lists
-from hamblocks_ops.gated_delta_rule import triton as delta
+from hamblocks_ops.decode import triton as decode
+from hamblocks_ops.gated_delta_rule import triton as steps
+from hamblocks_ops.gated_delta_rule.triton import residual as delta
 from hamblocks_ops.paged_attention import triton as paged
 from hamblocks_ops.selected_attention.triton.backward import keys_grad_kernel, queries_grad_kernel
 from hamblocks_ops.selected_attention.triton.forward import forward_kernel
@@ -70,6 +73,9 @@ def builds(chip: int) -> Iterator[Build]:
         yield from of_pages(width)
         yield from of_rows(width)
         yield of_beta(width)
+        yield of_steps(width)
+        yield from of_heads(width)
+    yield from of_append()
     yield from of_stored(chip)
     yield from of_lists()
 
@@ -204,6 +210,100 @@ def of_beta(width: int) -> Build:
     }
     macs = 64 * 64 * (width + width) + 64 * width * width
     return Build(delta.beta_grad_kernel, width, sizes | tiles, types, (64, 64), macs=macs)
+
+
+def of_steps(width: int) -> Build:
+    """Decoding: one token of each sequence, with the score and without the residual."""
+    finfo = torch.finfo(torch.float32)
+    types = typed(
+        {
+            BF16: "q k v out residual",
+            FP32: "beta g state score final_state",
+            "fp32": "scale",
+            "i32": "tokens q_b q_t q_h k_b k_t k_h v_b v_t v_h",
+        }
+    )
+    rows, columns, warps = steps.tile(width, width)
+    sizes = {"HEADS": 16, "GROUP": 1, "K": width, "V": width, "BK": rows, "BV": columns}
+    metric = "cosine" if columns == width else None
+    more = {"METRIC": metric, "TINY": finfo.tiny, "MOST": finfo.max, "WRITES": metric is None}
+    constants = sizes | more | {"PACKED": False}
+    return Build(steps.step_kernel, width, constants, types, (rows, columns), warps)
+
+
+def of_heads(width: int) -> Iterator[Build]:
+    """Decoding: queries, keys and values of the memory and of attention, and the sum of reads."""
+    strides = "x0_n x0_h x1_n x1_h x2_n x2_h s_n s_t channels entries"
+    types = typed(
+        {
+            BF16: "x0 x1 x2 y0 y1 y2 weight0 weight1 weight2 taps state after first second weight1 "
+            "weight2 logits out a b a_log dt_bias",
+            FP32: "frequency g beta",
+            "fp32": "factor most",
+            "i32": strides,
+        }
+    )
+    part = {"HEADS": 16, "DIM": width, "WIDTH": width, "REPEAT": 1, "EPS": 0.0}
+
+    def parts(*own: dict[str, Any]) -> dict[str, Any]:
+        return {f"{n}{i}": x for i, one in enumerate(own) for n, x in (part | one).items()}
+
+    memory, attention = (
+        parts(
+            *(
+                {"CHANNEL": i * 16 * width, "SILU": True, "NORM": int(i < 2), "TURNS": False}
+                for i in range(3)
+            )
+        ),
+        parts(
+            {"CHANNEL": -1, "SILU": False, "NORM": 2, "TURNS": True, "EPS": 1e-6},
+            {"CHANNEL": 0, "SILU": False, "NORM": 2, "TURNS": True, "EPS": 1e-6},
+            {
+                "CHANNEL": -1,
+                "SILU": False,
+                "NORM": 0,
+                "TURNS": False,
+                "HEADS": 0,
+                "DIM": 1,
+                "WIDTH": 1,
+            },
+        ),
+    )
+    wide = {"WIDE": triton.language.float32}
+    for name, constants in (
+        (" of the memory", memory | wide | {"TAPS": 4, "PAIRS": 0}),
+        (" of attention", attention | wide | {"TAPS": 2, "PAIRS": width // 2}),
+    ):
+        yield Build(decode.heads_kernel, width, constants, types, (width,), 1, name=name)
+    norms = {"DIM": width, "WIDTH": width, "EPS": 1e-6, "NORM1": True, "NORM2": True}
+    yield Build(decode.mix_kernel, width, norms | wide, types, (width,), 1)
+    if width == WIDTHS[0]:
+        competing = typed({FP32: "score scores scores_after", "i32": "slots s_n s_h n_n n_h"})
+        block = {"HEADS": 16, "BLOCK": 1024}
+        yield Build(decode.compete_kernel, 0, block, competing, (1024,))
+        yield Build(decode.decay_kernel, 0, {"HEADS": 16, "BLOCK": 256}, types, (256,))
+
+
+def of_append() -> Iterator[Build]:
+    """Decoding: one token of 8 streams of 128 entries, in pages of 32 slots."""
+    scalars = "columns width pages begin p_r e_r b_r"
+    types = typed(
+        {BF16: "keys values k v", FP32: "bias bias_of", INT64: "most_pages", "i32": scalars}
+    )
+    block = append.SCANNED
+    sizes = {"STREAMS": 8, "PAGE": 32, "BLOCK": block, "LOWERED": True}
+    more = {"ENTRIES": 128, "WIDTH": 128, "SLOTS": 32, "FIRST": True, "HAS_BIAS": False}
+    for kernel, constants in (
+        (append.plan_kernel, sizes),
+        (append.find_kernel, {"BLOCK": block}),
+        (append.append_kernel, sizes | more),
+    ):
+        yield Build(kernel, 0, constants, types, (block,), name=" of new tokens")
+    scalars = "columns width listed w_n w_l w_h e_n e_l e_h"
+    constants = {"STREAMS": 8, "PAGE": 32, "BLOCK": block, "STEPS": 10}
+    yield Build(append.lower_kernel, 0, constants, typed({"i32": scalars}), (block,))
+    constants = {"PAGE": 32, "BLOCK": block}
+    yield Build(append.show_kernel, 0, constants, typed({"i32": "columns width"}), (block,))
 
 
 def of_lists() -> Iterator[Build]:

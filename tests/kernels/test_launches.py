@@ -6,86 +6,24 @@ a large GPU and reading a value on the host is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from every_kernel import every_kernel, modules_with_kernels, named
+from every_kernel import every_kernel, named
+from launched import noted, own
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamblocks_ops import selected_attention
 
 BF16, INT32 = torch.bfloat16, torch.int32
 MAX_X, MAX_Y = 2**31 - 1, 65535
 """Most programs in the first dimension of a grid, and in each other one."""
-NO_LAUNCH = {
-    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
-    *("split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unflatten"),
-}
-"""Ops of torch that make a tensor without computing anything."""
-
-
-class Launches(TorchDispatchMode):
-    """Takes note of launches: of ops of torch by name, of kernels with their grids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.grids: dict[str, list[tuple[int, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in NO_LAUNCH:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def kernel(self, name: str) -> Any:
-        """What takes the place of a kernel."""
-
-        class Kernel:
-            def __getitem__(_, grid: tuple[int, ...]) -> Callable[..., None]:  # noqa: N805
-                def run(*_args: Any, **_kwargs: Any) -> None:
-                    self.names.append(name)
-                    self.grids.setdefault(name, []).append(grid)
-
-                return run
-
-        return Kernel()
-
-
-@contextmanager
-def noted() -> Iterator[Launches]:
-    launches = Launches()
-    patches = [
-        patch.object(module, name, launches.kernel(named(kernel)))
-        for module in modules_with_kernels()
-        for name, kernel in list(vars(module).items())
-        if name.endswith("_kernel")
-    ]
-    for one in patches:
-        one.start()
-    try:
-        with launches:
-            yield launches
-    finally:
-        for one in patches:
-            one.stop()
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def own(op: Any) -> Callable[..., Any]:
-    """What a registered operator runs on a GPU; on "meta" it would only make its results."""
-    function: Callable[..., Any] = op._init_fn
-    return function
 
 
 def attention(
@@ -128,10 +66,41 @@ def run_rows(batch: int, heads: int) -> None:
 
 
 def run_delta(batch: int, heads: int) -> None:
-    triton = import_module("hamblocks_ops.gated_delta_rule.triton")
+    triton = import_module("hamblocks_ops.gated_delta_rule.triton.residual")
     x, beta = meta(batch, 1, heads, 16), meta(batch, 1, heads, dtype=torch.float32)
     triton.residual_and_score(x, beta, x, 2.0**-64, x, beta, "cosine")
     triton.beta_grad(x, meta(batch, 1, heads, 16, 16), beta, beta, x, x, x, 2.0**-64, None)
+    steps = import_module("hamblocks_ops.gated_delta_rule.triton").steps
+    state = meta(batch, heads, 16, 16, dtype=torch.float32)
+    own(steps)(x, x, x, beta, beta, state, None, 1.0, False, "cosine")
+
+
+def run_decode(batch: int, heads: int) -> None:
+    decode = import_module("hamblocks_ops.decode")
+    kernels = import_module("hamblocks_ops.decode.triton")
+    x, logits = meta(batch, 1, heads, 16), meta(batch, 1, heads)
+    conv = decode.Convolution(meta(heads * 16, 4), meta(batch, 3, heads * 16))
+    kernels.launch_heads(x, [decode.Heads(x, channel=0)] * 3, conv, None)
+    kernels.launch_decay(logits, logits[0, 0], logits[0, 0], logits, 1.0)
+    slots = meta(batch, 5, heads, dtype=INT32)
+    kernels.launch_compete(logits, slots[:, :1], slots, meta(batch, 5, heads))
+    kernels.launch_mix(x, x, (None, None), meta(batch, 2 * heads), 1e-6)
+
+
+def run_append(sequences: int, heads: int) -> None:
+    append = import_module("hamblocks_ops.append")
+    launch = import_module("hamblocks_ops.append.triton").launch
+    streams, slab = sequences * heads, meta(9, 16, 1, 16)
+    table, users, of_stream = (meta(*s, dtype=INT32) for s in ((streams, 40), (10,), (streams,)))
+    times, seen = meta(10, 16, dtype=INT32), meta(sequences, dtype=INT32)
+    most = meta(streams, dtype=torch.int64)
+    paged = append.Paged(table, users, times, times, None, [(slab, slab)], seen, most, 39)
+    x = meta(streams, 1, 16)
+    launch(table, paged, x, x, of_stream, of_stream, None, seen, None)
+    listed = meta(sequences, 5, heads, dtype=INT32)
+    kernels = import_module("hamblocks_ops.append.triton")
+    until = kernels.launch_lower(table, times, times, seen, listed, listed, 39)
+    kernels.launch_show(table, until, times, 39)
 
 
 def test_grids_hold_4096_sequences_of_64_heads() -> None:
@@ -142,6 +111,8 @@ def test_grids_hold_4096_sequences_of_64_heads() -> None:
         run_pages(batch, heads)
         run_rows(batch, heads)
         run_delta(batch, heads)
+        run_append(batch, heads)
+        run_decode(batch, heads)
         lifetimes = meta(batch, 2, heads, dtype=INT32)
         own(import_module("hamblocks_ops.compact.triton").lists)(lifetimes, lifetimes, 2)
     defined = {named(kernel) for kernel in every_kernel()}

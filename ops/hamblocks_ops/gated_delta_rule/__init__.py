@@ -35,12 +35,21 @@ def _run_fla(call: DeltaRuleCall) -> DeltaRuleRaw:
     return run(call)
 
 
+def _run_steps(call: DeltaRuleCall) -> DeltaRuleRaw:
+    from hamblocks_ops.gated_delta_rule.triton import run
+
+    return run(call)
+
+
 def _example(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     beta = torch.zeros(x.shape[:3], device=x.device)
     return (x, x, x), {"beta": beta, "metric": "cosine", "output_residual": False}
 
 
 @op_with_choice(
+    Implementation(
+        "triton", _run_steps, refused.refused_steps, refused.passed_over_steps, opaque=True
+    ),
     Implementation("fla", _run_fla, refused.refused, passed_over=interpreted, opaque=True),
     Implementation("chunked", opaque.run),
     Implementation("reference", reference.run),
@@ -93,9 +102,9 @@ def gated_delta_rule(
         output_residual: whether to return the residual. It is differentiable.
         metric: "cosine", "relative_l2" or "l2": return `surprise(residual, v, metric=metric)` as
             score, detached.
-        impl: "fla" (flash-linear-attention's kernels on a GPU; bfloat16 and float16, float32 for
-            few tokens without a gradient), "chunked" (torch, any device), "reference" (token by
-            token), or "auto".
+        impl: "triton" (one kernel, token by token, for few tokens without a gradient), "fla"
+            (flash-linear-attention's kernels on a GPU, in chunks; bfloat16 and float16), "chunked"
+            (torch, any device), "reference" (token by token), or "auto".
 
     States, g, beta and scores are computed in float32, in float64 for float64 inputs, also under
     autocast.

@@ -4,13 +4,9 @@ https://github.com/fla-org/flash-linear-attention
 
 fla's public function does not return `v_new`, which is beta times the residual; the functions that
 it is made of do. `chunks` calls them in the same order, so that `out` has the bits of fla, and one
-more kernel (in `triton.py`) reads residual and score off v_new. In the backward pass the gradient
+more kernel (in `triton/residual.py`) reads residual and score off v_new. In the backward pass the gradient
 of the residual is added to that of v_new before the gradient of the states is computed. Where beta
 is 0, 2**-64 takes its place: `out` stays the same to the bit, and the division by beta is defined.
-
-Few tokens without a gradient, as in decoding, go through fla's recurrent kernel (`recurrent`),
-which is called with two entries for each token: the first reads with the key and writes nothing,
-which gives the prediction; the second writes and reads with the query.
 
 Every operator here has output shapes that depend on input shapes alone, so torch.compile traces it
 as one node.
@@ -18,16 +14,17 @@ as one node.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hamblocks_ops.declare import without_second_derivative
 from hamblocks_ops.dispatch import launches
 from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw
-from hamblocks_ops.gated_delta_rule.refused import recurs
-from hamblocks_ops.gated_delta_rule.triton import CHUNK, beta_grad, residual_and_score
+from hamblocks_ops.gated_delta_rule.triton.residual import CHUNK, beta_grad, residual_and_score
 
 MIN_BETA = 2.0**-64
 """What takes the place of a smaller beta where something is divided by it."""
@@ -37,27 +34,78 @@ still precise. fla subtracts running sums of g, and a difference of two infinite
 
 
 def run(call: DeltaRuleCall) -> DeltaRuleRaw:
-    """Runs a call by the recurrent kernel or in chunks."""
+    """Runs a call."""
     arguments = *call[:5], call.initial_state, call.cu_seqlens, call.scale
-    if recurs(call):
-        return DeltaRuleRaw(*recurrent(*arguments))
     out, residual, state, score, _, _ = chunks(*arguments, call.output_residual, call.metric)
     return DeltaRuleRaw(out, residual, state, None if call.metric is None else score)
 
 
-def _packed(cu_seqlens: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
-    """Borders and chunks of a packed batch, also as arguments of fla; None and {} without packing.
+class _Packed(NamedTuple):
+    """Borders and chunks of a packed batch.
 
-    fla takes `cu_seqlens` as int64, and for each chunk its sequence and its number within the
-    sequence.
+    Attributes:
+        borders: int64 `[N+1]`, as fla takes them.
+        chunks: int64 `[C, 2]`, for each chunk its sequence and its number within the sequence.
     """
-    if cu_seqlens is None:
-        return None, {}
-    from fla.ops.utils.index import prepare_chunk_indices
 
+    borders: Tensor
+    chunks: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """The two as arguments of fla's functions."""
+        return {"cu_seqlens": self.borders, "chunk_indices": self.chunks}
+
+
+_last_packed: tuple[weakref.ref[Tensor], int, int, _Packed] | None = None
+"""The borders that came last, their version, the number of tokens, and what was made of them."""
+
+
+def _packed(cu_seqlens: Tensor | None, tokens: int) -> _Packed | None:
+    """Borders and chunks of a packed batch; None without packing.
+
+    All layers of a model are given the same borders, forward and backward, so the last result is
+    kept. Nothing is kept while a CUDA graph is captured, whose replays may see other borders, and
+    of tensors whose changes torch does not count.
+    """
+    global _last_packed
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.is_inference() or (
+        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        return _made_packed(cu_seqlens, tokens)
+    key, last = (cu_seqlens._version, tokens), _last_packed
+    if last is not None and last[0]() is cu_seqlens and last[1:3] == key:
+        return last[3]
+    packed = _made_packed(cu_seqlens, tokens)
+    _last_packed = weakref.ref(cu_seqlens), *key, packed
+    return packed
+
+
+def _made_packed(cu_seqlens: Tensor, tokens: int) -> _Packed:
+    """What `_packed` returns, without waiting for the device.
+
+    How many chunks there are depends on the borders, which only the device knows. So there are as
+    many as `tokens` tokens of N sequences can have at most: N sequences have fewer than N * CHUNK
+    tokens more than whole chunks. The chunks too many are those after the end of the last sequence.
+    They hold no token, so fla's kernels write nothing for them, and what they read of the states
+    are rows of their own.
+    """
     borders = cu_seqlens.long()
-    indices = prepare_chunk_indices(borders, CHUNK)
-    return (borders, indices), {"cu_seqlens": borders, "chunk_indices": indices}
+    sequences = borders.shape[0] - 1
+    most = (tokens + min(sequences, tokens) * (CHUNK - 1)) // CHUNK
+    # ends[n] is the number of chunks up to and including sequence n
+    ends = ((borders.diff() + (CHUNK - 1)) // CHUNK).cumsum(0)
+    number = torch.arange(most, device=borders.device)
+    sequence = torch.searchsorted(ends, number, right=True).clamp(max=sequences - 1)
+    begins = F.pad(ends, [1, 0])
+    return _Packed(borders, torch.stack([sequence, number - begins[sequence]], 1))
+
+
+def _at(packed: _Packed | None) -> dict[str, Tensor]:
+    """The arguments by which fla is told of packing: none without it."""
+    return {} if packed is None else packed.arguments
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -101,7 +149,7 @@ def chunks(
     from fla.ops.utils import chunk_local_cumsum
     from fla.ops.utils.constant import RCP_LN2
 
-    _, at = _packed(cu_seqlens)
+    at = _at(_packed(cu_seqlens, v.shape[1]))
     if writes or metric is not None:
         beta = beta.clamp(min=MIN_BETA)
     q, k, v, beta, initial_state = _contiguous(q, k, v, beta, initial_state)
@@ -200,7 +248,8 @@ def chunks_backward(
     from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
     from fla.ops.utils import chunk_local_cumsum
 
-    packed, at = _packed(cu_seqlens)
+    packed = _packed(cu_seqlens, v.shape[1])
+    at: dict[str, Any] = _at(packed)
     sized = {"chunk_size": CHUNK, **at}
     if grad_residual is not None:
         beta = beta.clamp(min=MIN_BETA)
@@ -236,7 +285,7 @@ def chunks_backward(
         if grad_residual is not None:
             # fla's dbeta is computed before the division of the residual by beta. The missing term
             # nearly cancels it, so the sum of both is computed by a kernel of its own (see
-            # triton.py).
+            # triton/residual.py).
             dbeta = beta_grad(k, dh, sums, beta, v_new, local, dv, MIN_BETA, packed)
     return dq, dk.add_(more), dv, dbeta, dg, dh0
 
@@ -285,52 +334,3 @@ def _autograd_backward(
 
 without_second_derivative("gated_delta_rule, impl='fla',", chunks_backward)
 chunks.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("hamblocks::gated_delta_rule_fla_recurrent", mutates_args=())
-@launches
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, residual and final state, all in float32; it has no gradient.
-
-    fla's recurrent kernel decays the state, writes a token and then reads. A call with two entries
-    for each token makes it read before the write: the first has the token's decay, beta = 0 and the
-    key as its query; the second has no decay, the token's beta and its query.
-    """
-    if v.numel() == 0:
-        return v.to(g.dtype, copy=True), v.to(g.dtype, copy=True), initial_state.clone()
-    from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd
-
-    def twice(first: Tensor, second: Tensor) -> Tensor:
-        """[B, T, ...] twice -> [B, 2 T, ...], alternating."""
-        return torch.stack([first, second], 2).flatten(1, 2)
-
-    q, k, v = (x.to(g.dtype) for x in (q, k, v))
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        read, state = fused_recurrent_gated_delta_rule_fwd(
-            q=twice(k, scale * q),
-            k=twice(k, k),
-            v=twice(v, v),
-            beta=twice(torch.zeros_like(beta), beta),
-            g=twice(g, torch.zeros_like(g)),
-            scale=1.0,
-            initial_state=initial_state.contiguous(),
-            output_final_state=True,
-            cu_seqlens=None if cu_seqlens is None else 2 * cu_seqlens.long(),
-        )
-    return read[:, 1::2].contiguous(), v - read[:, 0::2], state
-
-
-@recurrent.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return g.new_empty(v.shape), g.new_empty(v.shape), initial_state.new_empty(initial_state.shape)

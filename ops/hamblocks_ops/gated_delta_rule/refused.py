@@ -1,4 +1,4 @@
-"""Which calls fla's kernels cannot run, and why.
+"""Which calls fla's kernels and that of Triton cannot run, and why.
 
 Neither fla nor Triton is imported for the answer.
 """
@@ -10,16 +10,19 @@ import importlib.metadata
 
 import torch
 
-from hamblocks_ops.dispatch import installed, interpreting, without_triton
+from hamblocks_ops.dispatch import installed, interpreted, interpreting, without_triton
 from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, learns
 from hamblocks_ops.surprise import MAX_COLUMNS
 
 SUPPORTED = "0.6.0"
 """The release whose inner functions `fla.py` calls: not public, they move between releases."""
 
-RECURRENT_MAX_TOKENS = 16
-"""Most tokens for which the recurrent kernel takes less time than chunks do. A packed batch of one
-token for each sequence may have more."""
+STEPS_MAX_TOKENS = 16
+"""Most tokens for which one kernel, token by token, takes less time than chunks do. A packed batch of
+one token for each sequence may have more."""
+
+STEPS_MAX_KEY_DIM = 1024
+"""Largest K of the kernel that runs token by token."""
 
 MAX_KEY_DIM = 256
 """Largest K that fla's kernels hold."""
@@ -28,11 +31,25 @@ MAX_STREAMS = 65535
 """Most streams of the kernels for chunks, which have them in the second dimension of their grids."""
 
 
-def recurs(call: DeltaRuleCall) -> bool:
-    """Whether the tokens go through fla's recurrent kernel, one by one in float32."""
-    return call.v.shape[1] <= max(RECURRENT_MAX_TOKENS, call.initial_state.shape[0]) and not learns(
-        call
-    )
+def refused_steps(call: DeltaRuleCall) -> str | None:
+    """Why the kernel that runs token by token cannot run this call, or None when it can."""
+    reason = without_triton(call.q)
+    if reason is None and learns(call):
+        reason = "it has no gradient"
+    key_dim = call.k.shape[3]
+    if reason is None and not 1 <= key_dim <= STEPS_MAX_KEY_DIM:
+        reason = f"a tile holds keys of 1 to {STEPS_MAX_KEY_DIM} entries, not {key_dim}"
+    if reason is None and call.metric is not None and call.v.shape[3] > MAX_COLUMNS:
+        reason = f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {call.v.shape[3]}"
+    return reason
+
+
+def passed_over_steps(call: DeltaRuleCall) -> str | None:
+    """Why "auto" passes over the kernel that runs token by token."""
+    tokens, most = call.v.shape[1], max(STEPS_MAX_TOKENS, call.initial_state.shape[0])
+    if tokens > most:
+        return f"token by token it is slower than chunks for more than {most} tokens"
+    return interpreted(call)
 
 
 def refused(call: DeltaRuleCall) -> str | None:
@@ -50,16 +67,12 @@ def refused(call: DeltaRuleCall) -> str | None:
 def _by_dtype(call: DeltaRuleCall) -> str | None:
     if call.v.dtype == torch.float64:
         return "it computes in float32 at the most"
-    if call.v.dtype == torch.float32 and not recurs(call):
+    if call.v.dtype == torch.float32:
         return (
             "flash-linear-attention computes products of float32 in TF32 and decays as differences "
             "of sums: not float32's precision"
         )
-    if (
-        call.v.dtype == torch.float16
-        and not recurs(call)
-        and (call.output_residual or call.metric is not None)
-    ):
+    if call.v.dtype == torch.float16 and (call.output_residual or call.metric is not None):
         return "it keeps beta * residual in float16, which cannot hold it for a small beta"
     return None
 
@@ -72,7 +85,7 @@ def _by_size(call: DeltaRuleCall) -> str | None:
         sizes = f"{key_dim}, {value_dim}"
         return f"Triton miscompiles its kernels for an odd size of keys or values: {sizes}"
     streams = call.v.shape[0] * call.v.shape[2]
-    if streams > MAX_STREAMS and not recurs(call):
+    if streams > MAX_STREAMS:
         return f"its grids hold up to {MAX_STREAMS} streams (batch rows * heads), not {streams}"
     if call.metric is not None and value_dim > MAX_COLUMNS:
         return f"a tile holds vectors of up to {MAX_COLUMNS} entries, not {value_dim}"

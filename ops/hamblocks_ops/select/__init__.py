@@ -17,7 +17,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.declare import Hints, op
-from hamblocks_ops.packing import NEVER, no_padding, positions, sequence_of
+from hamblocks_ops.packing import NEVER, no_padding, positions, sequence_of, unpadded
 from hamblocks_ops.precision import wide
 from hamblocks_ops.select.topk import topk
 
@@ -213,9 +213,9 @@ def _by_token(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
     batch, length, _ = tokens.shape
     if position is None:
         position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
-    if position.dim() == 2:
-        position = position[..., None]
-    return position.to(torch.int32)
+    by_token = position[..., None] if position.dim() == 2 else position
+    by_token = by_token.to(torch.int32)
+    return unpadded(by_token) if no_padding(position) else by_token
 
 
 def placed(
