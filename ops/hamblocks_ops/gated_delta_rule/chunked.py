@@ -1,20 +1,24 @@
 """The gated delta rule in chunks on plain torch: any device and floating dtype, differentiable.
 
-A chunk starts with the state S. Let G_i be the decay summed up to token i and D_ij = exp(G_i -
-G_j). The residuals of the chunk solve a unit lower triangular system:
+A chunk starts with the state S. Let a_i = exp(g_1 + ... + g_i) and D_ij = exp(g_{j+1} + ... + g_i)
+for j <= i, 0 otherwise. The residuals R of the chunk solve a unit lower triangular system:
 
-    r_i + sum_{j<i} D_ij (k_i . k_j) beta_j r_j = v_i - exp(G_i) S^T k_i
+    (I + L) R = V - a * (K S),    L_ij = D_ij beta_j (k_i . k_j) for j < i
 
 This is the WY form of arXiv 2406.06484 with one change: its columns are scaled by beta, not its
-rows. The solution is then the residual itself, and nothing is divided by beta.
+rows. The solution is then the residual itself, and nothing is divided by beta. With the residuals,
 
-All chunks are solved at once for both right-hand sides, v and exp(G) k; only the state goes from
-chunk to chunk. A packed batch is laid out so that every sequence starts its own chunk, with
-shapes that depend on no value.
+    O = scale (a * (Q S) + P R),    P_ij = D_ij beta_j (q_i . k_j) for j <= i
+    S' = a_last S + (D_last * beta * K)^T R
+
+The inverse of I + L is formed for all chunks at once; only the state goes from chunk to chunk. On a
+CPU the chunks are taken in groups whose intermediate results fit the cache. A packed batch is laid
+out so that every sequence starts its own chunk, with shapes that depend on no value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +29,11 @@ from hamblocks_ops.packing import sequence_of
 
 CHUNK = 64
 """Tokens of a chunk."""
+BLOCK = 8
+"""Tokens of a block; between two blocks of a chunk, D has rank one."""
+GROUP = 32
+"""Chunks of all heads and batch rows that are taken together on a CPU: 0.5 MB per matrix of a
+chunk of 64 in float32."""
 
 
 def chunked(
@@ -38,8 +47,14 @@ def chunked(
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
     chunk_size: int = CHUNK,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in the op, q and k already with the heads of v.
+
+    Args:
+        q: as in the op, like `k`, `v`, `beta`, `g`, `scale`, `initial_state` and `cu_seqlens`.
+        chunk_size: tokens of a chunk; rounded up to a power of two.
+        kept: gets what `chunked_gradient` needs, four tensors for each group of chunks.
 
     Returns out, residual and final state unrounded.
     """
@@ -47,33 +62,34 @@ def chunked(
     tokens = v.shape[1]
     if tokens == 0:
         return v.to(wide), v.to(wide), initial_state
-    if tokens == 1 and cu_seqlens is None:
+    if tokens == 1 and cu_seqlens is None and kept is None:
         return _step(
             q.to(wide), k.to(wide), v.to(wide), beta.to(wide), g.to(wide), scale, initial_state
         )
-    size = min(chunk_size, tokens)
-    packed = None if cu_seqlens is None else _lay_out(cu_seqlens, tokens, size)
-
-    def chunks(x: Tensor) -> Tensor:
-        """`[B, T, H, ...]` -> `[B, H, chunks, size, ...]` in the wide dtype, zeros for padding."""
-        x = x.to(wide)
-        if packed is None:
-            x = pad(x, [0, 0] * (x.dim() - 2) + [0, -tokens % size])
-        else:
-            x = pad(x, [0, 0] * (x.dim() - 2) + [0, 1])[:, packed.token]
-        y: Tensor = x.unflatten(1, (-1, size)).movedim(3, 1)
-        return y
-
-    def tokens_of(x: Tensor) -> Tensor:
-        """The inverse: [B, H, chunks, size, D] -> [B, T, H, D]."""
-        x = x.movedim(1, 3).flatten(1, 2)
-        return x[:, :tokens] if packed is None else x[:, packed.slot]
-
-    # g may be -inf (forget everything): sums of it are formed pairwise below, never a difference of
-    # two sums.
-    step = _Chunks.prepare(chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g), scale)
-    out, residual, state = _scan(step, initial_state, packed)
-    return tokens_of(out), tokens_of(residual), state
+    layout = Layout.of(v, cu_seqlens, chunk_size)
+    packed = layout.packed
+    state = (initial_state if packed is None else torch.zeros_like(initial_state[:1])).flatten(0, 1)
+    outs, residuals, ends = [], [], []
+    for group in layout.groups():
+        step = Chunks.of(*(layout.take(x, group, wide) for x in (q, k, beta, g)))
+        residual, states, state = _scan(
+            step, layout.take(v, group, wide), initial_state, state, layout, group
+        )
+        from_state = torch.bmm(step.decayed[:, layout.size :], states)
+        # scale costs nothing here
+        out = torch.baddbmm(from_state, step.products[:, layout.size :], residual, beta=scale, alpha=scale)
+        outs.append(layout.give(out, group))
+        residuals.append(layout.give(residual, group))
+        if packed is not None:
+            ends += [states[layout.streams :], state]
+        if kept is not None:
+            kept += [step.inverse, step.products, residual, states]
+    if packed is not None:
+        after = torch.cat(ends).unflatten(0, (-1, layout.heads)).index_select(0, packed.last)
+        final = torch.where(packed.empty[:, None, None, None], initial_state, after)
+    else:
+        final = state.view(initial_state.shape)
+    return layout.joined(outs), layout.joined(residuals), final
 
 
 def _step(
@@ -97,7 +113,7 @@ def _step(
     return out.view(v.shape), residual, written.view(state.shape)
 
 
-class _Layout(NamedTuple):
+class Packed(NamedTuple):
     """Where packed tokens go when every sequence starts a chunk of its own."""
 
     token: Tensor  # [chunks * size] token of every slot, T for an empty one
@@ -107,83 +123,232 @@ class _Layout(NamedTuple):
     last: Tensor  # [N] last chunk of a sequence
     empty: Tensor  # [N] whether a sequence has no token
 
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int, size: int) -> Packed:
+        """The layout of sequences with these borders in chunks of `size`."""
+        borders = cu_seqlens.long()
+        lengths = borders.diff()
+        per_sequence = (lengths + size - 1).div(size, rounding_mode="floor")
+        ends = per_sequence.cumsum(0)
+        first = ends - per_sequence
+        # an upper bound of ceil(a) + ceil(b) + ... for any lengths that sum to `tokens`
+        total = tokens // size + min(lengths.shape[0], tokens)
+        sequence = sequence_of(cu_seqlens, tokens)
+        slot = (
+            first[sequence] * size
+            + torch.arange(tokens, device=borders.device)
+            - borders[sequence]
+        )
+        token = torch.full((total * size,), tokens, device=borders.device)
+        token = token.scatter(0, slot, torch.arange(tokens, device=borders.device))
+        chunk = torch.arange(total, device=borders.device)
+        owner = torch.searchsorted(ends, chunk, right=True).clamp(max=lengths.shape[0] - 1)
+        return cls(
+            token, slot, owner, chunk == first[owner], (ends - 1).clamp(min=0), lengths == 0
+        )
 
-def _lay_out(cu_seqlens: Tensor, tokens: int, size: int) -> _Layout:
-    borders = cu_seqlens.long()
-    lengths = borders.diff()
-    per_sequence = (lengths + size - 1).div(size, rounding_mode="floor")
-    ends = per_sequence.cumsum(0)
-    first = ends - per_sequence
-    # an upper bound of ceil(a) + ceil(b) + ... for any lengths that sum to `tokens`
-    total = tokens // size + min(lengths.shape[0], tokens)
-    sequence = sequence_of(cu_seqlens, tokens)
-    slot = first[sequence] * size + torch.arange(tokens, device=borders.device) - borders[sequence]
-    token = torch.full((total * size,), tokens, device=borders.device)
-    token = token.scatter(0, slot, torch.arange(tokens, device=borders.device))
-    chunk = torch.arange(total, device=borders.device)
-    owner = torch.searchsorted(ends, chunk, right=True).clamp(max=lengths.shape[0] - 1)
-    return _Layout(token, slot, owner, chunk == first[owner], (ends - 1).clamp(min=0), lengths == 0)
+
+class Group(NamedTuple):
+    """Chunks that are taken together: from `first` up to `stop`."""
+
+    first: int
+    stop: int
 
 
-class _Chunks(NamedTuple):
-    """What the scan over chunks needs of every chunk; [B, H, chunks, size, ...]."""
+class Layout(NamedTuple):
+    """How tokens `[B, T, H, ...]` are laid out in chunks `[chunks * B * H, size, ...]`.
 
-    solved_v: Tensor
-    solved_k: Tensor
-    read_state: Tensor
-    read_residual: Tensor
-    write: Tensor
-    decay: Tensor  # [B, H, chunks, 1, 1]
+    The chunk varies slowest, so that one step of the scan is a slice.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    size: int
+    chunks: int
+    together: int
+    packed: Packed | None
 
     @classmethod
-    def prepare(
-        cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, scale: float
-    ) -> _Chunks:
-        size = g.shape[-1]
-        ones = torch.ones(size, size, dtype=torch.bool, device=g.device)
-        # sum of g over j < l <= i, as a sum of its own for every pair: exact where g is huge,
-        # NaN-free where it is -inf
-        between = g[..., :, None].expand(*g.shape, size).masked_fill(~ones.tril(-1), 0).cumsum(-2)
-        decay = between.masked_fill(~ones.tril(), float("-inf")).exp()
-        from_start = g.cumsum(-1).exp()[..., None]
-        interaction = (k @ k.mT) * decay * beta[..., None, :]
-        solved = torch.linalg.solve_triangular(
-            interaction.tril(-1),
-            torch.cat([v, from_start * k], -1),
-            upper=False,
-            unitriangular=True,
-        )
-        solved_v, solved_k = solved.split([v.shape[-1], k.shape[-1]], -1)
+    def of(cls, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Layout:
+        """The layout of tokens of the shape of v, in chunks of `chunk_size` or fewer tokens."""
+        batch, tokens, heads = v.shape[:3]
+        # a power of two, because the inverse is formed by doubling
+        size = 1 << (min(chunk_size, tokens) - 1).bit_length()
+        packed = None if cu_seqlens is None else Packed.of(cu_seqlens, tokens, size)
+        chunks = -(-tokens // size) if packed is None else packed.starts.shape[0]
+        together = chunks
+        # a compiler and a GPU want few operations, a CPU wants intermediate results in its cache
+        if v.device.type == "cpu" and not torch.compiler.is_compiling():
+            together = max(1, GROUP * CHUNK // (size * max(1, batch * heads)))
+        return cls(batch, tokens, heads, size, chunks, together, packed)
+
+    @property
+    def streams(self) -> int:
+        """Batch rows times heads."""
+        return self.batch * self.heads
+
+    def groups(self) -> Iterator[Group]:
+        """All chunks, in order."""
+        for first in range(0, self.chunks, self.together):
+            yield Group(first, min(first + self.together, self.chunks))
+
+    def take(self, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+        """Tokens of a group, `[B, T, H, ...]` -> `[chunks * B * H, size, ...]`.
+
+        Zeros take the place of missing tokens.
+        """
+        start, stop = group.first * self.size, group.stop * self.size
+        missing = 0
+        if self.packed is None:
+            missing = max(0, stop - self.tokens)
+            x = x[:, start:stop]
+        else:
+            slots = self.packed.token[start:stop]
+            held = slots < self.tokens
+            x = x.index_select(1, slots.clamp(max=self.tokens - 1))
+            # masked_fill and not a product: a token of another sequence may be NaN
+            x = x.masked_fill(~held.view(1, -1, *[1] * (x.dim() - 2)), 0)
+        x = x.to(dtype)
+        if missing:
+            x = pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
+        x = x.unflatten(1, (-1, self.size)).movedim(3, 2).transpose(0, 1)
+        return x.flatten(0, 2)
+
+    def give(self, x: Tensor, group: Group) -> Tensor:
+        """The inverse of `take` without a copy: tokens `[B, chunks, size, H, D]` of a group."""
+        x = x.unflatten(0, (group.stop - group.first, self.batch, self.heads))
+        return x.transpose(0, 1).movedim(2, 3)
+
+    def joined(self, groups: list[Tensor]) -> Tensor:
+        """Tokens `[B, T, H, D]` from what `give` made of all groups."""
+        x = torch.cat(groups, 1).flatten(1, 2)
+        return x[:, : self.tokens] if self.packed is None else x.index_select(1, self.packed.slot)
+
+
+class Decays(NamedTuple):
+    """Decays within chunks.
+
+    Every one is the exponential of a sum of its own, or a product of such: exact where g is huge,
+    and without NaN where it is -inf. A difference of two sums would be neither.
+    """
+
+    pairs: Tensor  # D [n, size, size], 0 above the diagonal
+    from_start: Tensor  # a [n, size]
+
+    @classmethod
+    def of(cls, g: Tensor) -> Decays:
+        """Decays of chunks with log decay g `[n, size]`."""
+        n, size = g.shape
+        block = min(BLOCK, size)
+        blocks = size // block
+        g = g.unflatten(1, (blocks, block))
+        near = _between(g)
+        to_end, from_start, whole = near[..., -1, :], g.cumsum(-1), g.sum(-1)
+        # between block j and a later block i lie the blocks j + 1 to i - 1
+        far = pad(_between(whole)[:, :-1], (0, 0, 1, 0))
+        row = (far[..., None] * to_end[:, None]).view(n, blocks, 1, size)
+        pairs = (from_start.exp()[..., None] * row).view(n, blocks, block, blocks, block)
+        # the diagonal blocks, which are 0 so far
+        pairs.diagonal(0, 1, 3).copy_(near.movedim(1, -1))
+        return cls(pairs.view(n, size, size), g.flatten(1).cumsum(-1).exp())
+
+
+def _between(g: Tensor) -> Tensor:
+    """exp(g_{j+1} + ... + g_i) for j <= i, 0 otherwise: [..., n] -> [..., n, n]."""
+    lower = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril(-1)
+    summed = g[..., :, None].expand(*g.shape, g.shape[-1]).masked_fill(~lower, 0).cumsum(-2)
+    return summed.exp().tril()
+
+
+class Chunks(NamedTuple):
+    """What the scan over chunks needs of every chunk, `[chunks * B * H, ...]`."""
+
+    decays: Decays
+    keys_queries: Tensor  # K above Q [n, 2 size, K]
+    written: Tensor  # beta * K [n, size, K]
+    products: Tensor  # L above P [n, 2 size, size]; L also has its diagonal
+    inverse: Tensor  # of I + L [n, size, size]
+    decayed: Tensor  # a * K above a * Q [n, 2 size, K]
+    write: Tensor  # D_last * beta * K [n, size, K]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, beta: Tensor, g: Tensor) -> Chunks:
+        """Prepares chunks."""
+        size = g.shape[1]
+        decays = Decays.of(g)
+        both = torch.cat([k, q], 1)
+        written = k * beta[..., None]
+        products = torch.bmm(both, written.mT).unflatten(1, (2, size)) * decays.pairs[:, None]
         return cls(
-            solved_v=solved_v,
-            solved_k=solved_k,
-            read_state=scale * from_start * q,
-            read_residual=scale * (q @ k.mT) * decay * beta[..., None, :],
-            write=(k * (decay[..., -1, :] * beta)[..., None]).mT,
-            decay=from_start[..., -1:, :],
+            decays,
+            both,
+            written,
+            products.flatten(1, 2),
+            inverse_of(products[:, 0]),
+            (both.unflatten(1, (2, size)) * decays.from_start[:, None, :, None]).flatten(1, 2),
+            written * decays.pairs[:, -1, :, None],
         )
+
+
+def inverse_of(lower: Tensor) -> Tensor:
+    """The inverse of I + L, with L the part of `lower` below the diagonal, `[n, size, size]`.
+
+    Blocks of four by their series, which ends with the third power, then by doubling:
+
+        [A 0]^-1   [   A^-1         0  ]
+        [C B]    = [-B^-1 C A^-1   B^-1]
+
+    A series for the whole matrix would sum large powers of L that cancel.
+    """
+    n, size = lower.shape[:2]
+    width = min(4, size)
+    series = -_diagonal_blocks(lower, width).tril(-1)
+    one = torch.eye(width, dtype=lower.dtype, device=lower.device)
+    inverse = one + series
+    for _ in range(2, width):
+        inverse = one + series @ inverse
+    while width < size:
+        corner = _diagonal_blocks(lower, 2 * width)[..., width:, :width]
+        first, second = inverse.unflatten(1, (-1, 2)).unbind(2)
+        corner = -(second @ corner @ first)
+        upper = pad(first, (0, width))
+        inverse = torch.cat([upper, torch.cat([corner, second], -1)], -2)
+        width *= 2
+    return inverse.view(n, size, size)
+
+
+def _diagonal_blocks(x: Tensor, width: int) -> Tensor:
+    """`[n, size, size]` -> the blocks on the diagonal `[n, size // width, width, width]`."""
+    blocks = x.shape[1] // width
+    x = x.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
+    return x.diagonal(0, 1, 3).movedim(-1, 1)
 
 
 def _scan(
-    step: _Chunks, initial_state: Tensor, packed: _Layout | None
+    step: Chunks, v: Tensor, initial_state: Tensor, state: Tensor, layout: Layout, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = initial_state if packed is None else torch.zeros_like(initial_state[:1])
-    outs, residuals, states = [], [], []
-    # unbind: taking one chunk at a time would have the backward pass write all chunks once per
-    # chunk
-    for c, (solved_v, solved_k, read_state, read_residual, write, decay) in enumerate(
-        zip(*(x.unbind(2) for x in step), strict=True)
-    ):
+    """Residuals `[n, size, V]` of a group, the states `[n, K, V]` that its chunks start with, and
+    the state `[B * H, K, V]` after it."""
+    size, streams, packed = layout.size, layout.streams, layout.packed
+    # split: taking one chunk at a time would have the backward pass write all chunks once per chunk
+    pieces = (
+        x.split(streams)
+        for x in (
+            v,
+            step.decayed[:, :size],
+            step.inverse,
+            step.write,
+            step.decays.from_start[:, -1:, None],
+        )
+    )
+    residuals, states = [], []
+    for c, (v, keys, inverse, write, decay) in enumerate(zip(*pieces, strict=True), group.first):
         if packed is not None:
-            fresh = initial_state.index_select(0, packed.sequence[c : c + 1])
+            fresh = initial_state.index_select(0, packed.sequence[c : c + 1]).flatten(0, 1)
             state = torch.where(packed.starts[c], fresh, state)
-        residual = solved_v - solved_k @ state
-        outs.append(read_state @ state + read_residual @ residual)
+        residual = torch.bmm(inverse, torch.baddbmm(v, keys, state, alpha=-1))
+        states.append(state)
         residuals.append(residual)
-        state = decay * state + write @ residual
-        if packed is not None:
-            states.append(state)
-    if packed is not None:
-        ended = torch.cat(states).index_select(0, packed.last)
-        state = torch.where(packed.empty[:, None, None, None], initial_state, ended)
-    return torch.stack(outs, 2), torch.stack(residuals, 2), state
+        state = torch.baddbmm(decay * state, write.mT, residual)
+    return torch.cat(residuals), torch.cat(states), state
