@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hamblocks_ops.dispatch import transformed
 from hamblocks_ops.packing import sequence_of
 
 CHUNK = 64
 """Tokens of a chunk."""
 BLOCK = 8
 """Tokens of a block; between two blocks of a chunk, D has rank one."""
-GROUP = 32
+GROUP = 16
 """Chunks of all heads and batch rows that are taken together on a CPU: 0.5 MB per matrix of a
 chunk of 64 in float32."""
 
@@ -54,7 +55,7 @@ def chunked(
     Args:
         q: as in the op, like `k`, `v`, `beta`, `g`, `scale`, `initial_state` and `cu_seqlens`.
         chunk_size: tokens of a chunk; rounded up to a power of two.
-        kept: gets what `chunked_gradient` needs, four tensors for each group of chunks.
+        kept: gets what `gradient` needs, four tensors for each group of chunks.
 
     Returns out, residual and final state unrounded.
     """
@@ -66,30 +67,60 @@ def chunked(
         return _step(
             q.to(wide), k.to(wide), v.to(wide), beta.to(wide), g.to(wide), scale, initial_state
         )
-    layout = Layout.of(v, cu_seqlens, chunk_size)
+    recorded = transformed() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, beta, g, initial_state))
+    )
+    layout = Layout.of(v, cu_seqlens, chunk_size, whole=recorded)
     packed = layout.packed
     state = (initial_state if packed is None else torch.zeros_like(initial_state[:1])).flatten(0, 1)
-    outs, residuals, ends = [], [], []
+    outs, residuals = Tokens(layout, wide), Tokens(layout, wide)
+    ends: list[Tensor] = []
     for group in layout.groups():
-        step = Chunks.of(*(layout.take(x, group, wide) for x in (q, k, beta, g)))
-        residual, states, state = _scan(
-            step, layout.take(v, group, wide), initial_state, state, layout, group
+        out, residual, after = _run_group(
+            q, k, v, beta, g, scale, initial_state, state, layout, group, kept
         )
-        from_state = torch.bmm(step.decayed[:, layout.size :], states)
-        # scale costs nothing here
-        out = torch.baddbmm(from_state, step.products[:, layout.size :], residual, beta=scale, alpha=scale)
-        outs.append(layout.give(out, group))
-        residuals.append(layout.give(residual, group))
+        outs.add(out, group)
+        residuals.add(residual, group)
+        state = after[-1]
         if packed is not None:
-            ends += [states[layout.streams :], state]
-        if kept is not None:
-            kept += [step.inverse, step.products, residual, states]
+            ends += after
     if packed is not None:
-        after = torch.cat(ends).unflatten(0, (-1, layout.heads)).index_select(0, packed.last)
+        after = torch.stack(ends).index_select(0, packed.last)
         final = torch.where(packed.empty[:, None, None, None], initial_state, after)
     else:
         final = state.view(initial_state.shape)
-    return layout.joined(outs), layout.joined(residuals), final
+    return outs.joined(), residuals.joined(), final
+
+
+def _run_group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor,
+    state: Tensor,
+    layout: Layout,
+    group: Group,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Outputs `[n, size, V]`, residuals `[n, size, V]`, and the states `[B * H, K, V]` after chunks.
+
+    A function of its own, so that the memory of a group is free before the next one begins.
+    """
+    wide = initial_state.dtype
+    step = Chunks.of(*(layout.take(x, group, wide) for x in (q, k, beta, g)))
+    residual, states, ends = _scan(
+        step, layout.take(v, group, wide).flatten(0, 2), initial_state, state, layout, group
+    )
+    from_state = torch.bmm(step.decayed[:, layout.size :], states)
+    # scale costs nothing here
+    reads = step.products[:, layout.size :]
+    out = torch.baddbmm(from_state, reads, residual, beta=scale, alpha=scale)
+    if kept is not None:
+        kept += [step.inverse, step.products, residual, states]
+    return out, residual, ends
 
 
 def _step(
@@ -170,8 +201,11 @@ class Layout(NamedTuple):
     packed: Packed | None
 
     @classmethod
-    def of(cls, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Layout:
-        """The layout of tokens of the shape of v, in chunks of `chunk_size` or fewer tokens."""
+    def of(cls, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int = CHUNK, whole: bool = False) -> Layout:
+        """The layout of tokens of the shape of v, in chunks of `chunk_size` or fewer tokens.
+
+        `whole` takes all chunks as one group: torch differentiates that with the fewest steps.
+        """
         batch, tokens, heads = v.shape[:3]
         # a power of two, because the inverse is formed by doubling
         size = 1 << (min(chunk_size, tokens) - 1).bit_length()
@@ -179,7 +213,7 @@ class Layout(NamedTuple):
         chunks = -(-tokens // size) if packed is None else packed.starts.shape[0]
         together = chunks
         # a compiler and a GPU want few operations, a CPU wants intermediate results in its cache
-        if v.device.type == "cpu" and not torch.compiler.is_compiling():
+        if v.device.type == "cpu" and not whole and not torch.compiler.is_compiling():
             together = max(1, GROUP * CHUNK // (size * max(1, batch * heads)))
         return cls(batch, tokens, heads, size, chunks, together, packed)
 
@@ -194,7 +228,7 @@ class Layout(NamedTuple):
             yield Group(first, min(first + self.together, self.chunks))
 
     def take(self, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-        """Tokens of a group, `[B, T, H, ...]` -> `[chunks * B * H, size, ...]`.
+        """Tokens of a group, `[B, T, H, ...]` -> `[chunks, B, H, size, ...]`, without a copy.
 
         Zeros take the place of missing tokens.
         """
@@ -212,18 +246,39 @@ class Layout(NamedTuple):
         x = x.to(dtype)
         if missing:
             x = pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
-        x = x.unflatten(1, (-1, self.size)).movedim(3, 2).transpose(0, 1)
-        return x.flatten(0, 2)
+        return x.unflatten(1, (-1, self.size)).movedim(3, 2).transpose(0, 1)
 
     def give(self, x: Tensor, group: Group) -> Tensor:
         """The inverse of `take` without a copy: tokens `[B, chunks, size, H, D]` of a group."""
         x = x.unflatten(0, (group.stop - group.first, self.batch, self.heads))
         return x.transpose(0, 1).movedim(2, 3)
 
-    def joined(self, groups: list[Tensor]) -> Tensor:
-        """Tokens `[B, T, H, D]` from what `give` made of all groups."""
-        x = torch.cat(groups, 1).flatten(1, 2)
-        return x[:, : self.tokens] if self.packed is None else x.index_select(1, self.packed.slot)
+
+class Tokens:
+    """Collects `[B, T, H, D]` from groups of chunks."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.all: Tensor | None = None
+
+    def add(self, x: Tensor, group: Group) -> None:
+        """Adds chunks `[chunks * B * H, size, D]` of a group; groups come in any order."""
+        layout = self.layout
+        x = layout.give(x, group)
+        if layout.together == layout.chunks:
+            self.all = x.to(self.dtype)
+            return
+        if self.all is None:
+            sizes = layout.batch, layout.chunks, *x.shape[2:]
+            self.all = x.new_empty(sizes, dtype=self.dtype)
+        self.all[:, group.first : group.stop] = x
+
+    def joined(self) -> Tensor:
+        """All tokens."""
+        assert self.all is not None
+        x, layout = self.all.flatten(1, 2), self.layout
+        return x[:, : layout.tokens] if layout.packed is None else x.index_select(1, layout.packed.slot)
 
 
 class Decays(NamedTuple):
@@ -273,19 +328,28 @@ class Chunks(NamedTuple):
     write: Tensor  # D_last * beta * K [n, size, K]
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, beta: Tensor, g: Tensor) -> Chunks:
-        """Prepares chunks."""
-        size = g.shape[1]
-        decays = Decays.of(g)
-        both = torch.cat([k, q], 1)
-        written = k * beta[..., None]
-        products = torch.bmm(both, written.mT).unflatten(1, (2, size)) * decays.pairs[:, None]
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        beta: Tensor,
+        g: Tensor,
+        made: tuple[Tensor, Tensor] | None = None,
+    ) -> Chunks:
+        """Prepares chunks, `[chunks, B, H, size, ...]`; `made` are products and inverse if known."""
+        size = g.shape[3]
+        decays = Decays.of(g.flatten(0, 2))
+        both = torch.cat([k, q], 3).flatten(0, 2)
+        written = both[:, :size] * beta.flatten(0, 2)[..., None]
+        if made is None:
+            pairs = decays.pairs[:, None]
+            products = torch.bmm(both, written.mT).unflatten(1, (2, size)) * pairs
+            made = products.flatten(1, 2), inverse_of(products[:, 0])
         return cls(
             decays,
             both,
             written,
-            products.flatten(1, 2),
-            inverse_of(products[:, 0]),
+            *made,
             (both.unflatten(1, (2, size)) * decays.from_start[:, None, :, None]).flatten(1, 2),
             written * decays.pairs[:, -1, :, None],
         )
@@ -307,29 +371,32 @@ def inverse_of(lower: Tensor) -> Tensor:
     one = torch.eye(width, dtype=lower.dtype, device=lower.device)
     inverse = one + series
     for _ in range(2, width):
-        inverse = one + series @ inverse
+        inverse = torch.baddbmm(one, series, inverse)
     while width < size:
-        corner = _diagonal_blocks(lower, 2 * width)[..., width:, :width]
-        first, second = inverse.unflatten(1, (-1, 2)).unbind(2)
-        corner = -(second @ corner @ first)
-        upper = pad(first, (0, width))
-        inverse = torch.cat([upper, torch.cat([corner, second], -1)], -2)
+        corner = _diagonal_blocks(lower, 2 * width)[:, width:, :width]
+        first, second = inverse.unflatten(0, (-1, 2)).unbind(1)
+        inverse = pad(first, (0, width, 0, width))
+        inverse[:, width:, width:] = second
+        # beta=0: `corner` gives only its shape
+        inverse[:, width:, :width] = torch.baddbmm(
+            corner, torch.bmm(second, corner), first, beta=0, alpha=-1
+        )
         width *= 2
-    return inverse.view(n, size, size)
+    return inverse
 
 
 def _diagonal_blocks(x: Tensor, width: int) -> Tensor:
-    """`[n, size, size]` -> the blocks on the diagonal `[n, size // width, width, width]`."""
+    """`[n, size, size]` -> the blocks on the diagonal `[n * size // width, width, width]`."""
     blocks = x.shape[1] // width
     x = x.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
-    return x.diagonal(0, 1, 3).movedim(-1, 1)
+    return x.diagonal(0, 1, 3).movedim(-1, 1).flatten(0, 1)
 
 
 def _scan(
     step: Chunks, v: Tensor, initial_state: Tensor, state: Tensor, layout: Layout, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Residuals `[n, size, V]` of a group, the states `[n, K, V]` that its chunks start with, and
-    the state `[B * H, K, V]` after it."""
+    the states `[B * H, K, V]` after them."""
     size, streams, packed = layout.size, layout.streams, layout.packed
     # split: taking one chunk at a time would have the backward pass write all chunks once per chunk
     pieces = (
@@ -342,7 +409,7 @@ def _scan(
             step.decays.from_start[:, -1:, None],
         )
     )
-    residuals, states = [], []
+    residuals, states, ends = [], [], []
     for c, (v, keys, inverse, write, decay) in enumerate(zip(*pieces, strict=True), group.first):
         if packed is not None:
             fresh = initial_state.index_select(0, packed.sequence[c : c + 1]).flatten(0, 1)
@@ -351,4 +418,5 @@ def _scan(
         states.append(state)
         residuals.append(residual)
         state = torch.baddbmm(decay * state, write.mT, residual)
-    return torch.cat(residuals), torch.cat(states), state
+        ends.append(state)
+    return torch.cat(residuals), torch.cat(states), ends

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.declare import without_second_derivative
-from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw, per_value_head
+from hamblocks_ops.dispatch import transformed
+from hamblocks_ops.gated_delta_rule.call import (
+    DeltaRuleCall,
+    DeltaRuleRaw,
+    learns,
+    per_value_head,
+)
 from hamblocks_ops.gated_delta_rule.chunked import chunked
+from hamblocks_ops.gated_delta_rule.gradient import Chunked, gradient
 from hamblocks_ops.lengths import is_symbolic
 
 
@@ -24,6 +31,9 @@ def run(call: DeltaRuleCall) -> DeltaRuleRaw:
     arguments = per_value_head(call)
     if is_symbolic(call.v.shape[1]):
         return DeltaRuleRaw(*forward(**arguments))
+    if learns(call) and not torch.compiler.is_compiling() and not transformed():
+        order = "q", "k", "v", "beta", "g", "initial_state", "scale", "cu_seqlens"
+        return DeltaRuleRaw(*Chunked.apply(*(arguments[name] for name in order)))
     return DeltaRuleRaw(*chunked(**arguments))
 
 
@@ -75,26 +85,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six tensors of `forward` after `grad_state`; results are contiguous."""
 
-    def again(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return chunked(
-            q,
-            k,
-            v,
-            beta=beta,
-            g=g,
-            scale=scale,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-        )
-
-    given = q, k, v, beta, g, initial_state
+    given, grads = (q, k, v, beta, g, initial_state), (grad_out, grad_residual, grad_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        # an operator runs below autograd, where `torch.autograd.grad` finds no graph; `vjp` makes one
-        derivative = torch.func.vjp(again, *given)[1]
-        dq, dk, dv, dbeta, dg, dstate = derivative((grad_out, grad_residual, grad_state))
-    return _own(dq, v), _own(dk, v), _own(dv, v), _own(dbeta, v), _own(dg, v), _own(dstate, v)
+        return tuple(_own(x, v) for x in gradient(given, grads, scale, cu_seqlens))
 
 
 @backward.register_fake
