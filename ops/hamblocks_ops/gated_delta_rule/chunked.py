@@ -11,8 +11,8 @@ rows. The solution is then the residual itself, and nothing is divided by beta. 
     O = scale (a * (Q S) + P R),    P_ij = D_ij beta_j (q_i . k_j) for j <= i
     S' = a_last S + (D_last * beta * K)^T R
 
-The inverse of I + L is formed for all chunks at once; only the state goes from chunk to chunk. On a
-CPU the chunks are taken in groups whose intermediate results fit the cache. A packed batch is laid
+The inverse of I + L is formed for many chunks at once; only the state goes from chunk to chunk. On
+a CPU the chunks are taken in groups whose intermediate results fit the cache. A packed batch is laid
 out so that every sequence starts its own chunk, with shapes that depend on no value.
 """
 
@@ -28,13 +28,15 @@ from torch.nn.functional import pad
 from hamblocks_ops.dispatch import transformed
 from hamblocks_ops.packing import sequence_of
 
-CHUNK = 64
-"""Tokens of a chunk."""
+CHUNK, CPU_CHUNK = 64, 32
+"""Tokens of a chunk: a compiler and a GPU want few steps, a CPU wants little arithmetic."""
 BLOCK = 8
 """Tokens of a block; between two blocks of a chunk, D has rank one."""
-GROUP = 16
-"""Chunks of all heads and batch rows that are taken together on a CPU: 0.5 MB per matrix of a
-chunk of 64 in float32."""
+SOLVED = 32
+"""Size of the triangular systems that are solved by substitution."""
+GROUP = 1024
+"""Tokens times heads that are taken together on a CPU: with chunks of 32, a matrix `[size, size]`
+of every chunk takes 128 KB in float32."""
 
 
 def chunked(
@@ -47,14 +49,14 @@ def chunked(
     scale: float,
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in the op, q and k already with the heads of v.
 
     Args:
         q: as in the op, like `k`, `v`, `beta`, `g`, `scale`, `initial_state` and `cu_seqlens`.
-        chunk_size: tokens of a chunk; rounded up to a power of two.
+        chunk_size: tokens of a chunk, rounded up to a power of two; None chooses.
         kept: gets what `gradient` needs, four tensors for each group of chunks.
 
     Returns out, residual and final state unrounded.
@@ -73,17 +75,18 @@ def chunked(
     layout = Layout.of(v, cu_seqlens, chunk_size, whole=recorded)
     packed = layout.packed
     state = (initial_state if packed is None else torch.zeros_like(initial_state[:1])).flatten(0, 1)
+    decays = layout.decays(g)
     outs, residuals = Tokens(layout, wide), Tokens(layout, wide)
     ends: list[Tensor] = []
     for group in layout.groups():
-        out, residual, after = _run_group(
-            q, k, v, beta, g, scale, initial_state, state, layout, group, kept
+        out, residual, later = _run_group(
+            q, k, v, beta, decays, scale, initial_state, state, layout, group, kept
         )
         outs.add(out, group)
         residuals.add(residual, group)
-        state = after[-1]
+        state = later[-1]
         if packed is not None:
-            ends += after
+            ends += later
     if packed is not None:
         after = torch.stack(ends).index_select(0, packed.last)
         final = torch.where(packed.empty[:, None, None, None], initial_state, after)
@@ -97,7 +100,7 @@ def _run_group(
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    g: Tensor,
+    decays: Decays,
     scale: float,
     initial_state: Tensor,
     state: Tensor,
@@ -110,10 +113,9 @@ def _run_group(
     A function of its own, so that the memory of a group is free before the next one begins.
     """
     wide = initial_state.dtype
-    step = Chunks.of(*(layout.take(x, group, wide) for x in (q, k, beta, g)))
-    residual, states, ends = _scan(
-        step, layout.take(v, group, wide).flatten(0, 2), initial_state, state, layout, group
-    )
+    q, k, v, beta = (layout.take(x, group, wide) for x in (q, k, v, beta))
+    step = Chunks.of(q, k, beta, layout.part(decays, group))
+    residual, states, ends = _scan(step, v.flatten(0, 2), initial_state, state, layout, group)
     from_state = torch.bmm(step.decayed[:, layout.size :], states)
     # scale costs nothing here
     reads = step.products[:, layout.size :]
@@ -166,17 +168,13 @@ class Packed(NamedTuple):
         total = tokens // size + min(lengths.shape[0], tokens)
         sequence = sequence_of(cu_seqlens, tokens)
         slot = (
-            first[sequence] * size
-            + torch.arange(tokens, device=borders.device)
-            - borders[sequence]
+            first[sequence] * size + torch.arange(tokens, device=borders.device) - borders[sequence]
         )
         token = torch.full((total * size,), tokens, device=borders.device)
         token = token.scatter(0, slot, torch.arange(tokens, device=borders.device))
         chunk = torch.arange(total, device=borders.device)
         owner = torch.searchsorted(ends, chunk, right=True).clamp(max=lengths.shape[0] - 1)
-        return cls(
-            token, slot, owner, chunk == first[owner], (ends - 1).clamp(min=0), lengths == 0
-        )
+        return cls(token, slot, owner, chunk == first[owner], (ends - 1).clamp(min=0), lengths == 0)
 
 
 class Group(NamedTuple):
@@ -201,20 +199,32 @@ class Layout(NamedTuple):
     packed: Packed | None
 
     @classmethod
-    def of(cls, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int = CHUNK, whole: bool = False) -> Layout:
-        """The layout of tokens of the shape of v, in chunks of `chunk_size` or fewer tokens.
+    def of(
+        cls,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        chunk_size: int | None = None,
+        whole: bool = False,
+    ) -> Layout:
+        """The layout of tokens of the shape of v.
 
-        `whole` takes all chunks as one group: torch differentiates that with the fewest steps.
+        Args:
+            v: `[B, T, H, V]`.
+            cu_seqlens: borders of packed sequences.
+            chunk_size: tokens of a chunk, at the most; None chooses.
+            whole: takes all chunks as one group, in as few steps as possible: what is recorded, to
+                be differentiated, keeps every intermediate result anyway.
         """
         batch, tokens, heads = v.shape[:3]
+        grouped = v.device.type == "cpu" and not whole and not torch.compiler.is_compiling()
+        chunk_size = chunk_size or (CPU_CHUNK if grouped else CHUNK)
         # a power of two, because the inverse is formed by doubling
         size = 1 << (min(chunk_size, tokens) - 1).bit_length()
         packed = None if cu_seqlens is None else Packed.of(cu_seqlens, tokens, size)
         chunks = -(-tokens // size) if packed is None else packed.starts.shape[0]
         together = chunks
-        # a compiler and a GPU want few operations, a CPU wants intermediate results in its cache
-        if v.device.type == "cpu" and not whole and not torch.compiler.is_compiling():
-            together = max(1, GROUP * CHUNK // (size * max(1, batch * heads)))
+        if grouped:
+            together = min(chunks, max(1, GROUP // (size * max(1, batch * heads))))
         return cls(batch, tokens, heads, size, chunks, together, packed)
 
     @property
@@ -226,6 +236,14 @@ class Layout(NamedTuple):
         """All chunks, in order."""
         for first in range(0, self.chunks, self.together):
             yield Group(first, min(first + self.together, self.chunks))
+
+    def decays(self, g: Tensor) -> Decays:
+        """Decays within all chunks: these are small, so they are not taken in groups."""
+        return Decays.of(self.take(g, Group(0, self.chunks), g.dtype).flatten(0, 2))
+
+    def part(self, decays: Decays, group: Group) -> Decays:
+        """The decays of a group."""
+        return Decays(*(x[group.first * self.streams : group.stop * self.streams] for x in decays))
 
     def take(self, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
         """Tokens of a group, `[B, T, H, ...]` -> `[chunks, B, H, size, ...]`, without a copy.
@@ -246,7 +264,8 @@ class Layout(NamedTuple):
         x = x.to(dtype)
         if missing:
             x = pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
-        return x.unflatten(1, (-1, self.size)).movedim(3, 2).transpose(0, 1)
+        y: Tensor = x.unflatten(1, (-1, self.size))
+        return y.movedim(3, 2).transpose(0, 1)
 
     def give(self, x: Tensor, group: Group) -> Tensor:
         """The inverse of `take` without a copy: tokens `[B, chunks, size, H, D]` of a group."""
@@ -269,6 +288,7 @@ class Tokens:
         if layout.together == layout.chunks:
             self.all = x.to(self.dtype)
             return
+        # in place: where torch records what happens, there is one group
         if self.all is None:
             sizes = layout.batch, layout.chunks, *x.shape[2:]
             self.all = x.new_empty(sizes, dtype=self.dtype)
@@ -278,7 +298,11 @@ class Tokens:
         """All tokens."""
         assert self.all is not None
         x, layout = self.all.flatten(1, 2), self.layout
-        return x[:, : layout.tokens] if layout.packed is None else x.index_select(1, layout.packed.slot)
+        return (
+            x[:, : layout.tokens]
+            if layout.packed is None
+            else x.index_select(1, layout.packed.slot)
+        )
 
 
 class Decays(NamedTuple):
@@ -288,25 +312,32 @@ class Decays(NamedTuple):
     and without NaN where it is -inf. A difference of two sums would be neither.
     """
 
-    pairs: Tensor  # D [n, size, size], 0 above the diagonal
+    near: Tensor  # D of two tokens of a block [n, blocks, block, block], 0 above the diagonal
+    far: Tensor  # from a token to the start of a later block [n, blocks, size], 0 for others
+    head: Tensor  # from the start of a block up to a token [n, blocks, block]
     from_start: Tensor  # a [n, size]
 
     @classmethod
     def of(cls, g: Tensor) -> Decays:
         """Decays of chunks with log decay g `[n, size]`."""
-        n, size = g.shape
+        size = g.shape[1]
+        from_start = g.cumsum(1).exp()
         block = min(BLOCK, size)
-        blocks = size // block
-        g = g.unflatten(1, (blocks, block))
+        g = g.unflatten(1, (size // block, block))
         near = _between(g)
-        to_end, from_start, whole = near[..., -1, :], g.cumsum(-1), g.sum(-1)
         # between block j and a later block i lie the blocks j + 1 to i - 1
-        far = pad(_between(whole)[:, :-1], (0, 0, 1, 0))
-        row = (far[..., None] * to_end[:, None]).view(n, blocks, 1, size)
-        pairs = (from_start.exp()[..., None] * row).view(n, blocks, block, blocks, block)
-        # the diagonal blocks, which are 0 so far
-        pairs.diagonal(0, 1, 3).copy_(near.movedim(1, -1))
-        return cls(pairs.view(n, size, size), g.flatten(1).cumsum(-1).exp())
+        between = pad(_between(g.sum(-1))[:, :-1], (0, 0, 1, 0))
+        far = (between[..., None] * near[:, None, :, -1]).flatten(2)
+        return cls(near, far, g.cumsum(-1).exp(), from_start)
+
+    def pairs(self) -> Tensor:
+        """D `[n, size, size]`, 0 above the diagonal."""
+        blocks, block = self.head.shape[1:]
+        pairs: Tensor = self.head[..., None] * self.far[:, :, None]
+        pairs = pairs.unflatten(-1, (blocks, block))
+        # the blocks on the diagonal are 0 so far
+        pairs.diagonal(0, 1, 3).copy_(self.near.movedim(1, -1))
+        return pairs.flatten(3, 4).flatten(1, 2)
 
 
 def _between(g: Tensor) -> Tensor:
@@ -319,7 +350,8 @@ def _between(g: Tensor) -> Tensor:
 class Chunks(NamedTuple):
     """What the scan over chunks needs of every chunk, `[chunks * B * H, ...]`."""
 
-    decays: Decays
+    from_start: Tensor  # a [n, size]
+    pairs: Tensor  # D [n, size, size]
     keys_queries: Tensor  # K above Q [n, 2 size, K]
     written: Tensor  # beta * K [n, size, K]
     products: Tensor  # L above P [n, 2 size, size]; L also has its diagonal
@@ -333,45 +365,39 @@ class Chunks(NamedTuple):
         q: Tensor,
         k: Tensor,
         beta: Tensor,
-        g: Tensor,
+        decays: Decays,
         made: tuple[Tensor, Tensor] | None = None,
     ) -> Chunks:
         """Prepares chunks, `[chunks, B, H, size, ...]`; `made` are products and inverse if known."""
-        size = g.shape[3]
-        decays = Decays.of(g.flatten(0, 2))
+        size = beta.shape[3]
+        from_start, pairs = decays.from_start, decays.pairs()
         both = torch.cat([k, q], 3).flatten(0, 2)
         written = both[:, :size] * beta.flatten(0, 2)[..., None]
         if made is None:
-            pairs = decays.pairs[:, None]
-            products = torch.bmm(both, written.mT).unflatten(1, (2, size)) * pairs
+            products = torch.bmm(both, written.mT).unflatten(1, (2, size)) * pairs[:, None]
             made = products.flatten(1, 2), inverse_of(products[:, 0])
-        return cls(
-            decays,
-            both,
-            written,
-            *made,
-            (both.unflatten(1, (2, size)) * decays.from_start[:, None, :, None]).flatten(1, 2),
-            written * decays.pairs[:, -1, :, None],
-        )
+        decayed = both.unflatten(1, (2, size)) * from_start[:, None, :, None]
+        write = written * pairs[:, -1, :, None]
+        return cls(from_start, pairs, both, written, *made, decayed.flatten(1, 2), write)
 
 
 def inverse_of(lower: Tensor) -> Tensor:
     """The inverse of I + L, with L the part of `lower` below the diagonal, `[n, size, size]`.
 
-    Blocks of four by their series, which ends with the third power, then by doubling:
+    Blocks of up to `SOLVED` by substitution, then by doubling:
 
         [A 0]^-1   [   A^-1         0  ]
         [C B]    = [-B^-1 C A^-1   B^-1]
 
-    A series for the whole matrix would sum large powers of L that cancel.
+    A series in powers of L would take products alone, but large powers cancel in it.
     """
-    n, size = lower.shape[:2]
-    width = min(4, size)
-    series = -_diagonal_blocks(lower, width).tril(-1)
+    size = lower.shape[1]
+    width = min(SOLVED, size)
     one = torch.eye(width, dtype=lower.dtype, device=lower.device)
-    inverse = one + series
-    for _ in range(2, width):
-        inverse = torch.baddbmm(one, series, inverse)
+    # from the right, because that takes no copy of a matrix stored by rows
+    inverse = torch.linalg.solve_triangular(
+        _diagonal_blocks(lower, width), one, upper=False, left=False, unitriangular=True
+    )
     while width < size:
         corner = _diagonal_blocks(lower, 2 * width)[:, width:, :width]
         first, second = inverse.unflatten(0, (-1, 2)).unbind(1)
@@ -388,15 +414,18 @@ def inverse_of(lower: Tensor) -> Tensor:
 def _diagonal_blocks(x: Tensor, width: int) -> Tensor:
     """`[n, size, size]` -> the blocks on the diagonal `[n * size // width, width, width]`."""
     blocks = x.shape[1] // width
-    x = x.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
+    x = x.reshape(-1, blocks, width, blocks, width)
     return x.diagonal(0, 1, 3).movedim(-1, 1).flatten(0, 1)
 
 
 def _scan(
     step: Chunks, v: Tensor, initial_state: Tensor, state: Tensor, layout: Layout, group: Group
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Residuals `[n, size, V]` of a group, the states `[n, K, V]` that its chunks start with, and
-    the states `[B * H, K, V]` after them."""
+    """Goes from chunk to chunk of a group.
+
+    Returns residuals `[n, size, V]`, the states `[n, K, V]` that chunks start with, and the states
+    `[B * H, K, V]` after them.
+    """
     size, streams, packed = layout.size, layout.streams, layout.packed
     # split: taking one chunk at a time would have the backward pass write all chunks once per chunk
     pieces = (
@@ -406,7 +435,7 @@ def _scan(
             step.decayed[:, :size],
             step.inverse,
             step.write,
-            step.decays.from_start[:, -1:, None],
+            step.from_start[:, -1:, None],
         )
     )
     residuals, states, ends = [], [], []

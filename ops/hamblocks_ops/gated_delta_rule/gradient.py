@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamblocks_ops.gated_delta_rule.chunked import BLOCK, Chunks, Group, Layout, Tokens, chunked
+from hamblocks_ops.gated_delta_rule.chunked import (
+    BLOCK,
+    Chunks,
+    Decays,
+    Group,
+    Layout,
+    Tokens,
+    chunked,
+)
 
 KEPT = 4
 """Tensors that `chunked` keeps of a group."""
@@ -122,14 +130,18 @@ def gradient(
     if v.shape[1] == 0:
         grad_v = torch.zeros_like(v, dtype=wide)
         final = torch.zeros_like(initial_state) if grad_final is None else grad_final
-        return (*(torch.zeros_like(x) for x in (q, k)), grad_v.to(v.dtype), *(
-            torch.zeros_like(x) for x in (beta, g)
-        ), final)
+        return (
+            *(torch.zeros_like(x) for x in (q, k)),
+            grad_v.to(v.dtype),
+            *(torch.zeros_like(x) for x in (beta, g)),
+            final,
+        )
     if kept is None:
         made: list[Tensor] = []
         _run(given, scale, cu_seqlens, made)
         kept = made
     layout = Layout.of(v, cu_seqlens)
+    decays = layout.decays(g)
     carried = _Carried.of(layout, initial_state, grad_final)
     sums = _PairSums(layout.size, g)
     found = [Tokens(layout, x.dtype) for x in (q, k, v, beta, g)]
@@ -142,6 +154,7 @@ def gradient(
             layout,
             group,
             kept[KEPT * number : KEPT * (number + 1)],
+            decays,
             carried,
             sums,
         )
@@ -158,6 +171,7 @@ def _of_group(
     layout: Layout,
     group: Group,
     kept: Sequence[Tensor],
+    decays: Decays,
     carried: _Carried,
     sums: _PairSums,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -166,14 +180,14 @@ def _of_group(
     A function of its own, so that the memory of a group is free before the next one begins.
     """
     inverse, products, residual, states = kept
-    q, k, _, beta, g, _ = given
-    size, wide = layout.size, g.dtype
+    q, k, _, beta, _, _ = given
+    size, wide = layout.size, beta.dtype
     beta = layout.take(beta, group, wide)
     step = Chunks.of(
         layout.take(q, group, wide),
         layout.take(k, group, wide),
         beta,
-        layout.take(g, group, wide),
+        layout.part(decays, group),
         (products, inverse),
     )
     # d_both: -dX above scale dO, as `both` is K above Q
@@ -191,17 +205,17 @@ def _of_group(
     # through the products with D, and through the state
     d_products = torch.bmm(d_both, residual.mT).unflatten(1, (2, size))
     d_log = (d_products * products.unflatten(1, (2, size))).sum(1)
-    d_products *= step.decays.pairs[:, None]
+    d_products *= step.pairs[:, None]
     # the system has no diagonal
     d_products[:, 0].diagonal(0, 1, 2).zero_()
     d_products = d_products.flatten(1, 2)
     from_states = torch.bmm(d_both, states.mT).unflatten(1, (2, size))
-    from_states *= step.decays.from_start[:, None, :, None]
+    from_states *= step.from_start[:, None, :, None]
     from_states = from_states.flatten(1, 2)
     d_start = (from_states * step.keys_queries).sum(-1).unflatten(1, (2, size)).sum(1)
-    d_start[:, -1] += step.decays.from_start[:, -1] * (states * d_ends).sum((1, 2))
+    d_start[:, -1] += step.from_start[:, -1] * (states * d_ends).sum((1, 2))
     d_write = torch.bmm(residual, d_ends.mT)
-    d_write *= step.decays.pairs[:, -1, :, None]
+    d_write *= step.pairs[:, -1, :, None]
     d_log[:, -1] += (d_write * step.written).sum(-1)
     d_written = d_write.baddbmm_(d_products.mT, step.keys_queries)
     d_keys_queries = from_states.baddbmm_(d_products, step.written)
@@ -234,7 +248,7 @@ def _scan_back(
     """
     size, streams = layout.size, layout.streams
     d_v, d_ends = torch.empty_like(d_residual), torch.empty_like(d_states)
-    keys, decay = step.decayed[:, :size], step.decays.from_start[:, -1:, None]
+    keys, decay = step.decayed[:, :size], step.from_start[:, -1:, None]
     for c in reversed(range(group.stop - group.first)):
         here = slice(c * streams, (c + 1) * streams)
         d_end = carried.before_end_of(group.first + c)
@@ -252,9 +266,7 @@ def _scan_back(
 class _Carried:
     """The gradient of the state on its way from the last chunk to the first."""
 
-    def __init__(
-        self, layout: Layout, state: Tensor, at_end: Tensor | None, total: Tensor
-    ) -> None:
+    def __init__(self, layout: Layout, state: Tensor, at_end: Tensor | None, total: Tensor) -> None:
         self.packed = layout.packed
         self.state = state
         self.at_end = at_end

@@ -1,9 +1,10 @@
-"""The chunked delta rule as it is run: as torch operations, or as one operator with a gradient.
+"""The chunked delta rule as it is run: with its own gradient, or as one operator with the same.
 
-A compiler that traces the torch operations unrolls the scan over chunks, and an unrolled scan is
-right for one number of chunks only. Where the number of tokens is symbolic, one operator hides the
-chunks from the compiler, in the backward pass too. That pass computes the chunks a second time and
-keeps nothing but the arguments.
+In eager mode `Chunked` is the gradient. Compilers and transforms of `torch.func` get the torch
+operations of `chunked`. A compiler unrolls their scan over chunks, and an unrolled scan is right for
+one number of chunks only. Where the number of tokens is symbolic, one operator hides the chunks from
+the compiler, in the backward pass too. That pass computes the chunks a second time and keeps nothing
+but the arguments.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def run(call: DeltaRuleCall) -> DeltaRuleRaw:
     arguments = per_value_head(call)
     if is_symbolic(call.v.shape[1]):
         return DeltaRuleRaw(*forward(**arguments))
-    if learns(call) and not torch.compiler.is_compiling() and not transformed():
+    # one token has no chunks, and transforms differentiate what torch records
+    is_eager = not torch.compiler.is_compiling()
+    if call.v.shape[1] > 1 and is_eager and learns(call) and not transformed():
         order = "q", "k", "v", "beta", "g", "initial_state", "scale", "cu_seqlens"
-        return DeltaRuleRaw(*Chunked.apply(*(arguments[name] for name in order)))
+        results = Chunked.apply(*(arguments[name] for name in order))  # type: ignore[no-untyped-call]
+        return DeltaRuleRaw(*results)
     return DeltaRuleRaw(*chunked(**arguments))
 
 
@@ -84,10 +88,10 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six tensors of `forward` after `grad_state`; results are contiguous."""
-
     given, grads = (q, k, v, beta, g, initial_state), (grad_out, grad_residual, grad_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        return tuple(_own(x, v) for x in gradient(given, grads, scale, cu_seqlens))
+        dq, dk, dv, dbeta, dg, dstate = gradient(given, grads, scale, cu_seqlens)
+    return _own(dq, v), _own(dk, v), _own(dv, v), _own(dbeta, v), _own(dg, v), _own(dstate, v)
 
 
 @backward.register_fake
