@@ -395,7 +395,7 @@ def inverse_of(lower: Tensor) -> Tensor:
     width = min(SOLVED, size)
     one = torch.eye(width, dtype=lower.dtype, device=lower.device)
     # from the right, because that takes no copy of a matrix stored by rows
-    inverse = torch.linalg.solve_triangular(
+    inverse: Tensor = torch.linalg.solve_triangular(
         _diagonal_blocks(lower, width), one, upper=False, left=False, unitriangular=True
     )
     while width < size:
