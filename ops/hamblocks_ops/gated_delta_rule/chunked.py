@@ -119,7 +119,8 @@ def _run_group(
     from_state = torch.bmm(step.decayed[:, layout.size :], states)
     # scale costs nothing here
     reads = step.products[:, layout.size :]
-    out = torch.baddbmm(from_state, reads, residual, beta=scale, alpha=scale)
+    add = torch.Tensor.baddbmm_ if layout.grouped else torch.baddbmm
+    out = add(from_state, reads, residual, beta=scale, alpha=scale)
     if kept is not None:
         kept += [step.inverse, step.products, residual, states]
     return out, residual, ends
@@ -196,6 +197,7 @@ class Layout(NamedTuple):
     size: int
     chunks: int
     together: int
+    grouped: bool
     packed: Packed | None
 
     @classmethod
@@ -225,7 +227,7 @@ class Layout(NamedTuple):
         together = chunks
         if grouped:
             together = min(chunks, max(1, GROUP // (size * max(1, batch * heads))))
-        return cls(batch, tokens, heads, size, chunks, together, packed)
+        return cls(batch, tokens, heads, size, chunks, together, grouped, packed)
 
     @property
     def streams(self) -> int:
@@ -438,6 +440,8 @@ def _scan(
             step.from_start[:, -1:, None],
         )
     )
+    # in place what no one else sees; torch and its transforms may record the other form
+    add = torch.Tensor.baddbmm_ if layout.grouped else torch.baddbmm
     residuals, states, ends = [], [], []
     for c, (v, keys, inverse, write, decay) in enumerate(zip(*pieces, strict=True), group.first):
         if packed is not None:
@@ -446,6 +450,6 @@ def _scan(
         residual = torch.bmm(inverse, torch.baddbmm(v, keys, state, alpha=-1))
         states.append(state)
         residuals.append(residual)
-        state = torch.baddbmm(decay * state, write.mT, residual)
+        state = add(decay * state, write.mT, residual)
         ends.append(state)
     return torch.cat(residuals), torch.cat(states), ends
