@@ -1,6 +1,6 @@
 """Times ops, implementations and the layer on a CPU, from one table of shapes.
 
-    python benchmarks/cpu.py [--only TEXT] [--long] [--out FILE]
+    python benchmarks/cpu.py [--only TEXT] [--long] [--rounds N] [--out FILE]
 
 Every line of `TABLE` is a race: calls that do the same work or replace each other, timed in turns.
 Nothing is timed before its result was compared with the reference at the shape that is timed. A
@@ -29,6 +29,7 @@ from measuring import attention_calls, delta_calls, layer_calls, small_calls
 from measuring.clock import Clock, Contender, reason
 from measuring.costs import peak_bytes
 from measuring.counts import count, decode_step
+from measuring.floors import Ceilings, Work
 from measuring.report import machine
 
 import hamblocks as hb
@@ -139,7 +140,7 @@ SECONDS = 6.0
 """A race stops after this time if it has had the least number of rounds."""
 
 
-def measure(race: Race, clock: Clock, ceilings: Any) -> list[dict[str, Any]]:
+def measure(race: Race, clock: Clock, rounds: int) -> list[dict[str, Any]]:
     """Checks and times the calls of a race, and returns a measurement for each."""
     torch.manual_seed(0)
     makers, made, found = MAKERS[race.what](race.shape, race.run), {}, {}
@@ -157,7 +158,7 @@ def measure(race: Race, clock: Clock, ceilings: Any) -> list[dict[str, Any]]:
             clock.say(f"  {name}: {found[name]['reason']}")
     times: dict[str, list[float]] = {name: [] for name in made}
     until = time.perf_counter() + SECONDS
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         if turn >= LEAST_ROUNDS and time.perf_counter() > until:
             break
         for name in made if turn % 2 else reversed(made):
@@ -167,8 +168,7 @@ def measure(race: Race, clock: Clock, ceilings: Any) -> list[dict[str, Any]]:
     for name, contender in made.items():
         one = found[name]
         lower, middle, upper = statistics.quantiles(times[name], n=4, method="inclusive")
-        floor = contender.work.floor(ceilings)
-        one |= {"seconds": middle, "quartiles": [lower, upper], "floor": floor}
+        one |= {"seconds": middle, "quartiles": [lower, upper], **contender.work._asdict()}
         if race.baseline in made and name != race.baseline:
             one["baseline"] = race.baseline
             one["ratio"] = ratio_of(times[name], times[race.baseline])._asdict()
@@ -182,7 +182,7 @@ def line(one: dict[str, Any]) -> str:
     """A measurement as a line."""
     if "seconds" not in one:
         return f"  {one['case']:38} not timed ({one['reason']})"
-    text = f"  {one['case']:38} {1e3 * one['seconds']:9.2f} ms  floor {1e3 * one['floor']:8.2f} ms"
+    text = f"  {one['case']:38} {1e3 * one['seconds']:9.2f} ms"
     text += f"  {one['peak_bytes'] / 2**20:8.1f} MB"
     if "ratio" in one:
         ratio = one["ratio"]
@@ -217,19 +217,20 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="races whose names hold this text")
     parser.add_argument("--long", action="store_true", help="the long races, and only those")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at the most")
     parser.add_argument("--small", action="store_true", help="512 tokens, to try the command")
     parser.add_argument("--out", type=Path, default=Path("out/bench-cpu.json"))
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error("--rounds: expected 2 or more")
     clock = Clock("cpu", 5)
-    ceilings = clock.ceilings(1024, 2**26, torch.float32)
+    best = Ceilings(0, 0)
     result: dict[str, Any] = {
         "machine": machine(gpu=False),
         "when": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
-        "ceilings": ceilings._asdict(),
         "measurements": [],
     }
-    print(f"{result['threads']} threads, {ceilings.operations_per_second / 1e9:.0f} GFLOP/s")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for race in LONG if given.long else TABLE:
         if given.only not in race.name:
@@ -237,10 +238,16 @@ def main() -> None:
         if given.small:
             race = race._replace(shape=race.shape._replace(tokens=512), bounds={})
         clock.say(race.name)
-        for one in measure(race, clock, ceilings):
+        # the fastest of all, because load makes a rate lower than what a call may reach
+        rates = zip(best, clock.ceilings(1024, 2**26, torch.float32), strict=True)
+        best = Ceilings(*(max(pair) for pair in rates))
+        for one in measure(race, clock, given.rounds):
             print(line(one), flush=True)
             result["measurements"].append(one)
-        result["growth"] = growth(result["measurements"])
+        result |= {"ceilings": best._asdict(), "growth": growth(result["measurements"])}
+        for one in result["measurements"]:
+            if "seconds" in one:
+                one["floor"] = Work(one["operations"], one["bytes"]).floor(best)
         given.out.write_text(json.dumps(result, indent=1) + "\n")
     if not result["measurements"]:
         sys.exit(f"--only: expected a part of a name, got {given.only!r}")

@@ -31,7 +31,7 @@ def make(shape: Shape, run: str) -> dict[str, Callable[[], Contender]]:
             kept = (evict_at[0, :, head] > torch.arange(shape.tokens)).nonzero()[:, 0]
             length = int(stored.lengths[0, head])
             assert length == len(kept)
-            assert torch.equal(stored.position[0, :length, head].long(), kept)
+            assert torch.equal(stored.position[0, head, :length].long(), kept)
         return {"against": "a comparison of every token"}
 
     def topk(tokens: int) -> Contender:
