@@ -48,11 +48,11 @@ class Shape(NamedTuple):
     hidden: int = 256
 
 
-def cases(small: bool = False) -> dict[str, Callable[[], Case]]:
-    """All cases by name; `small` ones take milliseconds."""
+def cases(small: bool = False, topk_tokens: int | None = None) -> dict[str, Callable[[], Case]]:
+    """All cases by name; `small` ones take milliseconds, `topk_tokens` is T of `select_topk`."""
     shape = Shape(128, 2, 16, 0.25, 32) if small else Shape()
     few, half = shape._replace(fraction=0.1), shape._replace(fraction=0.5)
-    long = shape._replace(tokens=4 * shape.tokens)
+    long = shape._replace(tokens=topk_tokens or 4 * shape.tokens)
     table: dict[str, Callable[[], Case]] = {
         "gated_delta_rule, forward": lambda: _delta(shape, False),
         "gated_delta_rule, forward and backward": lambda: _delta(shape, True),
@@ -164,7 +164,7 @@ def _made(shape: Shape, selector: Any) -> tuple[hb.HAMLayer, Tensor]:
     return layer.eval(), torch.randn(1, shape.tokens, shape.hidden)
 
 
-def _pieces(layer: hb.HAMLayer, x: Tensor) -> Callable[[], None]:
+def pieces(layer: hb.HAMLayer, x: Tensor) -> Callable[[], None]:
     """The check of a layer: one pass is what prefill and decode give."""
 
     def check() -> None:
@@ -181,12 +181,12 @@ def _layer(shape: Shape, trains: bool) -> Case:
     layer, x = _made(shape, hb.Threshold(1 - shape.fraction) | hb.Window(16))
     make = _trained if trains else _untrained
     x.requires_grad_(trains)
-    return Case(make(lambda x: layer(x).y, x), _pieces(layer, x.detach()))
+    return Case(make(lambda x: layer(x).y, x), pieces(layer, x.detach()))
 
 
 def _prefill(shape: Shape) -> Case:
     layer, x = _made(shape, hb.Threshold(1 - shape.fraction) | hb.Window(16))
-    return Case(_untrained(lambda x: layer.prefill(x).y, x), _pieces(layer, x))
+    return Case(_untrained(lambda x: layer.prefill(x).y, x), pieces(layer, x))
 
 
 def _decode(shape: Shape, selector: Any) -> Case:
@@ -200,4 +200,4 @@ def _decode(shape: Shape, selector: Any) -> Case:
         with torch.no_grad():
             state = layer.decode(token, state).state
 
-    return Case(call, _pieces(layer, x))
+    return Case(call, pieces(layer, x))

@@ -15,6 +15,8 @@ COMPARED_TOKENS = 4096
 MAX_OUT_ERROR, MAX_GRADIENT_ERROR = 2.0**-7, 2.0**-6
 """Relative errors allowed in bfloat16, by norm. Tensor cores reach some 2**-9 for outputs and about
 twice that for gradients."""
+FLOAT32 = 2.0**-7
+"""Errors allowed in float32, relative to those in bfloat16."""
 MASKED_LOGIT = -1e30
 """Logit of a key that a query does not see: finite, so that no gradient is NaN."""
 
@@ -118,5 +120,8 @@ class SampledAttention:
             dq, dk, dv = torch.autograd.grad(out, inputs, self.cotangent)
             found = zip("qkv", (dq[:, self.at], dk, dv), self.gradients, strict=True)
             errors |= {f"gradient of {name}": error(got, exact) for name, got, exact in found}
-        allowed = {name: MAX_OUT_ERROR if name == "out" else MAX_GRADIENT_ERROR for name in errors}
+        most = FLOAT32 if out.dtype == torch.float32 else 1.0
+        allowed = {
+            name: most * (MAX_OUT_ERROR if name == "out" else MAX_GRADIENT_ERROR) for name in errors
+        }
         return within(f"dense attention of {len(self.at)} queries in float32", errors, allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ def costs(call: Callable[[], object], gpu: bool) -> dict[str, Any]:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     return {"peak_bytes": peak, "launches": sum(launched(traced(call)).values())}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call on a CPU holds beside what is there before it, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        call()
+    recorded = watched.profiler.kineto_results.events()
+    changes = [(one.start_ns(), one.nbytes()) for one in recorded if one.name() == "[memory]"]
+    held = accumulate(size for _, size in sorted(changes, key=lambda change: change[0]))
+    return max(held, default=0)
 
 
 def outermost(event: Any) -> bool:

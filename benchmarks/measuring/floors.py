@@ -104,9 +104,17 @@ def causal_pairs(tokens: int) -> int:
 
 
 def layer(
-    tokens: int, hidden: int, heads: int, dim: int, *, pairs: int, kept: int, item: int
+    tokens: int,
+    hidden: int,
+    heads: int,
+    dim: int,
+    *,
+    pairs: int,
+    kept: int,
+    item: int,
+    learns: bool = True,
 ) -> Work:
-    """Work of a HAM layer, forward and backward.
+    """Work of a HAM layer, forward and, with `learns`, backward.
 
     Weights: q, k, v and out (4 of hidden x heads dim), and four numbers per head (two gates, beta,
     decay). An entry takes 2 operations per token forward, and twice that backward. Bytes: x, y, the
@@ -115,10 +123,11 @@ def layer(
     without passing through memory.
     """
     weights = 4 * hidden * heads * dim + 4 * heads * hidden
-    delta = delta_rule(tokens, heads, dim, item=item, residual=False, score=True, learns=True)
-    attending = attention(tokens, heads, dim, pairs=pairs, kept=kept, item=item, learns=True)
-    operations = 6 * tokens * weights + delta.operations + attending.operations
-    return Work(operations, item * (5 * tokens * hidden + 3 * weights))
+    delta = delta_rule(tokens, heads, dim, item=item, residual=False, score=True, learns=learns)
+    attending = attention(tokens, heads, dim, pairs=pairs, kept=kept, item=item, learns=learns)
+    operations = (6 if learns else 2) * tokens * weights + delta.operations + attending.operations
+    moved = 5 * tokens * hidden + 3 * weights if learns else 2 * tokens * hidden + weights
+    return Work(operations, item * moved)
 
 
 def decode(cache_bytes: int) -> Work:

@@ -13,7 +13,7 @@ import hamblocks as hb
 from hamblocks.protocols import LayerDims
 from measuring import floors
 from measuring.attend import sdpa, seen, selected
-from measuring.checks import MAX_GRADIENT_ERROR, SampledAttention, error, within
+from measuring.checks import FLOAT32, MAX_GRADIENT_ERROR, SampledAttention, error, within
 from measuring.clock import Clock, Contender, race
 from measuring.sizes import Sizes
 from measuring.targets import TRAINING
@@ -71,6 +71,7 @@ def calls_of_parts(layer: hb.HAMLayer, x: Tensor) -> dict[nn.Module, tuple[Any, 
     hooks = [
         part.register_forward_hook(keep, with_kwargs=True)
         for part in (layer.memory, layer.attention)
+        if part is not None
     ]
     try:
         with torch.no_grad():
@@ -84,10 +85,10 @@ def calls_of_parts(layer: hb.HAMLayer, x: Tensor) -> dict[nn.Module, tuple[Any, 
 def check_parts(layer: hb.HAMLayer, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
     """Checks the memory and attention on the inputs that they get inside the layer."""
     calls = calls_of_parts(layer, x)
-    return {
-        "memory": check_memory(layer.memory, *calls[layer.memory]),
-        "attention": check_attention(layer.attention, *calls[layer.attention], cotangent),
-    }
+    checked = {"attention": check_attention(layer.attention, *calls[layer.attention], cotangent)}
+    if layer.memory is not None:
+        checked["memory"] = check_memory(layer.memory, *calls[layer.memory])
+    return checked
 
 
 def check_memory(memory: Any, args: Any, kwargs: Any, read: Tensor) -> dict[str, Any]:
@@ -99,7 +100,8 @@ def check_memory(memory: Any, args: Any, kwargs: Any, read: Tensor) -> dict[str,
             exact, _, _ = memory(*args, **kwargs)
     finally:
         memory.impl = impl
-    return within(trusted, {"read": error(read, exact)}, {"read": MAX_GRADIENT_ERROR})
+    most = MAX_GRADIENT_ERROR * (FLOAT32 if read.dtype == torch.float32 else 1.0)
+    return within(trusted, {"read": error(read, exact)}, {"read": most})
 
 
 def check_attention(

@@ -58,7 +58,9 @@ def test_results_and_gradients_are_those_of_chunked(
     for one, other in zip((*got, *gradients[0]), (*wanted, *gradients[1]), strict=True):
         assert one.is_contiguous()
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        # the operator takes smaller chunks
+        most = max(1e-5, torch.finfo(one.dtype).eps) if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(one, other, rtol=most, atol=most)
     assert gradients[1][-1].abs().max() > 0
 
 

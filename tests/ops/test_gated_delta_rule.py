@@ -69,6 +69,50 @@ def test_chunk_size_does_not_matter(case: DeltaRuleInputs, size: int) -> None:
         assert_close(one, other, name, own=own[name])
 
 
+@pytest.mark.parametrize("packed", [None, (33, 0, 70, 2)])
+def test_groups_of_chunks_do_not_matter(
+    packed: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk at a time with the written gradient, against torch's gradient of all at once."""
+    case = DeltaRuleInputs(tokens=105, packed=packed, decay="forget", write="any", batch=2)
+    tensors = case.tensors()
+    given = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
+    module = import_module("hamblocks_ops.gated_delta_rule.chunked")
+    call = gated_delta_rule.call_of(**tensors)
+    per_value_head = import_module("hamblocks_ops.gated_delta_rule.call").per_value_head
+    wanted = module.chunked(**per_value_head(call))
+    monkeypatch.setattr(module, "GROUP", 1)
+    got = gated_delta_rule(**tensors, impl="chunked")
+    got = got.out, got.residual, got.final_state
+    assert got[0].grad_fn is not None
+    weights = [torch.randn_like(x) for x in wanted]
+    for used in ((0, 1, 2), (0,), (1,), (2,)):
+        one, other = (
+            torch.autograd.grad(
+                [x[n] for n in used],
+                given,
+                [weights[n] for n in used],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            for x in (got, wanted)
+        )
+        for x, y in zip((*got, *one), (*wanted, *other), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_second_derivatives() -> None:
+    tensors = DeltaRuleInputs(tokens=3, batch=1, key_dim=2, value_dim=2, heads=1).tensors()
+    names = [name for name, x in tensors.items() if x.is_floating_point()]
+
+    def outputs(*given: Tensor) -> tuple[Tensor, ...]:
+        result = gated_delta_rule(**dict(zip(names, given, strict=True)), impl="chunked")
+        return result.out, result.residual, result.final_state
+
+    given = [tensors[name].requires_grad_() for name in names]
+    assert torch.autograd.gradgradcheck(outputs, given)
+
+
 def test_score_comes_from_the_residual_before_it_is_rounded() -> None:
     tensors = DeltaRuleInputs(tokens=66, dtype=torch.bfloat16).tensors()
     wide = tensors | {name: tensors[name].float() for name in ("q", "k", "v")}

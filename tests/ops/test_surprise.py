@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -145,3 +147,17 @@ def test_the_smallest_normal_number_is_not_yet_zero(dtype: torch.dtype) -> None:
 def test_nothing_missed_is_no_surprise(metric: str) -> None:
     v = torch.tensor([3.0, -4.0])[None, None, None]
     assert surprise(torch.zeros_like(v), v, metric=metric).item() == 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_pieces_have_the_same_bits(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Draw(0)
+    residual, v = (draw.normal(2, 9, 2, 4).requires_grad_() for _ in range(2))
+    whole = surprise(residual, v, metric=metric)
+    wanted = torch.autograd.grad(whole.sum(), (residual, v), materialize_grads=True)
+    monkeypatch.setattr(import_module("hamblocks_ops.surprise.reference"), "ENTRIES", 33)
+    got = surprise(residual, v, metric=metric)
+    gradients = torch.autograd.grad(got.sum(), (residual, v), materialize_grads=True)
+    assert torch.equal(got, whole)
+    for x, y in zip(gradients, wanted, strict=True):
+        assert torch.equal(x, y)

@@ -1,9 +1,10 @@
-"""The chunked delta rule as it is run: as torch operations, or as one operator with a gradient.
+"""The chunked delta rule as it is run: with its own gradient, or as one operator with the same.
 
-A compiler that traces the torch operations unrolls the scan over chunks, and an unrolled scan is
-right for one number of chunks only. Where the number of tokens is symbolic, one operator hides the
-chunks from the compiler, in the backward pass too. That pass computes the chunks a second time and
-keeps nothing but the arguments.
+In eager mode `Chunked` is the gradient. Compilers and transforms of `torch.func` get the torch
+operations of `chunked`. A compiler unrolls their scan over chunks, and an unrolled scan is right for
+one number of chunks only. Where the number of tokens is symbolic, one operator hides the chunks from
+the compiler, in the backward pass too. That pass computes the chunks a second time and keeps nothing
+but the arguments.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.declare import without_second_derivative
-from hamblocks_ops.gated_delta_rule.call import DeltaRuleCall, DeltaRuleRaw, per_value_head
+from hamblocks_ops.dispatch import transformed
+from hamblocks_ops.gated_delta_rule.call import (
+    DeltaRuleCall,
+    DeltaRuleRaw,
+    learns,
+    per_value_head,
+)
 from hamblocks_ops.gated_delta_rule.chunked import chunked
+from hamblocks_ops.gated_delta_rule.gradient import Chunked, gradient
 from hamblocks_ops.lengths import is_symbolic
 
 
@@ -24,6 +32,12 @@ def run(call: DeltaRuleCall) -> DeltaRuleRaw:
     arguments = per_value_head(call)
     if is_symbolic(call.v.shape[1]):
         return DeltaRuleRaw(*forward(**arguments))
+    # one token has no chunks, and transforms differentiate what torch records
+    is_eager = not torch.compiler.is_compiling()
+    if call.v.shape[1] > 1 and is_eager and learns(call) and not transformed():
+        order = "q", "k", "v", "beta", "g", "initial_state", "scale", "cu_seqlens"
+        results = Chunked.apply(*(arguments[name] for name in order))  # type: ignore[no-untyped-call]
+        return DeltaRuleRaw(*results)
     return DeltaRuleRaw(*chunked(**arguments))
 
 
@@ -74,26 +88,9 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six tensors of `forward` after `grad_state`; results are contiguous."""
-
-    def again(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return chunked(
-            q,
-            k,
-            v,
-            beta=beta,
-            g=g,
-            scale=scale,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-        )
-
-    given = q, k, v, beta, g, initial_state
+    given, grads = (q, k, v, beta, g, initial_state), (grad_out, grad_residual, grad_state)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        # an operator runs below autograd, where `torch.autograd.grad` finds no graph; `vjp` makes one
-        derivative = torch.func.vjp(again, *given)[1]
-        dq, dk, dv, dbeta, dg, dstate = derivative((grad_out, grad_residual, grad_state))
+        dq, dk, dv, dbeta, dg, dstate = gradient(given, grads, scale, cu_seqlens)
     return _own(dq, v), _own(dk, v), _own(dv, v), _own(dbeta, v), _own(dg, v), _own(dstate, v)
 
 

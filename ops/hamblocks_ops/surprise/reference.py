@@ -20,11 +20,20 @@ from torch.nn import functional as F
 from hamblocks_ops.precision import wide
 from hamblocks_ops.surprise.call import SurpriseCall
 
+ENTRIES = 2**16
+"""Entries of v that are scored together on a CPU, so that intermediate results fit its cache."""
+
 
 def run(call: SurpriseCall) -> Tensor:
     """Scores a call in float32, or float64 for float64 inputs."""
-    dtype = wide(call.v)
-    return reference(call.residual.to(dtype), call.v.to(dtype), call.metric)
+    dtype, v = wide(call.v), call.v
+    residual = call.residual.to(dtype)
+    if v.device.type != "cpu" or torch.compiler.is_compiling() or v.numel() <= ENTRIES:
+        return reference(residual, v.to(dtype), call.metric)
+    # token by token in any case, so that pieces give the same bits
+    tokens = max(1, ENTRIES * v.shape[1] // v.numel())
+    pieces = zip(residual.split(tokens, 1), v.to(dtype).split(tokens, 1), strict=True)
+    return torch.cat([reference(*piece, call.metric) for piece in pieces], 1)
 
 
 def reference(residual: Tensor, v: Tensor, metric: str) -> Tensor:
