@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import hamblocks as hb
 from hamblocks.cli import app
+from hamblocks.experiments.evaluation import measure as measuring
 from hamblocks.experiments.evaluation import study
 from hamblocks.experiments.evaluation.documents import KEY_VALUE, PASSKEY, documents_of, sources_of
 from hamblocks.experiments.evaluation.measure import measure
@@ -226,9 +227,11 @@ def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
     assert wider.plan.fractions == (0.25, 0.5)
 
 
+@pytest.mark.parametrize("piece", [64, 256])
 @torch.no_grad()
-def test_the_loss_and_the_answers_are_those_of_one_pass(tokenizer):
-    """Whatever the pieces, the cache and the forks do."""
+def test_the_loss_and_the_answers_are_those_of_one_pass(tokenizer, monkeypatch, piece):
+    """Whatever the pieces, the cache and the forks do; the loss counts from token 200 on."""
+    monkeypatch.setattr(measuring, "PIECE", piece)
     model, plan = tiny_llama(), named("key norm")
     documents = documents_of(
         tokenizer, sources_of(tokenizer, some(held_out())), seed=0, count=2, length=400
