@@ -14,8 +14,15 @@ from typer.testing import CliRunner
 
 import hamblocks as hb
 from hamblocks.cli import app
+from hamblocks.experiments.evaluation import measure as measuring
 from hamblocks.experiments.evaluation import study
-from hamblocks.experiments.evaluation.documents import KEY_VALUE, PASSKEY, documents_of, sources_of
+from hamblocks.experiments.evaluation.documents import (
+    KEY_VALUE,
+    PASSKEY,
+    documents_of,
+    plain_text,
+    sources_of,
+)
 from hamblocks.experiments.evaluation.measure import measure
 from hamblocks.experiments.evaluation.policies import (
     DEFAULT,
@@ -112,6 +119,9 @@ def test_documents_hold_their_lines_where_they_say(tokenizer):
     again = documents_of(tokenizer, sources, seed=3, **sizes)
     assert torch.equal(again.tokens, made.tokens)
     assert not torch.equal(documents_of(tokenizer, sources, seed=4, **sizes).tokens, made.tokens)
+    # text to calibrate on takes turns: thresholds are set on both kinds of text
+    plain = plain_text(tokenizer, sources, seed=3, count=2, length=400)
+    assert [set(tokenizer.decode(row)) <= set(letters) for row in plain] == [True, False]
     with pytest.raises(ValueError, match=r"^length: expected at least \d+ tokens, got"):
         documents_of(tokenizer, sources, seed=0, count=2, length=100)
     with pytest.raises(ValueError, match=r"^length: expected documents shorter than the text"):
@@ -226,9 +236,11 @@ def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
     assert wider.plan.fractions == (0.25, 0.5)
 
 
+@pytest.mark.parametrize("piece", [64, 256])
 @torch.no_grad()
-def test_the_loss_and_the_answers_are_those_of_one_pass(tokenizer):
-    """Whatever the pieces, the cache and the forks do."""
+def test_the_loss_and_the_answers_are_those_of_one_pass(tokenizer, monkeypatch, piece):
+    """Whatever the pieces, the cache and the forks do; the loss counts from token 200 on."""
+    monkeypatch.setattr(measuring, "PIECE", piece)
     model, plan = tiny_llama(), named("key norm")
     documents = documents_of(
         tokenizer, sources_of(tokenizer, some(held_out())), seed=0, count=2, length=400

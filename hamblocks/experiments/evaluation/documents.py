@@ -114,7 +114,8 @@ def documents_of(
             inserted = [_passkey(tokenizer, draw)]
         else:
             inserted = [_key_value(tokenizer, name, draw) for name in draw.sample(names, lines)]
-        source = sources[n // 2 % len(sources)]
+        # both kinds of line stand in all sources; without lines the sources take turns
+        source = sources[(n // 2 if lines else n) % len(sources)]
         row, mask, depths = _with_lines(tokenizer, source, inserted, length, draw)
         rows.append(row)
         masks.append(mask)

@@ -18,7 +18,7 @@ from hamblocks_ops import NEVER
 PIECE = 256
 """Tokens of a document that are read in one call: their logits fit into memory."""
 
-STEPS = 8
+STEPS = 4
 """Tokens that are decoded one by one to measure the speed."""
 
 
@@ -83,23 +83,22 @@ class Measured:
 def measure(subject: Subject, documents: Documents) -> Measured:
     """Reads the documents into a cache, and asks the questions from copies of it."""
     cache = subject.cache()
-    losses, stored, began = [], [], time.perf_counter()
-    tokens, last = documents.tokens, None
+    tokens, counts = documents.tokens, documents.counts
+    loss = torch.zeros(counts.shape, device=tokens.device)
+    first = int(counts.any(0).int().argmax())  # no document counts a prediction before this one
+    stored, end, began = [], 0, time.perf_counter()
     for piece in tokens.split(PIECE, 1):
-        called = subject(piece, cache)
-        logits = called.logits.float()
-        ahead = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], 1)
-        wanted = piece[:, 1:] if last is None else piece
-        losses.append(_losses(ahead, wanted))
-        last = logits[:, -1:]
+        end += piece.shape[1]
+        keep = max(1, min(piece.shape[1], end - first))
+        called = subject(piece, cache, keep)
+        wanted = tokens[:, end - keep + 1 : end + 1]  # nothing follows the last token
+        predicted = _losses(called.logits[:, : wanted.shape[1]].float(), wanted)
+        loss[:, end - keep : end - keep + wanted.shape[1]] = predicted
         # the mean over heads of a layer, so that layers count alike
         stored.append(torch.stack([_kept(one.evict_at) for one in called.stats]).mean(0))
     seconds = time.perf_counter() - began
-    loss, counts = torch.cat(losses, 1), documents.counts.to(tokens.device)
     each = (loss * counts).sum(1) / counts.sum(1)
-    answers = [
-        answer for question in documents.questions for answer in _ask(subject, cache, question)
-    ]
+    answers = _ask(subject, cache, documents.questions)
     in_use, allocated = bytes_of(cache)
     return Measured(
         nll=float((loss * counts).sum() / counts.sum()),
@@ -135,17 +134,26 @@ def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return loss.view(tokens.shape)
 
 
-def _ask(subject: Subject, cache: StateCache, question: Question) -> list[Answer]:
-    fork, wanted = cache.fork(), question.answers
-    fork.batch_select_indices(question.rows)
-    asked = torch.cat([question.tokens, wanted[:, :-1]], 1)
-    logits = subject(asked, fork).logits[:, -wanted.shape[1] :].float()
-    right = (logits.argmax(-1) == wanted).all(1).tolist()
-    nll = _losses(logits, wanted).mean(1).tolist()
-    return [
-        Answer(question.kind, depth, found, loss)
-        for depth, found, loss in zip(question.depths, right, nll, strict=True)
-    ]
+def _ask(subject: Subject, cache: StateCache, questions: list[Question]) -> list[Answer]:
+    """The answers to all questions, one after the other; those of one length are asked together."""
+    of_length: dict[tuple[int, int], list[int]] = {}
+    for place, question in enumerate(questions):
+        length = question.tokens.shape[1], question.answers.shape[1]
+        of_length.setdefault(length, []).append(place)
+    found: dict[int, list[Answer]] = {}
+    for places in of_length.values():
+        alike = [questions[place] for place in places]
+        wanted = torch.cat([question.answers for question in alike])
+        asked = torch.cat([torch.cat([one.tokens, one.answers[:, :-1]], 1) for one in alike])
+        fork = cache.fork()
+        fork.batch_select_indices(torch.cat([question.rows for question in alike]))
+        logits = subject(asked, fork, wanted.shape[1]).logits.float()
+        right = iter((logits.argmax(-1) == wanted).all(1).tolist())
+        nll = iter(_losses(logits, wanted).mean(1).tolist())
+        for place, question in zip(places, alike, strict=True):
+            kind, depths = question.kind, question.depths
+            found[place] = [Answer(kind, depth, next(right), next(nll)) for depth in depths]
+    return [answer for place in range(len(questions)) for answer in found[place]]
 
 
 def _decoding(subject: Subject, cache: StateCache, tokens: Tensor) -> float:

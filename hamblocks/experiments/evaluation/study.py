@@ -212,7 +212,7 @@ def _calibrated(
     shares = shared_out(policy, fraction, lambda: torch.tensor(copying), len(layers), heads)
     setting = [AtQuantile(share) for share in shares]
     _set(subject, policy, plan.seeds[0], [around(one, plan) for one in setting])
-    subject(text)
+    subject(text, keep=1)
     return [around(one.frozen(), plan) for one in setting]
 
 

@@ -44,8 +44,12 @@ class Subject(Protocol):
         """An empty cache."""
         ...
 
-    def __call__(self, tokens: Tensor, cache: StateCache | None = None) -> Called:
-        """Reads tokens `[N, T]`, after those that the cache has seen."""
+    def __call__(self, tokens: Tensor, cache: StateCache | None = None, keep: int = 0) -> Called:
+        """Reads tokens `[N, T]`, after those that the cache has seen.
+
+        Logits are those of the last `keep` tokens, 0: of all. In SmolLM2 they take a quarter of the
+        time.
+        """
         ...
 
 
@@ -60,10 +64,9 @@ class Plain:
         """An empty cache."""
         return self.policy.cache()
 
-    def __call__(self, tokens: Tensor, cache: StateCache | None = None) -> Called:
+    def __call__(self, tokens: Tensor, cache: StateCache | None = None, keep: int = 0) -> Called:
         """See `Subject`."""
-        given = {"use_cache": False} if cache is None else {CACHE: cache}
-        logits = self.model(tokens, **given).logits
+        logits = self.model(tokens, logits_to_keep=keep, **_given(cache)).logits
         return Called(logits, [stats for stats in self.policy.stats if stats is not None])
 
 
@@ -81,12 +84,15 @@ class Converted:
         """An empty cache."""
         return HAMCache(self.model.config)
 
-    def __call__(self, tokens: Tensor, cache: StateCache | None = None) -> Called:
+    def __call__(self, tokens: Tensor, cache: StateCache | None = None, keep: int = 0) -> Called:
         """See `Subject`."""
-        given = {"use_cache": False} if cache is None else {CACHE: cache}
-        output = self.model(tokens, **given)
+        output = self.model(tokens, logits_to_keep=keep, **_given(cache))
         stats = [one for one in output.stats if one.evict_at is not None]
         return Called(output.logits, stats)
+
+
+def _given(cache: StateCache | None) -> dict[str, Any]:
+    return {"use_cache": False} if cache is None else {CACHE: cache}
 
 
 @contextlib.contextmanager
