@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Decided = tuple[Tensor, Tensor, Tensor]
-
 
 @torch.library.custom_op("hamblocks::error_mass", mutates_args=())
 def error_mass(
@@ -30,7 +28,7 @@ def error_mass(
     total: Tensor,
     share: float,
     capacity: int,
-) -> Decided:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Adds tokens one by one, and drops what is not needed for the share of the sum.
 
     Args:
@@ -59,7 +57,7 @@ def by_heap(
     total: Tensor,
     share: float,
     capacity: int,
-) -> Decided:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`error_mass` on the host, stream by stream."""
     begins = [False] * score.shape[1] if first is None else first.tolist()
     streams = zip(
@@ -115,7 +113,7 @@ def by_columns(
     total: Tensor,
     share: float,
     capacity: int,
-) -> Decided:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`error_mass` for all streams together, on any device."""
     streams, tokens = score.shape
     slots = stored.shape[1]
@@ -169,7 +167,7 @@ def _(
     total: Tensor,
     share: float,
     capacity: int,
-) -> Decided:
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = score.shape[0], stored.shape[1] + score.shape[1]
     leaves = score.new_empty(shape, dtype=torch.int64)
     return leaves, torch.empty_like(total), torch.empty_like(total)

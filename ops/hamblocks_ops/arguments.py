@@ -41,12 +41,12 @@ def value_checks() -> Iterator[None]:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be read: on a CPU, never while tracing or in `vmap`."""
+    """Whether the values of a tensor may be read: on a CPU, not while tracing or in `torch.func`."""
     if (
         torch.compiler.is_compiling()
         or tensor.numel() == 0
         or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._functorch.is_batchedtensor(tensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     ):
         return False
     return tensor.device.type == "cpu" or _check_values_everywhere.get()
