@@ -37,9 +37,9 @@ COMBINATIONS = [
     "3.11/2.13.0/5.6.0",
     "3.11/2.13.0/5.12.0",
     "3.11/2.13.0/newest",
-    "3.11/2.14.1/newest",
+    "3.11/2.14.1/5.23.0",
     "3.12/2.9.1/5.6.0",
-    "3.13/2.13.0/newest",
+    "3.13/2.13.0/5.23.0",
     "3.14/2.13.0/newest",
 ]
 """Python, torch and transformers: the oldest, the newest, and some between."""
