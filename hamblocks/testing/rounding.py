@@ -63,9 +63,20 @@ class MovedByOneRounding(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if name == "_to_copy":
             return self._cast(args[0], func(*args, **kwargs))
+        written = kwargs.get("out")
+        if written is None and name.endswith("_") and not name.startswith("_"):
+            written = args[0]
+        if isinstance(written, Tensor) and name.rstrip("_") in self.ARITHMETIC:
+            # as the operator that returns its result, of which these are other forms
+            plain = getattr(torch.ops.aten, name.rstrip("_"))
+            more = {key: x for key, x in kwargs.items() if key != "out"}
+            return written.copy_(self._rounded(name.rstrip("_"), plain, args, more))
         # what a custom operator does inside is not seen here: its operands are moved
         if name not in self.ARITHMETIC and func.namespace in ("aten", "prim", "prims"):
             return func(*args, **kwargs)
+        return self._rounded(name, func, args, kwargs)
+
+    def _rounded(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         coarse = self.products if name in self.PRODUCTS else None
         result = func(*(self._moved(x, coarse) for x in args), **kwargs)
         needs_none = (

@@ -8,11 +8,10 @@ import pytest
 from ranks import Workers
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Gives all tests of ranks to one worker of pytest-xdist: processes are started once."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+    if item.path.is_relative_to(Path(__file__).parent):
+        item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 class _Keeper:

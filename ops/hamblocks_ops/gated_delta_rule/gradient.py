@@ -62,11 +62,11 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments."""
-        *given, cu_seqlens = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+        *given, cu_seqlens = saved[:7]
         if torch.is_grad_enabled():  # create_graph=True: torch differentiates what it records
             return (*_recorded(given, grads, ctx.scale, cu_seqlens), None, None)
-        kept = ctx.saved_tensors[7:]
-        return (*gradient(given, grads, ctx.scale, cu_seqlens, kept), None, None)
+        return (*gradient(given, grads, ctx.scale, cu_seqlens, saved[7:]), None, None)
 
 
 def _run(
