@@ -44,7 +44,11 @@ docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 bench: $(READY)
-	PYTHONPATH=.:ops $(BIN)/python benchmarks/cpu.py --out $(OUT)/bench-cpu.json; status=$$?; PYTHONPATH=.:ops $(BIN)/python benchmarks/charts.py $(OUT)/bench-cpu.json --out $(OUT)/bench-cpu.png && exit $$status
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -rP --show-capture=stdout \
+	  --benchmark-columns median,iqr,rounds -p no:xdist -p no:hypothesispytest \
+	  --out $(OUT)/bench-cpu.json; status=$$?; \
+	$(BIN)/python benchmarks/charts.py $(OUT)/bench-cpu.json --out $(OUT)/bench-cpu.png \
+	  && exit $$status
 
 # this tree against another revision: make bench-compare BASE=main
 bench-compare: $(READY)

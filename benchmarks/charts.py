@@ -1,4 +1,4 @@
-"""Draws the result of `benchmarks/cpu.py`.
+"""Draws the result of `make bench`.
 
     python benchmarks/charts.py [RESULT.json ...] [--out FILE.png]
 

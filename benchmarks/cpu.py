@@ -1,38 +1,35 @@
 """Times ops, implementations and the layer on a CPU, from one table of shapes.
 
-    python benchmarks/cpu.py [--only TEXT] [--long] [--rounds N] [--out FILE]
-
-Every line of `TABLE` is a race: calls that do the same work or replace each other, timed in turns.
-Nothing is timed before its result was compared with the reference at the shape that is timed. A
-ratio is the median over rounds of the time of a call over that of the race's baseline in the same
-round, with a 95 % interval (bootstrap). Beside every time stand its floor (measuring/floors.py) and
-the most memory that the call holds. The result is a JSON file; `charts.py` draws it. Exits with 1 if
-the interval of a ratio lies above its bound.
+`test_cpu.py` runs it under pytest-benchmark (`make bench`). Every line of `TABLE` is a race: calls
+that do the same work or replace each other, timed in turns. Nothing is timed before its result was
+compared with the reference at the shape that is timed. A ratio is the median over rounds of the
+time of a call over that of the race's baseline in the same round, with a 95 % interval (bootstrap).
+Beside every time stand its floor (measuring/floors.py) and the most memory that the call holds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from cases import Shape
 from compare import ratio_of
 from measuring import attention_calls, delta_calls, layer_calls, small_calls
-from measuring.clock import Clock, Contender, reason
+from measuring.clock import Clock, Contender, NotHereError, reason
 from measuring.costs import peak_bytes
 from measuring.counts import count, decode_step
 from measuring.floors import Ceilings, Work
 from measuring.report import machine
 
 import hamblocks as hb
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 MAKERS: dict[str, Callable[[Shape, str], dict[str, Callable[[], Contender]]]] = {
     "gated_delta_rule": delta_calls.make,
@@ -51,7 +48,7 @@ class Race(NamedTuple):
         what: a key of `MAKERS`.
         shape: sizes.
         run: "forward", "both" (forward and backward), "prefill" or "decode".
-        calls: names of the calls.
+        calls: names of the calls. pytest-benchmark times the first, which is not the baseline.
         baseline: the call that the others are divided by; None: no ratio.
         bounds: the largest ratio allowed, by name of the call.
     """
@@ -65,12 +62,16 @@ class Race(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Op, sizes and pass in words."""
+        """Op, first call, pass and sizes in words; every race of a table has another name."""
         shape = self.shape
         return (
-            f"{self.what}, {self.run}, T = {shape.tokens}, {shape.heads} heads of "
+            f"{self.what}, {self.calls[0]}, {self.run}, T = {shape.tokens}, {shape.heads} heads of "
             f"{shape.head_dim}, keep fraction {shape.fraction:g}"
         )
+
+    def small(self) -> Race:
+        """The race at 512 tokens, to try it: no ratio is bounded there."""
+        return self._replace(shape=self.shape._replace(tokens=512), bounds={})
 
 
 OPS = Shape()
@@ -108,7 +109,7 @@ TABLE = (
         for tokens in (1024, 2048, 4096)
         for run in ("forward", "both")
     ),
-    Race("selected_attention", at(OPS, 2048), "forward", (GATHER, SDPA, FLEX), SDPA),
+    Race("selected_attention", at(OPS, 2048), "forward", (FLEX, SDPA), SDPA),
     Race("small ops", at(OPS, 16384), "forward", ("surprise", "compact")),
     Race("small ops", at(OPS, 65536), "forward", (TOPK, TOPK_EARLY), TOPK_EARLY, {TOPK: 24}),
     *(
@@ -137,34 +138,60 @@ LONG = (
 """Takes minutes; with `--long` alone."""
 ROUNDS, LEAST_ROUNDS = 21, 5
 SECONDS = 6.0
-"""A race stops after this time if it has had the least number of rounds."""
+"""A race has as many rounds as fit this time, within the two numbers above."""
+Call = Callable[[], object]
+Timer = Callable[[Sequence[Call], int], Sequence[Sequence[float]]]
+"""Times calls for a number of rounds, and returns the seconds of each call in each round."""
 
 
-def measure(race: Race, clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Checks and times the calls of a race, and returns a measurement for each."""
+def in_turns(benchmark: BenchmarkFixture, calls: Sequence[Call], rounds: int) -> list[list[float]]:
+    """Times the first call by pytest-benchmark, and the others in the same rounds.
+
+    The others run before the first call in one round, and after it in reverse order in the next.
+    """
+    first, *others = calls
+    times: list[list[float]] = [[] for _ in others]
+    pairs = list(zip(others, times, strict=True))
+    # the parts of a round around the first call: before, after, before, after, ...
+    parts = cycle((pairs, (), (), pairs[::-1]))
+
+    def time_others() -> None:
+        for call, took in next(parts):
+            began = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - began)
+
+    benchmark.pedantic(first, setup=time_others, teardown=time_others, rounds=rounds)
+    return [benchmark.stats.stats.data, *times]
+
+
+def measure(race: Race, timer: Timer) -> list[dict[str, Any]]:
+    """Checks the calls of a race, times those that are right, and returns a measurement for each.
+
+    A call that is not timed has a "reason" instead, and "is_missing": whether all that is wrong is
+    that an optional package is not installed.
+    """
     torch.manual_seed(0)
     makers, made, found = MAKERS[race.what](race.shape, race.run), {}, {}
+    turn = 0.0
     for name in race.calls:
         one: dict[str, Any] = {"what": race.what, "pass": race.run, "case": name}
         found[name] = one | race.shape._asdict()
         try:
             contender = makers[name]()
             found[name]["checked"] = contender.check()
+            began = time.perf_counter()
             contender.call()
+            turn += time.perf_counter() - began
             found[name]["peak_bytes"] = peak_bytes(contender.call)
             made[name] = contender
         except Exception as error:
-            found[name]["reason"] = reason(error)
-            clock.say(f"  {name}: {found[name]['reason']}")
-    times: dict[str, list[float]] = {name: [] for name in made}
-    until = time.perf_counter() + SECONDS
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > until:
-            break
-        for name in made if turn % 2 else reversed(made):
-            began = time.perf_counter()
-            made[name].call()
-            times[name].append(time.perf_counter() - began)
+            found[name] |= {"reason": reason(error), "is_missing": isinstance(error, NotHereError)}
+    if not made:
+        return list(found.values())
+    rounds = min(ROUNDS, max(LEAST_ROUNDS, int(SECONDS / turn)))
+    timed = timer([contender.call for contender in made.values()], rounds)
+    times = dict(zip(made, timed, strict=True))
     for name, contender in made.items():
         one = found[name]
         lower, middle, upper = statistics.quantiles(times[name], n=4, method="inclusive")
@@ -198,6 +225,11 @@ def is_above(one: dict[str, Any]) -> bool:
     return "bound" in one and "ratio" in one and one["ratio"]["low"] > one["bound"]
 
 
+def fails(one: dict[str, Any]) -> bool:
+    """Whether a call is too slow, or was not timed though nothing is missing."""
+    return is_above(one) or not one.get("is_missing", True)
+
+
 def growth(measurements: list[dict[str, Any]]) -> float | None:
     """The exponent of T in the time of the layer at a fixed number of stored tokens."""
     points = [
@@ -210,56 +242,38 @@ def growth(measurements: list[dict[str, Any]]) -> float | None:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", default="", help="races whose names hold this text")
-    parser.add_argument("--long", action="store_true", help="the long races, and only those")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at the most")
-    parser.add_argument("--small", action="store_true", help="512 tokens, to try the command")
-    parser.add_argument("--out", type=Path, default=Path("out/bench-cpu.json"))
-    given = parser.parse_args()
-    if given.rounds < 2:
-        parser.error("--rounds: expected 2 or more")
-    clock = Clock("cpu", 5)
-    best = Ceilings(0, 0)
-    result: dict[str, Any] = {
-        "machine": machine(gpu=False),
-        "when": time.strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
-        "measurements": [],
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    for race in LONG if given.long else TABLE:
-        if given.only not in race.name:
-            continue
-        if given.small:
-            race = race._replace(shape=race.shape._replace(tokens=512), bounds={})
-        clock.say(race.name)
-        # the fastest of all, because load makes a rate lower than what a call may reach
-        rates = zip(best, clock.ceilings(1024, 2**26, torch.float32), strict=True)
-        best = Ceilings(*(max(pair) for pair in rates))
-        for one in measure(race, clock, given.rounds):
-            print(line(one), flush=True)
-            result["measurements"].append(one)
-        result |= {"ceilings": best._asdict(), "growth": growth(result["measurements"])}
-        for one in result["measurements"]:
+class Result:
+    """What a session has measured.
+
+    Attributes:
+        measurements: of all races.
+        ceilings: the fastest of all, because load makes a rate lower than what a call may reach.
+    """
+
+    def __init__(self) -> None:
+        self.clock = Clock("cpu", 5)
+        self.ceilings = Ceilings(0, 0)
+        self.measurements: list[dict[str, Any]] = []
+
+    def add(self, race: Race, timer: Timer) -> list[dict[str, Any]]:
+        """Measures the ceilings, then a race, and returns the measurements of it with floors."""
+        rates = self.clock.ceilings(1024, 2**26, torch.float32)
+        self.ceilings = Ceilings(*(max(pair) for pair in zip(self.ceilings, rates, strict=True)))
+        measured = measure(race, timer)
+        self.measurements += measured
+        for one in self.measurements:
             if "seconds" in one:
-                one["floor"] = Work(one["operations"], one["bytes"]).floor(best)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
-    if not result["measurements"]:
-        sys.exit(f"--only: expected a part of a name, got {given.only!r}")
-    if result["growth"] is not None:
-        print(f"the layer's time grows like T ** {result['growth']:.2f}")
-    result["counts"] = count(decode_step(True, hb.SelectedAttention()))._asdict()
-    print(f"one decoded token of one layer: {result['counts']}")
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
-    above = [one for one in result["measurements"] if is_above(one)]
-    if above:
-        sys.exit(f"{len(above)} above their bounds")
+                one["floor"] = Work(one["operations"], one["bytes"]).floor(self.ceilings)
+        return measured
 
-
-if __name__ == "__main__":
-    main()
+    def as_dict(self) -> dict[str, Any]:
+        """The content of the JSON file, with the counts of one decoded token."""
+        return {
+            "machine": machine(gpu=False),
+            "when": time.strftime("%Y-%m-%d"),
+            "threads": torch.get_num_threads(),
+            "measurements": self.measurements,
+            "ceilings": self.ceilings._asdict(),
+            "growth": growth(self.measurements),
+            "counts": count(decode_step(True, hb.SelectedAttention()))._asdict(),
+        }
