@@ -611,7 +611,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             stats=outputs.stats,
-            **{CACHE: outputs.get(CACHE)},
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     @classmethod

@@ -44,6 +44,9 @@ class MovedByOneRounding(TorchDispatchMode):
     PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "linalg_solve_triangular"])
     """Those of them that are matrix products."""
 
+    SUMS = frozenset(["addmm", "baddbmm"])
+    """Those of them that are a product and a sum."""
+
     def __init__(
         self, seed: int, *, exact: bool = False, products: torch.dtype | None = None
     ) -> None:
@@ -84,7 +87,7 @@ class MovedByOneRounding(TorchDispatchMode):
             if self.exact and isinstance(result, Tensor) and len(args) > 1
             else None
         )
-        if needs_none is None or kwargs.get("alpha", 1) != 1:
+        if needs_none is None or (kwargs.get("alpha", 1) != 1 and name not in self.SUMS):
             return result
         plain = func(*args, **kwargs)
         return torch.where(needs_none(args[0], args[1], plain, func, args, kwargs), plain, result)
@@ -149,6 +152,21 @@ def _matrix_product(a: Any, b: Any, result: Tensor, func: Any, *_: Any) -> Tenso
     return torch.as_tensor((func(*there) <= 1) & (func(*rounding) == 0))
 
 
+def _sum_with_product(
+    a: Any, _b: Any, result: Tensor, _func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """`beta * a + alpha * (b @ c)`: where neither product nor sum rounds."""
+    _, *factors = args
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    product = torch.matmul(*factors)
+    exact = _matrix_product(*factors, product, torch.matmul)
+    exact = exact & _product(product, torch.as_tensor(alpha), product)
+    exact = exact & _product(a, torch.as_tensor(beta), result)
+    # beta = 0: torch does not read `a`, which may be anything
+    added = alpha * product
+    return exact & _sum(torch.zeros_like(added) if beta == 0 else beta * a, added, result)
+
+
 def _solution(a: Any, _b: Any, result: Tensor, *_: Any) -> Tensor:
     """Where an equation of a unit triangular system has a single unknown."""
     others: Tensor = (a != 0) & ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
@@ -163,5 +181,7 @@ MovedByOneRounding.EXACT = {
     "sum": _total,
     "mm": _matrix_product,
     "bmm": _matrix_product,
+    "addmm": _sum_with_product,
+    "baddbmm": _sum_with_product,
     "linalg_solve_triangular": _solution,
 }
