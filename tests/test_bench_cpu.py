@@ -15,6 +15,7 @@ PLUGINS = "-p", "no:hypothesispytest", "-p", "no:cacheprovider"
 
 @pytest.fixture
 def cpu(monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it disables benchmarks
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import cpu
 
@@ -97,7 +98,6 @@ def test_pytest_benchmark_times_the_first_call_and_the_others_around_it(cpu, pyt
 
 
 def test_a_session_is_written_and_fails_with_a_race(cpu, pytester, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it disables benchmarks
     out, own = pytester.path / "new/bench.json", pytester.path / "own.json"
     written = "--out", out, "--benchmark-json", own
     chosen = BENCHMARKS, "--benchmark-enable", "--benchmark-only", "--small", "-k", "select_topk"
