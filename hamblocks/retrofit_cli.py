@@ -106,7 +106,10 @@ def align(
         list[Path],
         typer.Option(help="Text to align on; may be given several times.", exists=True),
     ],
-    steps: Annotated[int, typer.Option(help="Steps of every layer.", min=0)] = 400,
+    steps: Annotated[
+        int,
+        typer.Option(help="Steps of every layer; 0: distil the model as it is.", min=0),
+    ] = 400,
     tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 768,
     fractions: Annotated[
         str, typer.Option(help="Keep fractions; one is drawn for every step.")
@@ -129,6 +132,8 @@ def align(
 
     console = Console()
     with usage_errors():
+        if not steps and not distill:
+            raise wrong("steps", "1 or more, or 1 or more of --distill", "0")
         chosen: dict[str, Any] = {"tokens": tokens, "fractions": _numbers(fractions), "seed": seed}
         settings = AlignmentSettings(steps=steps, lr=lr, workers=workers, **chosen)
         made = HAMForCausalLM.from_pretrained(model).to(device)
@@ -139,19 +144,24 @@ def align(
         }
         with progress_bars(console) as progress:
             given: dict[str, Any] = {"folder": out, "progress": progress}
-            report["alignment"] = run(made, ids.to(device), settings, **given)._asdict()
+            if steps:
+                report["alignment"] = run(made, ids.to(device), settings, **given)._asdict()
             if distill:
-                settings = replace(settings, steps=distill, lr=0.3 * lr)
-                distilled = run_distillation(made, ids.to(device), settings, **given)
+                second = replace(settings, steps=distill, lr=0.3 * lr)
+                distilled = run_distillation(made, ids.to(device), second, **given)
                 report["distillation"] = distilled._asdict()
         made.save_pretrained(out)
         tokenizer.save_pretrained(out)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     for state in ("alignment.pt", "distillation.pt"):
         (out / state).unlink(missing_ok=True)
-    _show(console, "error of a layer over its variance", report["alignment"])
-    if distill:
-        _show(console, "divergence from the source, nats per token", report["distillation"])
+    titles = {
+        "alignment": "error of a layer over its variance",
+        "distillation": "divergence from the source, nats per token",
+    }
+    for name, title in titles.items():
+        if name in report:
+            _show(console, title, report[name])
     console.print(f"Written: {out}, {out / REPORT}", highlight=False)
 
 

@@ -290,3 +290,16 @@ def test_the_command(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     bad = CliRunner().invoke(app, [*map(str, arguments), "--fractions", "a"])
     assert bad.exit_code == 2
+    # without steps of alignment, an aligned model is distilled as it is
+    arguments[1:3] = [tmp_path / "out", tmp_path / "distilled"]
+    more = [*map(str, arguments), "--steps", "0"]
+    result = CliRunner().invoke(app, [*more, "--distill", "1"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    further = json.loads((tmp_path / "distilled" / REPORT).read_text())
+    assert "alignment" not in further
+    for fraction, after in report["distillation"]["after"].items():
+        # the state before the first step is that after the last one of the run before
+        assert further["distillation"]["before"][fraction] == pytest.approx(after, rel=0.05)
+    nothing = CliRunner().invoke(app, [*more, "--distill", "0"])
+    assert nothing.exit_code == 2
+    assert "steps: expected 1 or more" in nothing.output
