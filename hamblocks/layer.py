@@ -168,7 +168,7 @@ class HAMLayer(CallsParts):
             warn_of_unsaved(name, part)
 
     def split_heads(self, ranks: int) -> dict[str, Split]:
-        """See `hamblocks.heads.SplitsHeads`; use `hamblocks.parallel.heads.split_layer`."""
+        """See `hamblocks.heads.SplitsHeads`; use `hamblocks.parallel.heads.split_module`."""
         _, heads, kv_heads, dim, *_ = self.dims
         self.dims = local_dims(self.dims, ranks)
         rows = {"q_proj": Split(0, [heads * dim])}

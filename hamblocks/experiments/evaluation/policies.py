@@ -39,7 +39,7 @@ class Policy:
         gate: JSON of a gate, or `{"type": "evenly_spaced"}`, or `{"type": "own"}` for the gate of a
             converted model. A gate "random_gate" without a seed gets that of the documents.
         decisions: "layer": one decision for all heads of a layer; "head": one per key/value head.
-        heads: "copying": the heads that copy (see `hamblocks.experiments.evaluation.heads`) store
+        heads: "copying": the heads that copy (see `hamblocks.models.copying_by_head`) store
             everything, as many as the budget allows.
         share: of the budget, for those heads; the gate decides about the rest.
     """
