@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import replace
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -236,7 +237,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     """Shows versions, the GPU, and which implementation each op takes here, with the reasons."""
     from rich.table import Table
 
-    from hamblocks.info import choices, machine
+    from hamblocks.info import choices, machine, summary
 
     if as_json:
         print(json.dumps({"machine": machine(), "ops": choices()}, indent=1))
@@ -246,19 +247,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     for name, value in machine().items():
         versions.add_row(name, escape(value))
     console.print(versions)
-    for case, ops in choices().items():
-        chosen = Table(title=case, title_justify="left", title_style="bold")
-        for column in ("op", "impl", "runs"):
-            chosen.add_column(column, overflow="fold")
-        for op, answers in ops.items():
-            taken = next((name for name, answer in answers.items() if answer == "yes"), None)
-            for row, (name, answer) in enumerate(answers.items()):
-                mark = "[bold]yes, taken[/bold]" if name == taken else escape(answer)
-                chosen.add_row(
-                    op if row == 0 else "", name, mark, end_section=row == len(answers) - 1
-                )
-        console.print()
-        console.print(chosen)
+    chosen = Table(
+        title="what each op takes, in training and in decoding one token",
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in ("op", "impl", "runs"):
+        chosen.add_column(column, overflow="fold")
+    for op, answers in groupby(summary(), lambda answer: answer.op):
+        chosen.add_section()
+        shown = ""
+        for answer in answers:
+            text = "[bold]yes, taken[/bold]" if answer.taken else escape(answer.text)
+            where = f"{'; '.join(answer.cases)}: " if answer.cases else ""
+            impl = "" if answer.impl == shown else answer.impl
+            chosen.add_row("" if shown else op, impl, where + text)
+            shown = answer.impl
+    console.print()
+    console.print(chosen)
 
 
 Kind = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ PACKAGES = ("torch", "triton", "flash-linear-attention", "flash-attn", "transfor
 CASES = (
     ("training in bfloat16", torch.bfloat16, True, 64),
     ("training in float32", torch.float32, True, 64),
-    ("decoding one token in bfloat16", torch.bfloat16, False, 1),
+    ("decoding in bfloat16", torch.bfloat16, False, 1),
 )
 """What is asked for, the dtype, whether there is a gradient, and the number of tokens."""
 
@@ -36,7 +37,7 @@ def machine() -> dict[str, str]:
 
 
 def choices() -> dict[str, dict[str, dict[str, str]]]:
-    """Every implementation's answer in some cases, at a head size of 64.
+    """Every implementation's answer in some cases, at a head size of 64, on the GPU if there is one.
 
     Returns:
         For every case, for every op that has a choice and a call in this case: each implementation
@@ -44,11 +45,51 @@ def choices() -> dict[str, dict[str, dict[str, str]]]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        f"{case}, on {device}": _answers(
+        case: _answers(
             torch.zeros(1, tokens, 2, 64, dtype=dtype, device=device, requires_grad=learns)
         )
         for case, dtype, learns, tokens in CASES
     }
+
+
+class Answer(NamedTuple):
+    """What an implementation answers in one or more cases.
+
+    Attributes:
+        op: name of the op.
+        impl: name of the implementation.
+        text: "yes", or the reason why not.
+        taken: whether `auto` takes it.
+        cases: the cases; empty for all in which the op has a call.
+    """
+
+    op: str
+    impl: str
+    text: str
+    taken: bool
+    cases: list[str]
+
+
+def summary() -> list[Answer]:
+    """`choices`, with equal answers of an implementation told once."""
+    ops: dict[str, dict[str, dict[str, str]]] = {}
+    for case, answered in choices().items():
+        for op, answers in answered.items():
+            ops.setdefault(op, {})[case] = answers
+    found = []
+    for op, cases in ops.items():
+        chosen = {
+            case: next((impl for impl, answer in answers.items() if answer == "yes"), None)
+            for case, answers in cases.items()
+        }
+        for impl in next(iter(cases.values())):
+            told: dict[tuple[str, bool], list[str]] = {}
+            for case, answers in cases.items():
+                told.setdefault((answers[impl], chosen[case] == impl), []).append(case)
+            for (text, taken), where in told.items():
+                shown = [] if len(told) == 1 else where
+                found.append(Answer(op, impl, text, taken, shown))
+    return found
 
 
 def _answers(x: torch.Tensor) -> dict[str, dict[str, str]]:

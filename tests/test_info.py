@@ -1,11 +1,13 @@
 """`hamblocks info`: what is installed and what each op takes."""
 
 import json
+from itertools import groupby
 
 from typer.testing import CliRunner
 
 import hamblocks as hb
 from hamblocks.cli import app
+from hamblocks.info import CASES, choices, summary
 from hamblocks.ops import implementations
 from hamblocks.testing.ops import OPS
 
@@ -27,10 +29,22 @@ def test_every_op_with_a_choice_is_told_with_all_its_implementations():
 
 
 def test_the_table_tells_what_is_taken_and_why_not_the_others():
-    run = CliRunner().invoke(app, ["info"], env={"COLUMNS": "120"})
+    run = CliRunner().invoke(app, ["info"], env={"COLUMNS": "400"})
     assert run.exit_code == 0, run.output
-    lines = run.stdout.splitlines()
-    assert any("selected_attention" in line and "triton" in line for line in lines)
-    assert (
-        sum("yes, taken" in line for line in lines) == 4 + 4 + 5
-    )  # ops, paged attention when decoding
+    lines = [line for line in run.stdout.splitlines() if "│" in line]
+    # wide enough for one line for each answer; where cases differ, the line names them
+    told = {(answer.op, answer.impl, *answer.cases) for answer in summary()}
+    assert len(lines) == len(told) == len(summary())
+    cases = {case for case, *_ in CASES}
+    answered = choices()
+    for op, given in groupby(summary(), lambda answer: answer.op):
+        called = {case for case in answered if op in answered[case]}
+        taken = []
+        for answer in given:
+            where = answer.cases or called
+            assert all(answered[case][op][answer.impl] == answer.text for case in where)
+            taken += where if answer.taken else []
+        assert sorted(taken) == sorted(called)
+    assert sum("yes, taken" in line for line in lines) == sum(x.taken for x in summary())
+    named = [line for line in lines if any(f"{case}: " in line for case in cases)]
+    assert len(named) == sum(bool(answer.cases) for answer in summary()) > 0
