@@ -219,18 +219,24 @@ def _experts(place: str, old: str) -> dict[str, Origin]:
 def read_gated_deltanet(family: str, model: Any) -> Source:
     """Reads a `GatedDeltaNetForCausalLM` of fla.
 
-    Every layer has a memory. The attention that a layer is given has the heads of the memory's
-    queries, and their size.
+    Layers of softmax attention (`config.attn`) have the sizes of attention of the whole model. In a
+    model without them, the attention that a layer is given has the heads of the memory's queries,
+    and their size.
 
     Args:
         family: its model type.
         model: the model; it passed the checks of `hamblocks.models.sources`.
 
     Raises:
-        ValueError: fewer heads of values than of keys.
+        ValueError: fewer heads of values than of keys, no layer with a memory, or layers of softmax
+            attention that a HAM model cannot have.
     """
     config, layers = model.config, model.get_submodule("model.layers")
-    net = layers[0].attn
+    nets = [layer.attn for layer in layers]
+    with_memory = [hasattr(net, "A_log") for net in nets]
+    if not any(with_memory):
+        raise wrong("config.attn", "one or more layers without softmax attention", "none")
+    net = nets[with_memory.index(True)]
     heads = net.num_v_heads
     if heads % net.num_heads:
         expected = f"a multiple of num_heads = {net.num_heads}"
@@ -242,6 +248,9 @@ def read_gated_deltanet(family: str, model: Any) -> Source:
         "head_dim": net.head_dim,
         "rms_norm_eps": config.norm_eps,
     }
+    attention = [net for net, own in zip(nets, with_memory, strict=True) if not own]
+    if attention:
+        sizes |= _fla_attention_sizes(attention)
     gate = GATES[config.output_gate_activation] if config.use_gate else None
     memory = _memory(
         heads,
@@ -252,24 +261,70 @@ def read_gated_deltanet(family: str, model: Any) -> Source:
         conv_init="uniform" if config.use_short_conv else "identity",
         allow_neg_eigval=config.allow_neg_eigval,
     )
-    read = SourceLayer(
-        "linear_attention",
-        {"type": "selected_attention", "norm_eps": config.norm_eps},
-        memory,
-        combiner_of(start="memory", norm_eps=config.norm_eps, memory_gate=gate),
-    )
     origins = {
         "model.embed_tokens.weight": Origin(("model.embeddings.weight",)),
         "model.stack.norm.weight": Origin(("model.norm.weight",)),
         "lm_head.weight": Origin(("lm_head.weight",)),
     }
-    for index in range(len(layers)):
+    read = []
+    for index, (each, own) in enumerate(zip(nets, with_memory, strict=True)):
         block, old = block_of(index), f"model.layers.{index}"
-        origins |= _fla_layer(f"{block}.layer", f"{old}.attn", net, gate is not None)
+        if own:
+            read.append(
+                SourceLayer(
+                    "linear_attention",
+                    {"type": "selected_attention", "norm_eps": config.norm_eps},
+                    memory,
+                    combiner_of(start="memory", norm_eps=config.norm_eps, memory_gate=gate),
+                )
+            )
+            origins |= _fla_layer(f"{block}.layer", f"{old}.attn", each, gate is not None)
+        else:
+            policy = {
+                "type": "selected_attention",
+                "conv_size": 1,
+                "rope_theta": float(each.rope_theta),
+                "qk_norm": False,
+                "norm_eps": config.norm_eps,
+            }
+            combiner = combiner_of(read_norm=False)
+            read.append(SourceLayer("full_attention", policy, None, combiner))
+            origins |= _fla_attention(f"{block}.layer", f"{old}.attn", each)
         for place, name in (("layer_norm", "attn_norm"), ("mlp_norm", "mlp_norm")):
             origins[f"{block}.{place}.weight"] = Origin((f"{old}.{name}.weight",))
         origins |= mlp_origins(f"{block}.mlp", f"{old}.mlp")
-    return Source(family, sizes, [read] * len(layers), origins)
+    return Source(family, sizes, read, origins)
+
+
+def _fla_attention_sizes(nets: list[Any]) -> dict[str, Any]:
+    """The sizes of `fla.layers.Attention` as arguments of `HAMConfig`, which has one for each."""
+    sizes = {
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": "head_dim",
+        "qkv_bias": "qkv_bias",
+    }
+    for name in sizes.values():
+        found = sorted({getattr(net, name) for net in nets})
+        if len(found) > 1:
+            raise wrong(f"config.attn: {name}", "the same in all layers of attention", f"{found}")
+    for net in nets:
+        if net.window_size is not None:
+            raise wrong("config.attn: window_size", "None", f"{net.window_size}")
+    return {ours: getattr(nets[0], name) for ours, name in sizes.items()}
+
+
+def _fla_attention(place: str, old: str, net: Any) -> dict[str, Origin]:
+    """The weights of one `fla.layers.Attention`."""
+    origins = {
+        f"{place}.{name}.{kind}": Origin((f"{old}.{name}.{kind}",))
+        for name in ("q_proj", "k_proj", "v_proj")
+        for kind in (("weight", "bias") if net.qkv_bias else ("weight",))
+    }
+    # where the memory's read has a projection too, attention's is the last
+    last = slice(-net.num_heads * net.head_dim, None)
+    output = Origin((f"{old}.o_proj.weight",), columns=last)
+    return origins | {f"{place}.combiner.o_proj.weight": output}
 
 
 def _fla_layer(place: str, old: str, net: Any, gated: bool) -> dict[str, Origin]:

@@ -111,6 +111,8 @@ FAMILIES: dict[str, Family] = {
             "allow_neg_eigval",
             "hidden_ratio",
             "norm_eps",
+            # layers of softmax attention
+            "attn",
             # how its kernels compute, not what
             "attn_mode",
             "fuse_norm",
@@ -121,7 +123,7 @@ FAMILIES: dict[str, Family] = {
         ),
         read_gated_deltanet,
         home="fla.models.gated_deltanet.modeling_gated_deltanet",
-        modules=("fla.layers.gated_deltanet", "fla.modules."),
+        modules=("fla.layers.gated_deltanet", "fla.layers.attn", "fla.modules."),
     ),
 }
 """Classes of models that can be converted."""
@@ -140,7 +142,6 @@ WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "hidden_act": ("silu, the activation of the MLP", ("silu", "swish")),
     "output_router_logits": ("False (the converted model has no loss of its routers)", (False,)),
     "use_l2warp": ("False (the converted model has no such term in its loss)", (False,)),
-    "attn": ("None, without layers of softmax attention", (None,)),
     "attnres_block_size": ("None, without attention over the residuals", (None,)),
 }
 """Fields that must have one of some values, and what is expected."""

@@ -7,6 +7,7 @@ tokens, and the loop with fla in Triton's interpreter.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -41,8 +42,28 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid gate": {"output_gate_activation": "sigmoid", "conv_size": 2, "expand_v": 1.0},
     "no gate": {"use_gate": False, "tie_word_embeddings": True},
     "no convolution": {"use_short_conv": False, "fuse_norm": False, "fuse_swiglu": False},
+    "layers of attention": {
+        "num_hidden_layers": 3,
+        "attn": [
+            {"layers": [1], "num_heads": 3, "num_kv_heads": 1, "qkv_bias": True, "rope_theta": 50},
+            {"layers": [2], "num_heads": 3, "num_kv_heads": 1, "qkv_bias": True},
+        ],
+    },
 }
 EVERYTHING = hb.Threshold(-math.inf)
+
+
+@pytest.fixture(autouse=True)
+def attention_without_flash_attn(monkeypatch):
+    """`fla.layers.Attention` asks for flash-attn, which needs a GPU, when it is made."""
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
+        assert named == {"causal": True, "window_size": (-1, -1)}
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    monkeypatch.setattr("fla.layers.attn.flash_attn_func", causal)
 
 
 def source(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -75,15 +96,43 @@ def by_loop(model: Any, ids: Tensor) -> Tensor:
             for name, weight in weights.items()
             if name.startswith(f"model.layers.{layer}.")
         }
-        x = x + mixed(config, own, normed(x, own["attn_norm.weight"], config.norm_eps))
+        y = normed(x, own["attn_norm.weight"], config.norm_eps)
+        spec = next((spec for spec in config.attn or [] if layer in spec["layers"]), None)
+        x = x + (attended(spec, own, y) if spec else mixed(config, own, y))
         y = normed(x, own["mlp_norm.weight"], config.norm_eps)
         gate, up = y @ own["mlp.gate_proj.weight"].T, y @ own["mlp.up_proj.weight"].T
         x = x + (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T
     return normed(x, weights["model.norm.weight"], config.norm_eps) @ weights["lm_head.weight"].T
 
 
+def attended(spec: dict[str, Any], own: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The output of a layer of softmax attention for its normed input x."""
+    heads, groups = spec["num_heads"], spec["num_heads"] // spec["num_kv_heads"]
+    q, k, v = (
+        (x @ own[f"attn.{name}_proj.weight"].T + own[f"attn.{name}_proj.bias"]).unflatten(
+            2, (-1, x.shape[2] // heads)
+        )
+        for name in "qkv"
+    )
+    half = q.shape[3] // 2
+    rates = spec["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
+    turns = torch.polar(
+        torch.ones(x.shape[1], half, dtype=torch.float64),
+        torch.arange(x.shape[1])[:, None] * rates,
+    )[:, None]
+    q, k = (turns * torch.complex(*y.double().split(half, 3)) for y in (q, k))
+    reads = torch.zeros(*x.shape[:2], heads, 2 * half, dtype=x.dtype)
+    for t in range(x.shape[1]):
+        for head in range(heads):
+            keys, values = k[:, : t + 1, head // groups], v[:, : t + 1, head // groups]
+            logits = (q[:, t, head, None].conj() * keys).real.sum(-1) / (2 * half) ** 0.5
+            weights = logits.softmax(-1).to(x.dtype)
+            reads[:, t, head] = (weights[..., None] * values).sum(1)
+    return reads.flatten(2) @ own["attn.o_proj.weight"].T
+
+
 def mixed(config: Any, own: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The layer's output for its normed input x."""
+    """The output of a layer with a memory for its normed input x."""
     heads, key = config.num_heads, config.head_dim
     value_heads, value = config.num_v_heads or heads, int(key * config.expand_v)
 
@@ -140,8 +189,9 @@ def test_logits_are_those_of_a_loop_over_the_weights(name):
 
 
 @pytest.mark.slow
-def test_logits_are_those_of_fla():
-    old, ids = source("grouped", torch.float32), text(1, 2, 5)
+@pytest.mark.parametrize("name", ["grouped", "layers of attention"])
+def test_logits_are_those_of_fla(name):
+    old, ids = source(name, torch.float32), text(1, 2, 5)
     with torch.no_grad():
         expected = old(ids, logits_to_keep=None).logits
     torch.testing.assert_close(by_loop(old, ids), expected, rtol=1e-4, atol=1e-4)
@@ -150,8 +200,9 @@ def test_logits_are_those_of_fla():
     )
 
 
-def test_generate_continues_as_the_loop():
-    old = source("plain")
+@pytest.mark.parametrize("name", ["plain", "layers of attention"])
+def test_generate_continues_as_the_loop(name):
+    old = source(name)
     model = convert(old, selector=EVERYTHING)
     prompts = rows(1, [3, 6, 1])
     ids, mask = padded(prompts)
@@ -212,10 +263,20 @@ def test_what_would_be_lost_is_named(changes, named):
         convert(source("plain", torch.float32, **changes), selector=EVERYTHING)
 
 
-def test_a_layer_of_softmax_attention_is_named():
-    old = source("plain", torch.float32)
-    old.config.attn = {"layers": [1], "num_heads": 2}  # fla makes the layer with flash-attn alone
-    with pytest.raises(ValueError, match=r"^config\.attn: expected None"):
+@pytest.mark.parametrize(
+    ("attn", "named"),
+    [
+        ({"layers": [1], "num_heads": 3, "window_size": 4}, "window_size: expected None, got 4"),
+        (
+            [{"layers": [0], "num_heads": 3}, {"layers": [1], "num_heads": 2}],
+            "num_heads: expected the same in all layers of attention, got [2, 3]",
+        ),
+        ({"layers": [0, 1, 2], "num_heads": 3}, "expected one or more layers without softmax"),
+    ],
+)
+def test_attention_that_cannot_be_kept_is_named(attn, named):
+    old = source("layers of attention", torch.float32, attn=attn)
+    with pytest.raises(ValueError, match=r"^config\.attn: " + re.escape(named)):
         convert(old, selector=EVERYTHING)
 
 
