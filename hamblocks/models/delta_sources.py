@@ -1,4 +1,4 @@
-"""How `convert` reads models that have memories: Qwen3-Next and fla's Gated DeltaNet.
+"""How `convert` reads models that have memories: Qwen3-Next, Qwen3.5 and fla's Gated DeltaNet.
 
 Their memories are the gated delta rule, so `GatedDeltaMemory` takes their weights over. The norm and
 the gate of a memory's read belong to the combiner.
@@ -54,11 +54,15 @@ def _from_zero(weight: Tensor) -> Tensor:
     return 1 + weight
 
 
-# Qwen3-Next
+MROPE = ("mrope_section", "mrope_interleaved")
+"""How Qwen3.5 shares the rotary channels out between time, height and width. A token of a text has
+the same position in all three, so each channel turns as without them."""
+
+# Qwen3-Next and Qwen3.5
 
 
 def read_qwen3_next(family: str, model: Any) -> Source:
-    """Reads a `Qwen3NextForCausalLM`.
+    """Reads a `Qwen3NextForCausalLM`, `Qwen3_5ForCausalLM` or `Qwen3_5MoeForCausalLM`.
 
     Args:
         family: its model type.
@@ -77,14 +81,9 @@ def read_qwen3_next(family: str, model: Any) -> Source:
         with_attention, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")
     )
     sizes = sizes_of(
-        config,
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
+        config, "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"
     )
-    sizes["qkv_bias"] = biased
+    sizes |= {"qkv_bias": biased, "intermediate_size": getattr(config, "intermediate_size", None)}
     sparse = [hasattr(layer.mlp, "experts") for layer in layers]
     if any(sparse):
         names = (
@@ -92,13 +91,13 @@ def read_qwen3_next(family: str, model: Any) -> Source:
             "num_experts_per_tok",
             "moe_intermediate_size",
             "shared_expert_intermediate_size",
-            "norm_topk_prob",
         )
         sizes |= {name: getattr(config, name) for name in names}
+        sizes["norm_topk_prob"] = getattr(config, "norm_topk_prob", True)
         sizes["mlp_layer_types"] = ["sparse" if own else "dense" for own in sparse]
     attention = {
         "type": "selected_attention",
-        **rope_of(config),
+        **rope_of(config, MROPE if family.startswith("qwen3_5") else ()),
         "qk_norm": True,
         "norm_eps": config.rms_norm_eps,
     }
@@ -136,7 +135,8 @@ def read_qwen3_next(family: str, model: Any) -> Source:
         if layer.block_type == "full_attention":
             origins |= _gated_attention(config, f"{block}.layer", f"{old}.self_attn", biased)
         else:
-            origins |= _gated_delta_net(config, f"{block}.layer", f"{old}.linear_attn")
+            grouped = hasattr(layer.linear_attn, "in_proj_qkvz")
+            origins |= _gated_delta_net(config, f"{block}.layer", f"{old}.linear_attn", grouped)
         if sparse[index]:
             origins |= _experts(f"{block}.mlp", f"{old}.mlp")
         else:
@@ -168,24 +168,40 @@ def _gated_attention(config: Any, place: str, old: str, biased: bool) -> dict[st
     return origins
 
 
-def _gated_delta_net(config: Any, place: str, old: str) -> dict[str, Origin]:
-    """The weights of a memory whose projections lie group by group, one group per key head."""
-    groups = config.linear_num_key_heads
+def _gated_delta_net(config: Any, place: str, old: str, grouped: bool) -> dict[str, Origin]:
+    """The weights of a memory.
+
+    Args:
+        config: the configuration of the source.
+        place: where they go.
+        old: where they are.
+        grouped: its projections lie group by group, one group per key head; otherwise in turn.
+    """
+    key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
-    each = config.linear_num_value_heads // groups
+    groups = key_heads if grouped else 1
+    keys, values, each = (n // groups for n in (key_heads * key, value_heads * value, value_heads))
 
     def part(sizes: list[int], which: int) -> Callable[[Tensor], Tensor]:
         """One part of every group, whose parts have these sizes."""
         return lambda weight: weight.unflatten(0, (groups, -1)).split(sizes, 1)[which].flatten(0, 1)
 
-    qkvz, ba = [key, key, each * value, each * value], [each, each]
+    def parts(sizes: list[int], source: str) -> list[tuple[str, Callable[..., Tensor]]]:
+        return [(source, part(sizes, which)) for which in range(len(sizes))]
+
+    if grouped:
+        q, k, v, z = parts([keys, keys, values, values], "in_proj_qkvz")
+        b, a = parts([each, each], "in_proj_ba")
+    else:
+        q, k, v = parts([keys, keys, values], "in_proj_qkv")
+        z, b, a = (("in_proj_" + name, stacked) for name in "zba")
     names = {
-        "memory.q_proj": ("in_proj_qkvz", part(qkvz, 0)),
-        "memory.k_proj": ("in_proj_qkvz", part(qkvz, 1)),
-        "memory.v_proj": ("in_proj_qkvz", part(qkvz, 2)),
-        "combiner.memory_g_proj": ("in_proj_qkvz", part(qkvz, 3)),
-        "memory.b_proj": ("in_proj_ba", part(ba, 0)),
-        "memory.a_proj": ("in_proj_ba", part(ba, 1)),
+        "memory.q_proj": q,
+        "memory.k_proj": k,
+        "memory.v_proj": v,
+        "combiner.memory_g_proj": z,
+        "memory.b_proj": b,
+        "memory.a_proj": a,
         "memory.conv": ("conv1d", _taps),
         "combiner.memory_norm": ("norm", stacked),
     }
@@ -196,7 +212,7 @@ def _gated_delta_net(config: Any, place: str, old: str) -> dict[str, Origin]:
     for name in ("A_log", "dt_bias"):
         origins[f"{place}.memory.{name}"] = Origin((f"{old}.{name}",))
     # where attention's read has a projection too, the memory's is the first
-    first = slice(config.linear_num_value_heads * value)
+    first = slice(value_heads * value)
     output = Origin((f"{old}.out_proj.weight",), columns=first)
     return origins | {f"{place}.combiner.o_proj.weight": output}
 

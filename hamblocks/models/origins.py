@@ -95,13 +95,17 @@ def block_of(layer: int) -> str:
     return f"model.stack.blocks.{layer}.block"
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def rope_of(config: Any, inert: tuple[str, ...] = ()) -> dict[str, Any]:
     """Base, scaling and share of the rotary positions, as arguments of `SelectedAttention`.
+
+    Args:
+        config: the configuration of the source.
+        inert: numbers that change nothing for a text.
 
     Raises:
         ValueError: a number that the kind of scaling does not read.
     """
-    given = dict(config.rope_parameters)
+    given = {name: value for name, value in config.rope_parameters.items() if name not in inert}
     theta, kind = float(given.pop("rope_theta")), given.pop("rope_type", "default")
     share = given.pop("partial_rotary_factor", None)
     given = {name: value for name, value in given.items() if value is not None}

@@ -44,6 +44,30 @@ COMMON = (
 
 SLIDING = ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")
 
+DELTA = (
+    "layer_types",
+    # an earlier form of layer_types and of rope_parameters, which holds them too
+    "full_attention_interval",
+    "partial_rotary_factor",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""Fields of the gated delta layers of Qwen."""
+
+EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "output_router_logits",
+    # the weight of a loss that output_router_logits adds
+    "router_aux_loss_coef",
+)
+"""Fields of its mixtures of experts."""
+
 
 class Family(NamedTuple):
     """A kind of model that can be converted.
@@ -74,27 +98,16 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": Family("smollm3", (*SLIDING, "no_rope_layers", "no_rope_layer_interval")),
     "Qwen3NextForCausalLM": Family(
         "qwen3_next",
-        (
-            "layer_types",
-            # an earlier form of layer_types and of rope_parameters, which holds them too
-            "full_attention_interval",
-            "partial_rotary_factor",
-            "linear_conv_kernel_dim",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "mlp_only_layers",
-            "decoder_sparse_step",
-            "num_experts",
-            "num_experts_per_tok",
-            "norm_topk_prob",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "output_router_logits",
-            # the weight of a loss that output_router_logits adds
-            "router_aux_loss_coef",
-        ),
+        (*DELTA, *EXPERTS, "mlp_only_layers", "decoder_sparse_step", "norm_topk_prob"),
+        read_qwen3_next,
+        kinds=("linear_attention", "full_attention"),
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        "qwen3_5", DELTA, read_qwen3_next, kinds=("linear_attention", "full_attention")
+    ),
+    "Qwen3_5MoeForCausalLM": Family(
+        "qwen3_5_moe",
+        (*DELTA, *EXPERTS),
         read_qwen3_next,
         kinds=("linear_attention", "full_attention"),
     ),

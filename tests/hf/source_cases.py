@@ -17,6 +17,10 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
@@ -24,16 +28,19 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 # transformers takes fla's kernels where fla is installed; float64 needs the formulas in torch
-for _name in (
-    "torch_chunk_gated_delta_rule",
-    "torch_recurrent_gated_delta_rule",
-    "causal_conv1d_fn",
-    "causal_conv1d_update",
-):
-    setattr(modeling_qwen3_next, _name, inspect.unwrap(getattr(modeling_qwen3_next, _name)))
+for _module in (modeling_qwen3_next, modeling_qwen3_5, modeling_qwen3_5_moe):
+    for _name in (
+        "torch_chunk_gated_delta_rule",
+        "torch_recurrent_gated_delta_rule",
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+    ):
+        setattr(_module, _name, inspect.unwrap(getattr(_module, _name)))
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -125,6 +132,25 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "decoder_sparse_step": 2,
             **_scaled("yarn", factor=4.0, partial_rotary_factor=0.5, **LENGTH),
         },
+    ),
+    "qwen3_5": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        {
+            **MEMORY,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_interleaved": True,
+                "mrope_section": [1, 1, 0],
+            },
+        },
+    ),
+    "qwen3_5 experts": (
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig,
+        {**MEMORY, **EXPERTS, "attention_bias": True},
     ),
 }
 """Classes of models and of configurations, and what differs from `SIZES`."""

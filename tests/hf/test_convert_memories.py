@@ -1,4 +1,4 @@
-"""A source that has memories keeps them, and attention is added beside them: Qwen3-Next."""
+"""A source that has memories keeps them, and attention is added beside them: Qwen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import hamblocks as hb
 from hamblocks.models import HAMForCausalLM, convert, convert_recorded
 
-NAMES = [name for name in SOURCES if name.startswith("qwen3_next")]
+NAMES = [name for name in SOURCES if name.startswith(("qwen3_next", "qwen3_5"))]
 EVERYTHING = hb.Threshold(-math.inf)
 SELECTOR = hb.TopK(6) | hb.Window(4)
 
