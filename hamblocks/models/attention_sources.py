@@ -12,14 +12,13 @@ from hamblocks.models.origins import (
     block_of,
     combiner_of,
     has_bias,
-    mlp_origins,
+    mlps_of,
     rope_of,
     sizes_of,
 )
 from hamblocks_ops.arguments import wrong
 
 QKV = ("q_proj", "k_proj", "v_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def read_attention(family: str, model: Any) -> Source:
@@ -34,12 +33,11 @@ def read_attention(family: str, model: Any) -> Source:
     """
     config, layers = model.config, model.get_submodule("model.layers")
     attention = layers[0].self_attn
-    sizes = sizes_of(
-        config, "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"
-    )
+    sizes = sizes_of(config, "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
     sizes["head_dim"] = attention.head_dim
     sizes["qkv_bias"] = has_bias(layers, "self_attn", QKV)
-    sizes["mlp_bias"] = has_bias(layers, "mlp", MLP)
+    mlps, origins = mlps_of(config, layers)
+    sizes |= mlps
     output_bias = has_bias(layers, "self_attn", ("o_proj",))
     qk_norm = hasattr(attention, "q_norm")
     rope = rope_of(config)
@@ -55,7 +53,7 @@ def read_attention(family: str, model: Any) -> Source:
         # a read without a norm has the scale of the values, as the read of attention has
         combiner = combiner_of(bias=output_bias, read_norm=False)
         read.append(SourceLayer("full_attention", policy, None, combiner))
-    origins = {
+    origins |= {
         "model.embed_tokens.weight": Origin(("model.embed_tokens.weight",)),
         "model.stack.norm.weight": Origin(("model.norm.weight",)),
         "lm_head.weight": Origin(("lm_head.weight",)),
@@ -69,7 +67,7 @@ def read_attention(family: str, model: Any) -> Source:
 def _origins(
     layer: int, width: int, sizes: dict[str, Any], output_bias: bool, qk_norm: bool
 ) -> dict[str, Origin]:
-    """The weights of one block; attention's read has `width` channels."""
+    """The weights of one block but for its MLP; attention's read has `width` channels."""
     block, old = block_of(layer), f"model.layers.{layer}"
     origins = {
         f"{block}.layer_norm.weight": Origin((f"{old}.input_layernorm.weight",)),
@@ -87,5 +85,4 @@ def _origins(
     origins[f"{place}.weight"] = Origin((f"{old}.self_attn.o_proj.weight",), columns=last)
     if output_bias:
         origins[f"{place}.bias"] = Origin((f"{old}.self_attn.o_proj.bias",))
-    kinds = ("weight", "bias") if sizes["mlp_bias"] else ("weight",)
-    return origins | mlp_origins(f"{block}.mlp", f"{old}.mlp", kinds)
+    return origins

@@ -20,6 +20,7 @@ from hamblocks.models.origins import (
     combiner_of,
     has_bias,
     mlp_origins,
+    mlps_of,
     rope_of,
     sizes_of,
     stacked,
@@ -83,18 +84,8 @@ def read_qwen3_next(family: str, model: Any) -> Source:
     sizes = sizes_of(
         config, "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"
     )
-    sizes |= {"qkv_bias": biased, "intermediate_size": getattr(config, "intermediate_size", None)}
-    sparse = [hasattr(layer.mlp, "experts") for layer in layers]
-    if any(sparse):
-        names = (
-            "num_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-        )
-        sizes |= {name: getattr(config, name) for name in names}
-        sizes["norm_topk_prob"] = getattr(config, "norm_topk_prob", True)
-        sizes["mlp_layer_types"] = ["sparse" if own else "dense" for own in sparse]
+    mlps, origins = mlps_of(config, layers)
+    sizes |= {"qkv_bias": biased, **mlps}
     attention = {
         "type": "selected_attention",
         **rope_of(config, MROPE if family.startswith("qwen3_5") else ()),
@@ -122,7 +113,7 @@ def read_qwen3_next(family: str, model: Any) -> Source:
             combiner_of(start="memory", norm_eps=config.rms_norm_eps, memory_gate="silu"),
         ),
     }
-    origins = {
+    origins |= {
         "model.embed_tokens.weight": Origin(("model.embed_tokens.weight",)),
         "model.stack.norm.weight": Origin(("model.norm.weight",), _from_zero),
         "lm_head.weight": Origin(("lm_head.weight",)),
@@ -137,10 +128,6 @@ def read_qwen3_next(family: str, model: Any) -> Source:
         else:
             grouped = hasattr(layer.linear_attn, "in_proj_qkvz")
             origins |= _gated_delta_net(config, f"{block}.layer", f"{old}.linear_attn", grouped)
-        if sparse[index]:
-            origins |= _experts(f"{block}.mlp", f"{old}.mlp")
-        else:
-            origins |= mlp_origins(f"{block}.mlp", f"{old}.mlp")
     read = [kinds[layer.block_type] for layer in layers]
     return Source(family, sizes, read, origins)
 
@@ -215,18 +202,6 @@ def _gated_delta_net(config: Any, place: str, old: str, grouped: bool) -> dict[s
     first = slice(value_heads * value)
     output = Origin((f"{old}.out_proj.weight",), columns=first)
     return origins | {f"{place}.combiner.o_proj.weight": output}
-
-
-def _experts(place: str, old: str) -> dict[str, Origin]:
-    """The weights of a mixture of experts."""
-    names = {
-        "router.weight": "gate.weight",
-        "experts.up_proj": "experts.gate_up_proj",
-        "experts.down_proj": "experts.down_proj",
-        "shared_gate.weight": "shared_expert_gate.weight",
-    }
-    origins = {f"{place}.{new}": Origin((f"{old}.{name}",)) for new, name in names.items()}
-    return origins | mlp_origins(f"{place}.shared_expert", f"{old}.shared_expert")
 
 
 # Gated DeltaNet of flash-linear-attention

@@ -134,6 +134,64 @@ def has_bias(layers: Any, part: str, names: tuple[str, ...]) -> bool:
     return found.pop()
 
 
+def mlps_of(config: Any, layers: Any) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """The MLPs of all blocks, and mixtures of experts in their place.
+
+    Args:
+        config: the configuration of the source.
+        layers: its blocks, each with an `mlp`.
+
+    Returns:
+        Arguments of `HAMConfig`, and the weights.
+
+    Raises:
+        ValueError: some projections of the MLPs have a bias and some have none.
+    """
+    sparse = [layer.mlp for layer in layers if hasattr(layer.mlp, "experts")]
+    dense = [layer for layer in layers if not hasattr(layer.mlp, "experts")]
+    biased = bool(dense) and has_bias(dense, "mlp", ("gate_proj", "up_proj", "down_proj"))
+    kinds = ("weight", "bias") if biased else ("weight",)
+    sizes: dict[str, Any] = {
+        "intermediate_size": getattr(config, "intermediate_size", None),
+        "mlp_bias": biased,
+    }
+    if sparse:
+        number, width = sparse[0].experts.gate_up_proj.shape[:2]
+        shared = getattr(sparse[0], "shared_expert", None)
+        sizes |= {
+            "mlp_layer_types": ["dense" if layer in dense else "sparse" for layer in layers],
+            "num_experts": number,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": width // 2,
+            "norm_topk_prob": getattr(config, "norm_topk_prob", True),
+        }
+        if shared is not None:
+            sizes["shared_expert_intermediate_size"] = shared.gate_proj.weight.shape[0]
+    origins: dict[str, Origin] = {}
+    for index, layer in enumerate(layers):
+        place, old = f"{block_of(index)}.mlp", f"model.layers.{index}.mlp"
+        if layer in dense:
+            origins |= mlp_origins(place, old, kinds)
+        else:
+            origins |= _experts(place, old, hasattr(layer.mlp, "shared_expert"))
+    return sizes, origins
+
+
+def _experts(place: str, old: str, shared: bool) -> dict[str, Origin]:
+    """The weights of a mixture of experts, with an expert of all tokens or without."""
+    names = {
+        "router.weight": "gate.weight",
+        "experts.up_proj": "experts.gate_up_proj",
+        "experts.down_proj": "experts.down_proj",
+    }
+    if shared:
+        names["shared_gate.weight"] = "shared_expert_gate.weight"
+    origins = {f"{place}.{new}": Origin((f"{old}.{name}",)) for new, name in names.items()}
+    if shared:
+        origins |= mlp_origins(f"{place}.shared_expert", f"{old}.shared_expert")
+    return origins
+
+
 def mlp_origins(place: str, old: str, kinds: tuple[str, ...] = ("weight",)) -> dict[str, Origin]:
     """The weights of a `SwiGLU`, from an MLP whose gate and up are apart."""
     origins = {}

@@ -59,6 +59,7 @@ DELTA = (
 
 EXPERTS = (
     "num_experts",
+    "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
@@ -66,7 +67,10 @@ EXPERTS = (
     # the weight of a loss that output_router_logits adds
     "router_aux_loss_coef",
 )
-"""Fields of its mixtures of experts."""
+"""Fields of mixtures of experts."""
+
+SPARSE = ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob")
+"""Further ones of Qwen3: which layers have experts, and how these are weighed."""
 
 
 class Family(NamedTuple):
@@ -95,10 +99,12 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family("mistral", ("sliding_window",)),
     "Qwen2ForCausalLM": Family("qwen2", SLIDING),
     "Qwen3ForCausalLM": Family("qwen3", SLIDING),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", (*SLIDING, *EXPERTS, *SPARSE)),
+    "MixtralForCausalLM": Family("mixtral", ("sliding_window", *EXPERTS, "router_jitter_noise")),
     "SmolLM3ForCausalLM": Family("smollm3", (*SLIDING, "no_rope_layers", "no_rope_layer_interval")),
     "Qwen3NextForCausalLM": Family(
         "qwen3_next",
-        (*DELTA, *EXPERTS, "mlp_only_layers", "decoder_sparse_step", "norm_topk_prob"),
+        (*DELTA, *EXPERTS, *SPARSE),
         read_qwen3_next,
         kinds=("linear_attention", "full_attention"),
     ),
@@ -154,6 +160,7 @@ WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "attention_dropout": ("0 (the converted model has no dropout)", (0, 0.0, None)),
     "hidden_act": ("silu, the activation of the MLP", ("silu", "swish")),
     "output_router_logits": ("False (the converted model has no loss of its routers)", (False,)),
+    "router_jitter_noise": ("0 (the converted model has no noise in training)", (0, 0.0)),
     "use_l2warp": ("False (the converted model has no such term in its loss)", (False,)),
     "attnres_block_size": ("None, without attention over the residuals", (None,)),
 }

@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     SmolLM3Config,
@@ -74,12 +78,8 @@ MEMORY = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "head_dim": 8,
 }
-EXPERTS = {
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 20,
-}
+ROUTED = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+EXPERTS = {**ROUTED, "shared_expert_intermediate_size": 20}
 DENSE = {**EXPERTS, "num_experts": 0}
 
 SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -103,6 +103,16 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**ROUTED, "mlp_only_layers": [1], "head_dim": 16, "use_sliding_window": False},
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "qwen3_next": (
         Qwen3NextForCausalLM,
         Qwen3NextConfig,

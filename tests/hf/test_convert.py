@@ -221,6 +221,7 @@ def test_a_memory_of_other_sizes_changes_nothing_at_first():
     [
         ("mistral", {"sliding_window": 8}, "config.sliding_window: expected None"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "config.sliding_window"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "config.router_jitter_noise: expected 0"),
         ("llama", {"attention_dropout": 0.1}, "config.attention_dropout: expected 0"),
         ("llama", {"hidden_act": "gelu"}, "config.hidden_act: expected silu"),
         ("llama", {"final_logit_softcapping": 30.0}, "config.final_logit_softcapping"),
