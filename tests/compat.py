@@ -56,6 +56,8 @@ SUITE = [
     "tests/ops/test_select.py",
     "tests/parts/test_decoder.py",
     "tests/parts/test_prefix.py",
+    "tests/hf/test_convert.py",
+    "tests/hf/test_convert_memories.py",
     "tests/hf/test_generation.py",
     "tests/test_saved_files.py",
 ]

@@ -77,7 +77,7 @@ def read_qwen3_next(family: str, model: Any) -> Source:
     if heads % config.linear_num_key_heads:
         expected = f"a divisor of the {heads} heads of the values"
         raise wrong("config.linear_num_key_heads", expected, f"{config.linear_num_key_heads}")
-    with_attention = [layer for layer in layers if layer.block_type == "full_attention"]
+    with_attention = [layer for layer in layers if hasattr(layer, "self_attn")]
     biased = bool(with_attention) and has_bias(
         with_attention, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")
     )
@@ -123,12 +123,15 @@ def read_qwen3_next(family: str, model: Any) -> Source:
         norms = ("layer_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")
         for place, name in norms:
             origins[f"{block}.{place}.weight"] = Origin((f"{old}.{name}.weight",), _from_zero)
-        if layer.block_type == "full_attention":
+        if layer in with_attention:
             origins |= _gated_attention(config, f"{block}.layer", f"{old}.self_attn", biased)
         else:
             grouped = hasattr(layer.linear_attn, "in_proj_qkvz")
             origins |= _gated_delta_net(config, f"{block}.layer", f"{old}.linear_attn", grouped)
-    read = [kinds[layer.block_type] for layer in layers]
+    read = [
+        kinds["full_attention" if layer in with_attention else "linear_attention"]
+        for layer in layers
+    ]
     return Source(family, sizes, read, origins)
 
 

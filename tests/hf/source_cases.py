@@ -69,6 +69,13 @@ LENGTH = {"original_max_position_embeddings": 16}
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LENGTH}
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}
 
+
+def _partly(share: float) -> dict[str, Any]:
+    """Yarn on a share of the channels, which transformers 5.6 reads beside rope_parameters."""
+    scaled = _scaled("yarn", factor=4.0, partial_rotary_factor=share, **LENGTH)
+    return {**scaled, "partial_rotary_factor": share}
+
+
 MEMORY = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -129,7 +136,7 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "linear_num_key_heads": 4,
             "attention_bias": True,
             "tie_word_embeddings": True,
-            **_scaled("yarn", factor=4.0, partial_rotary_factor=1.0, **LENGTH),
+            **_partly(1.0),
         },
     ),
     "qwen3_next yarn": (
@@ -140,7 +147,7 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             **EXPERTS,
             "norm_topk_prob": False,
             "decoder_sparse_step": 2,
-            **_scaled("yarn", factor=4.0, partial_rotary_factor=0.5, **LENGTH),
+            **_partly(0.5),
         },
     ),
     "qwen3_5": (
