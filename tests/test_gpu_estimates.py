@@ -57,7 +57,8 @@ def planned(evict_at, configs, group, cu_seqlens):
         whole = [row[1] - row[0] for row in own]
         ends = [row[4 : 4 + 2 * row[2]] for row in own]
         found.append((whole, [sum(x[1::2]) - sum(x[::2]) for x in ends]))
-    rows = of_keys.view(-1, stored.KEY_FIELDS.value).tolist()
+    # the first blocks of all lists first
+    rows = of_keys.view(heads, -1, stored.KEY_FIELDS.value).transpose(0, 1).flatten(0, 1).tolist()
     whole = [group * (row[2] - row[1]) for row in rows]
     found.append(
         (whole, [group * (row[3] - row[0]) - x for row, x in zip(rows, whole, strict=True)])

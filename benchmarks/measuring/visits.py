@@ -89,7 +89,8 @@ def visits(
     if keep:
         low, high = asked(tokens, configs[2].queries, evict_at.device)
         whole, masked = of_keys(lists, low, high, configs[2].keys)
-        found.append(Visits(group * whole.flatten(), group * masked.flatten()))
+        # the first blocks of all lists first
+        found.append(Visits(*(group * x.T.flatten() for x in (whole, masked))))
     return found
 
 
