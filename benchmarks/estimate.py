@@ -1,14 +1,17 @@
 """Prints what `benchmarks/gpu.py` should measure: estimates of every phase, and of every target.
 
-    PYTHONPATH=.:ops python benchmarks/estimate.py
+    PYTHONPATH=.:ops python benchmarks/estimate.py [--write]
 
-No GPU is needed. The tables are those of docs/estimates.md, and a test compares them.
+No GPU is needed. The tables are those of docs/estimates.md, into which --write writes them, and a
+test compares them.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from measuring.sizes import Sizes
 from measuring.targets import DENSE, FORWARD, TRAINING, judge
 from torch import Tensor
 
+PAGE = Path(__file__).parents[1] / "docs" / "estimates.md"
 SIZES = Sizes()
 FRACTIONS = (1.0, *KEEP_FRACTIONS)
 LISTS = ("positions", "span", "count", "write", "copy", "plan")
@@ -185,6 +189,9 @@ def others(lived: Lifetimes) -> Iterator[tuple[str, str, Estimate]]:
             graphed=True,
         )
         yield f"one token after {context:,}, graphed, one slab", f"{share:g}", one
+    for share, mode in itertools.product((1.0, 0.1), decode.MODES):
+        one = decode.estimated(H100, context, share, mode, SIZES)._replace(parts=())
+        yield f"the same as the benchmark decodes it, {mode}", f"{share:g}", one
 
 
 def tables() -> list[str]:
@@ -193,5 +200,19 @@ def tables() -> list[str]:
     return [aims(lived), phases(lived), parts_of(lambda: others(lived))]
 
 
+def written(page: str, found: list[str]) -> str:
+    """The page with its tables replaced, each by the one with the same header."""
+    for table in found:
+        header = table.split("\n", 1)[0]
+        before, old = page.split(header, 1)
+        # a table ends with the first empty line
+        after = old.split("\n\n", 1)
+        page = before + table + "\n" + "".join(f"\n{rest}" for rest in after[1:])
+    return page
+
+
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    made = tables()
+    print("\n\n".join(made))
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
