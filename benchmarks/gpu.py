@@ -15,7 +15,8 @@ sweep      launches of the Triton kernels of attention, and the line of the fast
 Calls that are compared take turns in one run. A call is timed only after its results were checked
 at the same shape. A failure (out of memory, a missing implementation) is recorded with its reason,
 and the other measurements continue. Every time stands beside its floor (see measuring/floors.py),
-the time of the host, the peak memory and the number of launches. A part stops after `--minutes`.
+what was estimated before any run (measuring/estimates.py), the time of the host, the peak memory
+and the number of launches. A part stops after `--minutes`.
 `--device cpu` runs everything at a small size, to try the script, and writes nothing.
 """
 
@@ -84,6 +85,8 @@ def measure(
         },
         "rounds": rounds,
         "ceilings": ceilings._asdict(),
+        # what estimates assume; its rates beside those measured show whether the chip is at fault
+        "chip": clock.chip and clock.chip._asdict() | {"ceilings": clock.chip.ceilings._asdict()},
         "measurements": measurements,
         "targets": [],
     }

@@ -26,13 +26,18 @@ def importable():
 @pytest.fixture(scope="module")
 def result():
     import gpu
+    from measuring import clock
+    from measuring.chips import H100
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     saved = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(clock, "chip_of", lambda _: H100)  # what a CPU takes then stands beside estimates
     sizes = gpu.SMALL._replace(op_tokens=(128,), layer_tokens=(64,), contexts=(64,))
     result = gpu.measure(sizes, list(gpu.PARTS), 2, lambda result: saved.append(json.dumps(result)))
     torch.set_num_threads(threads)
+    patch.undo()
     assert json.loads(saved[-1]) == json.loads(json.dumps(result))
     assert len(saved) == len(result["measurements"])
     return result
@@ -88,11 +93,15 @@ def test_it_runs_at_a_small_size(result):
             assert 0 < one["lower"] <= one["seconds"] <= one["upper"]
             assert one["host_seconds"] > 0
             assert one["floor"] > 0
+            assert ("estimate" in one) == (one["case"] != "gather")
+            if "estimate" in one:
+                assert one["of_estimate"] == one["seconds"] / one["estimate"]
             assert one["case"] == "a dense cache, attention alone" or (
                 "checked" in one and one["torch_ops"] > 0
             )
     assert {"torch", "triton", "GPU"} <= set(result["machine"])
     assert all(rate > 0 for rate in result["ceilings"].values())
+    assert result["chip"]["name"] == "H100"
 
 
 @pytest.mark.slow
@@ -146,6 +155,7 @@ def test_the_tables_can_be_printed(result, capsys):
     report.show(result["measurements"], result["targets"])
     printed = capsys.readouterr().out
     assert "Times" in printed
+    assert "x estimate" in " ".join(printed.split())
     assert printed.count("not measured") == len(result["targets"])
 
 
@@ -197,7 +207,7 @@ def test_floor_of_a_layer():
 
 
 def test_what_attention_sees_is_counted():
-    from measuring.attend import seen
+    from measuring.visits import seen
 
     from hamblocks_ops.packing import NEVER
 
@@ -328,6 +338,24 @@ def test_layers_are_judged_from_8192_tokens_on_and_in_their_own_mode():
     assert [(x["tokens"], x["mode"], x["met"]) for x in judged] == [
         (8192, "eager", True),
         (8192, "compiled", False),
+    ]
+
+
+def test_decoding_is_judged_after_many_tokens():
+    from measuring.targets import judge
+
+    def token(tokens, fraction, seconds):
+        one = {"part": "decode", "tokens": tokens, "case": "one layer", "mode": "graphed"}
+        return {**one, "fraction": fraction, "seconds": seconds}
+
+    judged = judge(
+        [
+            *(token(32768, fraction, 1) for fraction in (1.0, 0.1)),
+            *(token(131072, fraction, seconds) for fraction, seconds in ((1.0, 6), (0.1, 1))),
+        ]
+    )
+    assert [(x["tokens"], x["ratio"], x["bound"], x["met"]) for x in judged] == [
+        (131072, 6, 5, True)
     ]
 
 
@@ -483,6 +511,7 @@ def test_costs_on_a_gpu_are_counted(monkeypatch):
 def test_the_sweep_pastes_the_fastest_launch_of_every_kernel(monkeypatch):
     """The device and the clock are stand-ins: of every kernel one launch is fastest, one fails."""
     from measuring import sweep
+    from measuring.chips import H100
     from measuring.floors import Ceilings
     from measuring.sizes import SMALL
 
@@ -497,6 +526,7 @@ def test_the_sweep_pastes_the_fastest_launch_of_every_kernel(monkeypatch):
             launched.clear()
             one.call()
             place = sweep.KERNELS.index(one.names["case"].split()[0])
+            assert one.estimate.seconds > one.estimate.floor
             # the launch that is tried stands in its place, and the others are as they were
             assert launched == [
                 (*base[:place], type(base[0])(*one.names["launch"]), *base[place + 1 :])
@@ -515,7 +545,7 @@ def test_the_sweep_pastes_the_fastest_launch_of_every_kernel(monkeypatch):
     monkeypatch.setattr(type(SMALL), "gpu", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     said = []
-    clock = type("Clock", (), {"say": lambda self, text: said.append(text)})()
+    clock = type("Clock", (), {"say": lambda self, text: said.append(text), "chip": H100})()
     found = list(sweep.measure(192, SMALL._replace(head_dim=128), clock, Ceilings(1, 1)))
     line = "SM90: 128: (Config(64, 64, 4, 2), Config(128, 32, 8, 1), Config{}),"
     assert said == [line.format(tuple(base[2]))] == [found[-1]["line"]]

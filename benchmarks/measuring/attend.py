@@ -17,11 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hamblocks.ops import explain, select_topk, select_window, selected_attention
 from hamblocks_ops.packing import NEVER
-from measuring import floors
+from measuring import estimates, floors
 from measuring.checks import SampledAttention
 from measuring.clock import Clock, Contender, NotHereError, race
 from measuring.sizes import Sizes
 from measuring.targets import DENSE, FORWARD, TRAINING
+from measuring.visits import seen
 
 KEEP_FRACTIONS = (0.5, 0.25, 0.1)
 GPU_IMPLS = ("triton", "flex-compact", "flex")
@@ -43,11 +44,13 @@ class Candidate(NamedTuple):
         names: its case, and its keep fraction where it selects.
         evict_at: int32 `[1, T, Hkv]`, counted over the whole batch row.
         attend: q `[1, T, H, D]`, k, v `[1, T, Hkv, D]` -> out `[1, T, H, D]`.
+        until: int32 `[1, T, 1]`, the end of the sequence of each token of a packed batch.
     """
 
     names: dict[str, Any]
     evict_at: Tensor
     attend: Attend
+    until: Tensor | None = None
 
 
 def shapes(sizes: Sizes) -> tuple[int, ...]:
@@ -96,14 +99,6 @@ def scattered(fraction: float, tokens: int, heads: int, device: str) -> Tensor:
     position = torch.arange(tokens, device=device, dtype=torch.int32)[None, :, None]
     keep = torch.rand(1, tokens, heads, device=device) < fraction
     return torch.where(keep, torch.full_like(position, NEVER), position)
-
-
-def seen(evict_at: Tensor) -> tuple[int, int]:
-    """Numbers of (query, key, head) that see each other and of (key, head) that are stored."""
-    tokens = evict_at.shape[1]
-    position = torch.arange(tokens, device=evict_at.device)[None, :, None]
-    lifetimes = (evict_at.expand(1, tokens, -1).long().clamp(max=tokens) - position).clamp(min=0)
-    return int(lifetimes.sum()), int((lifetimes > 0).sum())
 
 
 def dense(evict_at: Tensor) -> list[Candidate]:
@@ -169,7 +164,7 @@ def packed_candidates(evict_at: Tensor, q: Tensor, k: Tensor) -> list[Candidate]
         seen_until = torch.where(stored, ends, position)
         for impl in chosen(VARIANT_IMPLS, q, k, own):
             names = {"case": impl, "fraction": fraction}
-            found.append(Candidate(names, seen_until, selected(own, impl, borders)))
+            found.append(Candidate(names, seen_until, selected(own, impl, borders), ends))
     return found
 
 
@@ -227,8 +222,21 @@ def compared(
             learns=learns,
         )
         names = {**one.names, "kept": kept / one.evict_at.numel()}
+        estimate = clock.chip and estimates.of_case(
+            one.names["case"],
+            clock.chip,
+            one.evict_at,
+            *q.shape[2:],
+            item=q.element_size(),
+            learns=learns,
+            until=one.until,
+        )
         return Contender(
-            names, call, lambda: exact(id(one.evict_at)).check(one.attend, learns), work
+            names,
+            call,
+            lambda: exact(id(one.evict_at)).check(one.attend, learns),
+            work,
+            estimate,
         )
 
     for which in (FORWARD, TRAINING):

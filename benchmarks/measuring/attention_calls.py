@@ -12,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from hamblocks.ops import select_threshold, selected_attention
 from hamblocks_ops.packing import NEVER
 from measuring import floors
-from measuring.attend import Attend, seen
+from measuring.attend import Attend
 from measuring.checks import SampledAttention
 from measuring.clock import Contender
+from measuring.visits import seen
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from measuring.chips import Chip, chip_of
 from measuring.costs import costs
+from measuring.estimates import Estimate
 from measuring.floors import Ceilings, Work
 from measuring.targets import key
 
@@ -36,12 +38,14 @@ class Contender(NamedTuple):
         call: what is timed.
         check: returns a record of what was compared; raises if a result is wrong.
         work: the least that the call has to do.
+        estimate: what it should take; None where nothing is estimated, as on a CPU.
     """
 
     names: dict[str, Any]
     call: Callable[[], object]
     check: Callable[[], dict[str, Any]]
     work: Work
+    estimate: Estimate | None = None
 
 
 class Timing(NamedTuple):
@@ -67,11 +71,13 @@ class Clock:
 
     Attributes:
         until: when the part that is measured has to end, as `time.perf_counter` counts.
+        chip: the GPU as estimates know it; None on a CPU, and for a GPU without public times.
     """
 
     def __init__(self, device: str, rounds: int) -> None:
         self.gpu, self.rounds, self.began = device == "cuda", rounds, time.perf_counter()
         self.until = float("inf")
+        self.chip: Chip | None = chip_of(device)
         self.flushed = (
             torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
         )
@@ -169,10 +175,17 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON_CHARACTERS]}"
 
 
+def beside(seconds: float, estimate: Estimate | None) -> dict[str, Any]:
+    """What is written of an estimate beside a measured time; nothing if there is none."""
+    if estimate is None:
+        return {}
+    return estimate.record() | {"of_estimate": seconds / estimate.seconds}
+
+
 def race(
     contenders: list[Contender], clock: Clock, ceilings: Ceilings, common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns a measurement per contender: its times and its floor, or why there are none."""
+    """Returns a measurement per contender: time, floor and estimate, or why there are none."""
     measured = {}
     calls = {}
     for contender in contenders:
@@ -194,6 +207,7 @@ def race(
         if name in timings:
             one |= timings[name]._asdict()
             one |= {**contender.work._asdict(), "floor": contender.work.floor(ceilings)}
+            one |= beside(one["seconds"], contender.estimate)
             clock.say(f"{name}: {1e3 * one['seconds']:.3f} ms, floor {1e3 * one['floor']:.3f} ms")
         elif name in reasons:
             one["reason"] = reasons[name]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hamblocks as hb
 import hamblocks_ops
+from hamblocks.ops import gated_delta_rule
 from hamblocks_ops import arguments
 
 OUR_FOLDERS = tuple(f"{Path(package.__file__).parent}/" for package in (hb, hamblocks_ops))
@@ -125,3 +126,80 @@ def decode_step(reserved: bool, attention: hb.SelectedAttention) -> Callable[[],
     for _ in range(WARM_UP_STEPS):
         step()
     return step
+
+
+class _Moved(TorchDispatchMode):
+    """Counts ops of torch that compute something, and the bytes that they read and write.
+
+    Products of two matrices and operators of hamblocks are left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = self.nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name not in (*FREE, "mm", "addmm"):
+            self.ops += 1
+            tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
+            self.nbytes += sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+        return result
+
+
+FREE = (
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
+    *("split_with_sizes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+    *("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+)
+"""Ops of torch that compute nothing."""
+
+
+def passes_of_a_layer(tokens: int = 256, heads: int = 2, dim: int = 128) -> list[tuple[int, float]]:
+    """Ops of torch in a layer beside its products, the delta rule and attention.
+
+    Of a layer in bfloat16 what the delta rule alone takes is subtracted.
+
+    Returns:
+        For the forward and the backward pass, their number, and what they move in units of a
+        tensor `[T, heads * dim]`.
+    """
+    torch.manual_seed(0)
+    layer = hb.HAMLayer(
+        heads * dim,
+        heads,
+        head_dim=dim,
+        memory=hb.GatedDeltaMemory(),
+        gate=hb.PredictionError("cosine"),
+        selector=hb.Threshold(0.5),
+    ).to(torch.bfloat16)
+    x, q, k, v = (
+        torch.randn(1, tokens, *shape, dtype=torch.bfloat16).requires_grad_()
+        for shape in ((heads * dim,), *[(heads, dim)] * 3)
+    )
+    beta, g = (
+        x.requires_grad_() for x in (torch.rand(1, tokens, heads), -torch.rand(1, tokens, heads))
+    )
+
+    def delta() -> torch.Tensor:
+        result = gated_delta_rule(q, k, v, beta=beta, g=g, metric="cosine", output_residual=False)
+        return result.out
+
+    whole = _moved(lambda: layer(x).y, [x, *layer.parameters()])
+    delta_alone = _moved(delta, [q, k, v, beta, g])
+    return [
+        (one.ops - less.ops, (one.nbytes - less.nbytes) / x.nbytes)
+        for one, less in zip(whole, delta_alone, strict=True)
+    ]
+
+
+def _moved(call: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> tuple[_Moved, _Moved]:
+    """What the forward and the backward pass of a call count."""
+    with _Moved() as forward:
+        out = call()
+    with _Moved() as backward:
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    return forward, backward

@@ -11,9 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hamblocks as hb
 from hamblocks.state import leaves, tree_map
-from measuring import floors
+from measuring import estimates, floors
 from measuring.checks import WrongResultError
-from measuring.clock import WARM_UP_ROUNDS, Clock, NotHereError, Timing, reason
+from measuring.chips import Chip
+from measuring.clock import WARM_UP_ROUNDS, Clock, NotHereError, Timing, beside, reason
 from measuring.costs import costs
 from measuring.sizes import Sizes
 
@@ -39,7 +40,12 @@ def measure(
     yield common | dense_cache(context, sizes, clock, ceilings)
     for fraction, mode in ((fraction, mode) for fraction in KEEP_FRACTIONS for mode in MODES):
         clock.release()
-        measured = {**common, "case": "one layer", "fraction": fraction, "mode": mode}
+        measured: dict[str, Any] = {
+            **common,
+            "case": "one layer",
+            "fraction": fraction,
+            "mode": mode,
+        }
         try:
             clock.in_time()
             measured |= one_layer(context, fraction, mode, sizes, clock)
@@ -49,6 +55,8 @@ def measure(
             yield measured
             continue
         measured["floor"] = floors.decode(measured["cache_bytes"]).floor(ceilings)
+        estimate = clock.chip and estimated(clock.chip, context, fraction, mode, sizes)
+        measured |= beside(measured["seconds"], estimate)
         print(
             f"context {context:>7,}  keep {measured['kept']:.2f}  {mode:>7}  "
             f"{measured['tokens_per_second']:>9,.0f} tokens/s  "
@@ -57,6 +65,31 @@ def measure(
             flush=True,
         )
         yield measured
+
+
+def estimated(
+    chip: Chip, context: int, fraction: float, mode: str, sizes: Sizes
+) -> estimates.Estimate:
+    """What a token of the layer of `prefilled` should take after its context.
+
+    Each piece of the prompt may add a slab to the pool, so the cache has several.
+    """
+    stored, streams = fraction * context, sizes.decode_batch * sizes.heads
+    pieces = -(-context // sizes.decode_piece)
+    pages = -(-round(stored / pieces) // estimates.PAGE) * streams
+    slabs = estimates.slabs_of(pieces, pages)
+    return estimates.decode(
+        chip,
+        stored,
+        sizes.decode_batch,
+        sizes.hidden,
+        sizes.heads,
+        sizes.head_dim,
+        item=sizes.dtype.itemsize,
+        graphed=mode == "graphed",
+        slabs=tuple(own / sum(slabs) for own in slabs),
+        launches=estimates.DECODE_LAUNCHES["Threshold"] + estimates.RANDOM_GATE,
+    )
 
 
 def timed(call: Callable[[], object], clock: Clock) -> Timing:
@@ -87,7 +120,9 @@ def dense_cache(
         return measured | {"reason": reason(error)}
     took = f"{1e6 * timing.seconds:,.0f} us"
     print(f"context {context:>7,}  a dense cache, attention alone: {took}", flush=True)
-    return measured | timing._asdict() | {"floor": floors.decode(nbytes).floor(ceilings)}
+    measured |= timing._asdict() | {"floor": floors.decode(nbytes).floor(ceilings)}
+    estimate = clock.chip and estimates.read_of_cache(clock.chip, nbytes)
+    return measured | beside(timing.seconds, estimate)
 
 
 @torch.no_grad()

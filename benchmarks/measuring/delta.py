@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from hamblocks.ops import explain, gated_delta_rule
-from measuring import floors
+from measuring import estimates, floors
 from measuring.checks import (
     MAX_GRADIENT_ERROR,
     MAX_OUT_ERROR,
@@ -163,7 +163,10 @@ def measure(
         returned = {"residual": case == "residual", "score": case == "score"}
         work = floors.delta_rule(*q.shape[1:], item=q.element_size(), learns=learns, **returned)
         names = {"case": case, "impl": impl if case in OURS else "fla's public function"}
-        return Contender(names, call, lambda: trusted.check(run, learns), work)
+        estimate = clock.chip and estimates.delta_rule(
+            clock.chip, *q.shape[1:], item=q.element_size(), learns=learns, **returned
+        )
+        return Contender(names, call, lambda: trusted.check(run, learns), work, estimate)
 
     # fla's takes part twice, which shows how much the times of the same call differ
     runs = {"fla": run_theirs} | {case: run_ours(case, impl) for case in OURS}

@@ -11,15 +11,23 @@ from torch.nn.attention import SDPBackend
 
 import hamblocks as hb
 from hamblocks.protocols import LayerDims
-from measuring import floors
-from measuring.attend import sdpa, seen, selected
+from hamblocks_ops.packing import NEVER
+from measuring import estimates, floors
+from measuring.attend import sdpa, selected
 from measuring.checks import FLOAT32, MAX_GRADIENT_ERROR, SampledAttention, error, within
 from measuring.clock import Clock, Contender, race
 from measuring.sizes import Sizes
 from measuring.targets import TRAINING
+from measuring.visits import seen
 
 STORE_EVERYTHING = float("-inf")
 """Threshold that every score reaches."""
+CASES = {
+    "selected": "triton",
+    "everything": "triton",
+    "everything by FlashAttention": "flash",
+}
+"""How the attention of each layer is called in the part `attention`."""
 MAX_COMPILED_ERROR = 2.0**-5
 """Relative error allowed between compiled and eager. They round differently, so that a few scores
 fall on the other side of the threshold."""
@@ -152,7 +160,7 @@ def measure(
     tau = median_score(everything, x)
     layers = {"selected": build(sizes, tau), "everything": everything}
     with torch.no_grad():
-        evict_at = layers["selected"](x).stats.evict_at
+        evict_at = layers["selected"](x).stats.evict_at.expand(1, tokens, sizes.heads)
     layers["everything by FlashAttention"] = build(sizes, STORE_EVERYTHING, FlashAttention())
     seen_by_all = sizes.heads * floors.causal_pairs(tokens), sizes.heads * tokens
 
@@ -171,11 +179,20 @@ def measure(
             return check_compiled(run, layer, x)
 
         selects = case == "selected"
-        pairs, kept = seen(evict_at.expand(1, tokens, sizes.heads)) if selects else seen_by_all
+        pairs, kept = seen(evict_at) if selects else seen_by_all
         size = tokens, sizes.hidden, sizes.heads, sizes.head_dim
         work = floors.layer(*size, pairs=pairs, kept=kept, item=x.element_size())
         names = {"case": case, "mode": mode, "kept": kept / seen_by_all[1]}
-        return Contender(names | ({"tau": tau} if selects else {}), call, check, work)
+        estimate = clock.chip and estimates.layer(
+            clock.chip,
+            *size,
+            attends=CASES[case],
+            evict_at=evict_at if selects else torch.full_like(evict_at, NEVER),
+            item=x.element_size(),
+            mode=mode,
+        )
+        names |= {"tau": tau} if selects else {}
+        return Contender(names, call, check, work, estimate)
 
     # compilations of other lengths count against torch's limit of recompilations
     torch.compiler.reset()

@@ -13,7 +13,7 @@ from hamblocks import info
 
 REASON_WIDTH = 60
 """Characters of a reason that a table shows; the JSON file has all of it."""
-FILE_WIDTH = 160
+FILE_WIDTH = 180
 """Columns of the tables if they go into a file or a pipe."""
 
 
@@ -37,10 +37,10 @@ def machine(gpu: bool) -> dict[str, str]:
 
 
 def tables(measurements: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[Table]:
-    """Times beside their floors, and targets beside the ratios that were reached."""
+    """Times beside floors and estimates, and targets beside the ratios that were reached."""
     times = Table(
-        "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", "host ms",
-        "peak MB", "launches", title="Times",
+        "part", "T", "pass", "case", "kept", "ms", "quartiles", "floor", "x floor", "estimate",
+        "x estimate", "host ms", "peak MB", "launches", title="Times",
     )  # fmt: skip
     for measured in measurements:
         times.add_row(*name_cells(measured), *time_cells(measured))
@@ -65,7 +65,7 @@ def name_cells(measured: dict[str, Any]) -> list[str]:
 
 
 def time_cells(measured: dict[str, Any]) -> list[str]:
-    """Median, quartiles and floor in milliseconds; the reason if there is no time."""
+    """Median, quartiles, floor and estimate in milliseconds; the reason if there is no time."""
     if "seconds" not in measured:
         return ["-", measured.get("reason", "right")[:REASON_WIDTH]]
     low, middle, high, floor = (
@@ -76,6 +76,8 @@ def time_cells(measured: dict[str, Any]) -> list[str]:
         f"{low:.3f} - {high:.3f}",
         f"{floor:.3f}",
         f"{middle / floor:.2f}",
+        f"{1e3 * measured['estimate']:.3f}" if "estimate" in measured else "-",
+        f"{measured['of_estimate']:.2f}" if "estimate" in measured else "-",
         f"{1e3 * measured['host_seconds']:.3f}",
         f"{measured['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in measured else "-",
         str(measured.get("launches", "-")),

@@ -15,12 +15,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from measuring import floors
-from measuring.attend import scattered, seen, selected
+from measuring import estimates, floors
+from measuring.attend import scattered, selected
 from measuring.checks import SampledAttention
 from measuring.clock import Clock, Contender, NotHereError, race
 from measuring.sizes import Sizes
 from measuring.targets import FORWARD, TRAINING
+from measuring.visits import seen
 
 KERNELS = ("forward", "queries_grad", "keys_grad")
 """In the order of the tables. The first is timed in the forward pass, the others with it."""
@@ -96,11 +97,16 @@ def measure(
             work = floors.attention(
                 *shape[1:], pairs=pairs, kept=kept, item=q.element_size(), learns=learns
             )
+            launches = (*base[:place], type(base[place])(*launch), *base[place + 1 :])
+            estimate = clock.chip and estimates.attention(
+                clock.chip, evict_at, *shape[2:], learns=learns, configs=launches
+            )
             return Contender(
                 {"case": described(kernel, launch), "launch": launch},
                 with_launch(base, place, launch, call),
                 with_launch(base, place, launch, lambda: exact.check(attend, learns)),
                 work,
+                estimate,
             )
 
         tried = [contender(one) for one in {tuple(base[place]): None} | dict.fromkeys(grid())]

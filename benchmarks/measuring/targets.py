@@ -16,6 +16,10 @@ MIN_FLEX_SPEEDUP = 1.6
 LAYER_MIN_TOKENS = 8192
 """Sequence length from which a layer that selects must be faster than one that does not."""
 
+MIN_DECODE_SPEEDUP, DECODE_FRACTION, DECODE_MIN_TOKENS = 5, 0.1, 131072
+"""How much faster a token must be decoded if this fraction is stored than if everything is, after
+this many tokens."""
+
 
 class Target(NamedTuple):
     """A bound on the ratio of one measured time to another.
@@ -65,6 +69,9 @@ def targets(measured: dict[str, Any]) -> list[Target]:
     if part == "layer" and case == "selected" and tokens >= LAYER_MIN_TOKENS:
         text = "layer: faster than with attention over everything"
         return [Target(text, other("everything"), 1.0)]
+    if (part, fraction) == ("decode", DECODE_FRACTION) and tokens >= DECODE_MIN_TOKENS:
+        text = f"decode, {fraction} kept: at least {MIN_DECODE_SPEEDUP} x faster than all"
+        return [Target(text, other(case, 1.0), MIN_DECODE_SPEEDUP, least=True)]
     return []
 
 

@@ -185,9 +185,11 @@ class Extension:
                 memo = listing.memo if new.k.shape[1] == 1 else None
                 return [*pool.views().slabs, new], listing.table, memo
             evict_at = None
-            # a clone, since the pool must not change before the commit
             if self._until is not None:
-                evict_at = pool.evict_at.clone()
+                # A tensor of its own, since the pool must not change before the commit. Only the
+                # pages of these streams are written, and no page but those is ever read: it costs
+                # what the streams hold, however large the pool is.
+                evict_at = torch.empty_like(pool.evict_at)
                 if runs(evict_at):
                     show(streams.table, self._until, evict_at, streams.width)
                 else:

@@ -108,7 +108,7 @@ def keys_grad_kernel(
 ):  # fmt: skip
     """The gradients of a block of listed keys, over all queries and the heads of its group.
 
-    The grid is [R * blocks of a list]. The plan names the blocks of queries (see
+    The grid is [blocks of a list * R]. The plan names the blocks of queries (see
     `plan.KEY_FIELDS`). Results are written where the keys came from: every token has a slot, and
     those that no query sees get zeros.
 
@@ -116,7 +116,10 @@ def keys_grad_kernel(
     left operand of the products that add up dv and dk, which tensor cores take from registers.
     """
     own, blocks = tl.program_id(0), slots // BLOCK_N
-    block, stream = own % blocks, (own // blocks).to(tl.int64)
+    # the blocks that the most queries see are the first of every list; starting with those of all
+    # lists, the last programs to run are short ones
+    streams = tl.num_programs(0) // blocks
+    block, stream = own // streams, (own % streams).to(tl.int64)
     batch, kv_head = stream // KV_HEADS, stream % KV_HEADS
     slot = stream * slots + block * BLOCK_N + tl.arange(0, BLOCK_N)
     here = plan + (stream * blocks + block) * KEY_FIELDS
