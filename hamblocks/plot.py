@@ -93,7 +93,7 @@ def plot_kept(
                 va="bottom",
                 family="monospace",
                 fontsize=_POINTS,
-                color=str(round(0.62 * (1 - float(share[token])), 3)),
+                color=str(round(0.52 * (1 - float(share[token])), 3)),
                 fontweight="bold" if float(share[token]) > 0.5 else "normal",
                 clip_on=False,
             )
