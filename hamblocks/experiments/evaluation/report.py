@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -140,7 +141,8 @@ def chart(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.2), constrained_layout=True)
+    # below each other: a phone shows them legibly
+    figure, axes = plt.subplots(3, 1, figsize=(5.6, 8.6), sharex=True, constrained_layout=True)
     curves = [(policy, _points(results, policy)) for policy in results.plan.policies]
     curves = [(policy, points) for policy, points in curves if points]
     colors = plt.get_cmap("tab20")
@@ -162,15 +164,17 @@ def chart(results: Results, path: Path) -> None:
             _draw(ax, policy, points, of, color, "osv^D*"[place % 6])
         ax.set_title(title, loc="left")
         ax.set_ylabel(label)
-        ax.set_xlabel("bytes in use, of those of everything")
         ax.grid(alpha=0.25)
         ax.set_xlim(left=0)
+    axes[-1].set_xlabel("bytes in use, of those of everything")
     for ax in axes[1:]:
         ax.set_ylim(-0.04, 1.04)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    figure.suptitle(caption(results), x=0.01, ha="left", fontsize=8.5, color="#555555")
-    figure.savefig(path, dpi=150)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    figure.suptitle(
+        textwrap.fill(caption(results), 90), x=0.01, ha="left", fontsize=8.5, color="#555555"
+    )
+    figure.savefig(path, dpi=180)
     plt.close(figure)
 
 
