@@ -190,16 +190,16 @@ def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Layers and MLPs are split by hamblocks' own style. Of the other modules, an `nn.Embedding` is
     split over its rows (`RowwiseParallel`), and an `nn.Linear` over its outputs, which are gathered
-    (`ColwiseParallel`). All others are held whole, and so is a weight that a gate inside a layer
+    (`GatheredColumns`). All others are held whole, and so is a weight that a gate inside a layer
     uses too (`PredictionEntropy`).
 
     Args:
         model: a model with one or more `HAMLayer`, or such a layer.
     """
     from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor.parallel import RowwiseParallel
 
-    from hamblocks.parallel.styles import HeadParallel, Whole
+    from hamblocks.parallel.styles import GatheredColumns, HeadParallel, Whole
 
     plan: dict[str, ParallelStyle] = {}
     layers = [module for module in model.modules() if isinstance(module, HAMLayer)]
@@ -215,7 +215,7 @@ def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             if type(module) is nn.Embedding and not is_shared:
                 plan[name] = RowwiseParallel(input_layouts=Replicate())
             elif type(module) is nn.Linear and not is_shared:
-                plan[name] = ColwiseParallel(output_layouts=Replicate())
+                plan[name] = GatheredColumns()
             else:
                 plan[name] = Whole()
         for key, child in module.named_children():
