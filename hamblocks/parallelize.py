@@ -128,8 +128,8 @@ def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
     Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the
     memory, and the channels of the MLPs likewise; embedding and head are split over the vocabulary.
     Every rank is called with the same tokens, and returns the same logits. Its states, caches and
-    stats are those of its own heads. Parameters are `DTensor`s. To save them, ask
-    `get_model_state_dict` of torch for a full state dict: it cannot save the shards of an MLP.
+    stats are those of its own heads. Parameters are `DTensor`s, which
+    `torch.distributed.checkpoint` saves by the planners of `hamblocks.parallel.planners`.
 
     This is `parallelize_module(model, mesh, tensor_plan(model))` of torch, after which tied weights
     are tied again.
