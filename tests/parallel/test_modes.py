@@ -53,6 +53,8 @@ class Case(NamedTuple):
         window: width of a window; None: there is none.
         count: tokens of a `TopK`; None: there is none.
         asks: whether a query gate lets only some queries read, on some ranks perhaps none.
+        own_dtype: whether `parallelize` gathers parameters in a dtype that it is given, which
+            takes apart those that keep their own.
     """
 
     lengths: list[int]
@@ -64,6 +66,7 @@ class Case(NamedTuple):
     window: int | None = None
     count: int | None = None
     asks: bool = False
+    own_dtype: bool = False
 
 
 @st.composite
@@ -82,6 +85,7 @@ def cases(draw: Any) -> Case:
         draw(st.sampled_from([0, 0.1, 1])) if "keep" in rules else None,
         draw(st.integers(1, 5)) if "window" in rules else None,
         draw(st.integers(1, 4)) if "count" in rules else None,
+        draw(st.booleans()),
         draw(st.booleans()),
     )
 
@@ -151,10 +155,12 @@ def distributed(model: hb.Decoder, case: Case, mesh: DeviceMesh, group: Any) -> 
     names = mesh.mesh_dim_names or ()
     tensor = "tensor" if "tensor" in names else None
     if "fsdp" in names or "replicate" in names or (tensor and len(names) > 1):
-        replicate = "replicate" if "replicate" in names else None
-        return parallelize(
-            model, mesh, tensor=tensor, replicate=replicate, recompute=case.recompute
-        )
+        options = {
+            "replicate": "replicate" if "replicate" in names else None,
+            "recompute": case.recompute,
+            "param_dtype": torch.float64 if case.own_dtype else None,
+        }
+        return parallelize(model, mesh, tensor=tensor, **options)
     if case.recompute:
         for block in model.blocks:
             again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

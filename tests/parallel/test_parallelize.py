@@ -50,6 +50,49 @@ def test_a_model_of_transformers_with_replicas_or_heads(workers, tensor):
     workers.run(trains_transformers, 4, tensor)
 
 
+def decays(_: Any, tensor: str | None) -> None:
+    """Compares the log decay of every layer under mixed precision with that of float32 weights."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    whole = decoder().float()
+    names = [name for name in whole.state_dict() if name.endswith(("A_log", "dt_bias"))]
+    model: Any = parallelize(
+        decoder().float(), mesh, tensor=tensor, param_dtype=torch.bfloat16, recompute=True
+    )
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    seen: list[Any] = []
+    for block in model.blocks:
+        block.layer.memory.register_forward_hook(lambda _, given, made: seen.append((given, made)))
+    rows = torch.randint(VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    model(rows).logits.float().square().sum().backward()
+    assert len(seen) == 4  # twice: blocks are recomputed
+    heads = (
+        slice(None)
+        if tensor is None
+        else slice(*[mesh.get_local_rank("tensor") + i for i in (0, 1)])
+    )
+    for block, ((x, *_), (_, trace, _)) in zip(whole.blocks, seen, strict=False):
+        memory = block.layer.memory
+        assert x.dtype == torch.bfloat16
+        rows_of_a = memory.a_proj.weight.to(x.dtype)
+        a = torch.nn.functional.linear(x, rows_of_a).float()
+
+        def decay(dtype: torch.dtype, memory: Any = memory, a: Any = a) -> torch.Tensor:
+            rate, bias = (w.detach().to(dtype).float() for w in (memory.A_log, memory.dt_bias))
+            return -rate.exp() * torch.nn.functional.softplus(a + bias)
+
+        torch.testing.assert_close(trace.g, decay(torch.float32)[..., heads], rtol=1e-6, atol=0)
+        rounded = decay(torch.bfloat16)[..., heads]
+        assert ((rounded - trace.g) / trace.g).abs().max() > 1e-4
+    for name in names:  # that gradients are right is tested in float64, in `test_modes`
+        weight = model.get_parameter(name)
+        assert weight.dtype == weight.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("tensor", [None, "tensor"])
+def test_mixed_precision_leaves_the_decay_in_float32(workers, tensor):
+    workers.run(decays, 4, tensor)
+
+
 def test_replicas_need_one_dimension_to_shard_over():
     mesh = SimpleNamespace(mesh_dim_names=("copies", "data", "context"))
     with pytest.raises(ValueError, match="replicate: expected beside it one dimension"):
