@@ -27,6 +27,7 @@ from hamblocks.protocols import (
     Selection,
     Selector,
 )
+from hamblocks.zero_gradients import with_zero_gradients
 from hamblocks_ops import NEVER
 from hamblocks_ops.arguments import wrong
 from hamblocks_ops.context import arguments_are_checked
@@ -195,13 +196,19 @@ class CallsParts(nn.Module):
 
     def _attended(self, q: Tensor, keys: Keys, decision: QueryGateOutput | None) -> Tensor:
         """The read of attention, for the queries that the query gate lets read."""
+        runs = False
 
         def attend(q: Tensor, keys: Keys) -> Tensor:
+            nonlocal runs
+            runs = True
             read: Tensor = self._call("attention", q, keys)
             contracts.check_attention(read, q)
             return read
 
-        return attend(q, keys) if decision is None else gated_read(attend, q, keys, decision)
+        if decision is None:
+            return attend(q, keys)
+        read = gated_read(attend, q, keys, decision)
+        return read if runs else with_zero_gradients(read, self.parameters())
 
     def _combined(
         self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None

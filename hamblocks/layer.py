@@ -48,6 +48,7 @@ from hamblocks.rollback import call_and_record
 from hamblocks.saved import load
 from hamblocks.selectors import start
 from hamblocks.state import HAMState, Ring, tree_map
+from hamblocks.zero_gradients import with_zero_gradients
 from hamblocks_ops.arguments import check_cu_seqlens, check_floating, check_tensor, wrong
 from hamblocks_ops.context import arguments_are_checked, recorded_choices
 from hamblocks_ops.packing import positions, sequence_of, unpadded
@@ -457,11 +458,12 @@ class HAMLayer(CallsParts):
         self, x: Tensor, position: Tensor, state: HAMState | None, cu_seqlens: Tensor | None
     ) -> LayerOutput:
         """The result for x without tokens: no part is called, and the state does not change."""
+        y = with_zero_gradients(x.clone(), self.parameters())
         if self.attention is None:
-            return LayerOutput(x.clone(), state, LayerStats(None, None, position, cu_seqlens))
+            return LayerOutput(y, state, LayerStats(None, None, position, cu_seqlens))
         evict_at = position[..., None].expand(-1, -1, self.dims.num_kv_heads)
         score = torch.zeros(evict_at.shape, device=x.device)
-        return LayerOutput(x.clone(), state, LayerStats(score, evict_at, position, cu_seqlens))
+        return LayerOutput(y, state, LayerStats(score, evict_at, position, cu_seqlens))
 
     def _read_whole(self, call: _Call) -> tuple[Tensor, Tensor]:
         """The attention read of whole sequences, and lifetimes."""

@@ -427,6 +427,10 @@ class GatedDeltaMemory(_DeltaRuleMemory):
     The log decay per head is g = -exp(A_log) softplus(a_proj(x) + dt_bias).
     """
 
+    float32_weights = "A_log", "dt_bias"
+    """Weights that `parallelize` leaves in float32 under mixed precision: rounding them to bfloat16
+    changes how fast a head forgets, in the same direction for every token."""
+
     def __init__(
         self,
         conv_size: int | Sequence[int] = 4,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -50,14 +52,17 @@ def parallelize(
             exactly one dimension to shard over. None: parameters are sharded over all ranks.
         recompute: run every block again in the backward pass instead of keeping what it computed.
         param_dtype: dtype of parameters in a block's call (mixed precision); gradients are reduced
-            in float32. None: that of the parameters.
+            in float32, and those of float64 in float64. Weights that a part names in
+            `float32_weights` keep their dtype, such as those of the decay of a `GatedDeltaMemory`.
+            None: that of the parameters.
 
     Returns:
         The model.
 
     Raises:
         ValueError: the model has no such block, the mesh has no dimension `tensor` or `replicate`,
-            it has other dimensions than `replicate` needs, or the heads cannot be shared.
+            it has other dimensions than `replicate` needs, the heads cannot be shared, or
+            `param_dtype` is given and torch is older than 2.7.
     """
     blocks = _blocks(model)
     if not blocks:
@@ -115,11 +120,63 @@ def _shard(
         several = isinstance(weight, DTensor) and "Strided" in type(weight.placements[0]).__name__
         return Shard(1) if several else None
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32
-    )
+    reduced = None if param_dtype is None else torch.promote_types(param_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduced)
+    shard = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
+    if param_dtype is not None:
+        _shard_in_float32(model, shard)
+    given = {} if param_dtype is None else {"ignored_params": set(_float32_weights(model))}
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        shard(module, mp_policy=policy, **given)
+
+
+@final
+class _Around(nn.Module):
+    """Has no parameters. FSDP2 gathers those of other modules for the time of its call."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def _shard_in_float32(model: nn.Module, shard: Callable[..., Any]) -> None:
+    """Shards the weights of `float32_weights`, which the forward pass of a model gathers as they are.
+
+    FSDP2 has one dtype for all parameters that it gathers for a call, and these few are parameters
+    of modules that have others. So they are gathered for the call of a module of their own, around
+    the forward pass of the model: one small exchange for all blocks.
+    """
+    weights = set(_float32_weights(model))
+    if not weights:
+        return
+    if "ignored_params" not in inspect.signature(shard.func).parameters:  # type: ignore[attr-defined]
+        raise wrong("param_dtype", "None with torch before 2.7", "a dtype")
+    around = _Around(model.forward)
+    owners = [module for module in model.modules() if weights & set(module.parameters(False))]
+    for number, owner in enumerate(owners):
+        around.add_module(str(number), owner)
+    others = set(model.parameters()) - weights
+    shard(around, ignored_params=others, reshard_after_forward=False)
+    for number in range(len(owners)):  # known to FSDP2 now; a child would have a second name
+        delattr(around, str(number))
+    # a child, so that what is set for all modules of the model is set for this one
+    model.add_module("_float32_weights", around)
+
+    @wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return around(*args, **kwargs)
+
+    vars(model)["forward"] = forward
+
+
+def _float32_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that parts of a model name in `float32_weights`."""
+    for module in model.modules():
+        for name in getattr(module, "float32_weights", ()):
+            yield module.get_parameter(name)
 
 
 def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> nn.Module:
@@ -128,8 +185,8 @@ def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
     Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the
     memory, and the channels of the MLPs likewise; embedding and head are split over the vocabulary.
     Every rank is called with the same tokens, and returns the same logits. Its states, caches and
-    stats are those of its own heads. Parameters are `DTensor`s. To save them, ask
-    `get_model_state_dict` of torch for a full state dict: it cannot save the shards of an MLP.
+    stats are those of its own heads. Parameters are `DTensor`s, which
+    `torch.distributed.checkpoint` saves by the planners of `hamblocks.parallel.planners`.
 
     This is `parallelize_module(model, mesh, tensor_plan(model))` of torch, after which tied weights
     are tied again.
@@ -190,16 +247,16 @@ def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Layers and MLPs are split by hamblocks' own style. Of the other modules, an `nn.Embedding` is
     split over its rows (`RowwiseParallel`), and an `nn.Linear` over its outputs, which are gathered
-    (`ColwiseParallel`). All others are held whole, and so is a weight that a gate inside a layer
+    (`GatheredColumns`). All others are held whole, and so is a weight that a gate inside a layer
     uses too (`PredictionEntropy`).
 
     Args:
         model: a model with one or more `HAMLayer`, or such a layer.
     """
     from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor.parallel import RowwiseParallel
 
-    from hamblocks.parallel.styles import HeadParallel, Whole
+    from hamblocks.parallel.styles import GatheredColumns, HeadParallel, Whole
 
     plan: dict[str, ParallelStyle] = {}
     layers = [module for module in model.modules() if isinstance(module, HAMLayer)]
@@ -215,7 +272,7 @@ def tensor_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             if type(module) is nn.Embedding and not is_shared:
                 plan[name] = RowwiseParallel(input_layouts=Replicate())
             elif type(module) is nn.Linear and not is_shared:
-                plan[name] = ColwiseParallel(output_layouts=Replicate())
+                plan[name] = GatheredColumns()
             else:
                 plan[name] = Whole()
         for key, child in module.named_children():

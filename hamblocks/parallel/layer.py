@@ -26,6 +26,7 @@ from hamblocks.parallel.stored import Tokens, exchange
 from hamblocks.protocols import MemoryTrace, QueryGateOutput
 from hamblocks.selectors import start
 from hamblocks.slices import HasBorder, HasTransition, Transition
+from hamblocks.zero_gradients import with_zero_gradients
 from hamblocks_ops.arguments import check_tensor, wrong
 from hamblocks_ops.precision import wide
 
@@ -94,10 +95,11 @@ def call_sharded(
     stats, reads = None, None
     if layer.attention is not None:
         stats, reads = _attended(layer, channel, shard, pieces, traces)
-    y = x
     if shard.local_tokens:
         memory_read = None if layer.memory is None else torch.cat(memory_reads, 1)
         y = layer._combined(x, memory_read, None if reads is None else torch.cat(reads, 1))
+    else:
+        y = with_zero_gradients(x, trained)
     y = y + channel.ticket.to(y.dtype)
     shard.sent_nbytes += channel.nbytes
     if stats is None:

@@ -65,8 +65,8 @@ class HAMTitanModel(BaseModel):
                 raise wrong("checkpoint.last_save_in_hf", expected, "True")
             if config.checkpoint.enable and config.parallelism.tensor_parallel_degree > 1:
                 expected = (
-                    "False with tensor parallel (torch.distributed.checkpoint cannot save a rank's "
-                    "rows of several blocks)"
+                    "False with tensor parallel (torchtitan does not take the planners that save a "
+                    "rank's rows of several blocks)"
                 )
                 raise wrong("checkpoint.enable", expected, "True")
 

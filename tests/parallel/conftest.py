@@ -32,12 +32,12 @@ class _Keeper:
 
 
 @pytest.fixture(scope="session")
-def _keeper(tmp_path_factory):
-    keeper = _Keeper(tmp_path_factory)
-    yield keeper
-    keeper.close()
+def keeper(tmp_path_factory):
+    kept = _Keeper(tmp_path_factory)
+    yield kept
+    kept.close()
 
 
 @pytest.fixture
-def workers(_keeper) -> Workers:
-    return _keeper.get()
+def workers(keeper) -> Workers:
+    return keeper.get()

@@ -76,6 +76,8 @@ class Workers:
         failed = [
             f"rank {rank}: {text}" for rank, (fine, text) in enumerate(self.answers) if not fine
         ]
+        if failed:
+            self.close()  # the others may still be on their way to a collective
         assert not failed, "\n".join(failed)
         return [result for _, result in self.answers]
 

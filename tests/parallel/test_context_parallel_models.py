@@ -1,17 +1,13 @@
-"""Context parallel in a model: with sharded parameters, recomputation and other dtypes."""
+"""Context parallel in models of transformers and in other dtypes, and what it sends."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 import hamblocks as hb
 from hamblocks.parallel import ContextShard
@@ -20,68 +16,8 @@ from hamblocks_ops import NEVER
 VOCAB, HIDDEN = 17, 16
 
 
-def decoder(dtype: torch.dtype = torch.float64) -> hb.Decoder:
-    torch.manual_seed(0)
-    selector = partial(hb.Threshold, hb.FixedThreshold(0.9))
-    return hb.Decoder(
-        VOCAB,
-        2,
-        lambda _: hb.HAMLayer(
-            HIDDEN,
-            2,
-            selector=selector() | hb.Window(4),
-            attention=hb.SelectedAttention(conv_size=2),
-        ),
-    ).to(dtype)
-
-
 def batch(tokens: int) -> torch.Tensor:
     return torch.randint(VOCAB, (2, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(model: Any, tokens: Any, target: Any, **given: Any) -> Any:
-    logits = model(tokens, **given).logits
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), reduction="sum"
-    )
-
-
-def recomputed(model: Any) -> None:
-    """Every block runs again in the backward pass."""
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def trains_sharded(group: Any, is_sharded: bool, is_recomputed: bool) -> None:
-    tokens = batch(27)
-    target = tokens.roll(-1, 1)
-    whole = decoder()
-    loss_of(whole, tokens, target).backward()
-    wanted = {name: weight.grad for name, weight in whole.named_parameters()}
-
-    model = decoder()
-    if is_recomputed:
-        recomputed(model)
-    if is_sharded:
-        mesh = DeviceMesh.from_group(dist.group.WORLD if group is None else group, "cpu")
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    shard = ContextShard(tokens.shape[1], group=group)
-    loss_of(model, shard.take(tokens), shard.take(target), shard=shard).backward()
-    for name, weight in model.named_parameters():
-        if is_sharded:  # FSDP averages over ranks
-            found = weight.grad.full_tensor() * shard.ranks
-        else:
-            found = weight.grad.clone()
-            dist.all_reduce(found, group=group)
-        torch.testing.assert_close(found, wanted[name], rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("is_recomputed", [False, True])
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_a_model_trains_as_in_one_process(workers, is_sharded, is_recomputed):
-    workers.run(trains_sharded, 4, is_sharded, is_recomputed)
 
 
 def in_dtype(group: Any, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""`parallelize`: sharded parameters over data and context at once give the gradients of one process."""
+"""`parallelize` of models of transformers, and what it refuses; pairs of ways are in `test_modes`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import cross_entropy
 
 import hamblocks as hb
 from hamblocks.models import HAMConfig, HAMForCausalLM
-from hamblocks.parallel import ContextShard
 from hamblocks.parallelize import parallelize
 
 VOCAB, ROWS, TOKENS = 17, 4, 19
@@ -22,31 +20,6 @@ VOCAB, ROWS, TOKENS = 17, 4, 19
 def decoder() -> hb.Decoder:
     torch.manual_seed(0)
     return hb.Decoder(VOCAB, 2, lambda _: hb.HAMLayer(16, 2, selector=hb.TopK(5))).double()
-
-
-def trains(_: Any, context: int, recompute: bool) -> None:
-    rows = torch.randint(VOCAB, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(1))
-    whole = decoder()
-    logits = whole(rows[:, :-1]).logits
-    cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-
-    mesh = init_device_mesh("cpu", (4 // context, context), mesh_dim_names=("data", "context"))
-    model: Any = parallelize(decoder(), mesh, recompute=recompute)
-    own = rows.chunk(mesh.size(0))[mesh.get_local_rank("data")]
-    shard = ContextShard(TOKENS, group=mesh.get_group("context"))
-    logits = model(shard.take(own[:, :-1]), shard=shard).logits
-    target = shard.take(own[:, 1:]).flatten()
-    loss = cross_entropy(logits.flatten(0, 1), target, reduction="sum") / (ROWS * TOKENS)
-    (loss * 4).backward()  # FSDP averages over ranks
-    for (name, weight), other in zip(model.named_parameters(), whole.parameters(), strict=True):
-        found = weight.grad.full_tensor()
-        torch.testing.assert_close(found, other.grad, rtol=1e-9, atol=1e-12, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("context", "recompute"), [(1, True), (2, False), (4, True)])
-def test_gradients_are_those_of_one_process(workers, context, recompute):
-    workers.run(trains, 4, context, recompute)
 
 
 def trains_transformers(_: Any, tensor: str | None) -> None:
@@ -75,6 +48,49 @@ def trains_transformers(_: Any, tensor: str | None) -> None:
 @pytest.mark.parametrize("tensor", [None, "tensor"])
 def test_a_model_of_transformers_with_replicas_or_heads(workers, tensor):
     workers.run(trains_transformers, 4, tensor)
+
+
+def decays(_: Any, tensor: str | None) -> None:
+    """Compares the log decay of every layer under mixed precision with that of float32 weights."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    whole = decoder().float()
+    names = [name for name in whole.state_dict() if name.endswith(("A_log", "dt_bias"))]
+    model: Any = parallelize(
+        decoder().float(), mesh, tensor=tensor, param_dtype=torch.bfloat16, recompute=True
+    )
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    seen: list[Any] = []
+    for block in model.blocks:
+        block.layer.memory.register_forward_hook(lambda _, given, made: seen.append((given, made)))
+    rows = torch.randint(VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    model(rows).logits.float().square().sum().backward()
+    assert len(seen) == 4  # twice: blocks are recomputed
+    heads = (
+        slice(None)
+        if tensor is None
+        else slice(*[mesh.get_local_rank("tensor") + i for i in (0, 1)])
+    )
+    for block, ((x, *_), (_, trace, _)) in zip(whole.blocks, seen, strict=False):
+        memory = block.layer.memory
+        assert x.dtype == torch.bfloat16
+        rows_of_a = memory.a_proj.weight.to(x.dtype)
+        a = torch.nn.functional.linear(x, rows_of_a).float()
+
+        def decay(dtype: torch.dtype, memory: Any = memory, a: Any = a) -> torch.Tensor:
+            rate, bias = (w.detach().to(dtype).float() for w in (memory.A_log, memory.dt_bias))
+            return -rate.exp() * torch.nn.functional.softplus(a + bias)
+
+        torch.testing.assert_close(trace.g, decay(torch.float32)[..., heads], rtol=1e-6, atol=0)
+        rounded = decay(torch.bfloat16)[..., heads]
+        assert ((rounded - trace.g) / trace.g).abs().max() > 1e-4
+    for name in names:  # that gradients are right is tested in float64, in `test_modes`
+        weight = model.get_parameter(name)
+        assert weight.dtype == weight.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("tensor", [None, "tensor"])
+def test_mixed_precision_leaves_the_decay_in_float32(workers, tensor):
+    workers.run(decays, 4, tensor)
 
 
 def test_replicas_need_one_dimension_to_shard_over():

@@ -16,7 +16,6 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.functional import cross_entropy
 
 import hamblocks as hb
-from hamblocks.parallel import ContextShard
 from hamblocks.parallelize import parallelize, split_heads
 
 HIDDEN, HEADS, TOKENS, VOCAB = 16, 4, 21, 19
@@ -265,25 +264,6 @@ def gathers(_: Any, tensor: int) -> None:
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_a_full_state_dict_holds_whole_weights(workers, tensor):
     workers.run(gathers, 4, tensor)
-
-
-def slices_too(_: Any) -> None:
-    """Heads over one dimension of a mesh, slices of sequences over the other."""
-    tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-    whole = decoder()
-    cross_entropy(whole(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten()).backward()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
-    model: Any = parallelize(decoder(), mesh, tensor="tensor")
-    shard = ContextShard(TOKENS, group=mesh.get_group("context"))
-    logits = model(shard.take(tokens), shard=shard).logits
-    target = shard.take(tokens.roll(-1, 1)).flatten()
-    loss = cross_entropy(logits.flatten(0, 1), target, reduction="sum") / tokens.numel()
-    loss.backward()
-    same_gradients(model, whole, scale=2)  # FSDP2 averages over the slices
-
-
-def test_heads_and_slices_are_split_at_once(workers):
-    workers.run(slices_too, 4)
 
 
 # errors

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import gc
 import os
-import warnings
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,18 +21,14 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("torchtitan", reason="needs the extra titan", exc_type=ImportError)
 
-# torchtitan takes the first accelerator, and cuda where there is none: here it takes the CPU
-with (
-    warnings.catch_warnings(),
-    mock.patch.object(torch._utils, "_get_available_device_type", return_value="cpu"),
-):
-    warnings.simplefilter("ignore")
-    import torchtitan.components.metrics as titan_metrics
-    from torchtitan.components.checkpoint import CheckpointManager
-    from torchtitan.config import ConfigManager, ParallelismConfig, TrainingConfig
-    from torchtitan.distributed import ParallelDims
-    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-    from torchtitan.trainer import Trainer
+import titan_on_cpu  # first: it chooses the device
+import torchtitan.components.metrics as titan_metrics
+from titan_on_cpu import NoMonitor
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.config import ConfigManager, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.trainer import Trainer
 
 from hamblocks.models import HAMConfig, HAMForCausalLM
 from hamblocks.models.policies import policy_of
@@ -61,18 +59,6 @@ DEGREES = {
     "heads": {"data_parallel_shard_degree": 2, "tensor_parallel_degree": 2},
     "context": {"data_parallel_shard_degree": 2, "context_parallel_degree": 2},
 }
-
-
-class NoMonitor:
-    """The memory of a device that has no counters."""
-
-    device_name, device_capacity_gib = "cpu", 1.0
-
-    def get_peak_stats(self) -> Any:
-        return titan_metrics.DeviceMemStats(0.0, 0.0, 0.0, 0.0, 0, 0)
-
-    def reset_peak_stats(self) -> None:
-        pass
 
 
 def files(folder: Path) -> str:
@@ -249,6 +235,22 @@ def test_jobs_are_found_by_name(name):
     assert config.training.steps == 3
     assert config.parallelism.tensor_parallel_degree == 2
     assert config.to_dict()["model_spec"]["model"]["ham"]["hidden_size"] >= 64
+
+
+def test_the_command_trains(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", titan_on_cpu.__file__, "--module", "hamblocks.titan"]
+    command += ["--config", "ham_debugmodel", "--training.steps", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    losses = {
+        int(step): float(loss)
+        for step, loss in re.findall(
+            r"step: +(\d+)\W.*?loss: +([0-9.]+)", done.stderr + done.stdout
+        )
+    }
+    assert losses.keys() == {1, 2, 3}
+    assert losses[3] < losses[1]
 
 
 @pytest.mark.parametrize(
