@@ -91,14 +91,6 @@ def test_outputs_are_written_without_what_differs_from_run_to_run():
     assert "version" not in cleaned.metadata.language_info
 
 
-def test_a_notebook_runs_in_a_kernel(tmp_path):
-    path = tmp_path / "one.ipynb"
-    cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("print(x + 1)")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    runpy.run_path(str(FOLDER / "run.py"))["run"](path)
-    assert nbformat.read(path, as_version=4).cells[1].outputs[0].text == "2\n"
-
-
 @pytest.mark.parametrize("listing", ["README.md", "docs/index.md", "examples/README.md"])
 def test_notebooks_are_linked(listing):
     text = (ROOT.parent / listing).read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ def start(path: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output.decode()
 
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     while not (parts / "losses.jsonl").exists() and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)  # torchrun hands it on
-    running.communicate(timeout=200)
+    running.communicate(timeout=600)
     stopped = len(losses(parts))
     assert 1 <= stopped <= 12
     finish(start(config(parts, 12, context=2)))

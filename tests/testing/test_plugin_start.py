@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,12 +47,13 @@ def test_a_suite_runs_without_hypothesis(tmp_path):
 
 @pytest.mark.slow
 def test_an_empty_suite_is_collected_as_fast_as_without_the_plugin(tmp_path):
-    """Within 50 ms. Of interleaved runs the fastest is disturbed least by other processes."""
+    """Within 50 ms or a tenth, in CPU time: other processes disturb it less than the clock's."""
     seconds: dict[tuple[str, ...], list[float]] = {(): [], ("-p", "no:hamblocks"): []}
     for _ in range(9):
         for options, measured in seconds.items():
-            begin = time.perf_counter()
+            before = os.times()
             suite(tmp_path, "--collect-only", *options)
-            measured.append(time.perf_counter() - begin)
+            after = os.times()
+            measured.append(sum(after[2:4]) - sum(before[2:4]))
     with_plugin, without = (min(measured) for measured in seconds.values())
-    assert with_plugin - without < 0.05
+    assert with_plugin - without < max(0.05, 0.1 * without)
