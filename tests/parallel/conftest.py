@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from ranks import Workers
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Gives all tests of ranks to one worker of pytest-xdist: processes are started once."""
-    if item.path.is_relative_to(Path(__file__).parent):
-        item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 class _Keeper:
