@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -19,8 +20,8 @@ def with_zero_gradients(y: Tensor, weights: Iterable[Tensor]) -> Tensor:
         y: a floating tensor.
         weights: the weights; those that need no gradient are left out.
     """
-    for weight in weights:
-        if weight.requires_grad:
-            # the sum of nothing is 0 even where a weight is not finite
-            y = y + weight.flatten()[:0].sum().to(y)
-    return y
+    if not torch.is_grad_enabled():  # in decoding no weight needs a gradient
+        return y
+    # the sum of nothing is 0 even where a weight is not finite
+    zeros = [weight.flatten()[:0].sum().to(y) for weight in weights if weight.requires_grad]
+    return y + sum(zeros) if zeros else y
