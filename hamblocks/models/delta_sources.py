@@ -19,7 +19,6 @@ from hamblocks.models.origins import (
     block_of,
     combiner_of,
     has_bias,
-    mlp_origins,
     mlps_of,
     rope_of,
     sizes_of,
@@ -235,9 +234,9 @@ def read_gated_deltanet(family: str, model: Any) -> Source:
     if heads % net.num_heads:
         expected = f"a multiple of num_heads = {net.num_heads}"
         raise wrong("config.num_v_heads", expected, f"{heads}")
-    sizes = sizes_of(config)
+    mlps, origins = mlps_of(config, layers)
+    sizes = sizes_of(config) | mlps
     sizes |= {
-        "intermediate_size": layers[0].mlp.intermediate_size,
         "num_attention_heads": net.num_heads,
         "head_dim": net.head_dim,
         "rms_norm_eps": config.norm_eps,
@@ -255,7 +254,7 @@ def read_gated_deltanet(family: str, model: Any) -> Source:
         conv_init="uniform" if config.use_short_conv else "identity",
         allow_neg_eigval=config.allow_neg_eigval,
     )
-    origins = {
+    origins |= {
         "model.embed_tokens.weight": Origin(("model.embeddings.weight",)),
         "model.stack.norm.weight": Origin(("model.norm.weight",)),
         "lm_head.weight": Origin(("lm_head.weight",)),
@@ -286,7 +285,6 @@ def read_gated_deltanet(family: str, model: Any) -> Source:
             origins |= _fla_attention(f"{block}.layer", f"{old}.attn", each)
         for place, name in (("layer_norm", "attn_norm"), ("mlp_norm", "mlp_norm")):
             origins[f"{block}.{place}.weight"] = Origin((f"{old}.{name}.weight",))
-        origins |= mlp_origins(f"{block}.mlp", f"{old}.mlp")
     return Source(family, sizes, read, origins)
 
 

@@ -151,8 +151,9 @@ def mlps_of(config: Any, layers: Any) -> tuple[dict[str, Any], dict[str, Origin]
     dense = [layer for layer in layers if not hasattr(layer.mlp, "experts")]
     biased = bool(dense) and has_bias(dense, "mlp", ("gate_proj", "up_proj", "down_proj"))
     kinds = ("weight", "bias") if biased else ("weight",)
+    inner = getattr(config, "intermediate_size", None)
     sizes: dict[str, Any] = {
-        "intermediate_size": getattr(config, "intermediate_size", None),
+        "intermediate_size": dense[0].mlp.gate_proj.out_features if dense else inner,
         "mlp_bias": biased,
     }
     if sparse:
