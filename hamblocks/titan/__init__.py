@@ -9,13 +9,17 @@ from hamblocks.extras import require
 
 require("titan", "hamblocks.titan", "torchtitan")
 
-from hamblocks.titan.metrics import HAMMetrics  # noqa: E402 - the error above comes first
+from hamblocks.titan.checkpoints import (  # noqa: E402 - the error above comes first
+    HAMCheckpointManager,
+)
+from hamblocks.titan.metrics import HAMMetrics  # noqa: E402
 from hamblocks.titan.model import HAMTitanModel  # noqa: E402
 from hamblocks.titan.parallel import parallelize_ham  # noqa: E402
 from hamblocks.titan.spec import model_spec  # noqa: E402
 from hamblocks.titan.state_dict import HAMStateDictAdapter  # noqa: E402
 
 __all__ = [
+    "HAMCheckpointManager",
     "HAMMetrics",
     "HAMStateDictAdapter",
     "HAMTitanModel",

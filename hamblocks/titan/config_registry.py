@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import ParallelismConfig, TrainingConfig
@@ -12,6 +11,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
+from hamblocks.titan.checkpoints import HAMCheckpointManager
 from hamblocks.titan.metrics import HAMMetrics
 from hamblocks.titan.spec import model_spec
 from hamblocks.titan.text_bytes import VOCAB, ByteDataLoader, ByteTokenizer
@@ -53,7 +53,7 @@ def ham_debugmodel() -> Trainer.Config:
         ),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
         metrics=HAMMetrics.Config(log_freq=1),
-        checkpoint=CheckpointManager.Config(interval=10),
+        checkpoint=HAMCheckpointManager.Config(interval=10),
         activation_checkpoint=None,
     )
 
@@ -71,7 +71,7 @@ def _pretraining(ham: dict[str, Any], flavor: str, rate: float, batch: int) -> T
         ),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=1000),
         metrics=HAMMetrics.Config(log_freq=10, enable_tensorboard=True),
-        checkpoint=CheckpointManager.Config(interval=500),
+        checkpoint=HAMCheckpointManager.Config(interval=500),
         activation_checkpoint=FullAC.Config(),
     )
 

@@ -60,15 +60,16 @@ class HAMTitanModel(BaseModel):
             if not config.training.disable_cuda_graphs:
                 expected = "True (how much is stored differs from step to step)"
                 raise wrong("training.disable_cuda_graphs", expected, "False")
-            if config.checkpoint.last_save_in_hf:
-                expected = "False (it writes 0 for target fractions; see docs/guide/distributed.md)"
-                raise wrong("checkpoint.last_save_in_hf", expected, "True")
-            if config.checkpoint.enable and config.parallelism.tensor_parallel_degree > 1:
-                expected = (
-                    "False with tensor parallel (torchtitan does not take the planners that save a "
-                    "rank's rows of several blocks)"
-                )
-                raise wrong("checkpoint.enable", expected, "True")
+            checkpoint = config.checkpoint
+            split = config.parallelism.tensor_parallel_degree > 1
+            if not checkpoint.enable:
+                return
+            if (split or checkpoint.last_save_in_hf) and not _is_ours(checkpoint):
+                expected = "HAMCheckpointManager.Config with tensor parallel or last_save_in_hf"
+                raise wrong("checkpoint", expected, type(checkpoint).__qualname__)
+            if split and checkpoint.async_mode == "async_with_pinned_mem":
+                expected = "'disabled' or 'async' with tensor parallel"
+                raise wrong("checkpoint.async_mode", expected, repr(checkpoint.async_mode))
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Number of parameters, and floating point operations per token of a training step.
@@ -166,6 +167,13 @@ class HAMTitanModel(BaseModel):
         config: Any = self.ham.config
         numbers = 2 * config.num_key_value_heads * config.head_dim
         self.row_nbytes = columns * numbers * output.logits.element_size()
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    """Whether a job saves by `HAMCheckpointManager`."""
+    from hamblocks.titan.checkpoints import HAMCheckpointManager  # it imports this file
+
+    return isinstance(checkpoint, HAMCheckpointManager.Config)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -32,7 +32,13 @@ from torchtitan.trainer import Trainer
 
 from hamblocks.models import HAMConfig, HAMForCausalLM
 from hamblocks.models.policies import policy_of
-from hamblocks.titan import HAMMetrics, HAMStateDictAdapter, HAMTitanModel, model_spec
+from hamblocks.titan import (
+    HAMCheckpointManager,
+    HAMMetrics,
+    HAMStateDictAdapter,
+    HAMTitanModel,
+    model_spec,
+)
 from hamblocks.titan.config_registry import ham_1b, ham_400m, ham_debugmodel
 from hamblocks.titan.metrics import metrics_of
 from hamblocks.titan.parallel import parallelize_ham
@@ -170,36 +176,88 @@ def test_a_job_has_the_gradients_of_one_process(workers, tmp_path, kind, recompu
     workers.run(trains, 4, tmp_path, kind, recompute)
 
 
-def saves(_: Any, folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = CheckpointManager.Config(enable=True, interval=1, last_save_model_only=False)
-    config = job(folder, DEGREES["data"], checkpoint=checkpoint)
-    with trainer_of(config) as trainer:
-        iterator = trainer.batch_generator(trainer.dataloader)
-        trainer.step = 1
-        trainer.train_step(iterator)
-        trainer.checkpointer.save(1, last_step=True)
+def a_step(trainer: Trainer) -> None:
+    iterator = trainer.batch_generator(trainer.dataloader)
+    trainer.step = 1
+    trainer.train_step(iterator)
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.optimizers.state_dict()
+    return {name: full(x) for name, x in state.items() if isinstance(x, torch.Tensor)}
+
+
+def saves(_: Any, folder: Path, kind: str, mode: str) -> dict[str, torch.Tensor]:
+    """Saves a job after one step, and goes on from it in a job of another seed."""
+    config = HAMCheckpointManager.Config(
+        enable=True, interval=1, last_save_model_only=False, async_mode=mode
+    )
+    first = job(folder, DEGREES[kind], checkpoint=config)
+    with trainer_of(first) as trainer:
+        a_step(trainer)
+        trainer.checkpointer.save(1)
+        trainer.checkpointer.maybe_wait_for_saving()
         before = whole_state(trainer.model_parts[0])
-    again = copy.deepcopy(config)
+        moments = optimizer_state(trainer)
+    again = copy.deepcopy(first)
     again.debug.seed = 8
     with trainer_of(again) as trainer:
         trainer.checkpointer.load()
         assert trainer.step == 1
         for name, x in whole_state(trainer.model_parts[0]).items():
             assert torch.equal(x, before[name]), name
+        loaded = optimizer_state(trainer)
+        assert loaded.keys() == moments.keys()
+        for name, x in loaded.items():
+            assert torch.equal(x, moments[name]), name
     return before
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_checkpoint_becomes_a_model_of_transformers(workers, tmp_path):
+@pytest.mark.parametrize(("kind", "mode"), [("data", "disabled"), ("heads", "async")])
+def test_a_checkpoint_becomes_a_model_of_transformers(workers, tmp_path, kind, mode):
     files(tmp_path)
-    saved = workers.run(saves, 4, tmp_path)[0]
+    saved = workers.run(saves, 4, tmp_path, kind, mode)[0]
     model = HAMForCausalLM(HAMConfig(**SMALL))
     state = {f"ham.{name}": x for name, x in model.state_dict().items()}
     dcp.load(state, checkpoint_id=str(tmp_path / "out/checkpoint/step-1"), no_dist=True)
-    model.save_pretrained(tmp_path / "model")
-    again = HAMForCausalLM.from_pretrained(tmp_path / "model")
-    for name, x in again.state_dict().items():
+    for name, x in model.state_dict().items():
         assert torch.equal(x, saved[name]), name
+
+
+def saves_for_transformers(_: Any, folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Saves a job at its last step, and begins another with other ranks from what it saved."""
+    config = HAMCheckpointManager.Config(enable=True, last_save_in_hf=True)
+    first = job(folder, DEGREES[kind], checkpoint=config)
+    with trainer_of(first) as trainer:
+        a_step(trainer)
+        trainer.checkpointer.save(1, last_step=True)
+        saved = whole_state(trainer.model_parts[0])
+    config = HAMCheckpointManager.Config(
+        enable=True,
+        folder="other",
+        initial_load_in_hf=True,
+        initial_load_path=str(folder / "out/checkpoint/step-1"),
+    )
+    others = {"data": "heads", "heads": "data"}
+    second = job(folder, DEGREES[others[kind]], checkpoint=config)
+    second.debug.seed = 8
+    with trainer_of(second) as trainer:
+        trainer.checkpointer.load()
+        for name, x in whole_state(trainer.model_parts[0]).items():
+            assert torch.equal(x, saved[name]), name
+    return saved
+
+
+@pytest.mark.parametrize("kind", ["data", "heads"])
+def test_the_last_step_is_saved_for_transformers(workers, tmp_path, kind):
+    files(tmp_path)
+    saved = workers.run(saves_for_transformers, 4, tmp_path, kind)[0]
+    model = HAMForCausalLM.from_pretrained(tmp_path / "out/checkpoint/step-1")
+    assert model.state_dict().keys() == saved.keys()
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, saved[name]), name
+        assert "tau" not in name or x != 0  # a step has moved it
 
 
 @pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False}, {"gate": "entropy"}])
@@ -310,11 +368,17 @@ def test_a_whole_job_is_checked():
         config.model_spec.model.update_from_config(config=config)
     config = ham_debugmodel()
     config.checkpoint.enable, config.parallelism.tensor_parallel_degree = True, 2
-    with pytest.raises(ValueError, match=r"checkpoint.enable: expected False"):
+    config.model_spec.model.update_from_config(config=config)
+    config.checkpoint.async_mode = "async_with_pinned_mem"
+    with pytest.raises(ValueError, match=r"checkpoint.async_mode: expected 'disabled'"):
         config.model_spec.model.update_from_config(config=config)
-    config = ham_debugmodel()
+    config.checkpoint = CheckpointManager.Config(enable=True)
+    with pytest.raises(ValueError, match=r"checkpoint: expected HAMCheckpointManager"):
+        config.model_spec.model.update_from_config(config=config)
+    config.parallelism.tensor_parallel_degree = 1
+    config.model_spec.model.update_from_config(config=config)
     config.checkpoint.last_save_in_hf = True
-    with pytest.raises(ValueError, match=r"checkpoint.last_save_in_hf: expected False"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected HAMCheckpointManager"):
         config.model_spec.model.update_from_config(config=config)
     with pytest.raises(ValueError, match="hidden_size"):
         model_spec("bad", **{**SMALL, "hidden_size": 15})
