@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hamblocks.heads import How, OnFirstRank, Split
 from hamblocks.layer import HAMLayer
+from hamblocks.norm import RMSNorm
 from hamblocks.outputs import LayerOutput
 from hamblocks.parallel.heads import HeadSplit
 from hamblocks.parallel.shard import ContextShard
@@ -85,8 +86,8 @@ class HAMBlock(nn.Module):
         hidden = layer.dims.hidden_size
         self.layer = layer
         self.layer_norm, self.mlp_norm = (
-            nn.RMSNorm(hidden, eps=norm_eps),
-            nn.RMSNorm(hidden, eps=norm_eps),
+            RMSNorm(hidden, eps=norm_eps),
+            RMSNorm(hidden, eps=norm_eps),
         )
         width = intermediate_size or hidden * 8 // 3
         self.mlp = SwiGLU(hidden, width, mlp_bias) if mlp is None else mlp

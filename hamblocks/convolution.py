@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks import blocked
+from hamblocks.blocked.convolution import convolve
 from hamblocks.heads import Split
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
@@ -137,6 +139,9 @@ class ShortConvolution(nn.Module):
 
     def _batch(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         past, tokens = self.kernel_size - 1, x.shape[1]
+        if tokens > 1 and past and blocked.runs(x, state, self._taps()):
+            y = convolve(x, state, self._taps(), self.activation == "silu")
+            return y, torch.cat([state, x[:, -past:]], 1)[:, -past:]
         # every sequence's past, then its tokens: token t stands at index past + t
         inputs = torch.cat([state, x], 1)
         if tokens == 1:  # decoding: the inputs are those of all taps, as they lie

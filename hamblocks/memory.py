@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hamblocks import blocked
+from hamblocks.blocked.norm import Length, normalize
 from hamblocks.convolution import ShortConvolution
 from hamblocks.heads import Split, under
 from hamblocks.own_weights import is_plain
@@ -336,6 +338,9 @@ class _DeltaRuleMemory(Built):
 
     def _unit(self, x: Tensor) -> Tensor:
         """x, of unit length; a little shorter with `qk_l2norm_eps`."""
+        if x.shape[1] > 1 and blocked.runs(x):
+            length = Length(1, self.qk_l2norm_eps, 0 if self.qk_l2norm_eps else 1e-12)
+            return normalize(x, None, length)
         if not self.qk_l2norm_eps:
             # `F.normalize` without the op that expands the norm
             unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hamblocks.cache import cache_transaction
 from hamblocks.gates import PredictionEntropy
 from hamblocks.layer import HAMLayer
+from hamblocks.norm import RMSNorm
 from hamblocks.outputs import LayerStats
 from hamblocks.parallel.shard import ContextShard
 from hamblocks.state import HAMState
@@ -56,7 +57,7 @@ class Stack(nn.Module):
                 f"layer: expected layers of one hidden size, got hidden sizes {widths}"
             )
         self.hidden_size = widths[0]
-        self.norm = nn.RMSNorm(self.hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(self.hidden_size, eps=norm_eps)
 
     @property
     def layers(self) -> list[HAMLayer]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.utils import GarbageCollection
 
@@ -53,18 +53,18 @@ class HAMCheckpointManager(CheckpointManager):
         if async_mode is AsyncMode.ASYNC_WITH_PINNED_MEM:
             # `HAMTitanModel.Config` refuses this with tensor parallel
             return super().dcp_save(state_dict, checkpoint_id, async_mode)
-        saved: Future[Any] | None = None
+        saved = None
         if to_hf:
             self._save_pretrained(checkpoint_id)
         elif async_mode is AsyncMode.ASYNC:
-            saved = dcp.async_save(
+            saved = async_save(
                 state_dict,
                 checkpoint_id=checkpoint_id,
                 planner=SplitSavePlanner(),
                 process_group=self.pg,
             )
         else:
-            dcp.save(state_dict, checkpoint_id=checkpoint_id, planner=SplitSavePlanner())
+            save(state_dict, checkpoint_id=checkpoint_id, planner=SplitSavePlanner())
         if enable_garbage_collection:
             GarbageCollection.collect("GC collection invoked by checkpointer.")
         return saved
@@ -89,10 +89,10 @@ class HAMCheckpointManager(CheckpointManager):
             adapter: Any = self.sd_adapter
             named = adapter.to_hf(state_dict)
             reader = adapter.get_hf_storage_reader(checkpoint_id, from_quantized)
-            dcp.load(named, storage_reader=reader, planner=planner)
+            load(named, storage_reader=reader, planner=planner)
             state_dict = adapter.from_hf(named)
         else:
-            dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=planner)
+            load(state_dict, checkpoint_id=checkpoint_id, planner=planner)
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(state_dict)
 

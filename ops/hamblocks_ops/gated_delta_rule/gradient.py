@@ -16,6 +16,7 @@ pairs j < l <= i are the gradient of g_l. As in the forward pass no sum is a dif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from hamblocks_ops.gated_delta_rule.chunked import (
     Tokens,
     chunked,
 )
+from hamblocks_ops.recorded import recorded
 
 KEPT = 4
 """Tensors that `chunked` keeps of a group."""
@@ -53,7 +55,7 @@ class Chunked(torch.autograd.Function):
         """Arguments and results of `chunked`."""
         kept: list[Tensor] = []
         given = q, k, v, beta, g, initial_state
-        results = _run(given, scale, cu_seqlens, kept)
+        results = _run(*given, scale=scale, cu_seqlens=cu_seqlens, kept=kept)
         ctx.save_for_backward(*given, cu_seqlens, *kept)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
@@ -65,47 +67,22 @@ class Chunked(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
         *given, cu_seqlens = saved[:7]
         if torch.is_grad_enabled():  # create_graph=True: torch differentiates what it records
-            return (*_recorded(given, grads, ctx.scale, cu_seqlens), None, None)
+            again = partial(_run, scale=ctx.scale, cu_seqlens=cu_seqlens)
+            return (*recorded(again, given, grads), None, None)
         return (*gradient(given, grads, ctx.scale, cu_seqlens, saved[7:]), None, None)
 
 
 def _run(
-    given: Sequence[Tensor], scale: float, cu_seqlens: Tensor | None, kept: list[Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, beta, g, initial_state = given
-    return chunked(
-        q,
-        k,
-        v,
-        beta=beta,
-        g=g,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        kept=kept,
-    )
-
-
-def _recorded(
-    given: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor | None]:
-    """The gradients as functions that torch can differentiate again."""
-    wanted = [x for x in given if x.requires_grad]
-    pairs = [
-        (result, grad)
-        for result, grad in zip(_run(given, scale, cu_seqlens, None), grads, strict=True)
-        if grad is not None and result.requires_grad
-    ]
-    results, of = zip(*pairs, strict=True) if pairs else ((), ())
-    found = iter(
-        torch.autograd.grad(results, wanted, of, create_graph=True, allow_unused=True)
-        if pairs
-        else [None] * len(wanted)
-    )
-    return [next(found) if x.requires_grad else None for x in given]
+    """`chunked`, with the tensors that are differentiated first."""
+    return chunked(q, k, v, beta=beta, g=g, initial_state=initial_state, **more)
 
 
 def gradient(
@@ -138,7 +115,7 @@ def gradient(
         )
     if kept is None:
         made: list[Tensor] = []
-        _run(given, scale, cu_seqlens, made)
+        _run(*given, scale=scale, cu_seqlens=cu_seqlens, kept=made)
         kept = made
     layout = Layout.of(v, cu_seqlens)
     decays = layout.decays(g)
