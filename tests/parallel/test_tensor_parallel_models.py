@@ -35,7 +35,8 @@ def results(model: Any) -> tuple[Any, ...]:
     output.loss.backward()
     model.eval()
     made = model.generate(tokens[:, :4], max_new_tokens=8, do_sample=False)
-    return output.logits.detach(), output.loss.detach(), made
+    nothing = model(tokens[:, :0]).logits.detach()
+    return output.logits.detach(), output.loss.detach(), made, nothing
 
 
 def loaded(group: Any, path: Path) -> tuple[Any, ...]:
