@@ -200,6 +200,7 @@ def plot_lives(
     *,
     score: Tensor | None = None,
     mark: int | None = None,
+    reads: Mapping[str, Tensor] | None = None,
     columns: int = 3,
 ) -> Figure:
     """Draws the life of every token under several policies, one panel for each.
@@ -215,6 +216,8 @@ def plot_lives(
             tokens have the positions 0 to T - 1.
         score: what the policies decided from, `[T]`; drawn in a panel of its own, row by row.
         mark: outlines the life of this token in every panel and says when it ends.
+        reads: by label, the queries that a query gate lets read, bool `[T]`; the columns of others
+            are pale. A label without an entry has no query gate.
         columns: panels side by side.
 
     Raises:
@@ -230,10 +233,14 @@ def plot_lives(
         raise wrong("score", f"a tensor [{tokens}], as evict_at has tokens", score)
     if mark is not None and check_count("mark", mark) >= tokens:
         raise wrong("mark", f"a token in [0, {tokens})", str(mark))
+    reading = _checked_reads(reads or {}, lives)
     panels = len(lives) + (score is not None)
     columns = min(check_count("columns", columns, 1), panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(1.8 * columns + 0.3, 1.95 * rows + 0.5), layout="constrained")
+    names = ("stored for good", "stored until it is evicted", "evicted or never stored")
+    lines = -(-len(names) // columns)  # of the legend
+    size = 1.8 * columns + 0.3, 1.95 * rows + 0.3 + 0.2 * lines
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     used, unused = list(grid.flat[:panels]), list(grid.flat[panels:])
     for axes in unused:
@@ -244,7 +251,7 @@ def plot_lives(
     if score is not None:
         _draw_scores(used[0], score, mark)
     for (label, life), axes in zip(lives.items(), used[panels - len(lives) :], strict=True):
-        axes.imshow(_bars(life).numpy(), aspect="auto", interpolation="nearest")
+        axes.imshow(_bars(life, reading.get(label)).numpy(), aspect="auto", interpolation="nearest")
         axes.set_title(label, fontsize=9, loc="left")
         if mark is not None:
             _outline(axes, mark, int(life[mark]), tokens)
@@ -252,8 +259,8 @@ def plot_lives(
         axes.set_ylabel("token", fontsize=8)
     for axes in used[-columns:]:
         axes.set_xlabel("position of the query", fontsize=8)
-    names = ("stored for good", "stored until it is evicted", "evicted or never stored")
-    _legend(figure, "outside upper left", dict(zip(names, (KEPT, STORED, EVICTED), strict=True)), 3)
+    named = dict(zip(names, (KEPT, STORED, EVICTED), strict=True))
+    _legend(figure, "outside upper left", named, min(columns, 3))
     return figure
 
 
@@ -288,13 +295,27 @@ def _checked_lives(evict_at: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return lives
 
 
-def _bars(life: Tensor) -> Tensor:
+def _checked_reads(reads: Mapping[str, Tensor], lives: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which queries read, on the CPU."""
+    for label, queries in reads.items():
+        if label not in lives:
+            raise wrong("reads", f"labels of evict_at ({', '.join(lives)})", repr(label))
+        if not isinstance(queries, Tensor) or queries.dtype != torch.bool:
+            raise wrong(f"reads[{label!r}]", "bool [T]", queries)
+        if queries.shape != lives[label].shape:
+            raise wrong(f"reads[{label!r}]", f"bool {list(lives[label].shape)}", queries)
+    return {label: queries.detach().cpu() for label, queries in reads.items()}
+
+
+def _bars(life: Tensor, reads: Tensor | None) -> Tensor:
     """What every query may read, as colors: float32 `[T tokens, T queries, 3]`."""
     born = torch.arange(len(life))[:, None]
     query = born.T
     kept, stored, gone = (torch.tensor(color) for color in (KEPT, STORED, EVICTED))
     alive = (life == NEVER)[:, None, None]
     bars = torch.where((query < life[:, None])[..., None], torch.where(alive, kept, stored), gone)
+    if reads is not None:
+        bars = torch.where(reads[None, :, None], bars, 0.25 * bars + 0.75)
     return torch.where((query < born)[..., None], 1.0, bars)
 
 

@@ -181,17 +181,41 @@ def test_the_end_of_a_marked_life(end, says, outlines):
     assert len(axes.patches) == outlines
 
 
+def test_queries_that_do_not_read_are_pale():
+    lives = {"all": torch.tensor([NEVER, 2, 3]), "some": torch.tensor([NEVER, 2, 3])}
+    reads = {"some": torch.tensor([True, False, True])}
+    figure = plot_lives(lives, reads=reads, columns=2)
+    plain, gated = (axes.images[0].get_array() for axes in figure.axes)
+    torch.testing.assert_close(torch.tensor(gated[:, ::2]), torch.tensor(plain[:, ::2]))
+    pale = 0.25 * torch.tensor(plain[:2, 1]) + 0.75
+    torch.testing.assert_close(torch.tensor(gated[:2, 1]), pale)
+    assert (gated[2, 1] == 1).all()  # the token comes later
+
+
 def test_the_picture_of_the_docs_has_every_policy_that_decides_what_is_stored():
     docs = Path(__file__).parents[1] / "docs"
     script = runpy.run_path(str(docs / "assets/lives.py"))
     lives = script["lives"]()
     for life in lives.values():
         assert life.shape == (script["TOKENS"],)
-    figure = plot_lives(lives, score=script["scores"](), mark=script["MARKED"])
-    assert len(figure.axes) == len(lives) + 1
-    page = " ".join((docs / "policies.md").read_text(encoding="utf-8").split())
-    described = page[page.index("(assets/lives.png)") : page.index("The examples share")]
-    assert [name for name in lives if f"**{name}**" not in described] == []
+    shown = [name for name in lives if name not in script["PAGES"]["retrieval_heads"]]
+    figure = script["draw"](shown, 2, script["scores"]())
+    assert len(figure.axes) == len(shown) + 1
+    page = " ".join((docs / "policies/index.md").read_text(encoding="utf-8").split())
+    described = page[page.index("(../assets/lives.png)") : page.index("## Combinations")]
+    assert [name for name in shown if f"**{name}**" not in described] == []
+
+
+def test_every_policy_has_a_page_with_its_picture():
+    docs = Path(__file__).parents[1] / "docs"
+    pages = runpy.run_path(str(docs / "assets/lives.py"))["PAGES"]
+    found = {page.stem for page in (docs / "policies").glob("*.md")} - {"index"}
+    assert found == set(pages)
+    for name in found:
+        text = (docs / "policies" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"(../assets/lives/{name}.png)" in text, name
+        assert "**When:**" in text, name
+        assert (docs / "assets/lives" / f"{name}.png").exists(), name
 
 
 @pytest.mark.parametrize(
@@ -207,6 +231,18 @@ def test_the_picture_of_the_docs_has_every_policy_that_decides_what_is_stored():
         (
             lambda one: plot_lives({"a": torch.arange(2)}, score=one.score),
             r"^score: expected a tensor \[2\]",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, reads={"b": torch.ones(2)}),
+            r"^reads: expected labels of evict_at \(a\), got 'b'",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, reads={"a": torch.ones(2)}),
+            r"^reads\['a'\]: expected bool \[T\]",
+        ),
+        (
+            lambda one: plot_lives({"a": torch.arange(2)}, reads={"a": torch.ones(3).bool()}),
+            r"^reads\['a'\]: expected bool \[2\]",
         ),
         (
             lambda one: plot_lives({"a": torch.arange(2)}, mark=2),

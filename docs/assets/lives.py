@@ -1,11 +1,12 @@
-"""Draws lives.png: one sequence of scores, and how long each policy of docs/policies.md stores what.
+"""Draws one sequence of scores, and how long each policy of docs/policies stores what.
 
-python docs/assets/lives.py
+python docs/assets/lives.py draws lives.png, with all policies, and lives/NAME.png for every page.
 """
 
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from hamblocks import (
@@ -23,6 +24,25 @@ from hamblocks.plot import plot_lives
 from hamblocks.protocols import Selector
 
 TOKENS, PROMPT, MARKED = 48, 24, 22
+PAGES = {
+    "ham": ["HAM", "HAM with a window"],
+    "hola": ["HOLA"],
+    "lola": ["LoLA"],
+    "amor": ["AMOR"],
+    "l2a": ["L2A"],
+    "streamingllm": ["StreamingLLM"],
+    "norms": ["norms"],
+    "retrieval_heads": ["a retrieval head", "the other heads"],
+    "prompt_fraction": ["fraction of the prompt"],
+    "error_mass": ["error mass"],
+    "sublinear_growth": ["sublinear growth"],
+    "cooldown_budget": ["cooldown", "budget"],
+    "controls": ["random", "every fourth"],
+    "oracle": ["oracle"],
+}
+"""What the picture of each page of docs/policies shows."""
+UNSCORED = ("AMOR", "L2A", "StreamingLLM", "a retrieval head")
+"""Policies whose selectors read no score."""
 
 
 def scores() -> Tensor:
@@ -36,7 +56,8 @@ def scores() -> Tensor:
 
 def policies() -> dict[str, Selector | tuple[Selector, Tensor]]:
     """Selectors by the name of the policy; with scores, where it decides from others."""
-    random = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    random, norms = torch.rand(2, TOKENS, generator=generator)
     asked_for = torch.zeros(TOKENS).index_fill(0, torch.tensor([6, 22, 33]), 1)
     every_fourth = (torch.arange(TOKENS) % 4 == 0).float()
     return {
@@ -45,7 +66,10 @@ def policies() -> dict[str, Selector | tuple[Selector, Tensor]]:
         "HAM with a window": Threshold(0.6) | Window(8),
         "HOLA": TopK(6),
         "LoLA": TopK(4, delay=6),
+        "AMOR": Threshold(-torch.inf),
+        "L2A": Threshold(-torch.inf),
         "StreamingLLM": FirstTokens(2) | Window(8),
+        "norms": (TopK(6), norms),
         "fraction of the prompt": PromptFraction(0.25, PROMPT) & (FirstTokens(PROMPT) | Window(8)),
         "error mass": ErrorMass(0.4, capacity=TOKENS),
         "sublinear growth": SublinearGrowth(0.5),
@@ -54,6 +78,8 @@ def policies() -> dict[str, Selector | tuple[Selector, Tensor]]:
         "random": (Threshold(0.75), random),
         "every fourth": (Threshold(0.5), every_fourth),
         "oracle": (Threshold(0.5), asked_for),
+        "a retrieval head": Threshold(-torch.inf),
+        "the other heads": FirstTokens(2) | Window(8),
     }
 
 
@@ -66,6 +92,36 @@ def lives() -> dict[str, Tensor]:
     return found
 
 
+def reads() -> dict[str, Tensor]:
+    """Which queries read what is stored, by the name of the policy, bool `[T]` each."""
+    amor, l2a = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2)) > 0.75
+    return {"AMOR": amor, "L2A": l2a}
+
+
+def draw(names: list[str], columns: int, score: Tensor | None) -> Figure:
+    """The lives under some policies, beside the scores that they decide from."""
+    found, queries = lives(), reads()
+    return plot_lives(
+        {name: found[name] for name in names},
+        score=score,
+        mark=MARKED,
+        reads={name: queries[name] for name in names if name in queries},
+        columns=columns,
+    )
+
+
+def score_of(names: list[str]) -> Tensor | None:
+    """The scores that the policies of a page decide from; None if they read none, or others each."""
+    first = policies()[names[0]]
+    if isinstance(first, tuple):
+        return first[1] if len(names) == 1 else None
+    return None if names[0] in UNSCORED else scores()
+
+
 if __name__ == "__main__":
-    figure = plot_lives(lives(), score=scores(), mark=MARKED)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=160)
+    here = Path(__file__).with_suffix("")
+    here.mkdir(exist_ok=True)
+    shown = [name for name in lives() if name not in PAGES["retrieval_heads"]]
+    draw(shown, 3, scores()).savefig(here.with_suffix(".png"), dpi=160)
+    for page, names in PAGES.items():
+        draw(names, 3, score_of(names)).savefig(here / f"{page}.png", dpi=160)
