@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -74,3 +75,29 @@ def test_norms_are_those_of_plain_ops(seed, sizes, length, weighted, block):
     with mock.patch.object(blocked, "BLOCK", block):
         found = normalize(x, weight if weighted else None, length)
         equal(found, normalize_at_once(*given, length=length), given, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes_lose_a_few_roundings(dtype):
+    """Also sums over tokens: gradients of weights."""
+    x, past, taps, weight = (
+        one.detach().to(dtype).requires_grad_()
+        for one in drawn(0, (2, 700, 40), (2, 3, 40), (40, 4), (40,))
+    )
+    calls = [
+        (convolve, convolve_at_once, (x, past, taps), {"activates": True}),
+        (normalize, normalize_at_once, (x, weight), {"length": Length(1 / 40, 1e-6, 0)}),
+    ]
+    for run, exact, inputs, more in calls:
+        wide = [one.detach().double().requires_grad_() for one in inputs]
+        found, expected = run(*inputs, **more), exact(*wide, **more)
+        grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        pairs = zip(
+            [found, *torch.autograd.grad(found, inputs, grad)],
+            [expected, *torch.autograd.grad(expected, wide, grad.double())],
+            strict=True,
+        )
+        for one, other in pairs:
+            assert one.dtype == dtype
+            error = (one.double() - other).norm() / other.norm()
+            assert error < 8 * torch.finfo(dtype).eps
