@@ -15,7 +15,7 @@ sweep      launches of the Triton kernels of attention, and the line of the fast
 Calls that are compared take turns in one run. A call is timed only after its results were checked
 at the same shape. A failure (out of memory, a missing implementation) is recorded with its reason,
 and the other measurements continue. Every time stands beside its floor (see measuring/floors.py),
-what was estimated before any run (measuring/estimates.py), the time of the host, the peak memory
+what was estimated before any run (measuring/estimates/), the time of the host, the peak memory
 and the number of launches. A part stops after `--minutes`.
 `--device cpu` runs everything at a small size, to try the script, and writes nothing.
 """

@@ -1,4 +1,4 @@
-"""benchmarks/measuring/estimates.py: what it counts is what kernels do, and laws of its numbers."""
+"""benchmarks/measuring/estimates/: what it counts is what kernels do, and laws of its numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """GPUs that estimates are made for: their limits, and the part of a limit that kernels reach.
 
 No number of this file was measured here. Each stands beside the source that it was read from, or is
-called an assumption. The first real run shows which of them are wrong: see `estimates.py`.
+called an assumption. The first real run shows which of them are wrong: see `estimates/`.
 """
 
 from __future__ import annotations
