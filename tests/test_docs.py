@@ -1,23 +1,19 @@
-"""What the documentation shows is run: its Python blocks, the output printed beside them, and its completeness."""
+"""What the documentation shows is run: its Python blocks, and the output printed beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import subprocess
 import sys
 import types
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-import hamblocks
 import hamblocks.testing
-import hamblocks_ops
 from hamblocks.testing import settings
 
 ROOT = Path(__file__).parents[1]
@@ -90,32 +86,3 @@ def test_every_check_is_listed_with_its_law():
     ]
     assert missing == []
     assert page.count("| `check_") == len(checks)
-
-
-@pytest.mark.slow
-def test_site_builds_and_documents_every_public_name(tmp_path):
-    pytest.importorskip("mkdocs")
-    site = tmp_path / "site"
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(site)]
-    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    header = b"# The remainder of this file is compressed using zlib.\n"
-    inventory = (site / "objects.inv").read_bytes()
-    listed = zlib.decompress(inventory[inventory.index(header) + len(header) :]).decode()
-    documented = {line.split(" ")[0] for line in listed.splitlines()}
-    for package in (hamblocks, hamblocks_ops, hamblocks.testing):
-        for name in package.__all__:
-            # an op that is named like its module is listed as a member of the module
-            listings = {f"{package.__name__}.{name}", f"{package.__name__}.{name}.{name}"}
-            listings.add(f"{getattr(getattr(package, name), '__module__', '')}.{name}")
-            assert documented & listings, (
-                f"{package.__name__}.{name} is in no page of the reference"
-            )
-    # without this file, pages that are opened as files cannot be searched
-    assert (site / "search/search_index.js").exists()
-    fetched = re.compile(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?(?:https?:)?//""")
-    assert [
-        str(page)
-        for page in site.rglob("*.html")
-        if fetched.search(page.read_text(encoding="utf-8"))
-    ] == []
