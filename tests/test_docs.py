@@ -84,3 +84,60 @@ def test_every_check_is_listed_with_its_law():
     ]
     assert missing == []
     assert page.count("| `check_") == len(checks)
+
+
+CODE = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(
+    r"(?<![\w./:-])(?:hamblocks|ops|tests|benchmarks|examples|docs)/[\w./-]*[\w/](?![\w*])"
+)
+TEST = re.compile(r"(?<![\w/])([\w/]+\.py)::(test_\w+)")
+WRITTEN = {"benchmarks/results/", "tests/golden/written_surprise.json"}
+"""What commands of the pages write."""
+
+
+def stale_names(text: str, folders: tuple[str, ...]) -> list[str]:
+    """Files and tests that a page names in code or in a shell block, and that do not exist.
+
+    A path begins at the root of the repository. Tests stand in one of the `folders`.
+    """
+    shell = [fence["body"] for fence in FENCE.finditer(text) if fence["language"] == "sh"]
+    code = "\n".join(shell + CODE.findall(FENCE.sub("", text)))
+    stale = [name for name in PATH.findall(code) if not (ROOT / name).exists()]
+    for file, test in TEST.findall(code):
+        found = [path for folder in folders if (path := ROOT / folder / file).exists()]
+        if not any(f"def {test}(" in path.read_text(encoding="utf-8") for path in found):
+            stale.append(f"{file}::{test}")
+    return [name for name in stale if name not in WRITTEN]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_and_tests_exist(page):
+    assert stale_names(page.read_text(encoding="utf-8"), ("", "tests", "tests/border")) == []
+
+
+def test_stale_names_are_found():
+    text = (
+        "`docs/none.md`, `python docs/index.md`, `ops/hamblocks_ops/<op>/none.py`, docs/none.txt\n"
+        "`test_docs.py::test_none` `tests/test_docs.py::test_stale_names_are_found`\n"
+        "```sh\npython tests/none.py\n```\n```python\nx = 'tests/none.txt'\n```\n"
+    )
+    assert stale_names(text, ("", "tests")) == [
+        "tests/none.py",
+        "docs/none.md",
+        "test_docs.py::test_none",
+    ]
+
+
+def test_the_layout_of_contributing_exists():
+    page = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    layout = next(fence["body"] for fence in FENCE.finditer(page) if fence["language"] == "text")
+    folder, stale = "", []
+    for line in layout.splitlines():
+        # names of a folder, or indented below it; what they are follows after spaces
+        indent, names = re.match(r"( *)(\S+(?: \S*[./]\S*)*)", line).groups()
+        if len(indent) > 8 or "<" in names:
+            continue
+        folder = folder if indent else names
+        below = [Path(folder) / name if indent else Path(name) for name in names.split()]
+        stale += [str(path) for path in below if not (ROOT / path).exists()]
+    assert stale == []
