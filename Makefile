@@ -86,4 +86,4 @@ compat: $(READY)
 	$(BIN)/python tests/compat.py
 
 clean:
-	rm -rf .venv build site out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build site out .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -104,7 +104,7 @@ def delta_rule(chip: Chip, tokens: int, case: str, learns: bool) -> Estimate:
 
 
 def rows(header: str, cells: list[list[str]]) -> str:
-    """A table in Markdown. A column of numbers, with words behind them or not, is set to the right."""
+    """A table in Markdown; columns whose cells start with a number are set to the right."""
     names = header.split(", ")
     numbers = [
         all(not cell or cell[0].isdigit() for cell in column) for column in zip(*cells, strict=True)

@@ -1,4 +1,4 @@
-"""The documentation builds; its pages hold every public name, no dead link and nothing of the network."""
+"""The documentation builds: its pages have every public name and no dead link, and fetch nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built pages. Zensical writes only inside of the folder of its settings, hence the copy."""
+    """The built pages, of a copy: Zensical writes only inside of the folder of its settings."""
     pytest.importorskip("zensical")
     project = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "zensical.toml", project)
