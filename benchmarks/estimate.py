@@ -104,9 +104,12 @@ def delta_rule(chip: Chip, tokens: int, case: str, learns: bool) -> Estimate:
 
 
 def rows(header: str, cells: list[list[str]]) -> str:
-    """A table in Markdown. Columns behind the first two are numbers."""
+    """A table in Markdown; columns whose cells start with a number are set to the right."""
     names = header.split(", ")
-    line = ["---" if i < 2 else "--:" for i in range(len(names))]
+    numbers = [
+        all(not cell or cell[0].isdigit() for cell in column) for column in zip(*cells, strict=True)
+    ]
+    line = ["--:" if number else "---" for number in numbers]
     return "\n".join("| " + " | ".join(row) + " |" for row in (names, line, *cells))
 
 
@@ -115,14 +118,19 @@ def told(x: float) -> str:
     return f"{x:.3f}" if x < 10 else f"{x:,.1f}" if x < 1000 else f"{x:,.0f}"
 
 
-def cells(where: list[str], one: Estimate) -> list[str]:
-    """A row of a table of phases."""
-    waves = "" if one.waves is None else told(one.waves)
-    counts = [str(one.launches), told(one.bytes / 1e6), told(one.operations / 1e9), waves]
-    return [*where, one.name, *counts, told(1e3 * one.seconds), one.bound, told(1e3 * one.floor)]
-
-
-PHASE = "phase, launches, MB, 10⁹ operations, waves, estimate (ms), bound, floor (ms)"
+def of_phases(where: str, found: list[tuple[list[str], Estimate]]) -> list[str]:
+    """Two tables with the same rows: times, then counts. Both fit the width of a phone."""
+    times, counts = [], []
+    for place, one in found:
+        name = [*place, one.name]
+        waves = "" if one.waves is None else told(one.waves)
+        sizes = [told(one.bytes / 1e6), told(one.operations / 1e9), waves]
+        times.append([*name, told(1e3 * one.seconds), told(1e3 * one.floor), one.bound])
+        counts.append([*name, str(one.launches), *sizes])
+    return [
+        rows(f"{where}, phase, estimate (ms), floor (ms), bound", times),
+        rows(f"{where}, phase, launches, MB, 10⁹ operations, waves", counts),
+    ]
 
 
 def aims(lived: Lifetimes) -> str:
@@ -137,7 +145,7 @@ def aims(lived: Lifetimes) -> str:
     return rows("target, pass, T, bound, " + ", ".join(chip.name for chip in CHIPS), found)
 
 
-def phases(lived: Lifetimes) -> str:
+def phases(lived: Lifetimes) -> list[str]:
     """Attention at every length and fraction, on the first chip, beside FlashAttention."""
     found = []
     size = SIZES.heads, SIZES.head_dim
@@ -147,21 +155,21 @@ def phases(lived: Lifetimes) -> str:
         before = [part for part in one.parts if part.name in LISTS]
         floor = sum(part.floor for part in before)
         parts = [estimates.together("lists", before, floor), *one.parts[len(before) :]]
-        found += [cells(where, part) for part in (*parts, one._replace(name="all"))]
+        found += [(where, part) for part in (*parts, one._replace(name="all"))]
     for tokens, learns in itertools.product(SIZES.op_tokens, (False, True)):
         one = estimates.dense(H100, "flash", tokens, *size, learns=learns)
-        name = "FLASH_ATTENTION, " + (TRAINING if learns else FORWARD)
-        found.append(cells([f"{tokens:,}", "1"], one._replace(name=name)))
-    return rows("T, kept, " + PHASE, found)
+        name = "flash attention, " + (TRAINING if learns else FORWARD)
+        found.append(([f"{tokens:,}", "1"], one._replace(name=name)))
+    return of_phases("T, kept", found)
 
 
-def parts_of(make: Callable[[], Iterator[tuple[str, str, Estimate]]]) -> str:
+def parts_of(make: Callable[[], Iterator[tuple[str, str, Estimate]]]) -> list[str]:
     """The parts of phases, and their sums."""
     found = []
     for what, kept, one in make():
         for part in (*one.parts, one._replace(name="all")):
-            found.append(cells([what, kept], part))
-    return rows("of, kept, " + PHASE, found)
+            found.append(([what, kept], part))
+    return of_phases("of, kept", found)
 
 
 def others(lived: Lifetimes) -> Iterator[tuple[str, str, Estimate]]:
@@ -197,7 +205,7 @@ def others(lived: Lifetimes) -> Iterator[tuple[str, str, Estimate]]:
 def tables() -> list[str]:
     """All tables of docs/estimates.md."""
     lived = lifetimes()
-    return [aims(lived), phases(lived), parts_of(lambda: others(lived))]
+    return [aims(lived), *phases(lived), *parts_of(lambda: others(lived))]
 
 
 def written(page: str, found: list[str]) -> str:

@@ -254,8 +254,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "suite covers what depends on versions: a layer in other libraries' hands, the cache, `generate`,",
         "saved files.",
         "",
-        "| Python | torch | transformers | passed | failed | skipped | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| Python | torch | trans&shy;formers | passed | failed | skipped | time (s) |",
+        "|---|---|---|--:|--:|--:|--:|",
     ]
     notes: list[str] = []
     for name in sorted({*COMBINATIONS, *results}, key=_order):

@@ -62,6 +62,7 @@ def _is_left_out(item: pytest.Item) -> bool:
 GROUPS = {
     "tests/parallel/": "ranks",  # which share processes
     "tests/hf/test_smollm2.py": "checkpoint",  # which takes half a minute to load
+    "tests/test_site.py": "site",  # which takes some seconds to build
 }
 """Tests that one worker of pytest-xdist runs, by the beginning of their names.
 

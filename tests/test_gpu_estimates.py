@@ -196,7 +196,7 @@ def test_launches_of_a_token_are_those_of_the_docs():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(.*)` \| (\d+) \| \d+ \|$", text, re.MULTILINE)
     # without the arguments of the selectors
-    plain = {re.sub(r"\([^|]*\)", "", name).replace("\\", ""): int(n) for name, n in rows}
+    plain = {re.sub(r"\([^|]*\)", "", name): int(n) for name, n in rows}
     assert plain == DECODE_LAUNCHES
     for launches in DECODE_LAUNCHES.values():
         for slabs in ((1.0,), (0.5, 0.5)):

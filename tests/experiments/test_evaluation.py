@@ -32,7 +32,13 @@ from hamblocks.experiments.evaluation.policies import (
     Policy,
     shared_out,
 )
-from hamblocks.experiments.evaluation.report import against_control, chart, markdown, table
+from hamblocks.experiments.evaluation.report import (
+    TITLES,
+    against_control,
+    chart,
+    markdown,
+    table,
+)
 from hamblocks.experiments.evaluation.study import Results, run
 from hamblocks.experiments.evaluation.subjects import set_parts, subject_of
 from hamblocks.experiments.retrofit_text import Text, for_alignment, held_out
@@ -316,11 +322,12 @@ def test_the_command_writes_a_table_and_a_chart(tokenizer, tmp_path):
     assert len(results.rows) == 6
     lines = (out / "evaluate.md").read_text().splitlines()
     assert lines == markdown(results).splitlines()
-    assert [line.split(" | ")[0] for line in lines[4:]] == [
-        "| everything",
-        "| random",
-        "| key norm",
-    ]
+    policies = ["everything", "random", "key norm"]
+    # a caption, then two tables with the same rows
+    for titles, rows in ((lines[2], lines[4:7]), (lines[8], lines[10:])):
+        assert [line.split(" | ")[0] for line in rows] == [f"| {name}" for name in policies]
+        assert {line.count(" | ") for line in (titles, *rows)} == {titles.count(" | ")}
+    assert [title for title in TITLES if f" {title} |" not in lines[2] + lines[8]] == []
     assert (out / "evaluate.png").read_bytes()[:4] == b"\x89PNG"
     view = Console(width=250, record=True)
     view.print(table(results))

@@ -1,4 +1,4 @@
-"""Shows what was measured: a table, the same in Markdown, and a chart."""
+"""Shows what was measured: a table, two of them in Markdown, and a chart."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ TITLES = (
     "policy",
     "asked",
     "stored",
-    "nats/token",
+    "nats per token",
     "against random",
     "passkeys",
     "keys and values",
-    "bytes/token",
+    "bytes per token",
     "allocated",
-    "tokens/s",
-    "decoded/s",
+    "tokens per second",
+    "decoded per second",
 )
+KEYS = 2
+"""Columns that tell the rows apart."""
+QUALITY = 7
+"""The columns before the costs. A phone shows these, or the costs, without scrolling."""
 
 CONTROL = "random"
 """The policy that others are compared with, at the same fraction."""
@@ -125,10 +129,14 @@ def table(results: Results) -> Table:
 
 
 def markdown(results: Results) -> str:
-    """The same table in Markdown."""
-    lines = [caption(results) + ".", ""]
-    lines += ["| " + " | ".join(TITLES) + " |", "|---" + "|--:" * (len(TITLES) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in _table_rows(results)]
+    """The same in Markdown, as two tables: what is kept of the model, and what it costs."""
+    rows = [list(TITLES), *_table_rows(results)]
+    quality = [row[:QUALITY] for row in rows]
+    costs = [row[:KEYS] + row[QUALITY:] for row in rows]
+    lines = [caption(results) + "."]
+    for titles, *cells in (quality, costs):
+        lines += ["", f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join(lines) + "\n"
 
 
