@@ -364,6 +364,18 @@ def test_the_command_names_what_is_wrong(arguments, named, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_does_not_overwrite_its_source(tmp_path, monkeypatch):
+    source("llama", torch.float32).save_pretrained(tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("old", tmp_path / "old", "--selector", "Window(4)")
+    assert code == 2
+    assert "out: expected another folder than the source" in " ".join(
+        output.replace("│", " ").split()
+    )
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+
+
 def test_a_source_that_is_not_there_is_named(tmp_path):
     for name in (str(tmp_path / "none.gguf"), str(tmp_path / "none")):
         with pytest.raises(ValueError, match=r"^source: expected"):
