@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 OF_THE_FILE = ("architectures", "dtype", "transformers_version")
 """Fields of a configuration that differ between a model and the same one after loading."""
 
 
-def fingerprint(model: PreTrainedModel, learned: Iterable[Tensor] = ()) -> str:
+def fingerprint(model: nn.Module, learned: Iterable[Tensor] = ()) -> str:
     """A checksum of the configuration and the weights of a model, 8 hexadecimal digits.
 
     Args:
-        model: its weights are in memory.
+        model: a model of transformers, with its weights in memory.
         learned: tensors of its state dict that do not count.
     """
+    config: Any = model.config
     stated = {
         name: value
-        for name, value in model.config.to_dict().items()
+        for name, value in config.to_dict().items()
         if not name.startswith("_") and name not in OF_THE_FILE
     }
     found = zlib.crc32(json.dumps(stated, sort_keys=True, default=str).encode())
