@@ -55,6 +55,7 @@ def convert(
     require("hf", "hamblocks convert", "transformers")
     import torch
 
+    from hamblocks.controllers import SampledThreshold
     from hamblocks.models import convert_recorded
     from hamblocks.models.conversion import rows
     from hamblocks.models.loading import load_pretrained
@@ -89,6 +90,8 @@ def convert(
     new += sum(weights[name].shape[0] * columns for name, columns in made.widened.items())
     every = sum(weight.numel() for weight in weights.values())
     console.print(f"{new:,} of {every:,} weights are new. Written: {out}", highlight=False)
+    if any(isinstance(module, SampledThreshold) for module in made.model.modules()):
+        console.print("Everything is stored until its thresholds are set, by hamblocks align.")
     if tokenizer is None:
         console.print("The source has no tokenizer.")
 
