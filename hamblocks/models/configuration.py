@@ -196,7 +196,7 @@ class HAMConfig(PreTrainedConfig):
         Raises:
             ValueError: the file is of a model of another type, or an argument is wrong.
         """
-        kind = config_dict.get("model_type", cls.model_type)
+        kind = config_dict.get("model_type") or cls.model_type
         if kind not in (cls.model_type, HAMConfig.model_type):
             expected = f'"{cls.model_type}" (hamblocks.models.convert makes such a model of others)'
             raise wrong("model_type", expected, repr(kind))
