@@ -62,7 +62,7 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
             stated, _ = PreTrainedConfig.get_config_dict(source)
             if stated.get("model_type") in OF_FLA:
                 require("gpu", f"a {stated['model_type']} model", "fla.models")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, **given, **kwargs
         )
     except OSError as error:
@@ -70,6 +70,7 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
         raise wrong(
             "source", f"a model of transformers or a GGUF file ({reason})", source
         ) from error
+    model, report = loaded
     # thresholds may be missing: they begin as in a new model
     missing = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
     if missing:
