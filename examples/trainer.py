@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import hamblocks as hb
-from hamblocks.models import HAMConfig, HAMForCausalLM
+from hamblocks.models import ControllerCallback, HAMConfig, HAMForCausalLM
 
 text = torch.tensor(list(Path(sys.argv[1]).read_bytes()))
 pieces = text[: len(text) // 129 * 129].view(-1, 129)
@@ -37,8 +37,9 @@ with tempfile.TemporaryDirectory() as folder:
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    # the Trainer finds the controllers of a HAM model and moves their thresholds
-    Trainer(model, arguments, train_dataset=data).train()
+    # the callback moves the thresholds after every step; without it everything is stored
+    callbacks = [ControllerCallback()]
+    Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
     model.save_pretrained(folder)
     model = HAMForCausalLM.from_pretrained(folder).eval()
 

@@ -11,15 +11,22 @@ from hamblocks.extras import require
 
 
 def main() -> None:
-    """Runs the command line; without the extra `cli` it prints what to install and exits with 2."""
+    """Runs the command line.
+
+    A package that is missing is an error of one line, which names the extra to install, and the
+    exit code 2. A file that cannot be read or written is one of one line and the exit code 1.
+    """
     try:
         require("cli", "the command hamblocks", "typer", "rich", "matplotlib")
+        from hamblocks.cli import app
+
+        app()
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    from hamblocks.cli import app
-
-    app()
+    except OSError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

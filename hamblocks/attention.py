@@ -14,7 +14,7 @@ from hamblocks.norm import RMSNorm
 from hamblocks.null_sink import attend_with_null
 from hamblocks.own_weights import is_plain
 from hamblocks.protocols import Built, LayerDims, NewTokens, check_count
-from hamblocks.rope import angles, check_scaling, pair_frequencies, turned
+from hamblocks.rope import angles, check_scaling, check_theta, pair_frequencies, turned
 from hamblocks_ops import decode
 from hamblocks_ops.arguments import wrong
 
@@ -71,8 +71,8 @@ class SelectedAttention(Built):
 
         Raises:
             ValueError: `conv_size` is not an integer of at least 1, values are to be convolved with
-                one tap, `rope_scaling` is unknown or has no rotary positions to scale, or
-                `partial_rotary_factor` is out of range.
+                one tap, `rope_theta` is not a finite number above 0, `rope_scaling` is unknown or
+                has no rotary positions to scale, or `partial_rotary_factor` is out of range.
         """
         super().__init__()
         conv_size = check_count("conv_size", conv_size, 1)
@@ -85,7 +85,7 @@ class SelectedAttention(Built):
             raise wrong("partial_rotary_factor", "a number in (0, 1]", repr(partial_rotary_factor))
         self.partial_rotary_factor = partial_rotary_factor
         self.conv_size, self.conv_init, self.conv_values = conv_size, conv_init, conv_values
-        self.rope_theta = None if rope_theta is None else float(rope_theta)
+        self.rope_theta = check_theta(rope_theta)
         self.rope_scaling = rope_scaling
         self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.null_sink, self.impl = null_sink, impl

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 import hamblocks
 from hamblocks import retrofit_cli, show_cli
-from hamblocks.terminal import progress_bars, usage_errors
+from hamblocks.terminal import check_device, progress_bars, usage_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +89,7 @@ def demo(
         f"Recall: {settings.pairs} pairs in {settings.length} tokens of text that repeats itself. "
         f"Models branch from one checkpoint per seed and differ in what they store."
     )
+    out.mkdir(parents=True, exist_ok=True)
     with progress_bars(console) as progress:
         results = run(settings, progress)
     _write(out, results.to_json(), markdown(results))
@@ -111,6 +112,7 @@ def _text_demo(text: Path, steps: int | None, seed: int, out: Path) -> None:
     held_out = f"the last {len(corpus.held_out):,} held out"
     console.print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {held_out}")
     settings = Settings(seed=seed) if steps is None else Settings(steps=steps, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
     with progress_bars(console) as progress:
         results = run(settings, corpus, progress)
     _write(out, results.to_json(), markdown(results))
@@ -152,6 +154,7 @@ def experiment(
     with usage_errors():
         if name != "routing":
             raise ValueError(f"name: expected routing, got {name!r}")
+        check_device(device)
         settings = routing.Settings.quick() if quick else routing.Settings()
         if seeds is not None:
             settings = changed(settings, seeds=tuple(range(1000, 1000 + seeds)))
@@ -209,6 +212,7 @@ def evaluate(
         plan = plan if policies is None else Plan.load(policies)
         if seeds is not None:
             plan = replace(plan, seeds=tuple(range(seeds)))
+        check_device(device)
         loaded, tokenizer = load_pretrained(model)
         if tokenizer is None:
             raise ValueError(f"model: expected one with a tokenizer, got {model} without")
@@ -223,7 +227,6 @@ def evaluate(
 
 def _write(out: Path, results: dict[str, Any], table: str) -> None:
     """Writes the results and the table."""
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(table)
 
@@ -345,6 +348,7 @@ def check(
             raise ValueError("kind, target: expected both, or --against FILE, got neither or one")
         given = _options(dims, dtypes) | {"only": only or None, "profile": profile, "seed": seed}
         name = testing.settings.profile_of(profile).name
+        check_device(device)
         documents, failed = [], 0
         with testing.settings.using(testing.settings.chosen()._replace(device=device)):
             for part, called in testing.target.parts_of(kind, target, like, impl):
@@ -438,10 +442,7 @@ def _compare(against: Path, kind: str | None, target: str | None, as_json: bool)
 
 def _testing() -> Any:
     """The package `hamblocks.testing` with the modules that the commands need."""
-    try:
-        testing = import_module("hamblocks.testing")
-    except ImportError as error:  # the message names the extra
-        raise typer.BadParameter(str(error)) from error
+    testing = import_module("hamblocks.testing")
     for name in ("golden", "report", "settings", "suite", "target"):
         import_module(f"hamblocks.testing.{name}")
     return testing

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hamblocks.extras import require
-from hamblocks.terminal import progress_bars, usage_errors
+from hamblocks.terminal import check_device, progress_bars, text_of, usage_errors
 from hamblocks_ops.arguments import wrong
 
 REPORT = "alignment.json"
@@ -55,12 +55,15 @@ def convert(
     require("hf", "hamblocks convert", "transformers")
     import torch
 
+    from hamblocks.controllers import SampledThreshold
     from hamblocks.models import convert_recorded
     from hamblocks.models.conversion import rows
     from hamblocks.models.loading import load_pretrained
 
     console = Console()
     with usage_errors():
+        if out.resolve() == Path(source).resolve():
+            raise wrong("out", "another folder than the source, which it would overwrite", str(out))
         parts = {
             "selector": policy("selector", selector),
             "gate": policy("gate", gate),
@@ -87,6 +90,8 @@ def convert(
     new += sum(weights[name].shape[0] * columns for name, columns in made.widened.items())
     every = sum(weight.numel() for weight in weights.values())
     console.print(f"{new:,} of {every:,} weights are new. Written: {out}", highlight=False)
+    if any(isinstance(module, SampledThreshold) for module in made.model.modules()):
+        console.print("Everything is stored until its thresholds are set, by hamblocks align.")
     if tokenizer is None:
         console.print("The source has no tokenizer.")
 
@@ -104,7 +109,9 @@ def align(
     ],
     text: Annotated[
         list[Path],
-        typer.Option(help="Text to align on; may be given several times.", exists=True),
+        typer.Option(
+            help="Text to align on; may be given several times.", exists=True, dir_okay=False
+        ),
     ],
     steps: Annotated[
         int,
@@ -134,6 +141,7 @@ def align(
     with usage_errors():
         if not steps and not distill:
             raise wrong("steps", "1 or more, or 1 or more of --distill", "0")
+        check_device(device)
         chosen: dict[str, Any] = {"tokens": tokens, "fractions": _numbers(fractions), "seed": seed}
         settings = AlignmentSettings(steps=steps, lr=lr, workers=workers, **chosen)
         made = HAMForCausalLM.from_pretrained(model).to(device)
@@ -142,6 +150,7 @@ def align(
             "text": [str(file) for file in text],
             "settings": asdict(settings),
         }
+        out.mkdir(parents=True, exist_ok=True)
         with progress_bars(console) as progress:
             given: dict[str, Any] = {"folder": out, "progress": progress}
             if steps:
@@ -185,8 +194,7 @@ def _read(model: Path, files: list[Path]) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise wrong("model", "a folder with a tokenizer", str(model)) from error
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = tokenizer([text_of(file) for file in files], add_special_tokens=False)["input_ids"]
     return tokenizer, torch.tensor([token for row in rows for token in row])
 
 

@@ -36,6 +36,23 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
+def check_theta(theta: Any) -> float | None:
+    """Checks the base of the wavelengths; None: there are no rotary positions.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if theta is None:
+        return None
+    try:
+        number = float(theta)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise wrong("rope_theta", "None or a finite number > 0", repr(theta))
+    return number
+
+
 def check_scaling(scaling: object) -> Scaling | None:
     """Checks a scaling; None: frequencies are not scaled.
 

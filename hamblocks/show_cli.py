@@ -18,7 +18,7 @@ from hamblocks.fates import Fates, fates_of
 from hamblocks.outputs import LayerStats
 from hamblocks.plot import KEPT, plot_kept, printable
 from hamblocks.retrofit_cli import indices, policy
-from hamblocks.terminal import usage_errors
+from hamblocks.terminal import text_of, usage_errors
 from hamblocks_ops.arguments import wrong
 
 
@@ -101,11 +101,7 @@ def _read(text: Path, tokenizer: Any, most: int) -> tuple[Tensor, list[str]]:
     """Ids `[1, T]` of the first tokens of a file, and each as text."""
     if tokenizer is None:
         raise wrong("model", "one with a tokenizer", "one without")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise wrong("--text", f"a file in UTF-8 ({error})", str(text)) from error
-    ids = tokenizer(content, return_tensors="pt").input_ids[:, :most]
+    ids = tokenizer(text_of(text), return_tensors="pt").input_ids[:, :most]
     if ids.shape[1] == 0:
         raise wrong("--text", "a file with at least one token", str(text))
     return ids, [tokenizer.decode([one]) for one in ids[0].tolist()]

@@ -1,10 +1,12 @@
-"""What the commands share: progress bars, and errors of one line. It needs the extra `cli`."""
+"""What the commands share: progress bars, checks, and errors of one line. It needs the extra `cli`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +17,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from hamblocks_ops.arguments import wrong
 
 
 @contextmanager
@@ -36,6 +40,31 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int, str], N
             bars.update(tasks[name], completed=done, remark=remark)
 
         yield progress
+
+
+def check_device(name: str) -> None:
+    """Checks that torch can use a device.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter in a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise wrong("--device", f"a device that torch can use here ({reason})", name) from error
+
+
+def text_of(file: Path) -> str:
+    """The text in a file.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise wrong("--text", f"a file in UTF-8 ({error})", str(file)) from error
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def test_examples_run(path, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), *GIVEN.get(path.stem, [])])
     runpy.run_path(str(path), run_name=f"example_{path.stem}")
-    assert PRINTED.get(path.stem, "checks passed") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert PRINTED.get(path.stem, "checks passed") in printed
+    if path.stem in GIVEN:  # the thresholds of what it trained moved
+        assert "100%" not in printed
     assert len(path.read_text().splitlines()) < 60
 
 

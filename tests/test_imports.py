@@ -10,6 +10,7 @@ import grimp
 import pytest
 
 import hamblocks
+from hamblocks.__main__ import main
 from hamblocks.pytest_plugin import PROFILES
 from hamblocks.testing.settings import PROFILES as KNOWN_PROFILES
 
@@ -78,16 +79,33 @@ def test_the_command_names_its_extra_in_one_line(tmp_path, missing):
     assert f"the command hamblocks needs {missing}: pip install 'hamblocks[cli]'" in line
 
 
-def test_the_command_without_the_extra_for_checks_names_it(tmp_path):
-    code = (
-        "sys.argv = ['hamblocks', 'check', 'gate', 'm:G']\n"
-        "from hamblocks.__main__ import main\n"
-        "main()"
-    )
-    done = run(code, missing=("hypothesis",), path=tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "missing", "extra"),
+    [
+        (["check", "gate", "m:G"], "hypothesis", "test"),
+        (["convert", "a", "b", "--selector", "Window(4)"], "transformers", "hf"),
+    ],
+)
+def test_the_command_without_the_extra_of_a_part_of_it_names_it(
+    tmp_path, arguments, missing, extra
+):
+    code = f"sys.argv = {['hamblocks', *arguments]}\nfrom hamblocks.__main__ import main\nmain()"
+    done = run(code, missing=(missing,), path=tmp_path)
     assert done.returncode == 2
-    assert "hamblocks[test]" in " ".join(done.stderr.replace("│", " ").split())
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert f"needs {missing}: pip install 'hamblocks[{extra}]'" in line
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line_and_before_the_work(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    monkeypatch.setattr(sys, "argv", ["hamblocks", "demo", "--quick", "--out", out])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f"[Errno 20] Not a directory: '{out}'\n"
 
 
 def test_the_plugin_knows_the_profiles():

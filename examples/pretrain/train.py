@@ -84,6 +84,10 @@ def main(config: dict[str, Any]) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     mesh = init_device_mesh(device, (ranks // context, context), mesh_dim_names=("data", "context"))
     mine, share = mesh.get_local_rank("data"), data["batch"] // (ranks // context)
+    if share * (ranks // context) != data["batch"]:
+        raise SystemExit(
+            f"data.batch: expected a multiple of {ranks // context} ranks, got {data['batch']}"
+        )
     torch.manual_seed(train["seed"])
     model: Any = decoder(config["model"]).to(device)
     dtype = torch.bfloat16 if device == "cuda" else None

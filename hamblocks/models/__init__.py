@@ -69,8 +69,14 @@ if not TYPE_CHECKING:  # type checkers would take any name for an attribute
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         require("hf", f"hamblocks.models.{name}", "transformers")
-        # the Auto classes know the models from here, whichever name is used first
-        import_module("hamblocks.models.modeling")
+        try:
+            # the Auto classes know the models from here, whichever name is used first
+            import_module("hamblocks.models.modeling")
+        except ImportError as error:
+            raise ImportError(
+                f"hamblocks.models.{name} needs transformers 5.6 or later, and below 6: "
+                f"pip install 'hamblocks[hf]' ({error})"
+            ) from error
         value: object = getattr(import_module(f"hamblocks.models.{_HOME[name]}"), name)
         return value
 

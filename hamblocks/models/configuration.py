@@ -192,7 +192,14 @@ class HAMConfig(PreTrainedConfig):
         """As in transformers; what `from_pretrained(..., selector=...)` changes is checked too.
 
         A changed `rope_theta` holds in the policies of attention too, and the other way round.
+
+        Raises:
+            ValueError: the file is of a model of another type, or an argument is wrong.
         """
+        kind = config_dict.get("model_type") or cls.model_type
+        if kind not in (cls.model_type, HAMConfig.model_type):
+            expected = f'"{cls.model_type}" (hamblocks.models.convert makes such a model of others)'
+            raise wrong("model_type", expected, repr(kind))
         names = HAMConfig.__annotations__
         changed = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         saved = copy.deepcopy(config_dict)

@@ -42,7 +42,7 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
         The model in eval mode, and its tokenizer; None: the source has none, or it is not loaded.
 
     Raises:
-        ValueError: there is no such file or model.
+        ValueError: there is no such file or model, or it lacks weights.
         ImportError: a GGUF file or a model of flash-linear-attention, and a package that reads it
             is not installed.
     """
@@ -62,12 +62,20 @@ def load_pretrained(source: str, *, tokenizer: bool = True, **kwargs: Any) -> tu
             stated, _ = PreTrainedConfig.get_config_dict(source)
             if stated.get("model_type") in OF_FLA:
                 require("gpu", f"a {stated['model_type']} model", "fla.models")
-        model = AutoModelForCausalLM.from_pretrained(source, **given, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **given, **kwargs
+        )
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise wrong(
             "source", f"a model of transformers or a GGUF file ({reason})", source
         ) from error
+    model, report = loaded
+    # thresholds may be missing: they begin as in a new model
+    missing = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
+    if missing:
+        expected = "a model with all its weights"
+        raise wrong("source", expected, f"{source} without {', '.join(missing)}")
     if not tokenizer:
         return model.eval(), None
     try:

@@ -594,17 +594,17 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
                 else:
                     targets = shard.next_of(labels.long(), IGNORE)
                 count = kwargs.get("num_items_in_batch")
-                if count is None:  # a mean over no label would be NaN
+                if count is None:
                     count = (targets != IGNORE).sum()
                     if shard is not None:
                         torch.distributed.all_reduce(count, group=shard.group)
-                    count = count.clamp(min=1)
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
                     vocab_size=self.config.vocab_size,
                     shift_labels=targets,
-                    num_items_in_batch=count,
+                    # a mean over no label would be NaN
+                    num_items_in_batch=count + (count == 0),
                 )
         return HAMCausalLMOutput(
             loss=loss,

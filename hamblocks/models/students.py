@@ -19,6 +19,7 @@ from hamblocks.combiners import ScaledSum
 from hamblocks.controllers import SampledThreshold, step_controllers
 from hamblocks.hashing import mix
 from hamblocks.layer import HAMLayer
+from hamblocks.models.fingerprint import fingerprint
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import check_tensor, wrong
 
@@ -295,7 +296,14 @@ class Run(ABC):
         chosen = asdict(settings)
         for name in ("workers", "save_every"):  # which change no result
             del chosen[name]
-        self.identity = {"settings": chosen, "tokens": ids.numel(), "sum": int(ids.long().sum())}
+        # all that the saved state does not replace
+        learned = [x for student in self.students.values() for x in student.state().values()]
+        self.identity = {
+            "settings": chosen,
+            "tokens": ids.numel(),
+            "sum": int(ids.long().sum()),
+            "model": fingerprint(model, learned),
+        }
 
     @abstractmethod
     def start(self) -> None:
@@ -364,14 +372,14 @@ class Run(ABC):
         Raises:
             ValueError: it is of another run.
         """
-        for name, value in self.identity.items():
-            if saved["run"][name] != value:
-                expected = (
-                    f"{name} {saved['run'][name]}, as the run that stopped (or another folder)"
-                )
-                raise wrong("folder", expected, f"{value}")
         if list(saved["layers"]) != list(self.students):
             raise wrong("folder", f"layers {list(saved['layers'])}", f"{list(self.students)}")
+        for name, value in self.identity.items():
+            if saved["run"].get(name) != value:
+                expected = (
+                    f"{name} {saved['run'].get(name)}, as the run that stopped (or another folder)"
+                )
+                raise wrong("folder", expected, f"{value}")
         self.done, self.seconds = saved["done"], saved["seconds"]
         self.before = saved["before"]
         for index, student in self.students.items():

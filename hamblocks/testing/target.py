@@ -5,11 +5,26 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 import hamblocks_ops
 from hamblocks.testing.suite import op_implementations
 from hamblocks_ops.arguments import wrong
+
+
+class _Names(dict[str, Any]):
+    """The names of a module; one that it imports when it is used, as hamblocks does, is found."""
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(vars(module))
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        try:
+            return getattr(self.module, name)
+        except AttributeError:  # perhaps a builtin
+            raise KeyError(name) from None
 
 
 def load(target: str) -> tuple[Any, str]:
@@ -35,7 +50,7 @@ def load(target: str) -> tuple[Any, str]:
         expected = f"a module that can be imported before the colon ({error})"
         raise wrong("target", expected, repr(name)) from error
     try:
-        part = eval(expression, dict(vars(module)))
+        part = eval(expression, _Names(module))
         return (part(), f"{expression}()") if isinstance(part, type) else (part, expression)
     except Exception as error:
         expected = f"an expression that makes a part in {name} ({type(error).__name__}: {error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -235,6 +236,11 @@ def test_every_policy_is_measured_and_a_later_run_goes_on(tokenizer, tmp_path):
     renamed = replace(SMALL, policies=(Policy("random", gate={"type": "key_norm"}),))
     with pytest.raises(ValueError, match=r"^policies: expected 'random' as in"):
         run(model, tokenizer, renamed, tmp_path, "tiny", quiet)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"^out: expected a folder without results, or with"):
+        run(trained, tokenizer, SMALL, tmp_path, "tiny", quiet)
     # what is asked in addition stands beside what is there
     more = named("key norm", fractions=(0.5,))
     wider = run(model, tokenizer, more, tmp_path, "tiny", quiet)

@@ -225,6 +225,12 @@ def test_a_run_that_stops_goes_on(tmp_path):
         align(converted(), ids(length=601), SETTINGS, folder=tmp_path / "halves")
     with pytest.raises(ValueError, match=r"^folder: expected layers"):
         align(converted(layers=[0]), ids(), SETTINGS, folder=tmp_path / "halves")
+    other = converted()
+    with torch.no_grad():
+        other.model.stack.layers[1].q_proj.weight[0, 0] += 1
+    for model in (other, converted(gate=hb.KeyNorm())):
+        with pytest.raises(ValueError, match=r"^folder: expected model"):
+            align(model, ids(), SETTINGS, folder=tmp_path / "halves")
 
 
 @pytest.mark.slow
@@ -303,3 +309,15 @@ def test_the_command(tmp_path):
     nothing = CliRunner().invoke(app, [*more, "--distill", "0"])
     assert nothing.exit_code == 2
     assert "steps: expected 1 or more" in nothing.output
+    # what is wrong is named, and before the work
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    source("llama", torch.float32).save_pretrained(tmp_path / "llama")
+    for changed, named in (
+        (["--text", tmp_path / "bad.txt"], "--text: expected a file in UTF-8"),
+        (["--device", "nowhere"], "--device: expected a device that torch can use here"),
+        ([], 'model_type: expected "ham" (hamblocks.models.convert makes such a model'),
+    ):
+        arguments[1] = tmp_path / ("model" if changed else "llama")
+        bad = CliRunner().invoke(app, [*map(str, [*arguments, *changed])], env={"COLUMNS": "200"})
+        assert bad.exit_code == 2
+        assert named in " ".join(bad.output.replace("│", " ").split())

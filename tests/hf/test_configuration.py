@@ -500,6 +500,18 @@ def test_importing_hamblocks_needs_torch_alone():
         hb.models.HAMFor  # noqa: B018
 
 
+def test_a_transformers_that_is_too_old_is_named(tmp_path):
+    (tmp_path / "transformers.py").touch()  # without the names that the models import
+    run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import hamblocks.models\n"
+        "try:\n    hamblocks.models.HAMConfig\n"
+        "except ImportError as error:\n"
+        "    assert 'HAMConfig needs transformers 5.6 or later' in str(error)\n"
+        "else:\n    raise SystemExit(1)"
+    )
+
+
 def test_a_transformers_that_fails_is_an_error_for_its_users_alone(tmp_path):
     (tmp_path / "transformers.py").write_text("raise FutureWarning('as an error')")
     run(

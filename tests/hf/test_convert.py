@@ -340,6 +340,7 @@ def test_the_command_converts_a_folder(tmp_path):
     assert code == 0, output
     assert "qwen2: 2 hybrid layers" in output
     assert "weights are new" in output
+    assert "until its thresholds are set" not in output  # these are fixed
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert loaded.config.layer_types == ["hybrid", "full_attention", "hybrid"]
     ids = text(1, 2, 20)
@@ -364,11 +365,33 @@ def test_the_command_names_what_is_wrong(arguments, named, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_does_not_overwrite_its_source(tmp_path, monkeypatch):
+    source("llama", torch.float32).save_pretrained(tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("old", tmp_path / "old", "--selector", "Window(4)")
+    assert code == 2
+    assert "out: expected another folder than the source" in " ".join(
+        output.replace("│", " ").split()
+    )
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+
+
 def test_a_source_that_is_not_there_is_named(tmp_path):
     for name in (str(tmp_path / "none.gguf"), str(tmp_path / "none")):
         with pytest.raises(ValueError, match=r"^source: expected"):
             load_pretrained(name)
     assert gguf_of_package("hamblocks") is None
+
+
+def test_a_source_without_all_its_weights_is_refused(tmp_path):
+    old = source("llama", torch.float32)
+    weights = old.state_dict()
+    name = "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    old.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=rf"^source: expected .* all its weights, got .*{name}$"):
+        load_pretrained(str(tmp_path))
 
 
 def test_the_tokenizer_can_be_left_out(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from source_cases import LENGTH, LLAMA3, MSCALE, InFloat64
@@ -84,6 +86,12 @@ def test_a_bad_scaling_is_named(scaling, named):
     with pytest.raises(ValueError, match=r"^rope_scaling") as caught:
         hb.SelectedAttention(rope_scaling=scaling)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("theta", [-1.0, 0.0, math.inf, math.nan, "a", [1.0]])
+def test_a_bad_base_is_named(theta):
+    with pytest.raises(ValueError, match=r"^rope_theta: expected None or a finite number > 0, got"):
+        hb.SelectedAttention(rope_theta=theta)
 
 
 def test_scaling_needs_positions_and_channels():

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 from users_parts import GATES
 
+import hamblocks
 from hamblocks.cli import app
 
 MODULE = (
@@ -200,6 +201,15 @@ def test_bad_usage_is_told_in_one_line(arguments: list[str], message: str) -> No
     flat = " ".join(result.output.replace("│", " ").split())
     assert message in flat
     assert "Traceback" not in result.output
+
+
+def test_names_that_a_module_imports_when_they_are_used(monkeypatch) -> None:
+    # as in a new process, where nothing has used them yet
+    for name in ("SharedGate", "KeyNorm"):
+        monkeypatch.delitem(vars(hamblocks), name, raising=False)
+    target = "hamblocks:[SharedGate(part()) for part in (lambda: (KeyNorm,))()][0]"
+    result = run("check", "gate", target, "--only", "check_gate_is_causal")
+    assert result.exit_code == 0, result.output
 
 
 PARTS = [

@@ -33,6 +33,7 @@ from hamblocks.experiments.evaluation.policies import (
 from hamblocks.experiments.evaluation.subjects import Subject, set_parts, subject_of
 from hamblocks.experiments.retrofit_text import for_alignment, held_out
 from hamblocks.models.copying import copying_by_head
+from hamblocks.models.fingerprint import fingerprint
 from hamblocks.selectors import FirstTokens, Window
 from hamblocks_ops.arguments import wrong
 
@@ -108,6 +109,7 @@ def about(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "model": name,
         "architecture": type(model).__name__,
         "parameters": sum(weight.numel() for weight in model.parameters()),
+        "fingerprint": fingerprint(model),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -234,6 +236,12 @@ def _resumed(path: Path, plan: Plan, now: dict[str, Any]) -> Results:
             raise wrong(
                 "out", f"results of {now[name]} ({name})", f"{path} of {results.about[name]}"
             )
+    # results of earlier checkouts have none
+    if results.about.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
+        expected = "a folder without results, or with results of this model"
+        raise wrong(
+            "out", expected, f"{path} of a model with other weights or another configuration"
+        )
     old, new = results.plan.to_json(), plan.to_json()
     for name in new:
         if name not in FREE and old[name] != new[name]:
