@@ -35,7 +35,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.context import CHECKED
-from hamblocks_ops.packing import no_padding
+from hamblocks_ops.packing import int32, no_padding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -287,7 +287,7 @@ class KVCache:
         if values_are_checked(position):
             check_order(position, streams.seen)
         until = None if lowered is None else lowered_lifetimes(streams, lowered)
-        evict_at = evict_at.to(torch.int32)
+        evict_at = int32(evict_at)
         if evict_at.shape[2] != streams.heads:
             evict_at = evict_at.expand(-1, -1, streams.heads)
         # position NEVER: no query sees padding, and the commit does not store it
@@ -297,7 +297,7 @@ class KVCache:
         bias = None
         if logit_bias is not None and streams.pool.bias is not None:
             bias = logit_bias.to(streams.pool.bias.dtype)
-        new = CallTokens(k, v, where.to(torch.int32), evict_at, bias)
+        new = CallTokens(k, v, int32(where), evict_at, bias)
         return Extension(
             streams, new, until, position, origin, check=self.check, following=_following
         )

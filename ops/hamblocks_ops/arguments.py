@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import numbers
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -94,6 +95,18 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     least, most = (float(bound) for bound in value.detach().aminmax())
     if not (least >= low and most <= high):
         raise wrong(name, f"values in [{low:g}, {high:g}]", f"values from {least:g} to {most:g}")
+
+
+def check_scale(scale: object) -> None:
+    """Checks a number or None. A tensor is neither: its gradient would be lost."""
+    if scale is not None and not isinstance(scale, numbers.Real):
+        raise wrong("scale", "a number or None", scale)
+
+
+def check_not_empty(name: str, value: Tensor, layout: str, dims: Sequence[int]) -> None:
+    """Checks that some dimensions, whose letters are in `layout`, are at least 1."""
+    if any(value.shape[dim] == 0 for dim in dims):
+        raise wrong(name, f"at least 1 in {layout}", value)
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) -> None:

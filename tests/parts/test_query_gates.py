@@ -150,6 +150,18 @@ def test_a_router_learns_where_to_read():
     assert all(x is not None and x.any() for x in gradients)
 
 
+def test_tau_is_not_rounded_to_the_dtype_of_the_score():
+    """In bfloat16 tau would be the score itself."""
+
+    class Constant:
+        def __call__(self, x, trace):
+            return hb.GateOutput(torch.full((*x.shape[:2], 1), 0.30078125, dtype=x.dtype))
+
+    gate = hb.ThresholdQueries(Constant(), 0.3015)
+    layer = hb.HAMLayer(8, 2, selector=EVERYTHING, query_gate=gate).bfloat16()
+    assert not layer(torch.ones(1, 3, 8, dtype=torch.bfloat16)).stats.reads.any()
+
+
 def test_its_controller_is_stepped_and_saved():
     layer = layer_of(hb.ThresholdQueries(hb.PredictionError(), hb.TargetFraction(0.25))).train()
     layer(tokens(40))

@@ -11,7 +11,9 @@ from torch import Tensor
 from hamblocks_ops.arguments import (
     check_floating,
     check_integer,
+    check_not_empty,
     check_range,
+    check_scale,
     check_tensor,
     values_are_checked,
     wrong,
@@ -143,6 +145,8 @@ def _check_paged_attention(
 ) -> None:
     check_tensor("q", q, "[N, T, Hq, D]", [None] * 4)
     check_floating("q", q)
+    check_not_empty("q", q, "the dimensions Hq and D", (2, 3))
+    check_scale(scale)
     check_slabs(slabs, like=q)
     sequences, queries, heads, _ = q.shape
     slabs = slabs or [_no_pages(q)]
