@@ -280,6 +280,7 @@ class KVCache:
         own = self._newest()
         if not CHECKED.get():
             self._check_fit(k, v, position, evict_at, logit_bias)
+            position, evict_at = int32(position), int32(evict_at)
         if isinstance(own, Unallocated):
             streams, origin = _allocated(own, k, evict_at, logit_bias), own
         else:
@@ -287,7 +288,7 @@ class KVCache:
         if values_are_checked(position):
             check_order(position, streams.seen)
         until = None if lowered is None else lowered_lifetimes(streams, lowered)
-        evict_at = int32(evict_at)
+        evict_at = evict_at.to(torch.int32)
         if evict_at.shape[2] != streams.heads:
             evict_at = evict_at.expand(-1, -1, streams.heads)
         # position NEVER: no query sees padding, and the commit does not store it
@@ -297,7 +298,7 @@ class KVCache:
         bias = None
         if logit_bias is not None and streams.pool.bias is not None:
             bias = logit_bias.to(streams.pool.bias.dtype)
-        new = CallTokens(k, v, int32(where), evict_at, bias)
+        new = CallTokens(k, v, where.to(torch.int32), evict_at, bias)
         return Extension(
             streams, new, until, position, origin, check=self.check, following=_following
         )

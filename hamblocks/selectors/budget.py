@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, last_slots, lower, new_positions
+from hamblocks.ledger import EMPTY, last_slots, lower, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, Selector, check_count
 from hamblocks.selectors.questions import ignores_score, start
 from hamblocks.selectors.times import time_keys
@@ -149,6 +149,8 @@ class Budget(Wrapper):
             if self.leaves == "oldest":
                 return Selection(newest(own, lived, self.tokens, cu_seqlens))
             return Selection(lowest(score, own, lived, self.tokens, cu_seqlens)[0])
+        if not isinstance(ledger, BudgetLedger):
+            raise of_another(ledger, BudgetLedger)
         own = new_positions(score, position, cu_seqlens)
         inner = self.inner(score, ledger.inner, **given)
         # The stored tokens come first, as if all tokens came in one sequence.

@@ -212,6 +212,11 @@ CALLS = {
         "ledger",
         lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2))),
     ),
+    "ledger of another selector": (
+        "ledger",
+        lambda layer, s: layer(X, state=s._replace(ledger=hb.ErrorMass(0.5, 3).start(2, 2))),
+    ),
+    "no ledger": ("state", lambda layer, s: layer(X, state=s._replace(ledger=None))),
     "spent state": ("state", lambda layer, s: layer(X, state=spent(layer, s))),
     "state in another dtype": ("state", lambda layer, s: layer(X, state=float_cache(layer, s))),
     "state of one row per sequence": (
@@ -230,6 +235,8 @@ CALLS = {
     "reset another batch": ("sequences", lambda layer, s: layer.reset(s, torch.tensor([True]))),
     "reset by a list": ("sequences", lambda layer, s: layer.reset(s, [True, False])),
     "crop to no checkpoint": ("position", lambda layer, s: s.crop(3)),
+    "crop another batch": ("position", lambda layer, s: s.checkpoint().crop(borders(3, 3, 3))),
+    "crop to a word": ("position", lambda layer, s: s.checkpoint().crop("first")),
     "reserve less than nothing": ("steps", lambda layer, s: s.reserve(-1)),
     "saved by another memory": (
         "memory",
@@ -237,6 +244,7 @@ CALLS = {
             {**s.state_dict(), "memory": s.state_dict()["memory"][1:]}
         ),
     ),
+    "not saved": ("saved", lambda layer, s: layer.load_state(s)),
     "saved with other sizes": (
         "state",
         lambda layer, s: layer.load_state(state_of(size=Size(0, 2, 6, (3, 3))).state_dict()),

@@ -86,6 +86,14 @@ def test_a_query_that_does_not_read_sees_its_window():
 
 
 @torch.no_grad()
+def test_a_window_without_an_end():
+    layer = hb.HAMLayer(8, 2, selector=EVERYTHING, query_gate=Chosen([], 2**40))
+    x = torch.randn(1, 5, 8)
+    windowed = layer(x).y
+    layer.query_gate = None
+    torch.testing.assert_close(windowed, layer(x).y)
+
+
 def test_all_queries_reading_is_no_query_gate():
     x = tokens(9)
     close(layer_of(hb.ThresholdQueries(Parity(), -math.inf))(x).y, layer_of(None)(x).y)

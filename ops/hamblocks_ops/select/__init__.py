@@ -221,7 +221,8 @@ def _by_token(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
     if position is None:
         position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
     by_token = position[..., None] if position.dim() == 2 else position
-    by_token = int32(by_token)
+    if by_token.dtype != torch.int32:
+        by_token = int32(by_token)
     return unpadded(by_token) if no_padding(position) else by_token
 
 
