@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any, final
 
 import torch
@@ -71,13 +73,17 @@ class SelectedAttention(Built):
 
         Raises:
             ValueError: `conv_size` is not an integer of at least 1, values are to be convolved with
-                one tap, `rope_scaling` is unknown or has no rotary positions to scale, or
-                `partial_rotary_factor` is out of range.
+                one tap, `rope_theta` is not above 0, `rope_scaling` is unknown or has no rotary
+                positions to scale, or `partial_rotary_factor` is out of range.
         """
         super().__init__()
         conv_size = check_count("conv_size", conv_size, 1)
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
+        if rope_theta is not None:
+            is_number = isinstance(rope_theta, numbers.Real) and not isinstance(rope_theta, bool)
+            if not is_number or not 0 < rope_theta < math.inf:
+                raise wrong("rope_theta", "a finite number > 0, or None", rope_theta)
         rope_scaling = check_scaling(rope_scaling)
         if rope_scaling is not None and rope_theta is None:
             raise wrong("rope_scaling", "None where rope_theta = None", repr(rope_scaling))

@@ -309,7 +309,7 @@ def test_show_needs_a_token(folder):
 )
 def test_an_empty_sequence_of_a_packed_batch(draw):
     stats = stats_of(NEVER, 5)._replace(cu_seqlens=torch.tensor([0, 2, 2]))
-    with pytest.raises(ValueError, match="^sequence: expected one with a token, got 1"):
+    with pytest.raises(ValueError, match=r"^sequence: expected one with a token, got 1"):
         draw(stats)
 
 

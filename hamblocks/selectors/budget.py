@@ -122,6 +122,8 @@ class Budget(Wrapper):
         nbytes = check_count("nbytes", nbytes)
         head_dim = check_count("head_dim", head_dim, 1)
         num_kv_heads = check_count("num_kv_heads", num_kv_heads, 1)
+        if not isinstance(dtype, torch.dtype):
+            raise wrong("dtype", "a torch.dtype", dtype)
         token = 2 * num_kv_heads * head_dim * dtype.itemsize
         return cls(inner, nbytes // token, leaves=leaves)
 
