@@ -98,15 +98,14 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 
 def check_scale(scale: object) -> None:
-    """Checks a number or None. A tensor is neither: its gradient would be lost."""
-    if scale is not None and not isinstance(scale, numbers.Real):
+    """Checks a scale that is not None. A tensor is no number: its gradient would be lost."""
+    if not isinstance(scale, numbers.Real):
         raise wrong("scale", "a number or None", scale)
 
 
-def check_not_empty(name: str, value: Tensor, layout: str, dims: Sequence[int]) -> None:
-    """Checks that some dimensions, whose letters are in `layout`, are at least 1."""
-    if any(value.shape[dim] == 0 for dim in dims):
-        raise wrong(name, f"at least 1 in {layout}", value)
+def without_heads(name: str, value: Tensor) -> ValueError:
+    """The error of a tensor `[B, T, heads, size]` that has no head, or heads of size 0."""
+    return wrong(name, "at least one head, of at least one entry", value)
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) -> None:

@@ -11,10 +11,10 @@ from hamblocks_ops.arguments import (
     check_cu_seqlens,
     check_floating,
     check_integer,
-    check_not_empty,
     check_range,
     check_scale,
     check_tensor,
+    without_heads,
     wrong,
 )
 from hamblocks_ops.declare import Hints, op_with_choice
@@ -184,8 +184,10 @@ def _check_selected_attention(
 ) -> None:
     check_tensor("q", q, "[B, Tq, H, D]", [None] * 4)
     check_floating("q", q)
-    check_not_empty("q", q, "the dimensions H and D", (2, 3))
-    check_scale(scale)
+    if 0 in q.shape[2:]:
+        raise without_heads("q", q)
+    if scale is not None:
+        check_scale(scale)
     batch, queries, heads, dim = q.shape
     check_tensor("k", k, "[B, Tk, Hkv, D]", [batch, None, None, dim], like=q)
     check_floating("k", k, like=q)
