@@ -54,13 +54,16 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     """Checks what the gate returned for x `[B, T, hidden_size]`.
 
     Raises:
-        ValueError: it is not a GateOutput, or has a wrong number of tokens or heads.
+        ValueError: it is not a GateOutput, has a wrong number of tokens or heads, or is not
+            floating.
     """
     if not isinstance(result, GateOutput):
         raise wrong("gate", "GateOutput(score, logit_bias) from its call", _kind(result))
     score, logit_bias = result
     rows = list(x.shape[:2])
     check_tensor("score", score, "[B, T, heads] from the gate", [*rows, None], like=x)
+    if not score.is_floating_point():
+        raise wrong("score", "a floating-point dtype from the gate", score)
     allowed = {1, dims.num_kv_heads, dims.num_heads}
     memory_heads, _ = dims.memory_read
     if memory_heads % dims.num_kv_heads == 0 or dims.num_kv_heads % memory_heads == 0:
@@ -71,6 +74,8 @@ def check_gate(result: object, x: Tensor, dims: LayerDims) -> None:
     if logit_bias is None:
         return
     check_tensor("logit_bias", logit_bias, "[B, T, heads] from the gate", [*rows, None], like=x)
+    if not logit_bias.is_floating_point():
+        raise wrong("logit_bias", "a floating-point dtype from the gate", logit_bias)
     if logit_bias.shape[2] != 1 and logit_bias.shape[2] != dims.num_kv_heads:
         expected = f"1 or {dims.num_kv_heads} heads from the gate"
         raise wrong("logit_bias", expected, f"{logit_bias.shape[2]} heads")
@@ -102,7 +107,8 @@ def check_selection(result: object, score: Tensor) -> None:
     """Checks what the selector returned for scores `[B, T, heads]`.
 
     Raises:
-        ValueError: it is not a Selection, or its lifetimes are not int32 of the score's shape.
+        ValueError: it is not a Selection, or its lifetimes are not int32 of the score's shape, or
+            those that it lowered not int32 `[B, L, heads]`.
     """
     if not isinstance(result, Selection):
         raise wrong("selector", "Selection(evict_at, ...) from its call", _kind(result))
@@ -116,6 +122,20 @@ def check_selection(result: object, score: Tensor) -> None:
         raise wrong(
             "selector", "lowered: Lifetimes(position, evict_at) or None", _kind(result.lowered)
         )
+    if result.lowered is not None:
+        position, until = result.lowered
+        fits = (
+            isinstance(position, Tensor)
+            and isinstance(until, Tensor)
+            and position.dtype == until.dtype == torch.int32
+            and position.shape == until.shape
+            and position.dim() == 3
+            and position.shape[::2] == score.shape[::2]
+        )
+        if not fits:
+            sizes = f"[{score.shape[0]}, L, {score.shape[2]}]"
+            expected = f"lowered: position and evict_at, both int32 {sizes}"
+            raise wrong("selector", expected, _kind((position, until)))
     if result.ledger is not None and not hasattr(result.ledger, "position"):
         raise wrong("selector", "a ledger with a field position, or None", _kind(result.ledger))
     if not is_right:

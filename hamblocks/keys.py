@@ -162,6 +162,7 @@ class DenseKeys(Keys):
         """These keys for queries that see at most the last `window` tokens, themselves included."""
         position = self.position if self.position.dim() == 3 else self.position[..., None]
         # an unused entry has position NEVER, which must not overflow
+        window = min(window, NEVER)
         until = position.clamp(max=NEVER - window) + window
         return self._with(evict_at=torch.minimum(self.evict_at, until))
 

@@ -36,6 +36,7 @@ from hamblocks.protocols import (
     Buildable,
     Combiner,
     Gate,
+    HasLedger,
     Memory,
     QueryGate,
     QueryGateOutput,
@@ -489,6 +490,10 @@ class HAMLayer(CallsParts):
         ledger = state.ledger
         if ledger is None:  # the first call
             ledger = self._ledger(len(begin), score.shape[2], score.device)
+            if ledger is not None and state.cache.sizes is not None:
+                raise wrong("state", "one with a ledger, as of this layer's selector", "the other")
+        elif not isinstance(self.selector, HasLedger):
+            raise wrong("state", "one without a ledger, as of this layer's selector", "the other")
         selection = self._selected(score, ledger, position, None)
         with arguments_are_checked():
             extension = state.cache.extend(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hamblocks.protocols import Lifetimes
+from hamblocks_ops.arguments import wrong
 
 EMPTY = -1
 """Position of an empty ledger slot, and of padding."""
@@ -80,6 +81,11 @@ def last_slots(listed: Tensor, size: int) -> Slots:
     order = listed.to(torch.int8).argsort(dim=1, stable=True)
     candidate = order[:, order.shape[1] - size :]
     return Slots(candidate, listed.gather(1, candidate))
+
+
+def of_another(ledger: object, kind: type) -> ValueError:
+    """The error of a ledger that comes from a selector with another kind of ledger than `kind`."""
+    return wrong("ledger", f"one of type {kind.__name__}", f"a {type(ledger).__name__}")
 
 
 def new_positions(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -62,7 +62,7 @@ def plot_kept(
     require("plot", "plot_kept", "matplotlib")
     from matplotlib.figure import Figure
 
-    fates = _checked(fates_of(stats, sequence), tokens)
+    fates = _checked(_of_tokens(stats, sequence), tokens)
     columns = check_count("columns", columns, 8)
     lines = _lines(tokens, columns)
     colors = _colors(fates)
@@ -128,7 +128,7 @@ def plot_scores(
     require("plot", "plot_scores", "matplotlib")
     from matplotlib.figure import Figure
 
-    fates = fates_of(stats, sequence)
+    fates = _of_tokens(stats, sequence)
     if tokens is not None:
         _checked(fates, tokens)
     layers = list(dict.fromkeys(layer for layer, _ in fates.rows))
@@ -178,7 +178,7 @@ def plot_growth(stats: Mapping[str, Stats], *, sequence: int = 0) -> Figure:
     axes = figure.subplots()
     longest = 0
     for label, one in stats.items():
-        stored = fates_of(one, sequence).stored_after()
+        stored = _of_tokens(one, sequence).stored_after()
         seen = torch.arange(1, len(stored) + 1)
         longest = max(longest, len(stored))
         (drawn,) = axes.plot(seen, stored.double().mean(1), label=label)
@@ -268,6 +268,14 @@ def printable(token: str) -> str:
     """A token in characters of one column each; at least one."""
     shown = "".join(_SIGNS.get(one, one if one.isprintable() else "·") for one in token)
     return shown or "·"
+
+
+def _of_tokens(stats: Stats, sequence: int) -> Fates:
+    """The decisions about one sequence, of at least one token."""
+    fates = fates_of(stats, sequence)
+    if not len(fates.position):
+        raise wrong("sequence", "one with a token", f"{sequence}, which is empty")
+    return fates
 
 
 def _checked(fates: Fates, tokens: Sequence[str]) -> Fates:

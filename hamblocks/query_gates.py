@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import final
 
-import torch
 from torch import Tensor
 
 from hamblocks.controllers import controller_of
@@ -18,6 +17,7 @@ from hamblocks.protocols import (
     QueryGateOutput,
     check_count,
 )
+from hamblocks_ops.select import reaches
 
 
 @final
@@ -59,6 +59,4 @@ class ThresholdQueries(AroundGate):
         with contextlib.nullcontext() if shared_call() is None else one_score():
             tau = self.controller(score)
         weight = None if bias is None else all_heads(bias).mean(-1, keepdim=True).exp()
-        # as in a threshold selector: an infinite tau admits nothing
-        reads = (score >= tau) & (tau < torch.inf)
-        return QueryGateOutput(reads.squeeze(-1), weight, self.window)
+        return QueryGateOutput(reaches(score, tau).squeeze(-1), weight, self.window)

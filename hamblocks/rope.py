@@ -44,13 +44,10 @@ def check_theta(theta: Any) -> float | None:
     """
     if theta is None:
         return None
-    try:
-        number = float(theta)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
+    is_number = isinstance(theta, numbers.Real) and not isinstance(theta, bool)
+    if not is_number or not 0 < theta < math.inf:
         raise wrong("rope_theta", "None or a finite number > 0", repr(theta))
-    return number
+    return float(theta)
 
 
 def check_scaling(scaling: object) -> Scaling | None:

@@ -32,9 +32,11 @@ def load(
         device: device of the state; None: the device of the saved tensors.
 
     Raises:
-        ValueError: the format is missing or newer than this release, or the state of a part has a
-            wrong number of entries.
+        ValueError: `saved` is no mapping, its format is missing or newer than this release, or the
+            state of a part has a wrong number of entries.
     """
+    if not isinstance(saved, Mapping):
+        raise wrong("saved", "what HAMState.state_dict() returned", type(saved).__name__)
     check_format(saved.get("format"), FORMAT, "state")
 
     def moved(x: Tensor) -> Tensor:

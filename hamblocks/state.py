@@ -166,8 +166,14 @@ class HAMState(NamedTuple):
             key: name of the checkpoint, instead of the position.
 
         Raises:
-            ValueError: no checkpoint was recorded there.
+            ValueError: no checkpoint was recorded there, or `position` is no int or int `[N]`.
         """
+        if isinstance(position, Tensor):
+            check_tensor("position", position, "[N]", [len(self.position)])
+            check_integer("position", position)
+            position = position.to(self.position.device)
+        elif position is not None:
+            position = check_count("position", position)
         for last, point in reversed(list(enumerate(self.checkpoints))):
             if point.key == key if position is None else _is_at(point.state, position):
                 earlier = self.checkpoints[: last + 1]

@@ -334,6 +334,21 @@ def test_show_needs_a_token(folder):
     assert "at least one token" in " ".join(result.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda stats: plot_kept(stats, [], sequence=1),
+        lambda stats: plot_scores(stats, sequence=1),
+        lambda stats: plot_growth({"it": stats}, sequence=1),
+    ],
+    ids=["kept", "scores", "growth"],
+)
+def test_an_empty_sequence_of_a_packed_batch(draw):
+    stats = stats_of(NEVER, 5)._replace(cu_seqlens=torch.tensor([0, 2, 2]))
+    with pytest.raises(ValueError, match=r"^sequence: expected one with a token, got 1"):
+        draw(stats)
+
+
 def test_drawing_changes_no_setting_of_matplotlib():
     before = mpl.get_backend(), dict(mpl.rcParams)
     plot_kept(stats_of(1, NEVER), ["a", "b"])

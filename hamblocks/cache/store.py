@@ -35,7 +35,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.context import CHECKED
-from hamblocks_ops.packing import no_padding
+from hamblocks_ops.packing import int32, no_padding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -280,6 +280,7 @@ class KVCache:
         own = self._newest()
         if not CHECKED.get():
             self._check_fit(k, v, position, evict_at, logit_bias)
+            position, evict_at = int32(position), int32(evict_at)
         if isinstance(own, Unallocated):
             streams, origin = _allocated(own, k, evict_at, logit_bias), own
         else:

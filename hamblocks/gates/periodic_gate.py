@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import final
 
 from torch import Tensor
 
 from hamblocks.heads import ScoreHeads
 from hamblocks.protocols import GateOutput, MemoryTrace, check_count
+from hamblocks_ops.arguments import wrong
 
 
 @final
@@ -25,9 +27,12 @@ class PeriodicGate:
             offset: any position that scores 1; so do those that are a multiple of `n` away.
 
         Raises:
-            ValueError: `n` is not an integer of at least 1.
+            ValueError: `n` is not an integer of at least 1, or `offset` no integer.
         """
         n = check_count("n", n, 1)
+        is_integer = isinstance(offset, numbers.Integral)
+        if not is_integer:  # no position would score 1
+            raise wrong("offset", "an integer", offset)
         self.n, self.offset = n, offset
 
     def __call__(self, x: Tensor, trace: MemoryTrace) -> GateOutput:

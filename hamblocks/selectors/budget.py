@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, last_slots, lower, new_positions
+from hamblocks.ledger import EMPTY, last_slots, lower, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, Selector, check_count
 from hamblocks.selectors.questions import ignores_score, start
 from hamblocks.selectors.times import time_keys
@@ -122,6 +122,8 @@ class Budget(Wrapper):
         nbytes = check_count("nbytes", nbytes)
         head_dim = check_count("head_dim", head_dim, 1)
         num_kv_heads = check_count("num_kv_heads", num_kv_heads, 1)
+        if not isinstance(dtype, torch.dtype):
+            raise wrong("dtype", "a torch.dtype", dtype)
         token = 2 * num_kv_heads * head_dim * dtype.itemsize
         return cls(inner, nbytes // token, leaves=leaves)
 
@@ -149,6 +151,8 @@ class Budget(Wrapper):
             if self.leaves == "oldest":
                 return Selection(newest(own, lived, self.tokens, cu_seqlens))
             return Selection(lowest(score, own, lived, self.tokens, cu_seqlens)[0])
+        if not isinstance(ledger, BudgetLedger):
+            raise of_another(ledger, BudgetLedger)
         own = new_positions(score, position, cu_seqlens)
         inner = self.inner(score, ledger.inner, **given)
         # The stored tokens come first, as if all tokens came in one sequence.

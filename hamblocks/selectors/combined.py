@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from hamblocks.heads import DecidesByHead
-from hamblocks.ledger import EMPTY, CombinedLedger, find, last_slots, lower, new_positions
+from hamblocks.ledger import (
+    EMPTY,
+    CombinedLedger,
+    find,
+    last_slots,
+    lower,
+    new_positions,
+    of_another,
+)
 from hamblocks.protocols import Lifetimes, Selection, Selector, check_part
 from hamblocks.selectors.questions import ignores_score, is_causal, start
 
@@ -106,6 +114,8 @@ class Combined(Composable):
         cu_seqlens: Tensor | None = None,
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
+        if ledger is not None and not isinstance(ledger, CombinedLedger):
+            raise of_another(ledger, CombinedLedger)
         ledgers = (None, None) if ledger is None else ledger.ledgers
         left, right = (
             side(score, own, position=position, cu_seqlens=cu_seqlens)

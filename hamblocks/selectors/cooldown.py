@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, find, last_slots, lower, new_positions
+from hamblocks.ledger import EMPTY, find, last_slots, lower, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, Selector, check_count
 from hamblocks.selectors.questions import start
 from hamblocks.selectors.times import time_keys
@@ -78,6 +78,8 @@ class Cooldown(Wrapper):
     ) -> Selection:
         """See `hamblocks.protocols.Selector`."""
         if ledger is not None:
+            if not isinstance(ledger, CooldownLedger):
+                raise of_another(ledger, CooldownLedger)
             new_positions(score, position, cu_seqlens)  # checks the call
         own = select_window(score, 0, position=position, cu_seqlens=cu_seqlens)
         inner = self.inner(

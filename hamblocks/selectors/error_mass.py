@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, last_slots, new_positions
+from hamblocks.ledger import EMPTY, last_slots, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, check_count
 from hamblocks.selectors.combined import Composable
 from hamblocks_ops import NEVER, select_window
@@ -96,6 +96,8 @@ class ErrorMass(Composable):
         if ledger is None:
             own = select_window(score, 0, position=position, cu_seqlens=cu_seqlens)
         else:
+            if not isinstance(ledger, ErrorMassLedger):
+                raise of_another(ledger, ErrorMassLedger)
             own = new_positions(score, position, cu_seqlens)
             slots = ledger.position.shape[1]
             if slots != self.capacity:

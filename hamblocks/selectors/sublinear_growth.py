@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, TopKLedger, last_slots, new_positions
+from hamblocks.ledger import EMPTY, TopKLedger, last_slots, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, check_count
 from hamblocks.selectors.combined import Composable
 from hamblocks.selectors.nested import grown_topk
@@ -102,6 +102,8 @@ class SublinearGrowth(Composable):
             sequence = None if cu_seqlens is None else sequence_of(cu_seqlens, score.shape[1])
             evict_at = grown_topk(score, self.places(own), own, sequence)
             return Selection(evict_at.to(torch.int32))
+        if not isinstance(ledger, TopKLedger):
+            raise of_another(ledger, TopKLedger)
         own = new_positions(score, position, cu_seqlens)
         slots = ledger.position.shape[1]
         if slots != self.slots:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hamblocks.ledger import EMPTY, TopKLedger, last_slots, new_positions
+from hamblocks.ledger import EMPTY, TopKLedger, last_slots, new_positions, of_another
 from hamblocks.protocols import Lifetimes, Selection, check_count
 from hamblocks.selectors.combined import Composable
 from hamblocks_ops import NEVER, decode, select_topk
@@ -107,8 +107,10 @@ def compete(
         the ledger of the k best.
 
     Raises:
-        ValueError: `ledger` has another number of slots.
+        ValueError: `ledger` is of another selector, or has another number of slots.
     """
+    if not isinstance(ledger, TopKLedger):
+        raise of_another(ledger, TopKLedger)
     slots = ledger.position.shape[1]
     if slots != k:
         raise wrong("ledger", f"one of k = {k} tokens", f"one of {slots}")

@@ -32,7 +32,14 @@ from hamblocks.testing.comparing import (
 )
 from hamblocks.testing.inputs.draw import borders, lay_out, pieces
 from hamblocks.testing.inputs.parts import PartInputs
-from hamblocks.testing.subjects import LayerSubject, Results, Subject, layer_with, made
+from hamblocks.testing.subjects import (
+    LayerSubject,
+    Results,
+    Subject,
+    layer_with,
+    made,
+    modules_of,
+)
 
 Law = Callable[[type[Subject], Any, PartInputs], None]
 
@@ -66,7 +73,10 @@ def has_its_shapes(kind: type[Subject], part: Any, case: PartInputs) -> None:
 
 
 def is_causal(kind: type[Subject], part: Any, case: PartInputs) -> None:
-    """Changing inputs from position t on changes no result before t."""
+    """Changing inputs from position t on changes no result before t.
+
+    In training mode too: a batch norm is causal in eval mode alone.
+    """
     subject = kind(part, case)
     t = min(case.cuts[0], case.tokens)
     other = subject.drawn(replace(case, seed=case.seed + 1))
@@ -78,8 +88,21 @@ def is_causal(kind: type[Subject], part: Any, case: PartInputs) -> None:
         with torch.no_grad():
             return head(subject.run(inputs)[0], t)
 
+    def trained(inputs: Mapping[str, Tensor]) -> Results:
+        # a part of its own for every call, which may change buffers, and the same dropout
+        own = kind(part, case)
+        for module in modules_of(own.part):
+            module.train()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            return head(own.run(inputs)[0], t)
+
     with prefixed(f"results before position {t} changed with the inputs from it on"):
         assert_same(run(changed), run(subject.inputs), lambda: run(subject.inputs))
+        if 0 < t < case.tokens and modules_of(subject.part):
+            with prefixed("in training mode"):
+                before = trained(subject.inputs)
+                assert_same(trained(changed), before, lambda: trained(subject.inputs))
 
 
 def gradients_are_causal(kind: type[Subject], part: Any, case: PartInputs) -> None:

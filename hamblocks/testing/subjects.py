@@ -59,13 +59,18 @@ def made(part: Any, dims: LayerDims | None, dtype: torch.dtype, seed: int) -> An
         if build is not None and dims is not None:
             build(dims)
         # modules in a plain part are moved and cast as the layer that registers them does it
-        for module in [part] if isinstance(part, nn.Module) else hidden_modules(part).values():
+        for module in modules_of(part):
             with torch.no_grad():
                 for weight in module.parameters():
                     if weight.is_floating_point():
                         weight.add_(torch.randn_like(weight), alpha=0.2)
             module.to(dtype).eval()
     return part
+
+
+def modules_of(part: Any) -> list[nn.Module]:
+    """The part itself if it is a module, else the modules that it holds."""
+    return [part] if isinstance(part, nn.Module) else list(hidden_modules(part).values())
 
 
 class Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import numbers
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -94,6 +95,17 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     least, most = (float(bound) for bound in value.detach().aminmax())
     if not (least >= low and most <= high):
         raise wrong(name, f"values in [{low:g}, {high:g}]", f"values from {least:g} to {most:g}")
+
+
+def check_scale(scale: object) -> None:
+    """Checks a scale that is not None. A tensor is no number: its gradient would be lost."""
+    if not isinstance(scale, numbers.Real):
+        raise wrong("scale", "a number or None", scale)
+
+
+def without_heads(name: str, value: Tensor) -> ValueError:
+    """The error of a tensor `[B, T, heads, size]` that has no head, or heads of size 0."""
+    return wrong(name, "at least one head, of at least one entry", value)
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, like: Tensor) -> None:

@@ -22,6 +22,17 @@ def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
 
 
+def int32(x: Tensor) -> Tensor:
+    """Positions or lifetimes as int32.
+
+    An int64 beyond the range of int32 becomes its end, so the largest int64 means NEVER. A cast
+    alone would wrap it around, to -1.
+    """
+    if x.dtype == torch.int64:
+        x = x.clamp(-NEVER - 1, NEVER)
+    return x.to(torch.int32)
+
+
 _UNPADDED = "hamblocks_unpadded"
 """Attribute of a tensor of positions none of which is padding."""
 

@@ -178,6 +178,14 @@ TABLE = [
     bad(gated_delta_rule, "k", lambda x: x.double(), got="float64"),
     bad(gated_delta_rule, "v", lambda x: x.bfloat16(), got="bfloat16"),
     bad(gated_delta_rule, "v", lambda x: x[:, :, :3], got="3 heads"),
+    bad(gated_delta_rule, "q", lambda x: x[..., :0], at="k", got=r"\[1, 5, 2, 4\]"),
+    bad(gated_delta_rule, "v", lambda x: x[..., :0], got=r"\[1, 5, 4, 0\]"),
+    bad(gated_delta_rule, "v", lambda x: x[:, :, :0], got=r"\[1, 5, 0, 3\]"),
+    *[
+        bad(op, "scale", value, got=got)
+        for op in (gated_delta_rule, selected_attention)
+        for value, got in (("half", "half"), (torch.tensor(0.5), r"float32 \[\]"))
+    ],
     bad(gated_delta_rule, "initial_state", lambda x: torch.cat([x, x]), got=r"\[2, 4, 4, 3\]"),
     bad(gated_delta_rule, "metric", "euclid", got="euclid"),
     bad(surprise, "metric", "euclid", got="euclid"),
@@ -217,6 +225,9 @@ TABLE = [
         )
     ],
     bad(selected_attention, "q", lambda x: x[:, :, :3], at="k", got="2 heads"),
+    # SDPA ends the process where there is no head
+    bad(selected_attention, "q", lambda x: x[:, :, :0], got=r"\[1, 5, 0, 4\]"),
+    bad(selected_attention, "q", lambda x: x[..., :0], got=r"\[1, 5, 4, 0\]"),
     bad(selected_attention, "k", lambda x: x.double(), got="float64"),
     bad(selected_attention, "v", lambda x: x.double(), got="float64"),
     bad(selected_attention, "evict_at", lambda x: torch.cat([x, x], 2), got=r"\[1, 5, 4\]"),

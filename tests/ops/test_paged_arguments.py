@@ -17,6 +17,8 @@ BAD: list[tuple[str, Callable[[Any], Any], str]] = [
     ("q", lambda x: x.tolist(), "list"),
     ("q", lambda x: x[0], r"\[1, 4, 4\]"),
     ("q", lambda x: x.long(), "int64"),
+    ("q", lambda x: x[:, :, :0], r"\[2, 1, 0, 4\]"),
+    ("scale", lambda _: "half", "half"),
     ("query_position", lambda x: x[0], r"\[1\]"),
     ("query_position", lambda x: x.float(), "float32"),
     ("query_position", lambda x: x - 1000, "values from"),

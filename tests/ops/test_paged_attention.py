@@ -216,6 +216,18 @@ def test_unpage_lists_the_pages_of_every_row(case: PagedInputs) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_int64_lifetimes_beyond_int32_do_not_wrap_around(impl: str) -> None:
+    q, slabs, table, asks = split(PagedInputs(dtype=torch.float32))
+    ends = [slab.evict_at.long() for slab in slabs]
+    far = [x.masked_fill(x == NEVER, torch.iinfo(torch.int64).max) for x in ends]
+    assert any(bool((x == NEVER).any()) for x in ends)
+    given = [slab._replace(evict_at=x) for slab, x in zip(slabs, far, strict=True)]
+    got = paged_attention(q, given, table, query_position=asks, impl=impl)
+    wanted = paged_attention(q, slabs, table, query_position=asks, impl=impl)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @given(case=paged_inputs(policy="all", queries=2, garbage=None))
 def test_padding_queries_see_nothing(impl: str, case: PagedInputs) -> None:
     q, slabs, table, asks = split(case)

@@ -179,6 +179,12 @@ def test_tau_is_compared_in_the_wider_of_float32_and_the_dtype_of_the_score() ->
     assert select_threshold(torch.full((1, 1, 1), 0.7), tau).item() == NEVER
 
 
+def test_any_count_is_a_count() -> None:
+    score = torch.rand(1, 5, 1)
+    for op in (select_topk, select_first, select_window):
+        assert (op(score, 10**30) == NEVER).all()
+
+
 def test_one_tau_is_for_every_head() -> None:
     score = torch.rand(1, 5, 3)
     assert torch.equal(select_threshold(score, torch.tensor([0.5])), select_threshold(score, 0.5))

@@ -22,7 +22,13 @@ from hamblocks.testing import (
     attention_inputs,
     parametrize_with_checks,
 )
-from hamblocks_ops import NEVER, select_threshold, selected_attention
+from hamblocks_ops import (
+    NEVER,
+    compact,
+    select_threshold,
+    select_window,
+    selected_attention,
+)
 from hamblocks_ops.selected_attention.reference import reference
 
 gather = import_module("hamblocks_ops.selected_attention.gather")
@@ -243,6 +249,21 @@ def test_logits_far_below_zero_are_told_apart(impl: str) -> None:
     result = selected_attention(q, k, v, lasting, scale=1.0, impl=impl)
     assert result.out[0, -1].item() == pytest.approx(1.5, rel=1e-6)
     assert result.lse[0, -1].item() == pytest.approx(-1000.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_int64_beyond_int32_means_the_end_of_int32(impl: str) -> None:
+    """Cast to int32 alone, the largest int64 would be -1: a token that is never stored."""
+    q, k, v = ones(0.0, 0.0, 0.0)
+    end = torch.full((1, 3, 1), torch.iinfo(torch.int64).max)
+    seen = selected_attention(q, k, v, end, impl=impl)
+    assert torch.equal(seen.lse[0, :, 0].exp().round(), torch.tensor([1.0, 2.0, 3.0]))
+    there = {"key_position": torch.tensor([[0, 1, 2**32]])}
+    later = selected_attention(q, k, v, end, query_position=torch.tensor([[0, 1, 2]]), **there)
+    assert torch.equal(later.lse[0, :, 0].exp().round(), torch.tensor([1.0, 2.0, 2.0]))
+    assert compact(end).evict_at.flatten().tolist() == [NEVER] * 3
+    far = torch.tensor([[2**31 - 2, 2**31, 2**40]])
+    assert select_window(v[..., 0], 1, position=far).flatten().tolist() == [NEVER] * 3
 
 
 def by_definition(logit_bias: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:

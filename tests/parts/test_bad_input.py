@@ -66,6 +66,9 @@ CONSTRUCTORS = {
         lambda: hb.WeightedSum([hb.RandomGate()], [float("inf")]),
     ),
     "period": ("n", lambda: hb.PeriodicGate(0)),
+    "offset between positions": ("offset", lambda: hb.PeriodicGate(3, offset=1.5)),
+    "wavelengths of 0": ("rope_theta", lambda: hb.SelectedAttention(rope_theta=0)),
+    "wavelengths as text": ("rope_theta", lambda: hb.SelectedAttention(rope_theta="10000")),
     "conv": ("conv_size", lambda: hb.DeltaMemory(conv_size=0)),
     "threshold NaN": ("tau", lambda: hb.Threshold(math.nan)),
     "fixed NaN": ("tau", lambda: hb.FixedThreshold(math.nan)),
@@ -83,6 +86,10 @@ CONSTRUCTORS = {
     "who leaves": ("leaves", lambda: hb.Budget(hb.Window(1), 1, leaves="newest")),
     "budget in bytes": ("nbytes", lambda: hb.Budget.of_bytes(hb.Window(1), 1.5, head_dim=4)),
     "bytes of no head": ("head_dim", lambda: hb.Budget.of_bytes(hb.Window(1), 9, head_dim=0)),
+    "bytes of a named dtype": (
+        "dtype",
+        lambda: hb.Budget.of_bytes(hb.Window(1), 9, head_dim=4, dtype="float32"),
+    ),
     "prompt above 1": ("fraction", lambda: hb.PromptFraction(1.5, 4)),
     "prompt NaN": ("fraction", lambda: hb.PromptFraction(math.nan, 4)),
     "prompt length": ("length", lambda: hb.PromptFraction(0.5, -4)),
@@ -212,6 +219,11 @@ CALLS = {
         "ledger",
         lambda layer, s: layer(X, state=s._replace(ledger=hb.TopK(2).start(2, 2))),
     ),
+    "ledger of another selector": (
+        "ledger",
+        lambda layer, s: layer(X, state=s._replace(ledger=hb.ErrorMass(0.5, 3).start(2, 2))),
+    ),
+    "no ledger": ("state", lambda layer, s: layer(X, state=s._replace(ledger=None))),
     "spent state": ("state", lambda layer, s: layer(X, state=spent(layer, s))),
     "state in another dtype": ("state", lambda layer, s: layer(X, state=float_cache(layer, s))),
     "state of one row per sequence": (
@@ -230,6 +242,8 @@ CALLS = {
     "reset another batch": ("sequences", lambda layer, s: layer.reset(s, torch.tensor([True]))),
     "reset by a list": ("sequences", lambda layer, s: layer.reset(s, [True, False])),
     "crop to no checkpoint": ("position", lambda layer, s: s.crop(3)),
+    "crop another batch": ("position", lambda layer, s: s.checkpoint().crop(borders(3, 3, 3))),
+    "crop to a word": ("position", lambda layer, s: s.checkpoint().crop("first")),
     "reserve less than nothing": ("steps", lambda layer, s: s.reserve(-1)),
     "saved by another memory": (
         "memory",
@@ -237,6 +251,7 @@ CALLS = {
             {**s.state_dict(), "memory": s.state_dict()["memory"][1:]}
         ),
     ),
+    "not saved": ("saved", lambda layer, s: layer.load_state(s)),
     "saved with other sizes": (
         "state",
         lambda layer, s: layer.load_state(state_of(size=Size(0, 2, 6, (3, 3))).state_dict()),

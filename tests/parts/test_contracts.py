@@ -38,6 +38,20 @@ class Attention(nn.Module):
         return self.read(q, keys)
 
 
+class Lowers:
+    """A top-k with a function applied to what it lowers."""
+
+    def __init__(self, change):
+        self.inner, self.change = hb.TopK(3), change
+
+    def start(self, batch_size, heads, device=None):
+        return self.inner.start(batch_size, heads, device)
+
+    def __call__(self, score, ledger=None, **where):
+        result = self.inner(score, self.start(*score.shape[::2]), **where)
+        return result._replace(lowered=self.change(*result.lowered))
+
+
 def selected(evict_at):
     return lambda score, ledger=None, *, position=None, cu_seqlens=None: evict_at(score)
 
@@ -70,6 +84,11 @@ WRONG = {
     ),
     "gate that returns a tensor": ("gate", {"gate": lambda x, trace: x[..., :1]}),
     "gate that returns a tuple": ("gate", {"gate": lambda x, trace: (x[..., :1], None)}),
+    "gate of a mask": ("score", {"gate": lambda x, trace: hb.GateOutput(x[..., :1] > 0)}),
+    "gate with a bias of a mask": (
+        "logit_bias",
+        {"gate": lambda x, trace: hb.GateOutput(x[..., :1], x[..., :1] > 0)},
+    ),
     "gate of too few tokens": ("score", {"gate": lambda x, trace: hb.GateOutput(x[:, 1:, :1])}),
     "selector that returns a mask": ("selector", {"selector": selected(lambda s: s > 0)}),
     "selector of a mask": ("selector", {"selector": selected(lambda s: hb.Selection(s > 0))}),
@@ -81,6 +100,18 @@ WRONG = {
     "selector that lowers by a tensor": (
         "selector",
         {"selector": selected(lambda s: hb.Selection(s.int(), lowered=s.int()))},
+    ),
+    "selector that lowers int64": (
+        "selector",
+        {"selector": Lowers(lambda where, until: hb.Lifetimes(where, until.long()))},
+    ),
+    "selector that lowers by a mask": (
+        "selector",
+        {"selector": Lowers(lambda where, until: hb.Lifetimes(where, until > where))},
+    ),
+    "selector that lowers fewer": (
+        "selector",
+        {"selector": Lowers(lambda where, until: hb.Lifetimes(where, until[:, 1:]))},
     ),
     "selector with a ledger of its own kind": (
         "selector",

@@ -86,6 +86,14 @@ def test_a_query_that_does_not_read_sees_its_window():
 
 
 @torch.no_grad()
+def test_a_window_without_an_end():
+    layer = hb.HAMLayer(8, 2, selector=EVERYTHING, query_gate=Chosen([], 2**40))
+    x = torch.randn(1, 5, 8)
+    windowed = layer(x).y
+    layer.query_gate = None
+    torch.testing.assert_close(windowed, layer(x).y)
+
+
 def test_all_queries_reading_is_no_query_gate():
     x = tokens(9)
     close(layer_of(hb.ThresholdQueries(Parity(), -math.inf))(x).y, layer_of(None)(x).y)
@@ -148,6 +156,18 @@ def test_a_router_learns_where_to_read():
     layer(tokens(6)).y.square().sum().backward()
     gradients = [x.grad for x in layer.query_gate.parameters()]
     assert all(x is not None and x.any() for x in gradients)
+
+
+def test_tau_is_not_rounded_to_the_dtype_of_the_score():
+    """In bfloat16 tau would be the score itself."""
+
+    class Constant:
+        def __call__(self, x, trace):
+            return hb.GateOutput(torch.full((*x.shape[:2], 1), 0.30078125, dtype=x.dtype))
+
+    gate = hb.ThresholdQueries(Constant(), 0.3015)
+    layer = hb.HAMLayer(8, 2, selector=EVERYTHING, query_gate=gate).bfloat16()
+    assert not layer(torch.ones(1, 3, 8, dtype=torch.bfloat16)).stats.reads.any()
 
 
 def test_its_controller_is_stepped_and_saved():

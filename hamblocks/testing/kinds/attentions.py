@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hamblocks.testing.budget import assert_bits, assert_same
 from hamblocks.testing.check import Check, Options
-from hamblocks.testing.common import EDGES, cases_of, common, edges_of
+from hamblocks.testing.common import EDGES, cases_of, common, edges_of, first
 from hamblocks.testing.comparing import prefixed
 from hamblocks.testing.inputs.draw import Draw
 from hamblocks.testing.inputs.parts import DIMS, PartInputs, part_inputs
@@ -92,7 +92,10 @@ def _evicted_tokens_do_not_leak(part: Any, case: PartInputs, _options: Options) 
 
 
 def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> None:
-    """Query t reads every token with position <= t < evict_at, its own included."""
+    """Query t reads every token with position <= t < evict_at, its own included.
+
+    The read depends on the logit bias too, through which a gate with weights learns.
+    """
     subject = AttentionSubject(part, case)
     prepared: list[Tensor] = []
 
@@ -101,9 +104,13 @@ def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> N
         return given | {"v": prepared[-1]}
 
     subject.changed = tracked
+    bias = subject.inputs.get("logit_bias")
+    if bias is not None:
+        bias.requires_grad_()
     read, v = subject.run(subject.inputs)[0]["read"], prepared[-1]
     position, evict_at = subject.inputs["position"], subject.inputs["evict_at"]
     group = case.dims.num_heads // case.dims.num_kv_heads
+    some = False  # a query sees two tokens: a bias of one alone changes no softmax
     for t in range(case.tokens):
         (grad,) = torch.autograd.grad(
             read[:, t].unflatten(1, (-1, group)).sin().sum(),
@@ -112,11 +119,18 @@ def _stored_tokens_are_seen(part: Any, case: PartInputs, _options: Options) -> N
             allow_unused=True,
         )
         seen = (position[..., None] <= t) & (t < evict_at)
+        some |= bool((seen.sum(1) > 1).any())
         touched = torch.zeros_like(seen) if grad is None else grad.ne(0).any(-1)
         missed = (seen & ~touched).nonzero().tolist()
         assert not missed, (
             f"query {t} does not read the token [sequence, position, head] = {missed[0]}, "
             "which it sees"
+        )
+    if bias is not None and some:
+        (grad,) = torch.autograd.grad(read.sin().sum(), bias, allow_unused=True)
+        reached = grad is not None and bool(grad.any())
+        assert reached, (
+            "logit_bias: it does not reach the read, so a gate with weights never learns"
         )
 
 
@@ -232,7 +246,7 @@ CHECKS = [
         "attention",
         _stored_tokens_are_seen,
         CASES,
-        EDGES,
+        lambda options: [*EDGES(options), first(options, tokens=14, cuts=(9,), bias=True)],
         share=2,
         applies=_looks_at_nothing,
     ),

@@ -37,6 +37,9 @@ def _can_be_called(part: Any, case: PartInputs, _options: Options) -> None:
 def _score_is_the_surprise_of_the_residual(part: Any, case: PartInputs, _options: Options) -> None:
     """With a metric, `trace.score` is the surprise of the residual, and the read stays the same."""
     subject = MemorySubject(part, case)
+    subject.inputs = {
+        name: x.requires_grad_(x.is_floating_point()) for name, x in subject.inputs.items()
+    }
     plain, _ = subject.run(subject.inputs)
     assert "residual" in plain, "trace.residual: None without a metric, expected a tensor"
     for metric in METRICS:

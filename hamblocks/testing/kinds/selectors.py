@@ -108,13 +108,29 @@ def _has_its_shapes(part: Any, case: Scores, _options: Options) -> None:
 
 
 def _is_causal(part: Any, case: ScorePieces, _options: Options) -> None:
-    """Scores from position t on change no lifetime before t, as far as queries before t can see."""
+    """Scores from position t on change no lifetime before t, as far as queries before t can see.
+
+    In training mode too.
+    """
     selector, score = ready(part), case.score
     other = replace(case, seed=case.seed + 1).score
     for t in range(score.shape[1]):
         changed = torch.cat([score[:, :t], other[:, t:]], 1)
         before, after = (selector(x).evict_at[:, :t].clamp(max=t) for x in (score, changed))
         with prefixed(f"lifetimes of tokens before {t} changed with the scores from {t} on"):
+            assert_bits({"evict_at": after}, {"evict_at": before})
+    if isinstance(part, nn.Module):
+        t = score.shape[1] // 2
+        changed = torch.cat([score[:, :t], other[:, t:]], 1)
+        # a copy for every call, which may count scores, and the same random numbers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            before = ready(part).train()(score).evict_at[:, :t].clamp(max=t)
+            torch.manual_seed(case.seed)
+            after = ready(part).train()(changed).evict_at[:, :t].clamp(max=t)
+        with prefixed(
+            f"in training mode, lifetimes before {t} changed with the scores from {t} on"
+        ):
             assert_bits({"evict_at": after}, {"evict_at": before})
 
 
@@ -389,6 +405,8 @@ RAGGED = ScorePieces((16, 0, 3), ((5, 0, 0), (5, 0, 3), (11, 0, 3)), 1, "normal"
 EVERY_KIND = tuple(
     ScorePieces((8, 5), ((4, 2, 0),), 2, kind) for kind in ("mixed", "constant", "near", "infinite")
 )
+TWO_BLOCKS = ScorePieces((150,), ((70, 0, 0), (133, 0, 0)), 1, "normal")
+"""More tokens than a selector that works in blocks of 16, 32, 64 or 128 takes at a time."""
 
 
 def _pieces(_options: Options) -> Any:
@@ -420,7 +438,12 @@ CHECKS = [
         (Scores(tokens=1, heads=1), Scores(packed=(0, 2, 0))),
     ),
     _check("is_causal", _is_causal, applies=_not_causal),
-    _check("any_split_is_one_pass", _any_split_is_one_pass, applies=_not_causal),
+    _check(
+        "any_split_is_one_pass",
+        _any_split_is_one_pass,
+        edges=(LONG, RAGGED, *EVERY_KIND, TWO_BLOCKS),
+        applies=_not_causal,
+    ),
     _check("only_lowers", _only_lowers, applies=_no_ledger),
     _check("ledger_does_not_grow", _ledger_does_not_grow, applies=_no_ledger),
     _check(

@@ -12,6 +12,7 @@ from hamblocks_ops.compact import scatter
 from hamblocks_ops.compact.call import CompactCall, Compacted
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted, without_triton
+from hamblocks_ops.packing import int32
 from hamblocks_ops.select import check_count, check_placed, placed
 
 __all__ = ["Compacted", "compact"]
@@ -71,6 +72,7 @@ def compact(
             `capacity`.
         UnsupportedError: `impl` cannot run this call.
     """
+    evict_at = int32(evict_at)
     where, sequence = placed(evict_at, position, cu_seqlens)
     if capacity is None:
         counts = (evict_at > where).sum(1)
@@ -95,6 +97,7 @@ def _check_compact(
         return
     check_count("capacity", capacity)
     if values_are_checked(evict_at) and evict_at.numel():
+        evict_at = int32(evict_at)
         where, _ = placed(evict_at, position, cu_seqlens)
         most = int((evict_at > where).sum(1).max())
         if most > capacity:

@@ -12,7 +12,7 @@ class CompactCall(NamedTuple):
     """One call of `compact`.
 
     Attributes:
-        evict_at: integers `[B, T, H]`.
+        evict_at: int32 `[B, T, H]`.
         position: int64 `[B, T, H]`, of any strides.
         sequence: int64 `[T]`, the sequence of every token of a packed batch; None without packing.
         sequences: N, the number of sequences.

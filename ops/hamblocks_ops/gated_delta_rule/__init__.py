@@ -11,7 +11,9 @@ from hamblocks_ops.arguments import (
     check_cu_seqlens,
     check_floating,
     check_range,
+    check_scale,
     check_tensor,
+    without_heads,
     wrong,
 )
 from hamblocks_ops.declare import Hints, op_with_choice
@@ -157,8 +159,11 @@ def _check_gated_delta_rule(
     check_floating("k", k, like=q)
     check_tensor("v", v, "[B, T, HV, V]", [batch, tokens, None, None], like=q)
     check_floating("v", v, like=q)
+    for name, value in (("q", q), ("v", v)):
+        if 0 in value.shape[2:]:
+            raise without_heads(name, value)
     value_heads, value_dim = v.shape[2:]
-    if heads == 0 or value_heads % heads != 0:
+    if value_heads % heads != 0:
         raise wrong("v", f"heads a multiple of the {heads} heads of q", f"{value_heads} heads")
     check_tensor("beta", beta, "[B, T, HV]", [batch, tokens, value_heads], like=q)
     check_floating("beta", beta)
@@ -174,5 +179,7 @@ def _check_gated_delta_rule(
         sizes = [sequences, value_heads, key_dim, value_dim]
         check_tensor("initial_state", initial_state, "[N, HV, K, V]", sizes, like=q)
         check_floating("initial_state", initial_state)
+    if scale is not None:
+        check_scale(scale)
     if metric is not None and metric not in METRICS:
         raise wrong("metric", "one of " + ", ".join(METRICS), metric)

@@ -12,8 +12,10 @@ from hamblocks_ops.arguments import (
     check_floating,
     check_integer,
     check_range,
+    check_scale,
     check_tensor,
     values_are_checked,
+    without_heads,
     wrong,
 )
 from hamblocks_ops.declare import Hints, op_with_choice
@@ -143,6 +145,10 @@ def _check_paged_attention(
 ) -> None:
     check_tensor("q", q, "[N, T, Hq, D]", [None] * 4)
     check_floating("q", q)
+    if 0 in q.shape[2:]:
+        raise without_heads("q", q)
+    if scale is not None:
+        check_scale(scale)
     check_slabs(slabs, like=q)
     sequences, queries, heads, _ = q.shape
     slabs = slabs or [_no_pages(q)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hamblocks_ops.arguments import check_floating, check_integer, check_range, check_tensor, wrong
-from hamblocks_ops.packing import NEVER
+from hamblocks_ops.packing import NEVER, int32
 
 
 class Pages(NamedTuple):
@@ -112,7 +112,9 @@ def unpage(slabs: Sequence[Pages], block_table: Tensor) -> PagedRows:
         place = table[entry] - begin
         for whole, part in zip(padded, slab, strict=True):
             if whole is not None and part is not None:
-                whole[:, :size].index_copy_(0, entry, part.index_select(0, place).to(whole.dtype))
+                listed = part.index_select(0, place)
+                listed = listed.to(whole.dtype) if part.is_floating_point() else int32(listed)
+                whole[:, :size].index_copy_(0, entry, listed)
         begin += pages
     result = (None if x is None else _by_sequence(x, block_table) for x in padded)
     return PagedRows(*result)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from hamblocks_ops.arguments import (
     wrong,
 )
 from hamblocks_ops.declare import Hints, op
-from hamblocks_ops.packing import NEVER, no_padding, positions, sequence_of, unpadded
+from hamblocks_ops.packing import NEVER, int32, no_padding, positions, sequence_of, unpadded
 from hamblocks_ops.precision import wide
 from hamblocks_ops.select.topk import topk
 
@@ -51,17 +51,7 @@ def select_threshold(
         ValueError: a bad argument; NaN is a bad `tau`.
     """
     where = _by_token(score, position, cu_seqlens)
-    if not isinstance(tau, Tensor):
-        # a number beside a tensor would be rounded to the tensor's dtype
-        tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
-    if tau.dim() == 0 and values_are_checked(tau):
-        # a number: whether it is infinite is known without an op
-        limit = tau.to(wide(score)).item()
-        stored = score.to(wide(score)) >= limit
-        if limit == math.inf:
-            stored = torch.zeros_like(stored)
-    else:
-        stored = (score.to(wide(score)) >= tau.to(wide(score))) & (tau < math.inf)
+    stored = reaches(score, tau)
     if not no_padding(where):
         stored = stored & (where >= 0)
     return where.masked_fill(stored, NEVER)
@@ -113,7 +103,7 @@ def select_topk(
         ValueError: a bad argument.
     """
     where, sequence = placed(score, position, cu_seqlens)
-    return topk(score, k, where, sequence).to(torch.int32)
+    return topk(score, min(k, NEVER), where, sequence).to(torch.int32)
 
 
 @select_topk.check
@@ -177,7 +167,7 @@ def select_first(
         ValueError: a bad argument.
     """
     where, _ = placed(score, position, cu_seqlens)
-    return torch.where((where >= 0) & (where < n), NEVER, where).to(torch.int32)
+    return torch.where((where >= 0) & (where < min(n, NEVER)), NEVER, where).to(torch.int32)
 
 
 @select_first.check
@@ -186,6 +176,23 @@ def _check_first(
 ) -> None:
     _check_score(score, position, cu_seqlens)
     check_count("n", n)
+
+
+def reaches(score: Tensor, tau: float | Tensor) -> Tensor:
+    """Where scores of any shape reach tau, bool; nowhere if tau is +inf.
+
+    Compared in the wider of float32 and the dtype of the scores: torch rounds a number, or a tensor
+    `[]`, to the dtype of the tensor beside it.
+    """
+    dtype = wide(score)
+    if not isinstance(tau, Tensor):
+        tau = torch.tensor(tau, dtype=torch.float64, device=score.device)
+    if tau.dim() == 0 and values_are_checked(tau):
+        # a number: whether it is infinite is known without an op
+        limit = tau.to(dtype).item()
+        reached = score.to(dtype) >= limit
+        return torch.zeros_like(reached) if limit == math.inf else reached
+    return (score.to(dtype) >= tau.to(dtype)) & (tau < math.inf)
 
 
 def _check_score(score: Tensor, position: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -214,7 +221,8 @@ def _by_token(tokens: Tensor, position: Tensor | None, cu_seqlens: Tensor | None
     if position is None:
         position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
     by_token = position[..., None] if position.dim() == 2 else position
-    by_token = by_token.to(torch.int32)
+    if by_token.dtype != torch.int32:
+        by_token = int32(by_token)
     return unpadded(by_token) if no_padding(position) else by_token
 
 
@@ -228,7 +236,7 @@ def placed(
         position = positions(batch, length, device=tokens.device, cu_seqlens=cu_seqlens)
     if position.dim() == 2:
         position = position[..., None]
-    return position.long().expand(batch, length, heads), sequence
+    return int32(position).long().expand(batch, length, heads), sequence
 
 
 def check_count(name: str, value: object) -> None:

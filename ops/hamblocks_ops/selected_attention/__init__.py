@@ -12,12 +12,14 @@ from hamblocks_ops.arguments import (
     check_floating,
     check_integer,
     check_range,
+    check_scale,
     check_tensor,
+    without_heads,
     wrong,
 )
 from hamblocks_ops.declare import Hints, op_with_choice
 from hamblocks_ops.dispatch import Implementation, interpreted
-from hamblocks_ops.packing import positions
+from hamblocks_ops.packing import int32, positions
 from hamblocks_ops.selected_attention import block_mask, flash, flex, flex_compact, reference
 from hamblocks_ops.selected_attention.call import (
     AttentionCall,
@@ -140,7 +142,7 @@ def selected_attention(
         query_position = positions(batch, q.shape[1], device=q.device, cu_seqlens=cu_seqlens)
     if key_position.dim() == 2:
         key_position = key_position[..., None]
-    key_position, evict_at = key_position.expand(shape), evict_at.expand(shape)
+    key_position, evict_at = int32(key_position).expand(shape), int32(evict_at).expand(shape)
     # a lifetime that ends where it begins: the key is never stored, so no implementation reads it
     if key_lengths is not None:
         lengths = key_lengths[:, None] if key_lengths.dim() == 1 else key_lengths
@@ -155,10 +157,10 @@ def selected_attention(
         q=q,
         k=k,
         v=v,
-        evict_at=evict_at.to(torch.int32),
+        evict_at=evict_at,
         logit_bias=logit_bias,
-        query_position=query_position.to(torch.int32),
-        key_position=key_position.to(torch.int32),
+        query_position=int32(query_position),
+        key_position=key_position,
         cu_seqlens=cu_seqlens,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     )
@@ -182,6 +184,10 @@ def _check_selected_attention(
 ) -> None:
     check_tensor("q", q, "[B, Tq, H, D]", [None] * 4)
     check_floating("q", q)
+    if 0 in q.shape[2:]:
+        raise without_heads("q", q)
+    if scale is not None:
+        check_scale(scale)
     batch, queries, heads, dim = q.shape
     check_tensor("k", k, "[B, Tk, Hkv, D]", [batch, None, None, dim], like=q)
     check_floating("k", k, like=q)

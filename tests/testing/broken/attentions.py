@@ -145,6 +145,14 @@ class BiasWithoutGradient(Attention):
         )
 
 
+@rejected_by("attention_stored_tokens_are_seen")
+class IgnoresTheBias(Attention):
+    """Leaves the logit bias out, so that a learned router never learns."""
+
+    def attend(self, *args, logit_bias=None, **call):
+        return super().attend(*args, **call)
+
+
 @rejected_by("attention_state_dict_is_all_there_is")
 class LostTemperature(Attention):
     """Draws a temperature that the state dict does not contain."""

@@ -114,6 +114,30 @@ class LeaksThroughTheBias(Router):
         return hb.GateOutput(score, bias + mean - mean.detach())
 
 
+@rejected_by("gate_is_causal")
+class NormalizesInTraining(Router):
+    """A batch norm: in training its mean is that of all tokens."""
+
+    def make(self, dims):
+        super().make(dims)
+        self.norm = nn.BatchNorm1d(dims.hidden_size)
+
+    def forward(self, x, trace):
+        return super().forward(self.norm(x.mT).mT, trace)
+
+
+@rejected_by("gate_is_causal")
+class LargestOfItsBlock(Gate):
+    """Every token of a full block of 32 scores as the largest of the block."""
+
+    def score(self, x, trace):
+        score = super().score(x, trace)
+        end = score.shape[1] // 32 * 32
+        blocks = score[:, :end].unflatten(1, (-1, 32))
+        blocks = blocks.amax(2, keepdim=True).expand_as(blocks).flatten(1, 2)
+        return torch.cat([blocks, score[:, end:]], 1)
+
+
 @rejected_by("gate_rows_are_independent")
 class BatchNorm(Gate):
     """Scores of a batch are divided by the largest of it."""

@@ -68,6 +68,54 @@ class NormalizesKeysOverTime(Memory):
         return super().rule(q, k / (1 + k.norm(dim=1, keepdim=True)), v, **call)
 
 
+class Chunks(Memory):
+    """Runs 64 tokens at a time; `carried` is what a chunk makes of the state before it."""
+
+    def carried(self, state):
+        return state
+
+    def rule(self, q, k, v, *, beta, initial_state, cu_seqlens, **call):
+        if cu_seqlens is not None:
+            more = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+            return super().rule(q, k, v, beta=beta, **more, **call)
+        found, state = [], initial_state
+        for chunk in zip(*(x.split(64, 1) for x in (q, k, v, beta)), strict=True):
+            state = self.carried(state) if found else state
+            found.append(super().rule(*chunk[:3], beta=chunk[3], initial_state=state, **call))
+            state = found[-1].final_state
+        out, _, residual, score = (
+            None if x[0] is None else torch.cat(x, 1) for x in zip(*found, strict=True)
+        )
+        return ops.DeltaRuleOutput(out, state, residual, score)
+
+
+@rejected_by("memory_any_split_is_one_pass")
+class ForgetsBetweenChunks(Chunks):
+    """Every chunk but the first starts with half of the state."""
+
+    def carried(self, state):
+        return state / 2
+
+
+@rejected_by("memory_gradients_are_right")
+class NoGradientBetweenChunks(Chunks):
+    """The gradient ends where a chunk does."""
+
+    def carried(self, state):
+        return state.detach()
+
+
+@rejected_by("memory_score_is_the_surprise_of_the_residual")
+class ScoreWithAGradient(Memory):
+    """Computes the score of the residual, with its gradient."""
+
+    def rule(self, q, k, v, *, metric, **call):
+        result = super().rule(q, k, v, **call | {"output_residual": True, "metric": None})
+        if metric is None:
+            return result
+        return result._replace(score=ops.surprise(result.residual, v, metric=metric))
+
+
 @rejected_by("memory_gradients_are_causal")
 class MixesGradients(Memory):
     """The mean over the sequence has no value and a gradient."""

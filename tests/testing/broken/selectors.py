@@ -50,6 +50,15 @@ class LongLifetimes(Threshold):
 
 
 @rejected_by("selector_is_causal")
+class MedianInTraining(Threshold):
+    """The threshold of training is the median of the sequence."""
+
+    def kept(self, score):
+        real = score.nan_to_num(0, 9, -9)
+        return real >= real.median(1, keepdim=True).values if self.training else super().kept(score)
+
+
+@rejected_by("selector_is_causal")
 class AboveTheMean(Threshold):
     """Stores what is above the mean of the sequence."""
 
