@@ -13,7 +13,7 @@ from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 
 FORMAT = 1
-"""The format of `HAMState.state_dict()`. A change that older code would misread raises it."""
+"""Version of the format of `HAMState.state_dict()`; raised when older code would misread it."""
 
 
 class Checkpoint(NamedTuple):
@@ -31,10 +31,10 @@ class Checkpoint(NamedTuple):
 class Ring(NamedTuple):
     """The states before the last tokens, which `HAMState.rollback` goes back to.
 
-    They are forked but never changed, so several states may hold the same ones.
+    To use one it is forked, so none ever changes, and several states may hold the same ones.
 
     Attributes:
-        size: most states.
+        size: most states; so many of the last tokens can be taken back.
         states: oldest first, each without a ring of its own.
     """
 
@@ -105,9 +105,9 @@ class HAMState(NamedTuple):
 
     @property
     def nbytes_by_part(self) -> StateBytes:
-        """`nbytes` apart: memory, attention part, ledger, pages and tables. Waits for the device.
+        """`nbytes` by part: memory, attention part, ledger, pages, tables. Waits for the device.
 
-        Forks that share pages count each of them, so the sum over forks is more than they take.
+        A page that forks share is counted in each fork, so their sum exceeds what they allocate.
         """
         position, memory, attention, ledger = (
             sum(tensor.nbytes for tensor in leaves(tree)) for tree in self.trees
@@ -192,9 +192,9 @@ class HAMState(NamedTuple):
             n: tokens to take back, 0 to r: one int for all sequences, or int `[N]`.
 
         Raises:
-            ValueError: fewer tokens are recorded: the state was made without `rollback`, is
-                younger, or has been moved or loaded since. With different `n`, a sequence that
-                goes back to before its first token, beside one that does not.
+            ValueError: fewer tokens are recorded: the state was made without `rollback`, has seen
+                fewer tokens, or was moved or loaded after them. Or `n` differs between sequences,
+                and only some of them go back to before their first token.
         """
         if self.ring is None:
             raise wrong("n", "0 for a state without rollback (see init_state)", n)
@@ -225,7 +225,7 @@ class HAMState(NamedTuple):
         return _mixed(states, chosen)._replace(ring=ring)
 
     def with_rollback(self, n: int) -> HAMState:
-        """This state with room to take back the last `n` tokens from now on; it takes its place.
+        """This state with a ring for the last `n` tokens from now on; use it instead of this one.
 
         What is recorded stays, but no more than the states before the last n tokens.
 
@@ -240,7 +240,7 @@ class HAMState(NamedTuple):
         return self._replace(ring=Ring(n, recorded[-n:]) if n else None)
 
     def reserve(self, steps: int) -> None:
-        """Takes the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
+        """Reserves the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
 
         Raises:
             ValueError: the state has a ring: recording copies pages, which waits for the device.
@@ -253,7 +253,7 @@ class HAMState(NamedTuple):
     def check(self) -> None:
         """Checks that the state can be continued. Waits for the device.
 
-        Call it after replays of a CUDA graph, which no other check of the host sees.
+        Call it after replays of a CUDA graph: the host does not check them as they run.
 
         Raises:
             ValueError: the state is spent, or a replayed CUDA graph went past the steps that
@@ -304,7 +304,7 @@ class HAMState(NamedTuple):
 
 
 def _are_fresh(states: Sequence[HAMState]) -> bool:
-    """Whether some of the states have seen a token and others have not."""
+    """Whether some of the states have had a first token and others have not."""
 
     def begun(state: HAMState) -> tuple[bool, ...]:
         parts = state.memory, state.attention, state.ledger
