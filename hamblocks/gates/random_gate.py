@@ -13,9 +13,9 @@ from hamblocks.protocols import GateOutput, MemoryTrace, check_count
 from hamblocks_ops.arguments import wrong
 
 PER = ("sequence", "position")
-"""What draws a score of its own."""
+"""Values of `per`: what gets a score of its own."""
 HEADS = ("shared", "own")
-"""Whether heads share a score."""
+"""Values of `heads`: whether heads share a score."""
 CONTENT_BITS = 16
 """Entries of x whose signs tell one token from another."""
 
