@@ -46,7 +46,7 @@ class SelectedAttention(Built):
         null_sink: bool = False,
         impl: str = "auto",
     ) -> None:
-        """Makes the part.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             conv_size: taps of a causal depthwise convolution over the keys, without an activation.

@@ -32,7 +32,7 @@ class _Mix(Built):
     attention_g_proj: nn.Linear
 
     def __init__(self, output_gate: bool = False, read_norm: bool = True) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             output_gate: multiply the joined reads by SiLU(g_proj(x)), channel by channel, before
@@ -262,7 +262,7 @@ class ScaledSum(_Mix):
         memory_gate: str | None = None,
         attention_gate: str | None = None,
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             bias: whether `o_proj` and `attention_g_proj` have biases.

@@ -25,9 +25,10 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 class GraphedDecode(Generic[States]):
     """Decodes a number of tokens for every sequence, one by one, by replays of one step.
 
-    On a GPU the first call runs the step as usual, which loads its kernels. The second call captures
-    the step in a CUDA graph, and it and all later calls replay the graph. A replay launches the
-    kernels of the step without its Python code. On another device every call runs the step as usual.
+    On a GPU the first call runs the step as usual, which loads its kernels. The second call
+    captures the step in a CUDA graph, and it and all later calls replay the graph. A replay
+    launches the kernels of the step without its Python code. On another device every call runs the
+    step as usual.
 
     The pages of all tokens are reserved at the start, and the host counts every step. So a replay
     never runs without pages: the call after the last reserved step raises an error, before anything

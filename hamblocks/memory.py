@@ -394,7 +394,7 @@ class DeltaMemory(_DeltaRuleMemory):
         qk_l2norm_eps: float = 0,
         impl: str = "auto",
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
@@ -468,7 +468,7 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         dt_max: float = 0.1,
         impl: str = "auto",
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         The initial decay is g = -a dt for x = 0, with a and dt drawn per head: a head with a small
         a dt forgets slowly. Half of its state is left after log(2) / (a dt) tokens.

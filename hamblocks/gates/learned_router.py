@@ -42,7 +42,7 @@ class LearnedRouter(Built):
     """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, width: int | None = None, *, gradient: str = "bias") -> None:
-        """Makes the gate; the layer that owns it makes the MLP.
+        """Stores the arguments; the MLP is made when a layer takes the gate.
 
         Args:
             width: width of the MLP's hidden layer, at least 1; None: a quarter of the layer's

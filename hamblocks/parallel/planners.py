@@ -8,7 +8,7 @@ name, so that PyTorch's planners load it into a model that is not split.
     dcp.save(state, checkpoint_id=folder, planner=SplitSavePlanner())
     dcp.load(state, checkpoint_id=folder, planner=SplitLoadPlanner())
 
-A file of its own, because importing these planners takes a second.
+They are a module of their own, because importing them takes a second.
 """
 
 from __future__ import annotations
