@@ -134,7 +134,7 @@ class HeadShare:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Takes the group."""
+        """Reads rank and size of the group."""
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 

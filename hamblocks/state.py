@@ -13,7 +13,8 @@ from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 
 FORMAT = 1
-"""Version of the format of `HAMState.state_dict()`; raised when older code would misread it."""
+"""Version of the format of `HAMState.state_dict()`; a change that older code would misread
+increases it."""
 
 
 class Checkpoint(NamedTuple):
@@ -31,7 +32,8 @@ class Checkpoint(NamedTuple):
 class Ring(NamedTuple):
     """The states before the last tokens, which `HAMState.rollback` goes back to.
 
-    To use one it is forked, so none ever changes, and several states may hold the same ones.
+    `rollback` forks a state before it uses it. So these states never change, and several states may
+    hold the same ones.
 
     Attributes:
         size: most states; so many of the last tokens can be taken back.
@@ -74,8 +76,8 @@ class HAMState(NamedTuple):
             before the first token and in a layer without a memory.
         attention: the state of the attention part (see `hamblocks.protocols.PreparesTokens`), a
             tree of the same kind; None before the first token and for a part without a state.
-        ledger: the selector's ledger, a tree of the same kind; None before the first token and for
-            a selector that never lowers a lifetime later.
+        ledger: the selector's ledger: the tokens whose lifetimes it may still lower, a tree of the
+            same kind; None before the first token and for a selector that never lowers one later.
         cache: keys and values that are stored for attention; None in a layer without attention.
         checkpoints: points to `crop` back to, oldest first.
         ring: the states before the last tokens, for `rollback`; None if the layer's `init_state`
@@ -92,7 +94,7 @@ class HAMState(NamedTuple):
 
     @property
     def trees(self) -> tuple[Tensor, Any, Any, Any]:
-        """All but the cache and the checkpoints: position, and the states of the parts."""
+        """Position, and the states of memory, attention and selector, which are plain tensors."""
         return self.position, self.memory, self.attention, self.ledger
 
     @property

@@ -138,7 +138,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        """N."""
+        """N, the number of sequences."""
         return self._own.sequences
 
     @property
@@ -272,7 +272,7 @@ class KVCache:
             k: `[N, T, Hkv, D]`, as attention reads them.
             v: `[N, T, Hkv, D]`.
             position: int32 `[N, T]`, at least the number of tokens seen; -1 for padding.
-            evict_at: int32 `[N, T, H]` or `[N, T, 1]`.
+            evict_at: int32 `[N, T, H]` or `[N, T, 1]`, lifetimes of the new tokens.
             logit_bias: `[N, T, Hkv]` or `[N, T, 1]`; either all tokens of a cache have one or none.
             lowered: `[N, L, H]` or `[N, L, 1]`, lifetimes that the selector lowered.
 
