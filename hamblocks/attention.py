@@ -95,7 +95,7 @@ class SelectedAttention(Built):
 
         Raises:
             ValueError: the number of rotated channels, `int(head_dim * partial_rotary_factor)`, is
-                odd or 0, or below 4 with `rope_scaling`.
+                odd or 0, or below 4 with `rope_scaling`; or there is no such `conv_init`.
         """
         self.rotated = int(dims.head_dim * self.partial_rotary_factor)
         name = "head_dim" if self.partial_rotary_factor == 1 else "head_dim * partial_rotary_factor"

@@ -166,7 +166,12 @@ class GatedSum(_Mix):
     """Joins the reads with one sigmoid gate each; the gates are independent.
 
     `y = o_proj(m * norm(memory_read) + a * norm(attention_read))`, with m and a `[H]` from
-    `sigmoid(gate_proj(x))`.
+    `sigmoid(gate_proj(x))`, and RMSNorm per head.
+
+    Args:
+        output_gate: multiply the sum by SiLU(g_proj(x)), channel by channel, before `o_proj`, as
+            `fla.layers.GatedDeltaNet` does.
+        read_norm: normalise each read per head; False: take it as it is.
     """
 
     def _decoded(
@@ -198,7 +203,12 @@ class GatedSum(_Mix):
 
 @final
 class SoftmaxMix(_Mix):
-    """Joins the reads as `GatedSum` does, with a softmax over the two gates of each head."""
+    """Joins the reads as `GatedSum` does, with a softmax over the two gates of each head.
+
+    Args:
+        output_gate: as in `GatedSum`.
+        read_norm: as in `GatedSum`.
+    """
 
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters.
