@@ -50,7 +50,7 @@ class UnstoredMemory(Built):
     state_type: ClassVar[type[UnstoredMemoryState]] = UnstoredMemoryState
 
     def __init__(self, inner: Memory) -> None:
-        """Makes the part.
+        """Takes the inner memory.
 
         Args:
             inner: a `DeltaMemory` or `GatedDeltaMemory`, with its projections and its decay.

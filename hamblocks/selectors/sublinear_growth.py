@@ -26,8 +26,8 @@ ROUNDING = 1 - 2.0**-40
 class SublinearGrowth(Composable):
     """Stores k(t) = ceil(scale * (t + 1)**a) tokens at time t, with `exponent` a in (0, 1).
 
-    Every new token is stored. If more than k(t) tokens are stored then, the worst of them leaves:
-    the one with the smallest score, and of equal scores the latest. So after token t,
+    A new token joins those that are stored. If they are then more than k(t), the worst leaves: the
+    one with the smallest score, and of equal scores the latest. So after token t,
     min(t + 1, k(t)) tokens are stored. With S(t) the tokens stored after token t,
 
         S(t) = the k(t) best of S(t - 1) and t
