@@ -23,10 +23,10 @@ from hamblocks_ops.arguments import wrong
 class SelectedAttention(Built):
     """Softmax attention over the stored tokens.
 
-    Keys go through a short causal convolution (values too if asked), are normalised and rotated by
-    their position in the sequence, and are then stored. With the convolution the key of a token
-    knows the token before it: a value that follows its key is then found by that key. Without it
-    one layer does not learn recall (see the page on the routing study).
+    Keys go through a short causal convolution (values too with `conv_values`), are normalised and
+    rotated by their position in the sequence, and are then stored. With the convolution the key of
+    a token also depends on the token before it, so a query can find a token by its predecessor.
+    Without it a single layer does not learn associative recall (see the page on the routing study).
     """
 
     prepares_when_called = True
@@ -46,27 +46,27 @@ class SelectedAttention(Built):
         null_sink: bool = False,
         impl: str = "auto",
     ) -> None:
-        """Makes the part.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             conv_size: taps of a causal depthwise convolution over the keys, without an activation.
-                The part has a state, the last `conv_size - 1` tokens. 1: no convolution and no
-                state.
-            conv_init: "uniform", or "identity": the part starts as one without a convolution (see
-                `ShortConvolution`).
+                The part then has a state, the last `conv_size - 1` inputs of the convolution. 1: no
+                convolution and no state.
+            conv_init: initial weights, "uniform" or "identity"; with "identity" the part initially
+                computes the same as one without a convolution (see `ShortConvolution`).
             conv_values: whether the values are convolved too.
             rope_theta: base of the rotary wavelengths; None: no rotary positions.
-            rope_scaling: how the rotary frequencies are scaled, in transformers' terms: an object
-                with "linear", "dynamic", "llama3" or "yarn" as `rope_type`, and its numbers
-                (`hamblocks.rope`). With "dynamic" a token's frequencies depend on the number of
-                tokens up to it.
-            partial_rotary_factor: the share of a head's channels that are rotated, the first ones,
-                in (0, 1].
+            rope_scaling: how the rotary frequencies are scaled: a dict as in transformers, with
+                "linear", "dynamic", "llama3" or "yarn" as `rope_type` and the numbers that this
+                type needs (`hamblocks.rope`). With "dynamic" a token's frequencies depend on the
+                number of tokens up to it. None: they are not scaled.
+            partial_rotary_factor: fraction of a head's channels that are rotated, counted from the
+                first, in (0, 1].
             qk_norm: RMSNorm of queries and keys, per head.
             norm_eps: epsilon of these norms.
-            null_sink: one more key per key/value head, with a learned logit and the value 0: a
-                query may read nothing (HOLA, arXiv 2607.02303). It scales the read of a query, which
-                a combiner that normalises reads takes back: use `GatedSum(read_norm=False)`.
+            null_sink: one more key per key/value head, with a learned logit and the value 0, so
+                that a query can read nothing (HOLA, arXiv 2607.02303). It scales the read of a
+                query, and a norm on reads cancels that: use `GatedSum(read_norm=False)`.
             impl: implementation of attention (see `hamblocks.keys.Keys.attend`).
 
         Raises:
@@ -94,8 +94,8 @@ class SelectedAttention(Built):
         """Makes norms, convolution and null logits.
 
         Raises:
-            ValueError: rotary positions need an even head_dim, of at least 4 if they are scaled;
-                the same holds of the channels that are rotated.
+            ValueError: the number of rotated channels, `int(head_dim * partial_rotary_factor)`, is
+                odd or 0, or below 4 with `rope_scaling`; or there is no such `conv_init`.
         """
         self.rotated = int(dims.head_dim * self.partial_rotary_factor)
         name = "head_dim" if self.partial_rotary_factor == 1 else "head_dim * partial_rotary_factor"

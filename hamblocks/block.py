@@ -18,7 +18,10 @@ from hamblocks.state import HAMState
 
 @final
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, the SwiGLU MLP (arXiv 2002.05202)."""
+    """`down(silu(gate(x)) * up(x))`, the SwiGLU MLP (arXiv 2002.05202).
+
+    `up_proj` holds the rows of gate, then those of up.
+    """
 
     head_split: HeadSplit | None = None
     """Set where ranks share the inner layer (`hamblocks.parallel.heads`)."""
@@ -77,10 +80,10 @@ class HAMBlock(nn.Module):
 
         Args:
             layer: the HAM layer; the block takes its hidden size.
-            intermediate_size: inner width of the MLP; None: 8/3 of the hidden size.
+            intermediate_size: inner width of the MLP; None: 8/3 of the hidden size, rounded down.
             norm_eps: epsilon of both norms.
             mlp_bias: whether the projections of the MLP have biases.
-            mlp: a module in place of the MLP, from `[B, T, hidden]` to the same shape.
+            mlp: a module to use instead of the MLP, from `[B, T, hidden]` to the same shape.
         """
         super().__init__()
         hidden = layer.dims.hidden_size

@@ -1,4 +1,4 @@
-"""Combiners, which join the read of the memory and the read of attention."""
+"""Combiners: they join the outputs ("reads") of the memory and of attention."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch
 class _Mix(Built):
     """Weights each read per head by a gate on x, and projects the sum; reads are normalised first.
 
-    The norm is RMSNorm per head. It takes away what scales a whole read, such as the null sink of
-    attention. A layer with only one read has one norm and one gate. Where the memory has sizes of its own,
-    each read has a projection of its own, and the projections are added.
+    The norm is RMSNorm per head. It cancels any factor of a whole read, such as that of a null
+    sink. A layer with only one read has one norm and one gate. Where the memory has other head
+    sizes than attention, each read has a projection of its own, and the projections are added.
     """
 
     memory_g_proj: nn.Linear
     attention_g_proj: nn.Linear
 
     def __init__(self, output_gate: bool = False, read_norm: bool = True) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
-            output_gate: multiply what is projected by SiLU(g_proj(x)), channel by channel, as
-                `fla.layers.GatedDeltaNet` does.
+            output_gate: multiply the joined reads by SiLU(g_proj(x)), channel by channel, before
+                `o_proj`, as `fla.layers.GatedDeltaNet` does.
             read_norm: normalise each read per head; False: take it as it is.
         """
         super().__init__()
@@ -68,7 +68,7 @@ class _Mix(Built):
 
     def split_heads(self, ranks: int) -> dict[str, How]:
         """See `hamblocks.heads.SplitsHeads`."""
-        if self.is_joint:  # the gates of a head stand together
+        if self.is_joint:  # the gates of a head are adjacent rows
             gates, widths = Split(0, [sum(self.heads)]), [self.widths[0]]
         else:
             gates, widths = Split(0, self.heads, is_small=True), self.widths
@@ -93,7 +93,10 @@ class _Mix(Built):
     def normed(
         self, x: Tensor, memory_read: Tensor | None, attention_read: Tensor | None
     ) -> list[Tensor]:
-        """The reads that there are, `[B, T, H, D]`, after their norms and gates, memory first."""
+        """The reads that are not None, after their norms and gates, memory first.
+
+        Each is `[B, T, heads, size]` of its own part.
+        """
         reads = []
         if memory_read is not None:
             read = self.memory_norm(memory_read) if self.read_norm else memory_read
@@ -154,20 +157,29 @@ class _Mix(Built):
         return torch.cat([first.to(x.dtype).flatten(2), second.to(x.dtype).flatten(2)], -1)
 
     def apart(self, logits: Tensor) -> Tensor:
-        """Gate logits `[B, T, heads of both reads]` -> weights, for reads of different sizes."""
+        """As `weights`, for reads of different sizes: `[B, T, heads of both reads]`."""
         raise NotImplementedError
 
 
 @final
 class GatedSum(_Mix):
-    """Joins the reads with one sigmoid gate each; the gates are independent."""
+    """Joins the reads with one sigmoid gate each; the gates are independent.
+
+    `y = o_proj(m * norm(memory_read) + a * norm(attention_read))`, with m and a `[H]` from
+    `sigmoid(gate_proj(x))`, and RMSNorm per head.
+
+    Args:
+        output_gate: multiply the sum by SiLU(g_proj(x)), channel by channel, before `o_proj`, as
+            `fla.layers.GatedDeltaNet` does.
+        read_norm: normalise each read per head; False: take it as it is.
+    """
 
     def _decoded(
         self, memory_read: Tensor | None, attention_read: Tensor | None, logits: Tensor
     ) -> Tensor | None:
         if memory_read is None or attention_read is None or not self.is_joint:
             return None
-        # a gate on a read by channel is applied after its norm, which the kernel does not know
+        # the kernel has no gate per channel, which would follow the norm of a read
         if memory_read.shape[1] != 1 or self.memory_gate or self.attention_gate:
             return None
         normed = [self.memory_norm] if self.read_norm else []
@@ -191,7 +203,12 @@ class GatedSum(_Mix):
 
 @final
 class SoftmaxMix(_Mix):
-    """Joins the reads with gates that sum to one."""
+    """Joins the reads as `GatedSum` does, with a softmax over the two gates of each head.
+
+    Args:
+        output_gate: as in `GatedSum`.
+        read_norm: as in `GatedSum`.
+    """
 
     def make(self, dims: LayerDims) -> None:
         """Makes the parameters.
@@ -215,14 +232,14 @@ class SoftmaxMix(_Mix):
 
 @final
 class ConstantStart(nn.Linear):
-    """A linear map whose result does not depend on its input at the start.
+    """A linear map that returns a constant at initialisation: its weight is 0.
 
     Attributes:
-        start: the result at the start, which is its bias; its weight is 0.
+        start: the initial bias, `out_features` numbers.
     """
 
     def __init__(self, in_features: int, start: Sequence[float]) -> None:
-        """Makes the map to `len(start)` numbers."""
+        """Makes the map from `in_features` to `len(start)` channels."""
         super().__init__(in_features, len(start))
         self.start = list(start)
         with torch.no_grad():
@@ -230,19 +247,19 @@ class ConstantStart(nn.Linear):
             self.bias.copy_(self.fresh_bias())
 
     def fresh_bias(self) -> Tensor:
-        """The bias at the start."""
+        """The initial bias, `[out_features]`."""
         return torch.tensor(self.start)
 
 
 @final
 class ScaledSum(_Mix):
-    """Adds the memory's read to attention's, each scaled per head; it starts at one of them alone.
+    """Adds the memory's read to attention's, each scaled per head; initially one of them is 0.
 
-    `y = o_proj(a * attention_read + m * norm(memory_read))`, with a and m `[H]` from `gate_proj(x)`,
-    whose weight starts at 0 and whose bias starts at a = 1 and m = 0. So a layer of a trained
-    attention model, given a memory, starts as it was. With `start="memory"` the bias starts at
-    a = 0 and m = 1, for a trained layer with a memory that is given attention. Where a layer has
-    one read, its scale starts at 1.
+    `y = o_proj(a * attention_read + m * norm(memory_read))`, with a and m `[H]` from
+    `gate_proj(x)`, whose weight starts at 0 and whose bias starts at a = 1 and m = 0. So a trained
+    attention layer to which a memory is added computes the same as before. With `start="memory"`
+    the bias starts at a = 0 and m = 1, for a trained recurrent layer to which attention is added.
+    Where a layer has one read, its scale starts at 1.
     """
 
     def __init__(
@@ -255,13 +272,13 @@ class ScaledSum(_Mix):
         memory_gate: str | None = None,
         attention_gate: str | None = None,
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             bias: whether `o_proj` and `attention_g_proj` have biases.
             read_norm: normalise the memory's read per head; False: take it as it is. The read of
                 attention is never normalised.
-            start: the read that the layer starts with, "attention" or "memory".
+            start: the read whose scale starts at 1, "attention" or "memory".
             norm_eps: epsilon of the norm.
             memory_gate: multiply the memory's read, after its norm, by an activation of
                 `memory_g_proj(x)`, channel by channel: "silu", as Gated DeltaNet does, or
@@ -288,7 +305,7 @@ class ScaledSum(_Mix):
         memory, attention = (0.0, 1.0) if self.start == "attention" else (1.0, 0.0)
         if len(self.heads) == 1:
             start = [1.0] * self.heads[0]
-        elif self.is_joint:  # memory and attention take turns, head by head
+        elif self.is_joint:  # for each head: memory, attention
             start = [memory, attention] * self.heads[0]
         else:
             start = [memory] * self.heads[0] + [attention] * self.heads[1]

@@ -20,7 +20,7 @@ from hamblocks_ops.packing import sequence_of
 
 @final
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, followed by SiLU unless told otherwise.
+    """Causal depthwise convolution over time, by default followed by SiLU.
 
     The convolution of `fla.modules.ShortConvolution`, without a bias. Its state holds the last
     `kernel_size - 1` inputs, and packed sequences never see each other's inputs.
@@ -70,7 +70,7 @@ class ShortConvolution(nn.Module):
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
         self.activation, self.init = activation, init
         used = self._used(taps)
-        if used is None:  # a buffer that is None breaks what walks over buffers
+        if used is None:  # code that iterates over buffers fails on one that is None
             self.used = None
         else:
             self.register_buffer("used", used, persistent=False)
@@ -105,7 +105,7 @@ class ShortConvolution(nn.Module):
         """Becomes the convolution of a rank's share of channels (`hamblocks.heads.SplitsHeads`).
 
         Args:
-            blocks: how many channels stand together; each rank has an equal run of each.
+            blocks: sizes of consecutive groups of channels; each rank gets an equal run of each.
             ranks: how many ranks share the channels.
 
         Returns:
@@ -144,7 +144,7 @@ class ShortConvolution(nn.Module):
             return y, torch.cat([state, x[:, -past:]], 1)[:, -past:]
         # every sequence's past, then its tokens: token t stands at index past + t
         inputs = torch.cat([state, x], 1)
-        if tokens == 1:  # decoding: the inputs are those of all taps, as they lie
+        if tokens == 1:  # decoding: the inputs are exactly those of the taps, in order
             y = (inputs * self._taps().mT).sum(1, keepdim=True)
             return self._activated(y), inputs[:, tokens:]
         delayed = [inputs[:, past - delay : past - delay + tokens] for delay in range(past + 1)]
@@ -152,12 +152,12 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, x: Tensor, state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         past, sequences = self.kernel_size - 1, cu_seqlens.shape[0] - 1
-        # one table for everything: first the pasts of all sequences, then all tokens
+        # one tensor of inputs: first the pasts of all sequences, then all tokens
         inputs = torch.cat([state.flatten(0, 1), x[0]])
         borders = cu_seqlens.long()
 
         def index(sequence: Tensor, offset: Tensor) -> Tensor:
-            """Where the table has a sequence's token; a negative offset reaches into its past."""
+            """Row of `inputs` with a sequence's token; a negative offset lies in its past."""
             in_tokens = sequences * past + borders[sequence] + offset
             in_past = sequence * past + past + offset
             return torch.where(offset >= 0, in_tokens, in_past)

@@ -109,8 +109,8 @@ class Decoder(nn.Module):
             steps: most tokens per sequence, at least 1.
 
         Returns:
-            What takes the last token of every sequence, int64 `[N]`, and returns the logits of the
-            next one, `[N, vocab_size]`; its `state` are the states to go on from.
+            A callable that maps the last token of every sequence, int64 `[N]`, to the logits of the
+            next one, `[N, vocab_size]`. Its attribute `state` has the states after these tokens.
 
         Raises:
             ValueError: a bad argument, or one of `HAMState.reserve`.

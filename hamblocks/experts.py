@@ -15,7 +15,7 @@ from hamblocks_ops.precision import wide
 
 
 class Experts(nn.Module):
-    """SwiGLU MLPs of one size, side by side.
+    """SwiGLU MLPs of one size, with stacked weights.
 
     Attributes:
         up_proj: `[experts, 2 * width, hidden]`, gate and up of every expert.
@@ -23,7 +23,7 @@ class Experts(nn.Module):
     """
 
     def __init__(self, hidden_size: int, width: int, number: int) -> None:
-        """Makes `number` MLPs of inner size `width`."""
+        """Makes `number` MLPs of inner width `width`."""
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(number, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(number, hidden_size, width))
@@ -31,7 +31,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draws the weights as those of `nn.Linear`."""
+        """Draws the weights as `nn.Linear` does: uniform in +-(input size) ** -0.5."""
         for weight in (self.up_proj, self.down_proj):
             bound = weight.shape[2] ** -0.5
             weight.uniform_(-bound, bound)
@@ -39,8 +39,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum of the experts.
 
-        An expert runs over the tokens that chose it, so the host waits for their numbers. Compiled
-        code, and a call on the meta device, runs every expert over all tokens.
+        An expert runs only over the tokens routed to it, so the host waits for the routing.
+        Compiled code and calls on the meta device run every expert over all tokens.
 
         Args:
             x: `[N, hidden]`.
@@ -67,9 +67,9 @@ class Experts(nn.Module):
 class SparseMLP(nn.Module):
     """A mixture of experts: every token runs through `num_experts_per_tok` of `num_experts` MLPs.
 
-    `y = sum_i w_i expert_i(x) + sigmoid(shared_gate(x)) * shared_expert(x)`, where w are the largest
-    entries of `softmax(router(x))`. It is the MLP of Qwen3-Next, and without a shared expert that
-    of Qwen3-MoE. The loss that balances the experts is not part of it.
+    `y = sum_i w_i expert_i(x) + sigmoid(shared_gate(x)) * shared_expert(x)`, where w are the
+    largest entries of `softmax(router(x))`, by default divided by their sum. It is the MLP of
+    Qwen3-Next, and without a shared expert that of Qwen3-MoE. It has no load-balancing loss.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class SparseMLP(nn.Module):
             num_experts: number of experts.
             num_experts_per_tok: how many of them a token runs through.
             moe_intermediate_size: inner width of an expert.
-            shared_expert_intermediate_size: inner width of the expert of all tokens; None: none.
+            shared_expert_intermediate_size: inner width of the shared expert, which every token
+                runs through; None: there is none.
             norm_topk_prob: divide the weights of the chosen experts by their sum.
 
         Raises:
@@ -124,8 +125,8 @@ class SparseMLP(nn.Module):
     def routed(self, x: Tensor) -> Tensor:
         """The weight of every expert, `[N, experts]` for x `[N, hidden]`; 0 for those not chosen.
 
-        A softmax is in float32, or float64 for float64 x. Among equal experts the choice is that of
-        `torch.topk`.
+        The softmax is computed in float32, or float64 for float64 x. `torch.topk` decides between
+        experts of equal weight.
         """
         share: Tensor = self.router(x).to(wide(x)).softmax(-1)
         best, index = share.topk(self.num_experts_per_tok, -1)

@@ -25,9 +25,9 @@ Attend = Callable[[Tensor, Keys], Tensor]
 def gated_read(attend: Attend, q: Tensor, keys: Keys, decision: QueryGateOutput) -> Tensor:
     """The read of the queries that read, and the windowed read of the others.
 
-    Outside `torch.compile` the host waits for the number of queries that read, and with a window for
-    that of the others. Compiled code does not gather, and a call on the meta device has no number:
-    queries that do not read keep their place there, and see no key.
+    The host waits for the number of queries that read, and with a window for that of the others.
+    Compiled code and calls on the meta device do not gather: there, queries that do not read stay
+    in the batch, and see no key.
 
     Args:
         attend: the attention part.

@@ -18,21 +18,22 @@ from hamblocks_ops.arguments import describe, wrong
 States = TypeVar("States", HAMState, list[HAMState])
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does on the device, without doing it, and returns what replays it."""
+"""Records the kernels that a function launches, without running them; returns their replay."""
 
 
 @final
 class GraphedDecode(Generic[States]):
     """Decodes a number of tokens for every sequence, one by one, by replays of one step.
 
-    On a GPU the first call runs the step as usual, which loads its kernels. The second call captures
-    the step in a CUDA graph, and it and all later calls replay the graph. A replay launches the
-    kernels of the step without its Python code. On another device every call runs the step as usual.
+    On a GPU the first call runs the step as usual, which loads its kernels. The second call
+    captures the step in a CUDA graph, and it and all later calls replay the graph. A replay
+    launches the kernels of the step without its Python code. On another device every call runs the
+    step as usual.
 
     The pages of all tokens are reserved at the start, and the host counts every step. So a replay
     never runs without pages: the call after the last reserved step raises an error, before anything
-    changes. The graph is captured again where the pool of pages has grown, as a call on a fork may
-    make it.
+    changes. The graph is captured again when the pool of pages has grown, which a call on a fork
+    may cause.
 
     The object belongs to one thread. Parameters may change in place between two calls; after a
     change of anything else in the layer, such as `train()` or another selector, make a new object.
@@ -75,9 +76,9 @@ class GraphedDecode(Generic[States]):
 
     @property
     def state(self) -> States:
-        """The state after the last step, to go on from in any other way.
+        """The state after the last step, for calls that are not steps of this object.
 
-        A later step spends it, and a call that goes on from it ends the steps of this object.
+        A later step spends it. Once another call has taken it, this object runs no more steps.
         """
         # copies, because a replay writes to these tensors
         return _mapped(self._state, torch.clone)
@@ -93,7 +94,7 @@ class GraphedDecode(Generic[States]):
             The output of the step, such as y `[N, hidden_size]`.
 
         Raises:
-            ValueError: all reserved steps are used, the state has gone on elsewhere or was forked,
+            ValueError: all reserved steps are used, another call took the state or it was forked,
                 or a bad argument; nothing has changed then.
         """
         if self._left == 0:

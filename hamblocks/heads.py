@@ -18,8 +18,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 ScoreHeads = Literal["one", "own", "given"]
-"""How many heads a gate scores: one for the whole layer, each of those of its trace, or as many as
-the caller's score has."""
+"""Heads of a gate's score. "one": one score for all heads. "own": one for each head of its trace.
+"given": as many as `given_score` has."""
 
 
 class Split(NamedTuple):
@@ -49,7 +49,7 @@ class Split(NamedTuple):
 
 
 class OnFirstRank(NamedTuple):
-    """A parameter that is added to a sum over ranks, and so counts on the first rank alone."""
+    """A parameter, such as a bias, that is added to a sum over ranks: only rank 0 adds it."""
 
 
 class NotTrained(NamedTuple):
@@ -134,7 +134,7 @@ class HeadShare:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Takes the group."""
+        """Reads rank and size of the group."""
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
@@ -188,16 +188,16 @@ _CALL: ContextVar[SharedCall | None] = ContextVar("hamblocks_shared_call", defau
 
 
 def shared_call() -> SharedCall | None:
-    """The call that parts are in; None: their layer has all heads.
+    """The call that the running part belongs to; None: its layer has all heads.
 
-    Compiled code has no such call: layers whose heads are split run outside of it.
+    None in compiled code, because layers whose heads are split run outside of it.
     """
     return None if torch.compiler.is_compiling() else _CALL.get()
 
 
 @contextlib.contextmanager
 def in_shared_call(call: SharedCall | None) -> Iterator[None]:
-    """Within this context parts are in a call of a layer whose heads are split."""
+    """Context in which `shared_call()` returns `call`."""
     token = _CALL.set(call)
     try:
         yield
@@ -207,13 +207,13 @@ def in_shared_call(call: SharedCall | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_score() -> Iterator[None]:
-    """Within this context controllers take a score for one that all ranks have."""
+    """Context in which controllers count a score once, because all ranks have the same."""
     call = _CALL.get()
     with in_shared_call(None if call is None else call._replace(one_score=True)):
         yield
 
 
 def all_heads(x: Tensor) -> Tensor:
-    """What all ranks have of `[..., heads]`; x itself where the layer has all heads."""
+    """x `[..., heads]` gathered from all ranks; x itself where the layer has all heads."""
     call = shared_call()
     return x if call is None else call.share.gather(x)

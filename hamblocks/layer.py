@@ -89,9 +89,10 @@ class _Step(NamedTuple):
 class HAMLayer(CallsParts):
     """Sequence mixer of Hybrid Associative Memories (arXiv 2603.22325).
 
-    Every token is projected to q, k, v and goes through the memory. The gate scores how badly the
-    memory predicted it. The selector turns scores into lifetimes in the cache. Softmax attention
-    runs over the stored tokens, and the combiner joins both reads.
+    Every token is projected to q, k, v and goes through the memory, a recurrence. The gate scores
+    the token, by default by how badly the memory predicted its value. The selector turns scores
+    into lifetimes in the KV cache: until which position a token is stored. Softmax attention runs
+    over the stored tokens, and the combiner joins the outputs of memory and attention.
 
         HAMLayer(512, 8, selector=Threshold(TargetFraction(0.5)) | Window(64))
         HAMLayer(512, 8, attention=None)  # only the memory: no cache, no attention norms
@@ -100,7 +101,7 @@ class HAMLayer(CallsParts):
     """
 
     head_split: HeadSplit | None = None
-    """Set where ranks share the heads (`hamblocks.parallel.heads`). `dims` are then of this rank."""
+    """Set where ranks share the heads (`hamblocks.parallel.heads`); `dims` are then this rank's."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class HAMLayer(CallsParts):
 
         Args:
             hidden_size: width of x.
-            num_heads: query heads, and heads of the memory.
+            num_heads: query heads, and heads of a memory that has no number of its own.
             selector: turns scores into lifetimes, e.g.
                 `Threshold(TargetFraction(0.5)) | Window(64)`. None stores every token. Required in
                 a layer with a memory and attention.
@@ -130,8 +131,9 @@ class HAMLayer(CallsParts):
                 use the position only (`Window`, `FirstTokens`).
             query_gate: decides which queries read the stored tokens. None: all do.
             memory: the recurrence. Default: `GatedDeltaMemory()`. None: the layer has no memory.
-            attention: Default: `SelectedAttention()`. None: the layer has no attention or cache.
-            combiner: Default: `GatedSum()`.
+            attention: attention over the stored tokens. Default: `SelectedAttention()`. None: the
+                layer has no attention and no cache.
+            combiner: joins the outputs of memory and attention. Default: `GatedSum()`.
             num_kv_heads: key/value heads, a divisor of num_heads; each may store other tokens.
                 None: num_heads.
             head_dim: None: hidden_size // num_heads.
@@ -188,7 +190,7 @@ class HAMLayer(CallsParts):
         max_pages: int | None = None,
         rollback: int = 0,
     ) -> HAMState:
-        """The empty state before the first token, to call the layer piece by piece.
+        """The empty state before the first token, for calls with consecutive parts of sequences.
 
         Dtype, device and shapes are taken from the first call.
 
@@ -217,7 +219,7 @@ class HAMLayer(CallsParts):
         Checkpoints and the states of the ring are dropped.
 
         Args:
-            state: the state; it is spent.
+            state: the state; it is spent (see `HAMState`).
             sequences: bool `[N]`, the sequences to empty.
 
         Raises:
@@ -272,7 +274,7 @@ class HAMLayer(CallsParts):
         cu_seqlens: Tensor | None = None,
         given_score: Tensor | None = None,
     ) -> LayerOutput:
-        """`forward` with a state for the next piece of every sequence; None: a new state."""
+        """`forward` with a state, for the next tokens of every sequence; None: a new state."""
         if state is None:
             check_tensor("x", x, "[B, T, hidden]", [None, None, self.dims.hidden_size])
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
@@ -315,8 +317,8 @@ class HAMLayer(CallsParts):
             steps: most tokens per sequence, at least 1.
 
         Returns:
-            What takes x `[N, hidden_size]` of the next token of every sequence and returns y
-            `[N, hidden_size]`; its `state` is the state to go on from.
+            A callable that maps x `[N, hidden_size]`, the next token of every sequence, to y
+            `[N, hidden_size]`. Its attribute `state` is the state after the tokens so far.
 
         Raises:
             ValueError: a bad argument, or one of `HAMState.reserve`.
@@ -340,7 +342,7 @@ class HAMLayer(CallsParts):
         given_score: Tensor | None = None,
         shard: ContextShard | None = None,
     ) -> LayerOutput:
-        """Mixes a batch, or its next piece, or the tokens of it that this rank holds.
+        """Maps x to y: whole sequences, or with a state the next tokens of every sequence.
 
         Args:
             x: `[B, T, hidden_size]`; packed: `[1, sum(T), hidden_size]`.
@@ -352,6 +354,9 @@ class HAMLayer(CallsParts):
                 gates that read one (`GivenScore`): labels, or another model's entropy.
             shard: context parallel: x holds the tokens of this rank, and every rank of the shard's
                 group calls the layer. It says where packed sequences end, so `cu_seqlens` is None.
+
+        Returns:
+            y in the shape and dtype of x, the next state (None without `state`), and stats.
 
         Raises:
             ValueError: a bad argument, or a part returned a value that its protocol does not allow.
@@ -434,8 +439,9 @@ class HAMLayer(CallsParts):
             given_score: as in `forward`.
 
         Returns:
-            For each op by name, every implementation with "yes" or a reason. The entry "attention"
-            lists all implementations that read keys in pages.
+            For each op by name, every implementation with "yes" or a reason. With a state,
+            "attention" lists the implementations that read pages in place (`paged_attention`), then
+            those that read a padded copy (`selected_attention`).
 
         Raises:
             ValueError: a bad argument, as in `forward`.

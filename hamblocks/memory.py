@@ -1,4 +1,4 @@
-"""Memories: recurrent states that see every token and report what they failed to predict."""
+"""Memories: recurrences over every token, which also return their error in predicting its value."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class DeltaMemoryState(NamedTuple):
     """State of a delta-rule memory. A state of zeros equals the state before the first token.
 
     Attributes:
-        conv: `[N, taps - 1, (H + 2 Hkv) D]`, dtype of x: the last inputs of the short
-            convolution, oldest first.
-        recurrent: `[N, H, D, D]`, float32 (float64 for float64 models): the associative memory,
-            keys by values.
+        conv: `[N, taps - 1, channels]`, dtype of q, k and v: the last inputs of the short
+            convolution, oldest first. The channels are those of q, k and v side by side,
+            (H + 2 Hkv) D where the memory shares the projections of attention.
+        recurrent: `[N, heads, K, V]`, float32 (float64 for float64 models): the associative memory,
+            keys by values. heads = H and K = V = D unless the memory has sizes of its own.
     """
 
     conv: Tensor
@@ -233,7 +234,7 @@ class _DeltaRuleMemory(Built):
 
     @property
     def border_size(self) -> int:
-        """Tokens before its first one that a slice must know."""
+        """Number of tokens before a slice that the convolution reads."""
         return self.conv.kernel_size - 1
 
     @property
@@ -257,7 +258,11 @@ class _DeltaRuleMemory(Built):
         *,
         border: Tensor,
     ) -> Transition:
-        """What tokens do to the recurrent state, by the same op on the unit state."""
+        """The linear map that tokens apply to the recurrent state.
+
+        `carry` is the final state that the op returns for an identity state and values of 0,
+        `write` the one for a state of 0.
+        """
         q, k, v, _ = self._convolved(*self._inputs(x, q, k, v), border, None)
         unit = torch.eye(k.shape[3], dtype=wide(x), device=x.device)
         unit = unit.expand(x.shape[0], k.shape[2], *unit.shape)
@@ -366,7 +371,13 @@ class _DeltaRuleMemory(Built):
 
 @final
 class DeltaMemory(_DeltaRuleMemory):
-    """The delta rule without decay (Yang et al., arXiv 2406.06484)."""
+    r"""The delta rule without decay (Yang et al., arXiv 2406.06484).
+
+    \[ S_t = S_{t-1} + \beta_t k_t r_t^\top, \quad r_t = v_t - S_{t-1}^\top k_t, \quad
+    o_t = K^{-1/2} S_t^\top q_t \]
+
+    per head, with keys and queries of unit length and \(\beta_t = \sigma(\text{b\_proj}(x_t))\).
+    """
 
     def __init__(
         self,
@@ -383,28 +394,30 @@ class DeltaMemory(_DeltaRuleMemory):
         qk_l2norm_eps: float = 0,
         impl: str = "auto",
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
-                Three numbers: those of q, k and v.
+                Three numbers: the taps for q, for k and for v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
-            conv_activation: "silu" or None, after the convolution. With None and "identity" the
-                memory starts from q, k and v as they are.
+            conv_activation: "silu" or None, after the convolution. With None and
+                `conv_init="identity"` the convolution initially leaves q, k and v unchanged.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
             num_heads: heads of the memory, each with a state; None: those of the layer.
-            num_k_heads: heads of queries and keys, a divisor of the heads; each serves as many
-                heads. None: every head has its own.
+            num_k_heads: heads of queries and keys, a divisor of `num_heads`; each is repeated
+                `num_heads // num_k_heads` times. None: `num_heads`.
             head_dim: size of a key; None: that of the layer.
-            expand_v: size of a value over that of a key.
-            allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            expand_v: size of a value divided by the size of a key; the size of a value must be an
+                integer.
+            allow_neg_eigval: write strength beta in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             qk_l2norm_eps: added to the squared length by which queries and keys are normalised, as
-                in fla and transformers (1e-6 there). 0: keys are of unit length.
+                in fla and transformers (1e-6 there). 0: queries and keys have exactly unit length.
             impl: implementation of `gated_delta_rule`.
 
         Raises:
-            ValueError: an argument is out of range, or the sizes need projections of their own.
+            ValueError: an argument is out of range, or sizes are given with
+                `projections="shared"`.
         """
         super().__init__(
             conv_size,
@@ -429,12 +442,13 @@ class DeltaMemory(_DeltaRuleMemory):
 class GatedDeltaMemory(_DeltaRuleMemory):
     """The gated delta rule (Gated DeltaNet, arXiv 2412.06464).
 
-    The log decay per head is g = -exp(A_log) softplus(a_proj(x) + dt_bias).
+    As `DeltaMemory`, but the state is multiplied by exp(g) before each token, with the log decay
+    per head g = -exp(A_log) softplus(a_proj(x) + dt_bias).
     """
 
     float32_weights = "A_log", "dt_bias"
-    """Weights that `parallelize` leaves in float32 under mixed precision: rounding them to bfloat16
-    changes how fast a head forgets, in the same direction for every token."""
+    """Weights that `parallelize` leaves in float32 under mixed precision: rounded to bfloat16, they
+    would change how fast a head forgets, in the same direction for every token."""
 
     def __init__(
         self,
@@ -454,34 +468,36 @@ class GatedDeltaMemory(_DeltaRuleMemory):
         dt_max: float = 0.1,
         impl: str = "auto",
     ) -> None:
-        """Makes the part; the layer that owns it makes the parameters.
+        """Stores the arguments; parameters are made when a layer takes the part.
 
-        The decay at the start is g = -a dt for x = 0, with a and dt drawn per head: a memory with a
-        small dt forgets slowly. Half of a state is left after log(2) / (a dt) tokens.
+        The initial decay is g = -a dt for x = 0, with a and dt drawn per head: a head with a small
+        a dt forgets slowly. Half of its state is left after log(2) / (a dt) tokens.
 
         Args:
             conv_size: taps of the short convolution, at least 1; 1 convolves nothing over time.
-                Three numbers: those of q, k and v.
+                Three numbers: the taps for q, for k and for v.
             conv_init: "uniform" or "identity" (see `ShortConvolution`).
-            conv_activation: "silu" or None, after the convolution. With None and "identity" the
-                memory starts from q, k and v as they are.
+            conv_activation: "silu" or None, after the convolution. With None and
+                `conv_init="identity"` the convolution initially leaves q, k and v unchanged.
             projections: "shared": q, k and v are those of attention. "own": the memory projects x
                 itself, and may have sizes of its own.
             num_heads: heads of the memory, each with a state; None: those of the layer.
-            num_k_heads: heads of queries and keys, a divisor of the heads; each serves as many
-                heads. None: every head has its own.
+            num_k_heads: heads of queries and keys, a divisor of `num_heads`; each is repeated
+                `num_heads // num_k_heads` times. None: `num_heads`.
             head_dim: size of a key; None: that of the layer.
-            expand_v: size of a value over that of a key.
-            allow_neg_eigval: write strength in (0, 2) instead of (0, 1) (arXiv 2411.12537).
+            expand_v: size of a value divided by the size of a key; the size of a value must be an
+                integer.
+            allow_neg_eigval: write strength beta in (0, 2) instead of (0, 1) (arXiv 2411.12537).
             qk_l2norm_eps: added to the squared length by which queries and keys are normalised, as
-                in fla and transformers (1e-6 there). 0: keys are of unit length.
+                in fla and transformers (1e-6 there). 0: queries and keys have exactly unit length.
             A_init_range: two numbers > 0; exp(A_log) starts uniformly distributed between them.
             dt_min: softplus(dt_bias) starts log-uniformly distributed in [dt_min, dt_max].
             dt_max: see `dt_min`; not below it.
             impl: implementation of `gated_delta_rule`.
 
         Raises:
-            ValueError: an argument is out of range, or the sizes need projections of their own.
+            ValueError: an argument is out of range, or sizes are given with
+                `projections="shared"`.
         """
         super().__init__(
             conv_size,

@@ -13,9 +13,8 @@ from hamblocks.blocked.norm import Length, normalize
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm`, computed in the wider of the dtypes of x and of its own weight.
 
-    Under autocast x is narrower than the weight, and in a model with a narrow weight x may be
-    wider. The module reads its weight only inside its own call. There the weight is the one that
-    counts, also if hooks gather it, load it or cast it for the call.
+    Under autocast x is narrower than the weight; with a bfloat16 weight x may be wider. The weight
+    is read inside `forward` only, so that hooks may gather, load or cast it for the call.
     """
 
     def forward(self, x: Tensor) -> Tensor:

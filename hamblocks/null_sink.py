@@ -4,9 +4,9 @@ With the logit n of the null key, the read of a query is
 
     out = sum_j exp(l_j) v_j / (exp(n) + sum_j exp(l_j)) = sigmoid(lse - n) * softmax(l) v
 
-The right side needs no change of the keys, so every implementation and keys in pages serve it. It
-has no gradient with respect to lse, though. Where a gradient is needed the null key is therefore
-added to the keys: k = 0, v = 0, and n as its logit bias.
+The right side leaves the keys as they are, so it works with every implementation and with keys in
+pages. But the ops pass no gradient through lse. Where gradients are enabled, the null key is
+therefore added to the keys: k = 0, v = 0, and n as its logit bias.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def attend_with_null(q: Tensor, keys: Keys, null: Tensor, *, impl: str = "auto")
     dense = keys.dense()
     if dense.cu_seqlens is None:
         return _with_null_key(dense, null).attend(q, impl=impl).out
-    # queries and keys of a packed batch are the same tokens: the null keys bring queries with them,
-    # which see nothing and are dropped
+    # in a packed batch queries and keys are the same tokens, so every null key also needs a query;
+    # it sees no key, and its output is dropped
     index = torch.arange(q.shape[1], device=q.device)
     place = index + sequence_of(dense.cu_seqlens, q.shape[1]) + 1
     wider, q = _with_null_tokens(dense, null, q, place)
@@ -57,7 +57,7 @@ def _with_null_tokens(
         keys: the keys, L = T.
         null: `[Hkv]`.
         q: `[1, T, H, D]`.
-        place: int64 `[T]`, where the tokens stand behind the null tokens.
+        place: int64 `[T]`, index of each token among the T + N tokens.
 
     Returns:
         Keys of T + N tokens, and q `[1, T + N, H, D]`.
@@ -89,7 +89,7 @@ def _with_null_tokens(
 
 
 def _with_null_key(keys: DenseKeys, null: Tensor) -> DenseKeys:
-    """The keys of a padded batch with the null key behind them."""
+    """The keys of a padded batch, followed by the null key."""
     batch, _, heads, _ = keys.k.shape
 
     def behind(x: Tensor, value: float) -> Tensor:

@@ -43,8 +43,8 @@ class LayerStats(NamedTuple):
                 all, float32 `[]`.
 
         Returns:
-            The fraction; 0 if there are no tokens. A layer without attention stores nothing: 0, by
-            head `[1]`.
+            The fraction; 0 if there are no tokens. For a layer without attention 0, and `[1]` with
+            `by="head"`.
 
         Raises:
             ValueError: there is no such `by`.

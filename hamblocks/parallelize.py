@@ -1,4 +1,4 @@
-"""A model on the ranks of a device mesh: tensor parallel, recomputation and FSDP2, in that order."""
+"""A model on a device mesh: tensor parallel, activation checkpointing and FSDP2, in that order."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ def parallelize(
     The ranks of the dimension `tensor` share the heads of every layer (see `split_heads`), and see
     the same tokens.
 
-    The ranks of the dimension `replicate` hold the same shards, and sum their gradients (HSDP).
+    The ranks of the dimension `replicate` hold copies of the same shards (HSDP).
 
-    Parameters are sharded over all other dimensions of the mesh (FSDP2), block by block. A dimension
-    for context parallel is among them: its ranks hold slices of one batch, so their gradients are
-    added like those of a batch. FSDP2 averages gradients over ranks: let every rank's loss be its
-    sum over its tokens, times the number of ranks in these dimensions, over the number of tokens of
-    all.
+    Parameters are sharded over all other dimensions of the mesh (FSDP2), block by block. One of
+    them may be for context parallel: its ranks hold slices of the same sequences, and their
+    gradients add up like those of different sequences.
+
+    FSDP2 averages gradients over the ranks of all dimensions but `tensor`. For the gradient of the
+    mean loss per token, let the loss of a rank be
+
+        sum of the losses of its tokens * number of these ranks / number of tokens on all of them
 
     Args:
         model: a model whose blocks hold a `HAMLayer` as attribute `layer`, such as `Decoder`.
@@ -50,7 +53,7 @@ def parallelize(
         tensor: name of the mesh dimension whose ranks share heads. None: no rank shares heads.
         replicate: name of the mesh dimension whose ranks hold the same shards; the mesh then has
             exactly one dimension to shard over. None: parameters are sharded over all ranks.
-        recompute: run every block again in the backward pass instead of keeping what it computed.
+        recompute: activation checkpointing: every block runs again in the backward pass.
         param_dtype: dtype of parameters in a block's call (mixed precision); gradients are reduced
             in float32, and those of float64 in float64. Weights that a part names in
             `float32_weights` keep their dtype, such as those of the decay of a `GatedDeltaMemory`.
@@ -110,13 +113,13 @@ def _blocks(model: nn.Module) -> list[Any]:
 def _shard(
     model: nn.Module, blocks: list[Any], mesh: DeviceMesh, param_dtype: torch.dtype | None
 ) -> None:
-    """Shards the parameters over the last dimension of a mesh, and replicates over the first of two."""
+    """Shards the parameters over a mesh of one dimension, or of two: replicate, shard."""
     # imported here: it takes a second, and other users of this package have no mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard
 
     def placement(weight: nn.Parameter) -> Shard | None:
-        # FSDP2 does not know the rows of a rank where they are runs of several blocks
+        # FSDP2 cannot shard dimension 0 where a rank holds rows of several blocks (_StridedShard)
         several = isinstance(weight, DTensor) and "Strided" in type(weight.placements[0]).__name__
         return Shard(1) if several else None
 
@@ -132,7 +135,7 @@ def _shard(
 
 @final
 class _Around(nn.Module):
-    """Has no parameters. FSDP2 gathers those of other modules for the time of its call."""
+    """Calls a function. FSDP2 gathers parameters of other modules for its call; it has none."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -143,11 +146,11 @@ class _Around(nn.Module):
 
 
 def _shard_in_float32(model: nn.Module, shard: Callable[..., Any]) -> None:
-    """Shards the weights of `float32_weights`, which the forward pass of a model gathers as they are.
+    """Shards the weights of `float32_weights`, which are gathered in their own dtype.
 
-    FSDP2 has one dtype for all parameters that it gathers for a call, and these few are parameters
-    of modules that have others. So they are gathered for the call of a module of their own, around
-    the forward pass of the model: one small exchange for all blocks.
+    FSDP2 casts all parameters that it gathers for a call to one dtype, and the modules of these
+    weights have others too. So one module around the forward pass of the model gathers them: one
+    small exchange for all blocks.
     """
     weights = set(_float32_weights(model))
     if not weights:
@@ -160,9 +163,9 @@ def _shard_in_float32(model: nn.Module, shard: Callable[..., Any]) -> None:
         around.add_module(str(number), owner)
     others = set(model.parameters()) - weights
     shard(around, ignored_params=others, reshard_after_forward=False)
-    for number in range(len(owners)):  # known to FSDP2 now; a child would have a second name
+    for number in range(len(owners)):  # FSDP2 has them now; as children they had a second name
         delattr(around, str(number))
-    # a child, so that what is set for all modules of the model is set for this one
+    # a child, so that settings for all FSDP modules of the model reach this one
     model.add_module("_float32_weights", around)
 
     @wraps(model.forward)
@@ -182,8 +185,8 @@ def _float32_weights(model: nn.Module) -> Iterator[nn.Parameter]:
 def split_heads(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> nn.Module:
     """Lets the ranks of a mesh share the heads of every layer (tensor parallel), in place.
 
-    Rank r of R holds the r-th of R equal runs of query heads, key/value heads and heads of the
-    memory, and the channels of the MLPs likewise; embedding and head are split over the vocabulary.
+    Rank r of R holds the r-th of R equal runs of query heads, key/value heads, heads of the memory
+    and channels of the MLPs; embedding and output head are split over the vocabulary.
     Every rank is called with the same tokens, and returns the same logits. Its states, caches and
     stats are those of its own heads. Parameters are `DTensor`s, which
     `torch.distributed.checkpoint` saves by the planners of `hamblocks.parallel.planners`.

@@ -27,8 +27,9 @@ class ThresholdQueries(AroundGate):
         ThresholdQueries(PredictionEntropy(vocab_size), TargetFraction(0.2))  # reads when unsure
         ThresholdQueries(LearnedRouter(), TargetFraction(0.25), window=64)
 
-    The score is the mean over the gate's heads. The logit bias of a learned gate becomes the weight
-    of the read, exp(bias): sigmoid(MLP(x)) for `LearnedRouter`, which so learns where to read.
+    The score is the mean over the gate's heads. A learned gate learns through its logit bias: the
+    read is multiplied by exp(bias), with the mean bias over heads. For `LearnedRouter` this is the
+    geometric mean of sigmoid(MLP(x)) over heads.
     """
 
     score_heads: ScoreHeads = "one"
@@ -46,7 +47,8 @@ class ThresholdQueries(AroundGate):
                 they are stored; >= 0.
 
         Raises:
-            ValueError: an argument is not what is expected.
+            ValueError: `gate` is not a gate, `controller` is neither a controller nor a number, or
+                `window` is not an integer >= 0.
         """
         super().__init__(gate)
         window = check_count("window", window)

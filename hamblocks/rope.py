@@ -19,7 +19,7 @@ from hamblocks_ops.arguments import wrong
 from hamblocks_ops.precision import wide
 
 Scaling = dict[str, Any]
-"""How frequencies are scaled, in transformers' terms: `rope_type`, `factor` and so on."""
+"""How frequencies are scaled, as `rope_scaling` in transformers: `rope_type`, `factor`, ..."""
 
 LENGTH = "original_max_position_embeddings"
 
@@ -54,10 +54,10 @@ def check_scaling(scaling: object) -> Scaling | None:
     """Checks a scaling; None: frequencies are not scaled.
 
     Returns:
-        A copy with the numbers of Python, which is what a part stores: JSON knows no others.
+        A copy whose numbers are Python's own, so that a part's arguments can be saved as JSON.
 
     Raises:
-        ValueError: an unknown `rope_type`, an unknown or missing number, or one that is not above 0.
+        ValueError: an unknown `rope_type`, an unknown or missing entry, or one that is not > 0.
     """
     if scaling is None:
         return None
@@ -104,8 +104,8 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, `[B, T, 1, D]`; arguments as in `rotate`.
 
-    Both are multiplied by the attention factor of the scaling. A pair of channels has its angle
-    twice, first negative and then positive, as `turned` takes it.
+    Both are multiplied by the attention factor of the scaling. The angle of a pair of channels
+    appears twice: negated in the first half of D, as it is in the second. `turned` takes them so.
     """
     dtype = wide(x)
     frequency, factor = _both_ways(x.shape[-1], theta, scaling, position, dtype)
@@ -117,9 +117,10 @@ def angles(
 def pair_frequencies(
     x: Tensor, position: Tensor, theta: float, scaling: Scaling | None = None
 ) -> tuple[Tensor, float] | None:
-    """The angle of each pair of channels per position, `[D // 2]`, and the factor of cosine and sine.
+    """The frequency of each pair of channels, `[D // 2]`, and the factor of cosine and sine.
 
-    None where they depend on the position. Arguments as in `rotate`.
+    Frequencies are in radians per position. Returns None where they depend on the position
+    ("dynamic"). Arguments as in `rotate`.
     """
     if (scaling or {}).get("rope_type") == "dynamic":
         return None
@@ -128,7 +129,7 @@ def pair_frequencies(
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[B, T, H, D]`, turned by what `angles` gives; shape and dtype as x."""
+    """x `[B, T, H, D]`, rotated by the result of `angles`; shape and dtype as x."""
     wider = x.to(cos.dtype)
     # the first half takes -sin times the second, and the second half sin times the first
     swapped = wider.roll(x.shape[-1] // 2, -1)
@@ -142,9 +143,9 @@ def _both_ways(
     if (scaling or {}).get("rope_type") == "dynamic":
         frequency, factor = frequencies(dim, theta, scaling, position, dtype)
         return torch.cat([-frequency, frequency], -1)[:, :, None], factor
-    # Decoding would compute the same table at every token. One that is made while a CUDA graph is
-    # captured belongs to the graph. Under a trace, and for tensors of another type, it is part of
-    # what is traced.
+    # Tables are kept, because decoding would compute the same one for every token. Not kept: one
+    # made while a CUDA graph is captured, whose memory belongs to the graph, and one made while
+    # tracing or for tensor subclasses, which must be part of what is traced.
     device = position.device
     if device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return _table(dim, theta, scaling, position, dtype)
@@ -154,11 +155,11 @@ def _both_ways(
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _table(dim, theta, scaling, position, dtype)
         with torch.inference_mode(False), torch.no_grad():
-            # made on a CPU: a copy from there is done when it returns, for all streams of a GPU
+            # made on the CPU: the copy to a GPU is complete when it returns, for all its streams
             host = torch.empty(0, device="cpu") if device.type == "cuda" else position
             table, factor = _table(dim, theta, scaling, host, dtype)
             known = table.to(device), factor
-        # none makes way for another: a CUDA graph may read it for as long as the graph lives
+        # tables are never dropped: a CUDA graph may read one for as long as the graph exists
         if len(_TABLES) < MAX_TABLES and type(position) is Tensor and type(known[0]) is Tensor:
             _TABLES[key] = known
     return known
@@ -172,10 +173,10 @@ def _table(
 
 
 MAX_TABLES = 64
-"""Tables that are kept; a process has one for each kind of layer."""
+"""Most tables that are kept; layers with the same head size and frequencies share one."""
 
 _TABLES: dict[tuple[int, float, str, torch.dtype, torch.device], tuple[Tensor, float]] = {}
-"""What `_both_ways` gave, by its arguments."""
+"""Results of `_both_ways`, by its arguments."""
 
 
 def frequencies(
@@ -229,7 +230,7 @@ def _dynamic(scaling: Scaling, theta: float, exponent: Tensor, position: Tensor)
 
 
 def _llama3(scaling: Scaling, theta: float, exponent: Tensor) -> Tensor:
-    """Llama 3.1: long wavelengths are scaled, short ones are not, and those between in part."""
+    """Llama 3.1: low frequencies are divided by the factor, high ones kept, others interpolated."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     factor, length = scaling["factor"], scaling[LENGTH]
     frequency = 1.0 / theta**exponent
@@ -241,11 +242,14 @@ def _llama3(scaling: Scaling, theta: float, exponent: Tensor) -> Tensor:
 
 
 def _yarn(scaling: Scaling, theta: float, exponent: Tensor) -> Tensor:
-    """YaRN (arXiv 2309.00071): channels that turn often keep their frequency, others are scaled."""
+    """YaRN (arXiv 2309.00071): low frequencies are divided by the factor, high ones kept.
+
+    In between it interpolates by the number of the channel.
+    """
     length, half = scaling[LENGTH], len(exponent)
 
     def channel(turns: float) -> float:
-        """The channel that turns this often over the original length."""
+        """The channel that makes this many turns over the original length."""
         return half * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
 
     low = channel(scaling.get("beta_fast") or 32)
@@ -263,7 +267,7 @@ def _yarn(scaling: Scaling, theta: float, exponent: Tensor) -> Tensor:
 
 
 def _attention_factor(scaling: Scaling) -> float:
-    """The factor of cosine and sine; YaRN makes logits sharper with it."""
+    """The factor of cosine and sine. By default YaRN's is above 1, which sharpens the softmax."""
     if scaling["rope_type"] != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:

@@ -1,4 +1,7 @@
-"""What parts with a state offer so that their layer can run on slices of a sequence."""
+"""What parts with a state offer so that their layer can run with context parallel.
+
+Each rank then holds a slice of a sequence: consecutive tokens.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class HasTransition(Protocol):
 
     @property
     def border_size(self) -> int:
-        """Tokens before its first one that a slice must know: the taps of its convolution - 1."""
+        """Number of tokens before a slice that the convolution reads: its taps - 1."""
         ...
 
     @property
@@ -64,7 +67,12 @@ class HasTransition(Protocol):
         ...
 
     def state_of(self, border: Tensor, recurrent: Tensor) -> Any:
-        """The state that a call continues from, of its two tensors."""
+        """The state to continue from, as the memory's calls take it.
+
+        Args:
+            border: `[B, border_size, channels]`, the last inputs of the convolution.
+            recurrent: `[B, H, Dk, Dv]`.
+        """
         ...
 
 
@@ -74,7 +82,7 @@ class HasBorder(Protocol):
 
     @property
     def border_size(self) -> int:
-        """Tokens before its first one that a slice must know; 0: none, and no state."""
+        """Number of tokens before a slice that the convolution reads; 0: there is no state."""
         ...
 
     def border_inputs(self, k: Tensor, v: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Stack(nn.Module):
         states: list[HAMState] = []
         stats: list[LayerStats] = []
         given: dict[str, Any] = {"cu_seqlens": cu_seqlens}
-        # a block of the user's need not know what the caller does not use
+        # arguments that are None are left out: blocks of users need not accept them
         more = {"given_score": given_score, "shard": shard}
         given |= {name: value for name, value in more.items() if value is not None}
         # Caches of all layers change together or not at all. Without a state there is no cache, and
@@ -147,6 +147,6 @@ class Stack(nn.Module):
 
 
 def entropy_gates(model: nn.Module) -> dict[str, PredictionEntropy]:
-    """The gates of a model that predict with a head, by name: a model ties their heads to its own."""
+    """The `PredictionEntropy` gates of a model, by name; the model ties their heads to its own."""
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, PredictionEntropy)}

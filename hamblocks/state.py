@@ -13,7 +13,8 @@ from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import check_integer, check_range, check_tensor, wrong
 
 FORMAT = 1
-"""The format of `HAMState.state_dict()`. A change that older code would misread raises it."""
+"""Version of the format of `HAMState.state_dict()`; a change that older code would misread
+increases it."""
 
 
 class Checkpoint(NamedTuple):
@@ -31,10 +32,11 @@ class Checkpoint(NamedTuple):
 class Ring(NamedTuple):
     """The states before the last tokens, which `HAMState.rollback` goes back to.
 
-    They are forked but never changed, so several states may hold the same ones.
+    `rollback` forks a state before it uses it. So these states never change, and several states may
+    hold the same ones.
 
     Attributes:
-        size: most states.
+        size: most states; so many of the last tokens can be taken back.
         states: oldest first, each without a ring of its own.
     """
 
@@ -74,8 +76,8 @@ class HAMState(NamedTuple):
             before the first token and in a layer without a memory.
         attention: the state of the attention part (see `hamblocks.protocols.PreparesTokens`), a
             tree of the same kind; None before the first token and for a part without a state.
-        ledger: the selector's ledger, a tree of the same kind; None before the first token and for
-            a selector that never lowers a lifetime later.
+        ledger: the selector's ledger: the tokens whose lifetimes it may still lower, a tree of the
+            same kind; None before the first token and for a selector that never lowers one later.
         cache: keys and values that are stored for attention; None in a layer without attention.
         checkpoints: points to `crop` back to, oldest first.
         ring: the states before the last tokens, for `rollback`; None if the layer's `init_state`
@@ -92,7 +94,7 @@ class HAMState(NamedTuple):
 
     @property
     def trees(self) -> tuple[Tensor, Any, Any, Any]:
-        """All but the cache and the checkpoints: position, and the states of the parts."""
+        """Position, and the states of memory, attention and selector, which are plain tensors."""
         return self.position, self.memory, self.attention, self.ledger
 
     @property
@@ -105,9 +107,9 @@ class HAMState(NamedTuple):
 
     @property
     def nbytes_by_part(self) -> StateBytes:
-        """`nbytes` apart: memory, attention part, ledger, pages and tables. Waits for the device.
+        """`nbytes` by part: memory, attention part, ledger, pages, tables. Waits for the device.
 
-        Forks that share pages count each of them, so the sum over forks is more than they take.
+        A page that forks share is counted in each fork, so their sum exceeds what they allocate.
         """
         position, memory, attention, ledger = (
             sum(tensor.nbytes for tensor in leaves(tree)) for tree in self.trees
@@ -198,9 +200,9 @@ class HAMState(NamedTuple):
             n: tokens to take back, 0 to r: one int for all sequences, or int `[N]`.
 
         Raises:
-            ValueError: fewer tokens are recorded: the state was made without `rollback`, is
-                younger, or has been moved or loaded since. With different `n`, a sequence that
-                goes back to before its first token, beside one that does not.
+            ValueError: fewer tokens are recorded: the state was made without `rollback`, has seen
+                fewer tokens, or was moved or loaded after them. Or `n` differs between sequences,
+                and only some of them go back to before their first token.
         """
         if self.ring is None:
             raise wrong("n", "0 for a state without rollback (see init_state)", n)
@@ -231,7 +233,7 @@ class HAMState(NamedTuple):
         return _mixed(states, chosen)._replace(ring=ring)
 
     def with_rollback(self, n: int) -> HAMState:
-        """This state with room to take back the last `n` tokens from now on; it takes its place.
+        """This state with a ring for the last `n` tokens from now on; use it instead of this one.
 
         What is recorded stays, but no more than the states before the last n tokens.
 
@@ -246,7 +248,7 @@ class HAMState(NamedTuple):
         return self._replace(ring=Ring(n, recorded[-n:]) if n else None)
 
     def reserve(self, steps: int) -> None:
-        """Takes the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
+        """Reserves the cache's pages for `steps` more tokens per sequence (see `KVCache.reserve`).
 
         Raises:
             ValueError: the state has a ring: recording copies pages, which waits for the device.
@@ -259,7 +261,7 @@ class HAMState(NamedTuple):
     def check(self) -> None:
         """Checks that the state can be continued. Waits for the device.
 
-        Call it after replays of a CUDA graph, which no other check of the host sees.
+        Call it after replays of a CUDA graph: the host does not check them as they run.
 
         Raises:
             ValueError: the state is spent, or a replayed CUDA graph went past the steps that
@@ -310,7 +312,7 @@ class HAMState(NamedTuple):
 
 
 def _are_fresh(states: Sequence[HAMState]) -> bool:
-    """Whether some of the states have seen a token and others have not."""
+    """Whether some of the states have had a first token and others have not."""
 
     def begun(state: HAMState) -> tuple[bool, ...]:
         parts = state.memory, state.attention, state.ledger

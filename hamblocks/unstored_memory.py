@@ -1,4 +1,4 @@
-"""A memory that is read for what attention does not store."""
+"""A memory whose output covers only the tokens that attention does not store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnstoredMemoryState(NamedTuple):
 
     Attributes:
         inner: state of the inner memory, to which every token was written.
-        unstored: `[N, H, D, D]`, float32 (float64 for float64 models): the state that is read.
+        unstored: shape and dtype as `recurrent` of the inner state: the state that is read.
     """
 
     inner: Any
@@ -30,27 +30,27 @@ class UnstoredMemoryState(NamedTuple):
 class UnstoredMemory(Built):
     """A delta-rule memory whose read comes from the tokens that attention does not store.
 
-    A token is then either in the cache or in the state, as in LoLA (arXiv 2505.23666), and what is
-    stored takes no room in the state. Two recurrences run over the same q, k, v, beta and g:
+    A token is then either in the cache or in the state, as in LoLA (arXiv 2505.23666), and stored
+    tokens do not use the capacity of the state. Two recurrences run over the same q, k, v and g:
 
-        S writes every token. Its residual scores the tokens, as in any layer.
-        R writes a token with beta_t [evict_at_t != NEVER]. The memory's read is R_t^T q_t.
+    - S writes every token with beta. Its residual is what gates read, as in any layer.
+    - R writes a token with beta, or with 0 if it is stored for good (`evict_at` is NEVER). The
+      memory's output is that of R.
 
-    The decisions depend on S alone, so R needs no loop over tokens: both are one call of
-    `gated_delta_rule`. A token that a `Window` lists for a while is written to R at once, since it
-    will leave. A token that is stored leaves R as it is, its decay apart. A token that is stored
-    in one head and not in another is written in the other; a head of the memory that serves
-    several key/value heads skips what all of them store.
+    Which tokens are stored depends on S alone, so R needs no loop over tokens: each recurrence is
+    one call of `gated_delta_rule`. A token that is stored for a while, as by `Window`, is written
+    to R at once. A token that is stored for good only decays R. This holds per head; a head of the
+    memory that belongs to several key/value heads skips the tokens that all of them store.
 
-    What is stored for good must be known when the token comes. So a layer with this memory needs a
-    selector that never revises a lifetime: `Threshold`, `Window`, `FirstTokens`, their `|` and `&`,
-    `Cooldown` of them.
+    Whether a token is stored for good must be known when it comes. So a layer with this memory
+    needs a selector that never lowers a lifetime later: `Threshold`, `Window`, `FirstTokens`, their
+    `|` and `&`, and `Cooldown` of these.
     """
 
     state_type: ClassVar[type[UnstoredMemoryState]] = UnstoredMemoryState
 
     def __init__(self, inner: Memory) -> None:
-        """Makes the part.
+        """Takes the inner memory.
 
         Args:
             inner: a `DeltaMemory` or `GatedDeltaMemory`, with its projections and its decay.

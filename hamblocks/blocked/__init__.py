@@ -1,8 +1,9 @@
-"""Arithmetic per token on a CPU, in blocks of tokens that fit the cache.
+"""Computations per token on a CPU, in blocks of tokens that fit the CPU's cache.
 
-Torch takes such a formula op by op, and every op passes over all tokens: from some hundred tokens
-on, each pass goes to the main memory. In blocks, the passes of a formula find their tokens in the
-cache. The gradients are written out in the same way, and keep nothing but the inputs.
+PyTorch computes such a formula one op at a time, and every op reads and writes all tokens. From a
+few hundred tokens on they no longer fit the CPU's cache, and every op waits for main memory. In
+blocks, all ops of the formula run on tokens that are in the cache. The backward passes are written
+by hand in the same way, and save only the inputs.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from hamblocks_ops.dispatch import transformed
 
 BLOCK = 1 << 17
-"""Numbers of a block: 512 KB in float32, so that the few blocks of a formula fit the cache."""
+"""Elements of a block: 512 KB in float32, so that the few tensors of a formula fit the cache."""
 
 
 def runs(x: Tensor, *more: Tensor) -> bool:
-    """Whether x `[B, T, ...]` is taken in blocks, and other tensors with it.
+    """Whether a formula of x `[B, T, ...]` and other tensors is computed in blocks.
 
-    They are plain tensors on a CPU, of one floating dtype. What looks through a function, a compiler
-    or a transform of `torch.func`, gets plain ops. One decoded token is faster without, so callers
-    ask for more than one only.
+    True for plain tensors on a CPU, of one floating dtype. False under `torch.compile` and the
+    transforms of `torch.func`, which get plain ops. A single token is faster with plain ops, so
+    callers ask only where T > 1.
     """
     tensors = x, *more
     return (
@@ -37,13 +38,13 @@ def runs(x: Tensor, *more: Tensor) -> bool:
 
 
 def rows_of(x: Tensor) -> Iterator[slice]:
-    """The rows of x `[B, T, ...]` in groups: one row where a row is longer than a block."""
+    """Groups of batch rows of x `[B, T, ...]` that fill a block; at least one row each."""
     together = max(1, BLOCK // max(1, x[:1].numel()))
     for row in range(0, x.shape[0], together):
         yield slice(row, min(row + together, x.shape[0]))
 
 
 def spans_of(x: Tensor) -> list[slice]:
-    """The tokens of rows `[B, T, ...]`, cut into blocks, in order."""
+    """Runs of tokens of x `[B, T, ...]` that fill a block, in order; at least one token each."""
     size = max(1, BLOCK // max(1, x[:, :1].numel()))
     return [slice(at, min(at + size, x.shape[1])) for at in range(0, x.shape[1], size)]

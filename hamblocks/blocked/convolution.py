@@ -68,7 +68,7 @@ class _Convolve(torch.autograd.Function):
         of_x, of_past = torch.empty_like(x), torch.empty_like(past)
         of_taps = torch.zeros_like(taps, dtype=wide(x))
         for rows in rows_of(x):
-            later = torch.zeros_like(past[rows])  # of the sums that stand behind a block
+            later = torch.zeros_like(past[rows])  # gradients of the sums just after a block
             for span in reversed(spans_of(x[rows])):
                 inputs = _inputs(x[rows], past[rows], span)
                 of_sum = grad[rows, span]
@@ -82,7 +82,7 @@ class _Convolve(torch.autograd.Function):
                 both = torch.cat([of_sum, later], 1)
                 _sum(both, taps.flip(0), of_x[rows, span])
                 later = both[:, : past.shape[1]]
-            # what the first tokens took of the past
+            # the gradient of the past, from the sums of the first tokens
             nothing = torch.zeros_like(later)
             _sum(torch.cat([nothing, later], 1)[:, 1:], taps.flip(0)[1:], of_past[rows])
         return of_x, of_past, of_taps.mT.to(weight.dtype), None

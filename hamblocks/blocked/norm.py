@@ -14,7 +14,13 @@ from hamblocks_ops.recorded import recorded
 
 
 class Length(NamedTuple):
-    """What a vector x is divided by: sqrt(share |x|^2 + eps), at least `least`."""
+    """What a vector x is divided by: sqrt(share |x|^2 + eps), at least `least`.
+
+    Attributes:
+        share: 1 for unit length, 1 / D for RMSNorm.
+        eps: epsilon under the root.
+        least: lower bound of the length; 0: none.
+    """
 
     share: float
     eps: float
@@ -34,7 +40,7 @@ class Length(NamedTuple):
 
 
 def normalize(x: Tensor, weight: Tensor | None, length: Length) -> Tensor:
-    """x over its length, times a weight, in blocks.
+    """x divided by its length, times a weight, in blocks.
 
     Args:
         x: `[B, T, ..., D]`.
@@ -58,7 +64,7 @@ def normalize_at_once(x: Tensor, weight: Tensor | None = None, *, length: Length
 class _Normalize(torch.autograd.Function):
     """`normalize`, with its gradient.
 
-    With the inverse r of the length, dr = -share r^3 x dx, and 0 where the length is `least`.
+    With r the inverse of the length, dr = -share r^3 x dx, or 0 where `least` bounds the length.
     """
 
     @staticmethod

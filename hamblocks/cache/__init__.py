@@ -1,4 +1,4 @@
-"""The KV cache for selected tokens: paged, changed in place, with transactions."""
+"""The paged KV cache of the tokens that a selector stores: changed in place, with transactions."""
 
 from hamblocks.cache.changes import cache_transaction, dry_run
 from hamblocks.cache.extension import Extension, Stored

@@ -1,7 +1,7 @@
-"""One new token per sequence, stored without taking, moving or returning a page, on a CPU.
+"""Decoding on a CPU: one new token per sequence, stored in pages that its stream already has.
 
-Most decoding steps are of this kind, and on a CPU the host may read what is stored without waiting.
-So the host finds a hole for each token, and only the tokens themselves are written by torch ops.
+Most decoding steps take, move and return no page. On a CPU the stored lifetimes can be read without
+waiting, so Python code finds a hole for each token, and torch ops only write the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hamblocks_ops.arguments import values_are_checked
 class Append:
     """A change of a cache that writes at most one token per stream into a hole of its own pages.
 
-    It makes the change that a `Commit` of the same tokens makes (see there for what a hole is).
+    It has the same result as a `Commit` of the same tokens (which explains what a hole is).
     """
 
     def __init__(self, streams: Streams, seen: Tensor, new: Pages, holes: list[int]) -> None:

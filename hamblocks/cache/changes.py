@@ -78,7 +78,7 @@ def dry_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def apply_at_once() -> Iterator[None]:
-    """Context in which changes are applied at once, for caches that only one call knows of."""
+    """Context in which changes are applied at once, for caches that exist for one call only."""
     token = _current.set(None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a selector decided later about tokens that a cache already stores."""
+"""Lifetimes that a selector lowered for tokens that a cache already stores."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Extension:
 
     @lasting
     def commit(self, seen: Tensor) -> KVCache:
-        """Stores the new tokens and lifetimes; tokens that no query from `seen` on sees are freed.
+        """Stores the new tokens and lifetimes; frees those that no query from `seen` on sees.
 
         Args:
             seen: int32 `[N]`, tokens of every sequence that were seen, those of this call included.
@@ -186,9 +186,9 @@ class Extension:
                 return [*pool.views().slabs, new], listing.table, memo
             evict_at = None
             if self._until is not None:
-                # A tensor of its own, since the pool must not change before the commit. Only the
-                # pages of these streams are written, and no page but those is ever read: it costs
-                # what the streams hold, however large the pool is.
+                # A tensor of its own, since the pool must not change before the commit. Only pages
+                # of these streams are written and read, so the cost does not depend on the size of
+                # the pool.
                 evict_at = torch.empty_like(pool.evict_at)
                 if runs(evict_at):
                     show(streams.table, self._until, evict_at, streams.width)

@@ -1,8 +1,8 @@
 """Locks in a process that was forked while another thread held them.
 
-Only the thread that forks lives on in the new process. A lock that another one held is never
-released there, and what it guards may be half changed. So entering it is an error instead of a wait
-without an end.
+Only the thread that forks exists in the new process. A lock that another thread held is never
+released there, and the data that it guards may be half changed. So acquiring it raises an error
+instead of waiting forever.
 """
 
 from __future__ import annotations

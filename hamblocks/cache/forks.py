@@ -1,4 +1,4 @@
-"""Handles and forks of a cache beside its calls: a state with a ring needs them."""
+"""New handles, and caches mixed from forks, as `HAMState.rollback` needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One new token per stream, stored in reserved pages by kernels, on a GPU."""
+"""Decoding on a GPU: one new token per stream, stored in reserved pages by Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hamblocks_ops.append import Paged, append, runs
 
 @final
 class Placed:
-    """A change of a cache that makes what a `Commit` of the same tokens makes, in a few launches."""
+    """A change of a cache with the same result as a `Commit` of the tokens, in few kernels."""
 
     def __init__(self, streams: Streams, seen: Tensor, until: Tensor | None, new: Pages) -> None:
         """Called by `placed` only.

@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """Views of the tensors of a pool, made again when slabs come or go.
+    """Views of the tensors of a pool, made again when slabs are added or freed.
 
     Attributes:
         slabs: as `paged_attention` takes them.

@@ -44,8 +44,8 @@ T = TypeVar("T")
 def locked(method: Callable[Concatenate[KVCache, P], T]) -> Callable[Concatenate[KVCache, P], T]:
     """Runs a method of a cache while no other thread uses the pool.
 
-    A handle is found to be the newest and then used, and forks are made in several steps; both must
-    happen without another thread in between.
+    No other thread may run between the check that a handle is the newest and its use, or between
+    the steps that make a fork.
     """
 
     @functools.wraps(method)
@@ -86,16 +86,18 @@ class KVCache:
     """Stored tokens of N sequences of different lengths, in fixed-size pages.
 
     A cache is empty at first and takes dtype, device and shapes from the first tokens. A `KVCache`
-    is a handle. `extend` gives the cache together with the tokens of a call; `Extension.commit`
-    stores them in place and returns the next handle. The old handle is then spent: using it raises
-    an error. A failure before the commit leaves the cache as it was (see `cache_transaction`).
-    Stored tokens have no gradient.
+    is a handle. `extend` returns an `Extension`: the cache together with the tokens of a call. Its
+    `commit` stores them in place and returns the next handle. The old handle is then spent: using
+    it raises an error. A failure before the commit leaves the cache as it was (see
+    `cache_transaction`). Stored tokens have no gradient.
 
-    An evicted token leaves a hole, which the next new token fills. If the remaining tokens of a
-    stream fit into fewer pages, the last ones move into holes and the pages return to the pool.
+    A stream is a sequence with one key/value head, or with all heads if they store the same tokens.
+    An evicted token leaves a hole, which a new token of its stream fills. If the remaining tokens
+    of a stream fit into fewer pages, the last ones move into holes and the pages return to the
+    pool.
 
-    Forks share pages, and each of them may be used by a thread of its own. A handle that two
-    threads use at once goes on for one of them and raises an error for the other.
+    Forks share pages, and each of them may be used by a thread of its own. If two threads use one
+    handle at once, one of them gets an error.
 
     Users read `tokens`, `nbytes` and `stored()`. States and layers call the other methods.
     """
@@ -136,7 +138,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        """N."""
+        """N, the number of sequences."""
         return self._own.sequences
 
     @property
@@ -270,7 +272,7 @@ class KVCache:
             k: `[N, T, Hkv, D]`, as attention reads them.
             v: `[N, T, Hkv, D]`.
             position: int32 `[N, T]`, at least the number of tokens seen; -1 for padding.
-            evict_at: int32 `[N, T, H]` or `[N, T, 1]`.
+            evict_at: int32 `[N, T, H]` or `[N, T, 1]`, lifetimes of the new tokens.
             logit_bias: `[N, T, Hkv]` or `[N, T, 1]`; either all tokens of a cache have one or none.
             lowered: `[N, L, H]` or `[N, L, 1]`, lifetimes that the selector lowered.
 
@@ -335,7 +337,7 @@ class KVCache:
 
     @property
     def pool_version(self) -> int:
-        """How often the pool has grown or shrunk: its tensors are others then."""
+        """How often the pool has grown or shrunk; each time its tensors are replaced."""
         own = self._own
         return 0 if isinstance(own, Unallocated) else own.pool.version
 
@@ -372,7 +374,7 @@ class KVCache:
 
     @locked
     def uncounted(self) -> KVCache:
-        """The handle to go on with after a capture that failed, whose step the device did not run."""
+        """The handle to continue from after a failed capture, whose step the device did not run."""
         own = self._own
         if own.turn != self._turn:
             assert isinstance(own, Streams)
@@ -395,7 +397,7 @@ class KVCache:
 
     @locked
     def renewed(self) -> KVCache:
-        """The same tokens under a handle of their own; this one is spent.
+        """A new handle of the same tokens; this one is spent.
 
         In a transaction it is spent when the transaction ends.
         """

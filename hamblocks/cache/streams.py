@@ -42,9 +42,9 @@ class Listing(NamedTuple):
         page: int64 `[R * width]`, the listed pages (see `Pool.listed`).
         sequence: int64 `[R]`, the sequence of each stream.
         have: pages of each stream.
-        table: int32 `[N, H, width + 1]`, the page table, and last a page per stream behind all
-            pages of the pool, which holds a call's new tokens.
-        memo: what `paged_attention` works out from the slabs and this table.
+        table: int32 `[N, H, width + 1]`, the page table; its last column is a page for a call's new
+            tokens, numbered after all pages of the pool.
+        memo: what `paged_attention` computed from the slabs and this table.
     """
 
     version: int
@@ -183,7 +183,7 @@ class Streams:
         return self._listing
 
     def own_pages(self) -> Tensor:
-        """A page per stream behind all pages of the pool, int32 `[R]`, for a call's new tokens."""
+        """A page per stream for a call's new tokens, numbered after the pool's, int32 `[R]`."""
         pages, known = self.pool.pages, self._own_pages
         if known is None or known[0] != pages:
             table = self.table

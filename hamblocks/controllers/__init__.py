@@ -1,9 +1,9 @@
 """Controllers: they set and move the threshold that a score must reach to be stored.
 
-What a controller keeps is of two sorts. Buffers hold what is saved: the threshold, the target and a
-sample of the scores. Every buffer is a float32 number that others may average, broadcast or copy.
-What is counted between two steps is a plain attribute: it is neither saved nor averaged, and no
-wrapper of a model overwrites it.
+Buffers of a controller hold what is saved with a model: the threshold, the target and a sample of
+the scores. All are float32, and model averaging (EMA), DDP and FSDP may average, broadcast or copy
+them. Counts between two optimizer steps are plain attributes: they are neither saved nor averaged,
+and no wrapper of a model overwrites them.
 """
 
 from hamblocks.controllers.adapters import save_with_adapter

@@ -1,9 +1,9 @@
-"""A sample of scores that depends on the scores alone, not on how they came in pieces.
+"""A sample of scores that does not depend on how the scores are split over calls and ranks.
 
 Every score gets a key: a hash of its value and its place in the sequence, and below it the score
 itself. The sample is the scores of the smallest keys. So the sample of all scores is made of the
 samples of their parts, in any order and on any number of ranks (bottom-k sampling, Cohen and Kaplan
-2007), and equal scores at different places are drawn apart.
+2007), and equal scores at different places have different keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from hamblocks.hashing import mix
 
 NO_SCORE = 2**63 - 1
-"""The key of no score, larger than all others."""
+"""Key of an empty entry, larger than the key of any score."""
 _BITS = 0xFFFFFFFF
 
 
@@ -23,8 +23,8 @@ def keys_of(score: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
 
     Args:
         score: floating `[B, T, H]`, rounded to float32; NaN stands for no score.
-        rank: the scores are of the heads from `rank * H` on,
-        ranks: of `ranks * H` heads.
+        rank: where ranks share the heads of a layer, this rank: its heads begin at `rank * H`.
+        ranks: the number of these ranks; the layer has `ranks * H` heads.
 
     Returns:
         int64 `[B * T * H]`: 31 bits of the hash, then the 32 bits of the score.
@@ -51,8 +51,8 @@ def scores_of(keys: Tensor) -> Tensor:
         keys: int64 `[size]`, from `drawn`.
 
     Returns:
-        float32 `[size]`, ascending; each score stands as often as any other, give or take one. NaN
-        if there is none.
+        float32 `[size]`, ascending. Fewer scores repeat, equally often give or take one.
+        NaN if there is none.
     """
     size = len(keys)
     there = keys != NO_SCORE

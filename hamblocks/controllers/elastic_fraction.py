@@ -20,7 +20,7 @@ Spacing = Literal["log_uniform", "uniform"]
 
 @final
 class ElasticFraction(SampledThreshold):
-    """Trains with a fraction that is drawn in every step, so that one model serves every budget.
+    """Trains with a fraction that is drawn in every step, so that one model works with any budget.
 
     After t optimizer steps that saw scores, training uses
 
@@ -31,8 +31,9 @@ class ElasticFraction(SampledThreshold):
     seed. `spacing="uniform"` draws f(t) = low + (high - low) * u. Before the first step, and for
     `begin` steps, everything is stored.
 
-    In eval mode tau is that of `set_fraction` or `set_threshold`. At first that is `high`, with 1
-    everything. Every training step places a tau that `set_fraction` chose in the new sample.
+    In eval mode tau is the one that `set_fraction` or `set_threshold` sets; initially it is that of
+    the fraction `high`. A tau of `set_fraction` is computed again from the sample after every
+    training step.
     """
 
     drawn_sum: Tensor
@@ -99,7 +100,7 @@ class ElasticFraction(SampledThreshold):
     @torch.no_grad()
     def drawn_fraction(self) -> Tensor:
         """The fraction of the next forward pass in training mode, float32 `[]`; 1 is everything."""
-        # the mean of whole numbers, in an averaged model, need not be whole
+        # in an averaged model this count is a mean, which need not be an integer
         word = self.taken.round().long()
         share = unit_hash(mix(torch.full_like(word, self.seed & 0xFFFFFFFF)) ^ word)
         if self.spacing == "uniform":

@@ -12,7 +12,8 @@ from hamblocks.controllers.sampled import SampledThreshold
 from hamblocks.controllers.tau import float32, number, shortest, unit
 
 FAR = 4
-"""Factor between the odds of reaching tau, in the sample, and the target's: tau is then placed."""
+"""If the odds of reaching tau in the sample are off by more than this factor, tau is replaced by a
+quantile of the sample."""
 
 
 class TargetThreshold(SampledThreshold):
@@ -65,12 +66,12 @@ class TargetThreshold(SampledThreshold):
         self._place(torch.where(self._may_move(counted), moved, self.tau))
 
     def _is_placed_anew(self) -> bool | Tensor:
-        """Whether this step places tau by the sample, whatever it was."""
+        """Whether this step sets tau to a quantile of the sample, wherever tau is."""
         return False
 
     @torch.no_grad()
     def set_threshold(self, tau: float) -> None:
-        """Sets tau by hand. Training goes on from there, or places it anew if it is far off.
+        """Sets tau by hand. Training moves it on from there, or replaces it if it is far off.
 
         Raises:
             ValueError: `tau` is NaN or no number, or the buffers are offloaded.

@@ -9,10 +9,10 @@ from hamblocks.controllers.drawn import drawn
 
 
 def over_ranks(counts: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums counts over the ranks, and makes one sample of those of all ranks.
+    """Sums counts over the ranks, and merges their samples into one.
 
-    Without a process group both are those of the caller. Every rank gets the same numbers, bit for
-    bit, and they are those of one process with the scores of all ranks.
+    Without a process group both are returned as they are. Every rank gets the same numbers, bit for
+    bit: those that a single process with the scores of all ranks would have.
 
     Args:
         counts: int64 `[n]`.

@@ -1,4 +1,4 @@
-"""What controllers share that place a threshold among the scores seen in training."""
+"""The base of controllers that place a threshold among the scores seen in training."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ REMIND_AFTER = 100
 class SampledThreshold(HasTau):
     """A threshold among the scores seen in training. A subclass says where, in `_move`.
 
-    A call in training mode counts, over all calls since the last step: the scores, those that reach
-    tau, and a sample. `step()` reduces all three over the ranks, adds the sample to that of the last
-    steps, and moves tau. Counts and sample depend on the scores of the step alone: the same batch
-    gives the same tau on any number of ranks and in any number of forward passes, bit for bit, as
-    long as its rows stay whole.
+    Every call in training mode adds to two counts, the scores and those that reach tau, and to a
+    sample of the scores. `step()` reduces all three over the ranks, adds the sample to that of the
+    last steps, and moves tau. Counts and sample depend on the scores of the step alone: the same
+    batch gives the same tau on any number of ranks and in any number of forward passes, bit for
+    bit, if no batch row is split.
 
-    Saved are tau, the sample, and what a subclass adds, in float32 buffers that others may average:
-    of each step the quantiles are saved, and the average of the quantiles of two distributions is a
-    distribution between them. Counts are plain attributes and are not saved: save a model between a
-    step and the next forward pass.
+    Tau, the sample and the buffers of a subclass are saved. They are float32, and averages of them
+    are meaningful: the sample is saved as quantiles of each step, and averages of the quantiles of
+    two distributions are quantiles of a distribution between them. Counts are plain attributes and
+    are not saved: save a model between a step and the next forward pass.
     """
 
     quantiles: Tensor
@@ -71,7 +71,7 @@ class SampledThreshold(HasTau):
 
     @property
     def ignores_score(self) -> bool:
-        """Whether tau is the same for any score, so that padding needs no mask: out of training."""
+        """True in eval mode: scores are not counted, so padding needs no mask."""
         return not self.training
 
     @property
@@ -157,7 +157,7 @@ class SampledThreshold(HasTau):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves tau by what was counted since the last step, over all ranks, and counts anew.
+        """Moves tau by the counts since the last step, over all ranks, and resets the counts.
 
         Every rank of a process group must call it. In eval mode nothing moves, and tau does not
         move if nothing was counted. On the meta device there is nothing to move.
@@ -184,7 +184,7 @@ class SampledThreshold(HasTau):
         self.asked.mul_(~counted)
 
     def _remember(self, scores: Tensor, counted: Tensor) -> None:
-        """Adds an ascending sample of this step to the saved one, in place of the oldest."""
+        """Adds the sample of this step to the saved ones, in place of the oldest."""
         scores = ordered(scores).clamp(-LARGEST, LARGEST).float()
         every = scores.view(-1, SAMPLE_STEPS).T
         rows = torch.where(self.started, self.quantiles / self.sampled, 0)
@@ -216,7 +216,7 @@ class SampledThreshold(HasTau):
         return self
 
     def _move_scratch(self, device: torch.device) -> None:
-        """Moves the counts to a device; from and to the meta device they begin anew."""
+        """Moves the counts to a device; from and to the meta device they are reset."""
         if self.seen.device == device:
             return
         if self.seen.is_meta or device.type == "meta":

@@ -20,8 +20,8 @@ def step_controllers(model: nn.Module) -> None:
 
     A controller is found by its type, `hamblocks.protocols.Controller`, among the modules of the
     model and, in the parts of its layers, in plain objects, containers and closures too. A
-    controller that several layers share is stepped once. What a controller holds is not stepped
-    apart from it, and neither is `model` itself.
+    controller that several layers share is stepped once. Controllers inside a controller are left
+    to it, and `model` itself is not stepped.
 
     Args:
         model: any module; a single layer or selector too.

@@ -17,20 +17,20 @@ class TargetFraction(TargetThreshold):
         tau += rate * spread * (admitted / seen - fraction)
 
     `admitted` of the `seen` scores since the last step reached tau. The spread is a running average
-    of the scores' interquartile range over that of a standard normal, so the rate has no unit and a
-    few huge scores do not make the step huge.
+    of the scores' interquartile range, divided by that of a standard normal distribution. So the
+    rate has no unit, and a few huge scores do not make the step huge.
 
-    tau starts at -inf: until the first step everything is stored. A step that finds tau infinite,
-    or far from where it belongs, places it by `threshold_between` in the scores of the last steps.
-    Far means that the odds of reaching tau are off by a factor of 4. So tau comes from any start,
-    follows scores that jump, and a target of 0 (tau = +inf) or 1 (tau = -inf) can be changed in
-    training. A threshold that is placed stands strictly between two scores, so that no decision
-    depends on how the last bit of a score was rounded.
+    tau starts at -inf: until the first step everything is stored. If a step finds tau infinite, or
+    the odds of reaching it off by more than a factor of 4, it sets tau by `threshold_between` from
+    the scores of the last steps. So tau recovers from any initial value and follows scores that
+    jump, and a target of 0 (tau = +inf) or 1 (tau = -inf) can be changed in training. Such a tau
+    lies strictly between two scores, so no decision depends on how the last bit of a score was
+    rounded.
 
-    In eval mode nothing is counted and nothing moves. The fraction is what this threshold admits,
-    whatever a selector combines it with. One controller may serve several layers, which then have
-    one tau for all of them: the target is that of the whole model, and the layers are free to
-    differ.
+    In eval mode nothing is counted and nothing moves. The fraction counts the tokens that this
+    threshold admits, and not those that only a combined selector, such as `Window`, stores. Several
+    layers may share one controller, and so one tau: the target then holds for all of them together,
+    and the fraction of each layer may differ.
     """
 
     def __init__(self, fraction: float, *, rate: float = 1.0) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from hamblocks_ops.arguments import wrong
 
 INFINITE = 1e-30
-"""Stands for infinity with weight 0: too small to change a mean that also has finite thresholds."""
+"""Absolute sum of an infinite threshold: too small to change a mean with finite thresholds."""
 
 
 def sum_and_weight(tau: Tensor) -> tuple[Tensor, Tensor]:
-    """A threshold as a sum and a weight, whose averages are the sum and weight of a mean.
+    """A threshold as a sum and a weight, so that averages of both give the mean threshold.
 
     A finite tau is (tau, 1), and an infinite one is (+-1e-30, 0), so that tau = sum / weight. Both
     numbers are finite, and so are their averages over several thresholds. An average over finite
@@ -101,7 +101,7 @@ class HasTau(nn.Module):
         self._keep_float32()
 
     def _keep_float32(self) -> None:
-        """Makes float32 again what others have cast, as FSDP does by `buffer_dtype`."""
+        """Casts buffers back to float32, which FSDP, for one, casts to its `buffer_dtype`."""
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dtype != torch.float32:
                 setattr(self, name, buffer.float())

@@ -1,4 +1,4 @@
-"""What is made around one gate."""
+"""The base of gates and query gates that wrap another gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from hamblocks.protocols import (
 
 
 class AroundGate(nn.Module):
-    """A module that holds a gate and offers what the gate offers besides its call."""
+    """A module that holds a gate and has the gate's attributes that a layer reads.
+
+    These are `metric` (if the gate has one), `reads_given` and `surrogate_gradient`.
+    """
 
     gate: Gate
 

@@ -17,8 +17,8 @@ class CommittedWrite:
 
     The delta rule adds \(\beta_t k_t r_t^\top\) to its state, where the residual \(r_t\) is the
     value minus the prediction and the key has unit length. The score is the norm of this update.
-    A token that surprises the memory but is hardly written scores low. This is the score of HOLA
-    (arXiv 2607.02303).
+    A token with a large residual but a small write strength \(\beta_t\) scores low. This is the
+    score of HOLA (arXiv 2607.02303).
     """
 
     score_heads: ScoreHeads = "own"

@@ -17,8 +17,9 @@ class KeyNorm:
 
     In pretrained decoders, keys with a small L2 norm get much attention (Devoto et al.,
     arXiv 2406.11430), so the smallest norms score highest. The norm is that of the key as attention
-    stores it. Rotary positions leave it as it is; a norm of keys (`SelectedAttention(qk_norm=True)`)
-    makes all keys about equally long. The gate needs no memory.
+    stores it. Rotary positions do not change the order of norms. With the default
+    `SelectedAttention(qk_norm=True)` all keys are about equally long, and the score says little.
+    The gate needs no memory.
     """
 
     score_heads: ScoreHeads = "own"

@@ -22,18 +22,18 @@ class LearnedRouter(Built):
 
     The score is the logit itself and not its sigmoid, which saturates: many tokens would then tie
     at 1 and no threshold could tell them apart. A probability of one half is a score of 0, so
-    `Threshold(0.0)` stores a token that is rather worth it than not.
+    `Threshold(0.0)` stores the tokens whose probability is at least one half.
 
     Selection has no gradient. The MLP learns through the logit bias that is added to the attention
     logits of the token's key, in one of two ways:
 
-    - `gradient="bias"`: the bias is \(\log \sigma(\text{logit})\). A stored key counts
-      \(\sigma(\text{logit})\) times, and the gradient is that of this weight. The bias is part of
-      the model: it stays at inference, and the cache stores it.
+    - `gradient="bias"`: the bias is \(\log \sigma(\text{logit})\), which multiplies the key's
+      unnormalised attention weight by \(\sigma(\text{logit})\). The bias is part of the model: it
+      stays at inference, and the cache stores it.
     - `gradient="straight_through"`: the bias is 0 for every key, and its gradient is that of
       \(\log \sigma(\text{logit})\) (Bengio et al., arXiv 1308.3432). The router decides only what
-      is stored: a stored key counts in full, in training and at inference. The cache still stores
-      the zeros, because a layer's keys either have biases or not.
+      is stored; attention to a stored key is unchanged, in training and at inference. The cache
+      still stores the zeros, because either all keys of a layer have biases or none.
 
     In both cases only the keys that are stored give a gradient.
     """
@@ -42,7 +42,7 @@ class LearnedRouter(Built):
     """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, width: int | None = None, *, gradient: str = "bias") -> None:
-        """Makes the gate; the layer that owns it makes the MLP.
+        """Stores the arguments; the MLP is made when a layer takes the gate.
 
         Args:
             width: width of the MLP's hidden layer, at least 1; None: a quarter of the layer's

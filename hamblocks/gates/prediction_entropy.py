@@ -42,13 +42,13 @@ class PredictionEntropy(Built):
     (uniform). This is the score of AMOR (arXiv 2602.13215). It reads the input of the layer, and
     needs no memory.
 
-    `head` computes \(W x_t\). The gate does not train it: the score has no gradient, and a head of
-    its own takes no part in training (`requires_grad` is False). It learns by being tied to the
-    output head of the model, which the loss of the language model trains. `Decoder` and
-    `HAMForCausalLM` tie it; in any other model call `gate.tie(model.head.weight)`. A `HAMModel`
-    ties it to its embedding if the configuration ties word embeddings, and has no head otherwise.
-    An untied head keeps its random initial weights, or those that were loaded, and the entropy of a
-    random head says nothing of the model's prediction.
+    `head` computes \(W x_t\). The gate does not train it: the score has no gradient, and the
+    weight of an untied head has `requires_grad=False`. Tie the head to the output head of the
+    model, which the language-model loss trains. `Decoder` and `HAMForCausalLM` do so; in any other
+    model call `gate.tie(model.head.weight)`. A `HAMModel` has no output head; it ties the gate's
+    head to its embedding if the configuration ties word embeddings. An untied head keeps its
+    initial or loaded weights, and the entropy of a random head says nothing of the model's
+    prediction.
 
     The last norm of the model is not applied: x is the input of the layer, which a `HAMBlock` has
     normalised.
@@ -60,7 +60,7 @@ class PredictionEntropy(Built):
     """See `hamblocks.heads.HasScoreHeads`."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Makes the gate; the layer that owns it makes the head.
+        """Stores the argument; the head is made when a layer takes the gate.
 
         Args:
             vocab_size: number of tokens V of the vocabulary, at least 2.

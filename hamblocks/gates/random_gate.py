@@ -13,9 +13,9 @@ from hamblocks.protocols import GateOutput, MemoryTrace, check_count
 from hamblocks_ops.arguments import wrong
 
 PER = ("sequence", "position")
-"""What draws a score of its own."""
+"""Values of `per`: what gets a score of its own."""
 HEADS = ("shared", "own")
-"""Whether heads share a score."""
+"""Values of `heads`: whether heads share a score."""
 CONTENT_BITS = 16
 """Entries of x whose signs tell one token from another."""
 
@@ -24,14 +24,14 @@ CONTENT_BITS = 16
 class RandomGate:
     """The control experiment: a score that is uniform in [0, 1) and says nothing of the token.
 
-    The score is a hash, so that one pass, pieces, packed sequences and batches draw the same:
+    The score is a hash, so it is the same in one pass, in several calls with a state, and in a
+    packed batch:
 
     - `per="sequence"` hashes seed, position and the signs of the first 16 entries of x. Sequences
       with different tokens draw differently; two sequences draw the same score at a position where
-      both have the same x. A layer has no name for a sequence, and its place in a batch would let
-      decisions depend on who shares the batch, so the token itself is what tells sequences apart.
-      Of x only signs count, as a rounding error changes the sign of an entry only if the entry is
-      as small as that error.
+      both have the same x. The index in the batch is not used, because decisions would then depend
+      on the other sequences of the batch. Only the signs of x are used, because a rounding error
+      changes the sign of an entry only if the entry is as small as that error.
     - `per="position"` hashes seed and position: all sequences draw the same, exactly, in any dtype.
       A model can learn to rely on the positions that are stored, so this is the weaker control.
 

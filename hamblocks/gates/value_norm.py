@@ -16,9 +16,9 @@ class ValueNorm:
     r"""Scores a token by the norm of its value: \(\lvert v_t \rvert\).
 
     What a query reads of a token is its attention weight times its value. Guo et al.
-    (arXiv 2406.12335) therefore multiply the weight by the norm of the value. At its birth a token
-    has no weight yet, so the norm stands alone here. The norm is that of the value as attention
-    stores it. The gate needs no memory.
+    (arXiv 2406.12335) therefore multiply the weight by the norm of the value. A new token has no
+    attention weight yet, so this score is the norm alone. The norm is that of the value as
+    attention stores it. The gate needs no memory.
     """
 
     score_heads: ScoreHeads = "own"

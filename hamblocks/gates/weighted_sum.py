@@ -31,14 +31,14 @@ class WeightedSum(nn.Module):
 
     Gates score on scales of their own: `PredictionError("cosine")` in [0, 2], `PredictionEntropy`
     in [0, 1], `CommittedWrite` in the unit of the values, a `LearnedRouter` in logits. A weight
-    says how much one unit of its gate counts, so choose weights for the scales at hand.
+    says how much one unit of its gate counts, so choose the weights by these scales.
 
-    The sum has as many heads as the term with the most. A term with one column counts for every
+    The sum has as many heads as the term with the most. A term with one head counts for every
     head, and the score of a key/value head counts for each of its query heads. The logit biases of
     the terms are added without weights.
 
-    Where all gates name the same `metric`, so does the sum. Where they do not, the sum names None
-    and computes the surprise of each gate from the residual.
+    If all gates have the same `metric`, it is also that of the sum. Otherwise the sum's is None,
+    and the surprise of each gate is computed from the residual.
     """
 
     def __init__(self, gates: Sequence[Gate], weights: Sequence[float]) -> None:

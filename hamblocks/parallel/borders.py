@@ -1,4 +1,4 @@
-"""The inputs of short convolutions that stand before a chunk."""
+"""Context parallel: exchanges the inputs of short convolutions just before each chunk."""
 
 from __future__ import annotations
 

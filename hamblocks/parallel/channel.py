@@ -61,8 +61,8 @@ class Channel:
 
         Args:
             group: the process group.
-            inputs: tensors that the call depends on: of all of them the backward passes of the
-                exchanges come before that of what made them.
+            inputs: tensors that the call depends on; the backward passes of all exchanges run
+                before those of the ops that computed these tensors.
         """
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -97,7 +97,10 @@ class Channel:
 
     @torch.no_grad()
     def counts(self, sent: Sequence[int]) -> list[int]:
-        """What every rank has for this one. The host waits for the device."""
+        """How many rows each rank sends to this one, from what every rank sends to each.
+
+        The host waits for the device.
+        """
         rows = torch.tensor(list(sent), device=self.ticket.device)
         each = [1] * self.ranks
         self._count(rows, self.ranks - 1)

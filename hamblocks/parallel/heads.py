@@ -1,10 +1,10 @@
 """Tensor parallel: the ranks of a group share the heads of a layer and the channels of an MLP.
 
-Parameters become `DTensor`s, so that optimizers, FSDP2 and checkpoints of torch know which rank
-holds what. A call computes with plain tensors, those of the own heads, and has two sums over the
-ranks: of y in the forward pass, and of the gradients of x and of the parameters that every rank
-holds whole in the backward pass (Megatron-LM, arXiv 1909.08053). Decisions need none, because every
-key/value head decides for itself; parts that look at all heads gather them (`hamblocks.heads`).
+Parameters become `DTensor`s, so that optimizers, FSDP2 and checkpoints of PyTorch know which rank
+holds what. A call computes with plain tensors, those of the rank's own heads, and sums over the
+ranks twice: y in the forward pass, and the gradients of x and of the parameters that every rank
+holds whole in the backward pass (Megatron-LM, arXiv 1909.08053). Selectors exchange nothing, since
+every key/value head decides for itself; parts that need all heads gather them (`hamblocks.heads`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class HeadSplit(NamedTuple):
 
 @final
 class _Enter(Function):
-    """Tensors that all ranks have, for a call on the own heads: gradients are summed over ranks."""
+    """Tensors that all ranks have, for a call on some heads: gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, share: HeadShare, *whole: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ class _Sum(Function):
 
 @contextlib.contextmanager
 def _entered(module: nn.Module, split: HeadSplit, x: Tensor) -> Iterator[Tensor]:
-    """Within this context a module has the parameters and buffers of its own heads.
+    """Context in which a module has the parameters and buffers of this rank's heads.
 
     Yields:
         x, whose gradient is summed over the ranks.

@@ -1,9 +1,10 @@
-"""A call of a layer on the tokens that one rank holds.
+"""Context parallel: a call of a layer on the tokens that one rank holds.
 
-Every rank computes what concerns its own tokens, and exchanges
+A rank holds chunks of consecutive tokens (`shard`). It computes everything for its own tokens, and
+exchanges
 
 - the last inputs of short convolutions before each chunk (`borders`),
-- what each chunk does to the state of the memory (`recurrence`),
+- the linear map that each chunk applies to the state of the memory (`recurrence`),
 - ledgers, for selectors that have one (`selection`),
 - keys and values that are stored when a later chunk begins (`stored`).
 """

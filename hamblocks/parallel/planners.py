@@ -1,14 +1,14 @@
 """Planners of `torch.distributed.checkpoint` for models whose heads are split (`split_heads`).
 
-The rank of a tensor-parallel `SwiGLU` has rows of two blocks of one weight, its gate and its up
-projection. Torch's own planners take what a rank holds for one block, and refuse to save it. These
-planners hand every block over by itself. What is saved is the whole weight under its own name, as
-without ranks, so that torch's planners load it into a model that is not split.
+A rank of a tensor-parallel `SwiGLU` holds rows of two blocks of one weight, its gate and its up
+projection. PyTorch's planners expect one block per rank, and refuse to save the weight. These
+planners save and load every block separately. The checkpoint has the whole weight under its own
+name, so that PyTorch's planners load it into a model that is not split.
 
     dcp.save(state, checkpoint_id=folder, planner=SplitSavePlanner())
     dcp.load(state, checkpoint_id=folder, planner=SplitLoadPlanner())
 
-A file of its own, because importing these planners takes a second.
+They are a module of their own, because importing them takes a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 @final
 class SplitSavePlanner(DefaultSavePlanner):
-    """Saves every block of what a rank holds by itself."""
+    """Saves every block that a rank holds separately."""
 
     def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
         """See `torch.distributed.checkpoint.SavePlanner`."""
@@ -36,7 +36,7 @@ class SplitSavePlanner(DefaultSavePlanner):
 
 @final
 class SplitLoadPlanner(DefaultLoadPlanner):
-    """Loads every block of what a rank holds by itself, in place."""
+    """Loads every block that a rank holds separately, in place."""
 
     def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
         """See `torch.distributed.checkpoint.LoadPlanner`."""
@@ -45,7 +45,7 @@ class SplitLoadPlanner(DefaultLoadPlanner):
 
 
 def in_blocks(x: Any) -> Any:
-    """A DTensor that says which blocks this rank holds; x itself where they are one block.
+    """x as a DTensor of `LocalShardsWrapper`, one shard per block; x itself for a single block.
 
     Args:
         x: an entry of a state dict. The blocks share the memory of a DTensor.

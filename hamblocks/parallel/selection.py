@@ -33,9 +33,9 @@ def select(
 ) -> list[Tensor]:
     """Lifetimes of the tokens of every chunk of this rank.
 
-    A selector without a ledger decides about every chunk by itself, and nothing is exchanged. A
-    ledger goes from chunk to chunk, and the lifetimes that later chunks lowered come back: as many
-    tokens as the ledger lists, once per chunk.
+    A selector without a ledger decides about every chunk separately, and nothing is exchanged. A
+    ledger is sent from chunk to chunk in order. Once per chunk, the lifetimes that it lowered are
+    sent back: as many as the ledger has slots.
 
     Args:
         channel: the channel of the call.
@@ -98,9 +98,9 @@ def _one_chunk(
     selector: Select,
     start: Start,
 ) -> tuple[Selection, Any]:
-    """Selection of a chunk, with packed lifetimes, and the ledger that leaves it.
+    """Selection of a chunk, with packed lifetimes, and the ledger for the next chunk.
 
-    What is lowered is that of the sequences that came with a ledger.
+    Lowered lifetimes are those of sequences that began in an earlier chunk.
     """
     sequences = score.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     own = start(sequences, score.shape[2])
@@ -151,7 +151,7 @@ def _lower(
     evict_at: dict[int, Tensor],
     changes: dict[int, Lifetimes],
 ) -> None:
-    """Takes over what later chunks lowered of the tokens of a chunk's last sequence."""
+    """Applies lifetimes that later chunks lowered to the tokens of a chunk's last sequence."""
     later = chunk
     while later.goes_on:
         later = shard.chunks[later.number + 1]

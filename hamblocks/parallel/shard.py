@@ -58,8 +58,8 @@ class ContextShard:
     All rows of a batch are cut at the same places, into chunks whose lengths differ by at most one;
     packed sequences are cut wherever a border falls. With `order="head-tail"` a row has two chunks
     per rank, and rank r of R holds chunks r and 2R - 1 - r: a late query sees more keys than an
-    early one, so every rank gets as many late ones as early ones. `torch.distributed` deals context
-    in the same order. With "contiguous" rank r holds chunk r.
+    early one, so every rank gets as many late ones as early ones. Context parallel in
+    `torch.distributed` uses the same order. With "contiguous" rank r holds chunk r.
 
     Chunks may be empty. Every rank makes the shard with the same arguments.
 
@@ -80,7 +80,7 @@ class ContextShard:
         group: dist.ProcessGroup | None = None,
         order: str = "head-tail",
     ) -> None:
-        """Deals the tokens to the ranks.
+        """Divides the tokens among the ranks.
 
         Args:
             tokens: T, the length of a row of the whole batch.
@@ -225,7 +225,7 @@ class ContextShard:
 
     @torch.no_grad()
     def next_of(self, x: Tensor, last: int) -> Tensor:
-        """What belongs to the next token of each token, which another rank may hold: labels.
+        """The entry of x for the next token of each token, such as labels; exchanges between ranks.
 
         Args:
             x: an integer tensor `[B, local_tokens]`, the same B on all ranks.

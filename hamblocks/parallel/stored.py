@@ -1,7 +1,7 @@
 """Exchanges the keys and values that later chunks read: those that are stored.
 
 A token goes to a rank if it is still stored at the beginning of the first later chunk of that rank.
-So the bytes follow what is stored: at a keep fraction of f, f of what ring attention sends.
+So at a keep fraction f, it sends a fraction f of the bytes that ring attention sends.
 """
 
 from __future__ import annotations

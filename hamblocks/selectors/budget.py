@@ -41,12 +41,12 @@ class Budget(Wrapper):
     When `inner` admits a token and all places are taken, one token leaves. Let e(i) be the lifetime
     of token i under `inner`, which admits it if e(i) > i.
 
-    `leaves="oldest"`: the newest `tokens` of the living tokens of `inner` are stored. Token j
-    leaves when as many later tokens are alive as there are places:
+    `leaves="oldest"`: of the tokens that `inner` stores now, the newest `tokens` are stored. Token
+    j leaves when `inner` stores as many later tokens as there are places:
 
         evict_at[j] = min(e(j), the first t >= j with #{i : j < i <= t < e(i)} >= tokens)
 
-    A token that ends under `inner` frees its place.
+    A token that `inner` evicts frees its place.
 
     `leaves="lowest"`: the tokens that `inner` admits compete by score, as in `TopK(tokens)`. Token
     j leaves when as many of them have beaten it as there are places:
@@ -54,11 +54,12 @@ class Budget(Wrapper):
         evict_at[j] = min(e(j), the first t >= j with
                           #{i <= t : e(i) > i, i beats j} >= tokens)
 
-    A token that ended keeps its place until it is beaten, because freeing it would make each
-    decision wait for the one before. This rule is for an `inner` that admits for good. It differs
-    from `inner & TopK(tokens)`, where the tokens that `inner` refuses compete too.
+    Token i beats j if its score is larger, or equal and i < j. A token that `inner` evicts keeps
+    its place until it is beaten, because freeing it would make each decision wait for the one
+    before. So use this rule with an `inner` that stores tokens for good. It differs from
+    `inner & TopK(tokens)`, where the tokens that `inner` refuses compete too.
 
-    Tokens that must stay go beside the budget: `Budget(inner, tokens) | FirstTokens(4)`.
+    To keep some tokens in any case, combine: `Budget(inner, tokens) | FirstTokens(4)`.
     """
 
     def __init__(self, inner: Selector, tokens: int, *, leaves: str = "oldest") -> None:

@@ -30,7 +30,7 @@ class Composable(nn.Module):
         return all(decides_by_head(inner) for inner in self._inners())
 
     def _inners(self) -> tuple[Selector, ...]:
-        """The selectors that this one asks."""
+        """The selectors inside this one."""
         return ()
 
     def __or__(self, other: Selector) -> AnyOf:
@@ -55,7 +55,7 @@ class Composable(nn.Module):
 
 
 def decides_by_head(selector: object) -> bool:
-    """Whether a selector says that it decides for each head alone."""
+    """Whether a selector declares that it decides for each head alone (`by_head`)."""
     return isinstance(selector, DecidesByHead) and selector.by_head
 
 

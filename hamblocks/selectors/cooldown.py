@@ -36,13 +36,13 @@ class CooldownLedger(NamedTuple):
 class Cooldown(Wrapper):
     """After a token is admitted, the next `n - 1` tokens are refused, per sequence and head.
 
-    `inner` admits token j if its lifetime under `inner` is longer than nothing, e(j) > j. With
-    a(j) the position of the last admitted token before j (-inf before the first),
+    Let e(j) be the lifetime of token j under `inner`, which admits it if e(j) > j. With a(j) the
+    position of the last token before j that this selector admitted (-inf before the first),
 
         evict_at[j] = e(j) if e(j) > j and j - a(j) >= n, else j
 
-    A refused token starts no cooldown. One pass takes O(log T) steps: the admitted tokens are the
-    chain of "the next token that `inner` admits at a distance of n or more".
+    A refused token starts no cooldown. From each admitted token the next one is the first that
+    `inner` admits at a distance of n or more; pointer jumping finds this chain in O(log T) steps.
     """
 
     def __init__(self, inner: Selector, n: int) -> None:
@@ -124,7 +124,7 @@ class Cooldown(Wrapper):
         # The keys of packed sequences are farther apart than any cooldown. So one chain runs
         # through all of them, and each sequence starts with its first wanted token.
         key = time_keys(own, cu_seqlens)
-        # the first wanted token at column t or later; the column `tokens` stands for none
+        # the first wanted token at column t or later; `tokens` if there is none
         column = torch.arange(tokens, device=own.device).expand(key.shape)
         first = torch.where(wanted.mT, column, tokens).flip(2).cummin(2).values.flip(2)
         # no `pad`: its fill value would make a traced length a constant

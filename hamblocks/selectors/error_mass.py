@@ -42,10 +42,10 @@ class ErrorMass(Composable):
         S(t) = their shortest prefix with a sum >= share * m(t), at most `capacity` tokens
         evict_at[j] = the first t >= j with j not in S(t)
 
-    What left never returns, but its score still counts in m(t). So while `capacity` does not
-    bind, the stored tokens always carry the share: a token that comes adds x_t to their sum, and
-    at most x_t to what is asked for. With equal scores about share * T tokens are stored. This
-    has no bound, so the ledger needs `capacity`.
+    A token that left never returns, but its score still counts in m(t). Unless `capacity` has
+    evicted a token, the stored scores always reach share * m(t): a new token adds x_t to their
+    sum, and share * x_t to what it must reach. With equal scores about share * T tokens are
+    stored. This number has no bound, hence `capacity`.
 
     Scores are errors: those below 0 and NaN count as 0, and a score of 0 is never stored. Infinite
     scores count as the largest float32. Sums are float64 and taken in order of time. The tokens are

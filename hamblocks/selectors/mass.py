@@ -5,9 +5,9 @@ by side; streams (a sequence and head) can. The worst stored token leaves first,
 only the sum S of its stored scores: the worst one, x, is not needed if S - x reaches the share.
 
 On a CPU every stream has a heap of its stored tokens on the host, O(log capacity) per token. On
-other devices a loop of tensor ops decides all streams together, O(capacity) per token; it launches a
-fixed number of kernels per token and waits for none of them. Both add and subtract the same numbers
-in the same order.
+other devices a loop of tensor ops decides all streams together, O(capacity) per token; it launches
+a fixed number of kernels per token and waits for none of them. Both add and subtract the same
+numbers in the same order.
 """
 
 from __future__ import annotations

@@ -31,17 +31,17 @@ class PromptFraction(Composable):
         evict_at[j] = NEVER if j >= length or j in W, else length
 
     Later tokens are stored for good. `PromptFraction(...) & (FirstTokens(length) | Window(64))`
-    stores them for 64 queries. A sequence shorter than `length` stores everything: its tokens
-    never see position `length`. A token that m others have beaten can no longer be in W, so its
-    lifetime is lowered at once, and the ledger has m slots.
+    stores them for 64 queries. A sequence of at most `length` tokens keeps all of them. A token
+    with m better ones in the prompt can no longer be in W, so its lifetime is set to `length` at
+    once, and the ledger has m slots.
     """
 
     def __init__(self, fraction: float, length: int) -> None:
         """Makes the selector.
 
         Args:
-            fraction: the share of the prompt that is kept, in [0, 1]. It counts as it is written:
-                0.1 of 30 tokens are 3.
+            fraction: the share of the prompt that is kept, in [0, 1]. It is taken as the decimal
+                number that it prints as, so that 0.1 of 30 tokens are exactly 3.
             length: the number of tokens in the prompt, >= 0.
 
         Raises:

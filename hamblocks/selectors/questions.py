@@ -1,4 +1,4 @@
-"""What a selector says of itself: its empty ledger, what it revises, causality, and scores."""
+"""Properties of any selector: its empty ledger, whether it is causal, whether it reads scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start(
 
 
 def revises(selector: Selector) -> bool:
-    """Whether a selector may lower the lifetime of a token that it has seen: its ledger has slots."""
+    """Whether a selector may lower the lifetime of an earlier token: its ledger has slots."""
     ledger = start(selector, 1, 1)
     return ledger is not None and ledger.position.shape[1] > 0
 

@@ -24,10 +24,10 @@ ROUNDING = 1 - 2.0**-40
 
 @final
 class SublinearGrowth(Composable):
-    """Stores k(t) = ceil(scale * (t + 1)**exponent) tokens at time t: O(T^a) of T tokens.
+    """Stores k(t) = ceil(scale * (t + 1)**a) tokens at time t, with `exponent` a in (0, 1).
 
-    A token that comes gets a place. If more than k(t) tokens are stored then, the worst of them
-    leaves: the smallest score, and of equal scores the latest token. So after token t,
+    A new token joins those that are stored. If they are then more than k(t), the worst leaves: the
+    one with the smallest score, and of equal scores the latest. So after token t,
     min(t + 1, k(t)) tokens are stored. With S(t) the tokens stored after token t,
 
         S(t) = the k(t) best of S(t - 1) and t
@@ -35,7 +35,7 @@ class SublinearGrowth(Composable):
 
     A token that left never returns, so S(t) may differ from the k(t) best of all tokens. Of all
     sets with at most k(r) tokens up to every time r <= t, it is the one with the largest scores.
-    From `max_tokens` on k stays as it is, since a ledger has a fixed number of slots.
+    From position `max_tokens - 1` on k is constant, since a ledger has a fixed number of slots.
     """
 
     def __init__(self, exponent: float, scale: float = 1.0, max_tokens: int = 65536) -> None:
@@ -43,7 +43,7 @@ class SublinearGrowth(Composable):
 
         Args:
             exponent: a, in (0, 1).
-            scale: tokens stored after the first one, > 0.
+            scale: factor of the power, > 0.
             max_tokens: the length up to which k grows, >= 1. The ledger has k(max_tokens - 1)
                 slots per sequence and head.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from hamblocks_ops.packing import sequence_of
 
 FAR = 2**32
-"""From one packed sequence to the next: more than the sum of two positions."""
+"""Distance between the keys of consecutive packed sequences; above the sum of two positions."""
 
 
 def time_keys(

@@ -16,7 +16,7 @@ from hamblocks_ops.arguments import wrong
 
 @final
 class TopK(Composable):
-    """Stores the `k` largest scores seen so far, `delay` tokens after they came.
+    """Stores the `k` largest scores of the tokens that came at least `delay` tokens ago.
 
     The smallest leaves when a larger one comes. Of equal scores the earlier token stays. With
     b(j) the first position at which k tokens have beaten token j (a larger score, or an equal one

@@ -1,4 +1,4 @@
-"""What selectors share that decide from what another selector admits."""
+"""The base of selectors that shorten the lifetimes of another selector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Wrapper(Composable):
     """A selector that only shortens the lifetimes of another one, its `inner`."""
 
     monotone = False
-    """A threshold inside that refuses more tokens may leave others their places for longer."""
+    """False: raising a threshold inside `inner` may lengthen the lifetimes of other tokens."""
 
     inner: Selector
 

@@ -1,4 +1,4 @@
-"""torchtitan's checkpoints, of HAM models whose heads are split as well."""
+"""torchtitan's checkpoints of HAM models, also with tensor parallel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hamblocks.titan.model import HAMTitanModel
 class HAMCheckpointManager(CheckpointManager):
     """torchtitan's checkpoint manager, with two differences.
 
-    - It saves and loads by the planners that know a rank's rows of several blocks
+    - It saves and loads weights of which a rank holds several blocks
       (`hamblocks.parallel.planners`). The checkpoint is the same with and without tensor parallel.
     - `last_save_in_hf` writes what `HAMForCausalLM.save_pretrained` writes, configuration included.
     """

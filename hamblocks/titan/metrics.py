@@ -1,4 +1,4 @@
-"""What the layers store, among torchtitan's metrics."""
+"""torchtitan's metrics, with the fraction of tokens and the bytes that every layer stores."""
 
 from __future__ import annotations
 

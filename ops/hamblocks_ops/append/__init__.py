@@ -1,4 +1,4 @@
-"""Changes of a paged cache on a GPU, in few kernels and without reading a value."""
+"""Changes of a paged cache on a GPU, in few kernels and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -78,9 +78,13 @@ def lower(
 
 
 def show(table: Tensor, until: Tensor, evict_at: Tensor, width: int) -> Tensor:
-    """Writes lifetimes `[R, width * page_size]` to the pages of all streams, and returns `evict_at`.
+    """Writes lifetimes to the pages of all streams, and returns `evict_at`.
 
-    Arguments as in `lower`. No page is listed twice.
+    Args:
+        table: as in `lower`; no page may be listed twice.
+        until: int32 `[R, width * page_size]`, the lifetimes.
+        evict_at: int32 `[P + 2, page_size]`, changed in place.
+        width: as in `lower`.
     """
     from hamblocks_ops.append.triton import launch_show
 

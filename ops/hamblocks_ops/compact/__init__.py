@@ -1,4 +1,4 @@
-"""The tokens that are ever stored, side by side: what a cache holds of a sequence."""
+"""Lists of the tokens that are ever stored, without gaps, as attention over stored keys needs."""
 
 from __future__ import annotations
 

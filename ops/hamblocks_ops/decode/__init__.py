@@ -1,7 +1,8 @@
-"""What a layer does to one token beside its projections, the recurrence and attention, in few kernels.
+"""Triton kernels that fuse the small ops of a layer for one decoded token.
 
-Each function has the result of the torch ops of the part that calls it, computed in float32 (float64
-for float64 inputs) and rounded once. They have no gradient. `runs` says where they can be called.
+Projections, recurrence and attention are not among them. Each function computes the same as the
+torch ops of the part that calls it, in float32 (float64 for float64 inputs), rounded once. They
+have no gradient. `runs` says where they can be called.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ __all__ = [
 
 
 DEVICES = {"cuda"}
-"""Types of devices on which parts ask for these kernels. On others they do not even ask."""
+"""Types of devices that have these kernels. On others parts skip the check `runs`."""
 
 
 def runs(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the functions of this module run on x and others, which are of one dtype and device.
+    """Whether the functions of this module run on x and others.
 
-    Not where a gradient is asked for, in a trace, or where torch transforms the function.
+    True for plain tensors of one dtype and device that Triton supports. False where a gradient is
+    needed, under `torch.compile` and in transforms of `torch.func`.
     """
     given = [x, *(one for one in others if one is not None)]
     return (
@@ -53,11 +55,11 @@ def heads(
 
     Args:
         parts: one to three.
-        conv: the convolution of the parts with a `channel`.
-        rotation: the rotary positions of the parts that turn.
+        conv: the convolution of the parts with a `channel`; None: no part has one.
+        rotation: the rotary positions of the parts with `turns`; None: no part has it.
 
     Returns:
-        `[N, 1, H * repeat, D]` of each part, and the next state of the convolution.
+        `[N, 1, H * repeat, D]` of each part, and the next state of the convolution, or None.
     """
     from hamblocks_ops.decode.triton import launch_heads
 
@@ -116,8 +118,8 @@ def compete(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token competes with the k best so far, in one kernel.
 
-    The token with the smallest score of the k + 1 leaves when the new one comes; of equal scores the
-    latest. A score of NaN counts as -inf.
+    Of the k + 1 tokens the one with the smallest score leaves; of equal scores the latest. A score
+    of NaN counts as -inf.
 
     Args:
         score: `[N, 1, H]`, of the new tokens.

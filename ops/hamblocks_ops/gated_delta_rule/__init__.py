@@ -90,9 +90,8 @@ def gated_delta_rule(
     \]
 
     Args:
-        q: `[B, T, H, K]`, any floating dtype. Keys are expected to be of unit length for a stable
-            recurrence.
-        k: `[B, T, H, K]`, same dtype.
+        q: `[B, T, H, K]`, any floating dtype.
+        k: `[B, T, H, K]`, same dtype; of unit length, or the recurrence may be unstable.
         v: `[B, T, HV, V]`, same dtype; HV is a multiple of H (value head h reads q and k of head h
             // (HV // H)).
         beta: `[B, T, HV]`, floating, in [0, 2]: the write strength.
@@ -110,6 +109,10 @@ def gated_delta_rule(
 
     States, g, beta and scores are computed in float32, in float64 for float64 inputs, also under
     autocast.
+
+    Returns:
+        out `[B, T, HV, V]`, final_state `[N, HV, K, V]`, and residual and score or None (see
+        `DeltaRuleOutput`).
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.

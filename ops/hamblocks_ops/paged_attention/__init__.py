@@ -105,12 +105,15 @@ def paged_attention(
         scale: factor of the logits; None: D ** -0.5.
         shared: whether a page may be listed twice. None: it is looked up, which waits for the
             device.
-        memo: what earlier calls with this page table worked out from it, and where this call keeps
-            it (see `PageMemo`); for tensors on a CPU, whose tables no replayed graph changes. None:
-            nothing is kept.
+        memo: keeps what a call computes from the page table, for later calls with the same table
+            (see `PageMemo`). Only for tensors on a CPU: on a GPU a replayed graph may change the
+            table. None: nothing is kept.
         impl: "triton" (a GPU kernel over the listed pages; bfloat16, float16, float32, head sizes
             up to 256), "pages" (reads pages where they lie, any device), "reference" (padded keys,
             dense mask), or "auto".
+
+    Returns:
+        out `[N, T, Hq, D]`, dtype of q, and lse `[N, T, Hq]` (see `AttentionOutput`).
 
     Raises:
         ValueError: a bad argument, or one that requires grad where grad is enabled; the message

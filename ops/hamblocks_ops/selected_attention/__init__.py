@@ -102,8 +102,8 @@ def selected_attention(
           (\text{scale} \cdot q_t^\top k_j + \text{logit\_bias}_j)\, v_j
     \]
 
-    A query that sees nothing reads 0, has lse = -inf and passes no gradient. There is no implicit
-    self-visibility.
+    A query that sees nothing reads 0, has lse = -inf and passes no gradient. A query sees its own
+    token only if `evict_at` says so.
 
     Args:
         q: `[B, Tq, H, D]`, any floating dtype.
@@ -127,6 +127,9 @@ def selected_attention(
             "auto", which takes one of these. "flash": FlashAttention for ragged lengths on a GPU,
             where it is exact: decoding, inference, and queries that are the stored tokens. "flex":
             FlexAttention over all keys, the baseline.
+
+    Returns:
+        out `[B, Tq, H, D]`, dtype of q, and lse `[B, Tq, H]` (see `AttentionOutput`).
 
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what came.
