@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from hamblocks.convolution import ShortConvolution
+from hamblocks.convolution import ShortConvolution, check_options
 from hamblocks.heads import Split, under
 from hamblocks.keys import Keys
 from hamblocks.norm import RMSNorm
@@ -78,6 +78,7 @@ class SelectedAttention(Built):
         conv_size = check_count("conv_size", conv_size, 1)
         if conv_values and conv_size == 1:
             raise wrong("conv_values", "False, or conv_size >= 2", "True with conv_size = 1")
+        check_options(conv_init, None, "conv_")
         rope_scaling = check_scaling(rope_scaling)
         if rope_scaling is not None and rope_theta is None:
             raise wrong("rope_scaling", "None where rope_theta = None", repr(rope_scaling))

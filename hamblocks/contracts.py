@@ -200,6 +200,24 @@ def check_state(state: object, dims: LayerDims, sequences: int) -> None:
             raise wrong("state", f"[Hkv, D] = {wanted}, as the layer", f"{got}")
 
 
+def check_begun(state: HAMState, **later: object) -> None:
+    """Checks that a state with tokens has states of the same parts as the layer.
+
+    Args:
+        state: what a call began with.
+        later: the states of memory and attention after it, by their names in `state`.
+
+    Raises:
+        ValueError: a part has a state now and had none, or the reverse.
+    """
+    if state.cache is None or state.cache.sizes is None:  # before its first token
+        return
+    for name, after in later.items():
+        if (getattr(state, name) is None) != (after is None):
+            expected = "None" if after is None else "a state"
+            raise wrong(f"state.{name}", f"{expected}, as of this layer's {name}", "the other")
+
+
 def check_cache(
     sizes: CacheSizes | None, k: Tensor, score: Tensor, logit_bias: Tensor | None
 ) -> None:

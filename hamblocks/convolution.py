@@ -18,6 +18,18 @@ from hamblocks_ops.arguments import wrong
 from hamblocks_ops.packing import sequence_of
 
 
+def check_options(init: object, activation: object, prefix: str = "") -> None:
+    """Checks how a convolution starts and what follows it; `prefix` stands before their names.
+
+    Raises:
+        ValueError: there is no such initialisation or activation.
+    """
+    if init not in ("uniform", "identity"):
+        raise wrong(f"{prefix}init", '"uniform" or "identity"', repr(init))
+    if activation not in ("silu", None):
+        raise wrong(f"{prefix}activation", '"silu" or None', repr(activation))
+
+
 @final
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time, by default followed by SiLU.
@@ -61,10 +73,7 @@ class ShortConvolution(nn.Module):
                 init.
         """
         super().__init__()
-        if activation not in ("silu", None):
-            raise wrong("activation", '"silu" or None', repr(activation))
-        if init not in ("uniform", "identity"):
-            raise wrong("init", '"uniform" or "identity"', repr(init))
+        check_options(init, activation)
         hidden_size = check_count("hidden_size", hidden_size, 1)
         kernel_size = check_count("kernel_size", kernel_size, 1)
         self.hidden_size, self.kernel_size = hidden_size, kernel_size

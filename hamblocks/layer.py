@@ -397,7 +397,9 @@ class HAMLayer(CallsParts):
             seen = begin + (tokens if cu_seqlens is None else cu_seqlens.diff().to(begin.dtype))
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
         prepared = None if state is None else state.attention
-        q, k, v, prepared = self._prepared(*projected, prepared, *where)
+        q, k, v, after = self._prepared(*projected, prepared, *where)
+        if state is not None:
+            contracts.check_begun(state, memory=memory, attention=after)
         trace = trace._replace(stored_k=k, stored_v=v)
         score, logit_bias = self._scored(x, trace)
         decision = None if self.query_gate is None else self._asked(x, trace)
@@ -416,8 +418,8 @@ class HAMLayer(CallsParts):
         # The only change in place, and the last step: an error above leaves the cache as it was.
         with arguments_are_checked():
             cache = step.extension.commit(step.seen)
-        after = HAMState(step.seen, memory, prepared, step.ledger, cache, state.checkpoints)
-        return LayerOutput(y, after, LayerStats(score, step.evict_at, *where, reads))
+        later = HAMState(step.seen, memory, after, step.ledger, cache, state.checkpoints)
+        return LayerOutput(y, later, LayerStats(score, step.evict_at, *where, reads))
 
     def explain(
         self,

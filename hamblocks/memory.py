@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hamblocks import blocked
 from hamblocks.blocked.norm import Length, normalize
-from hamblocks.convolution import ShortConvolution
+from hamblocks.convolution import ShortConvolution, check_options
 from hamblocks.heads import Split, under
 from hamblocks.own_weights import is_plain
 from hamblocks.protocols import Built, LayerDims, MemoryTrace, check_count
@@ -79,6 +79,7 @@ class _DeltaRuleMemory(Built):
             raise wrong("projections", expected, '"shared"')
         if not expand_v > 0:
             raise wrong("expand_v", "a number > 0", repr(expand_v))
+        check_options(conv_init, conv_activation, "conv_")
         if not 0 <= qk_l2norm_eps < math.inf:
             raise wrong("qk_l2norm_eps", "a number >= 0", repr(qk_l2norm_eps))
         self.conv_size = taps if isinstance(conv_size, Sequence) else taps[0]

@@ -128,7 +128,8 @@ def _shard(
     shard = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
     if param_dtype is not None:
         _shard_in_float32(model, shard)
-    given = {} if param_dtype is None else {"ignored_params": set(_float32_weights(model))}
+    kept = set() if param_dtype is None else set(_float32_weights(model))
+    given = {"ignored_params": kept} if kept else {}  # torch 2.6 does not know the argument
     for module in (*blocks, model):
         shard(module, mp_policy=policy, **given)
 

@@ -69,6 +69,7 @@ CONSTRUCTORS = {
     "offset between positions": ("offset", lambda: hb.PeriodicGate(3, offset=1.5)),
     "wavelengths of 0": ("rope_theta", lambda: hb.SelectedAttention(rope_theta=0)),
     "wavelengths as text": ("rope_theta", lambda: hb.SelectedAttention(rope_theta="10000")),
+    "start of a convolution": ("conv_init", lambda: hb.SelectedAttention(conv_init="zero")),
     "conv": ("conv_size", lambda: hb.DeltaMemory(conv_size=0)),
     "threshold NaN": ("tau", lambda: hb.Threshold(math.nan)),
     "fixed NaN": ("tau", lambda: hb.FixedThreshold(math.nan)),
@@ -131,6 +132,13 @@ def packed(layer, *values, **kwargs):
 
 def state_of(case="delta-relative-topk", size=SIZE):
     return build(case, size)(inputs(size), state=build(case, size).init_state(size.batch)).state
+
+
+def continued(attention, **changed):
+    """A layer with this attention, from a state of one with a convolution, or what is left of it."""
+    layer, x = ham(), torch.randn(2, 3, 8)
+    state = layer.prefill(x).state._replace(**changed)
+    return ham(attention=attention)(x, state=state)
 
 
 def spent(layer, state):
@@ -222,6 +230,18 @@ CALLS = {
     "ledger of another selector": (
         "ledger",
         lambda layer, s: layer(X, state=s._replace(ledger=hb.ErrorMass(0.5, 3).start(2, 2))),
+    ),
+    "no state of attention": (
+        "state.attention",
+        lambda layer, s: continued(hb.SelectedAttention(), attention=None),
+    ),
+    "no state of the memory": (
+        "state.memory",
+        lambda layer, s: layer(X, state=s._replace(memory=None)),
+    ),
+    "a state of attention where none belongs": (
+        "state.attention",
+        lambda layer, s: continued(hb.SelectedAttention(conv_size=1)),
     ),
     "no ledger": ("state", lambda layer, s: layer(X, state=s._replace(ledger=None))),
     "spent state": ("state", lambda layer, s: layer(X, state=spent(layer, s))),
