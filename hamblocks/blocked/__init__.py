@@ -22,14 +22,14 @@ BLOCK = 1 << 17
 def runs(x: Tensor, *more: Tensor) -> bool:
     """Whether a formula of x `[B, T, ...]` and other tensors is computed in blocks.
 
-    True for plain tensors on a CPU, of one floating dtype. False under `torch.compile` and the
-    transforms of `torch.func`, which get plain ops. A single token is faster with plain ops, so
-    callers ask only where T > 1.
+    True for plain tensors on a CPU, all float32 or all float64. False for narrower ones, whose ops
+    round in between, and under `torch.compile` and the transforms of `torch.func`: they get plain
+    ops. A single token is faster with plain ops, so callers ask only where T > 1.
     """
     tensors = x, *more
     return (
         x.device.type == "cpu"
-        and x.is_floating_point()
+        and x.dtype in (torch.float32, torch.float64)
         and all(type(one) in (Tensor, nn.Parameter) for one in tensors)
         and all(one.device == x.device and one.dtype == x.dtype for one in more)
         and not torch.compiler.is_compiling()

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hamblocks.blocked import rows_of, spans_of
-from hamblocks_ops.precision import wide
 from hamblocks_ops.recorded import recorded
 
 
@@ -66,7 +65,7 @@ class _Convolve(torch.autograd.Function):
             return (*recorded(again, given, grad), None)
         taps = weight.mT.contiguous()
         of_x, of_past = torch.empty_like(x), torch.empty_like(past)
-        of_taps = torch.zeros_like(taps, dtype=wide(x))
+        of_taps = torch.zeros_like(taps)
         for rows in rows_of(x):
             later = torch.zeros_like(past[rows])  # gradients of the sums just after a block
             for span in reversed(spans_of(x[rows])):
@@ -78,14 +77,14 @@ class _Convolve(torch.autograd.Function):
                     of_sum = torch.ops.aten.silu_backward(of_sum, y)
                 for back in range(len(taps)):
                     here = inputs[:, back : back + of_sum.shape[1]]
-                    of_taps[back] += (here * of_sum).sum((0, 1), dtype=of_taps.dtype)
+                    of_taps[back] += (here * of_sum).sum((0, 1))
                 both = torch.cat([of_sum, later], 1)
                 _sum(both, taps.flip(0), of_x[rows, span])
                 later = both[:, : past.shape[1]]
             # the gradient of the past, from the sums of the first tokens
             nothing = torch.zeros_like(later)
             _sum(torch.cat([nothing, later], 1)[:, 1:], taps.flip(0)[1:], of_past[rows])
-        return of_x, of_past, of_taps.mT.to(weight.dtype), None
+        return of_x, of_past, of_taps.mT, None
 
 
 def _inputs(x: Tensor, past: Tensor, span: slice) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hamblocks.blocked import rows_of, spans_of
-from hamblocks_ops.precision import wide
 from hamblocks_ops.recorded import recorded
 
 
@@ -48,7 +47,7 @@ def normalize(x: Tensor, weight: Tensor | None, length: Length) -> Tensor:
         length: the length of a vector.
 
     Returns:
-        Shape and dtype as x; computed in float32 at least.
+        The shape of x.
     """
     y: Tensor = _Normalize.apply(x, weight, length)  # type: ignore[no-untyped-call]
     return y
@@ -56,9 +55,8 @@ def normalize(x: Tensor, weight: Tensor | None, length: Length) -> Tensor:
 
 def normalize_at_once(x: Tensor, weight: Tensor | None = None, *, length: Length) -> Tensor:
     """`normalize` in plain ops, of all tokens at once."""
-    y = x.to(wide(x))
-    y = y * length.inverse(y)
-    return (y if weight is None else y * weight).to(x.dtype)
+    y = x * length.inverse(x)
+    return y if weight is None else y * weight
 
 
 class _Normalize(torch.autograd.Function):
@@ -75,9 +73,10 @@ class _Normalize(torch.autograd.Function):
         y = torch.empty_like(x)
         for rows in rows_of(x):
             for span in spans_of(x[rows]):
-                here = x[rows, span].to(wide(x))
-                found = here * length.inverse(here)
-                y[rows, span] = found if weight is None else found.mul_(weight)
+                here, found = x[rows, span], y[rows, span]
+                torch.mul(here, length.inverse(here), out=found)
+                if weight is not None:
+                    found.mul_(weight)
         return y
 
     @staticmethod
@@ -90,19 +89,19 @@ class _Normalize(torch.autograd.Function):
             found = recorded(partial(normalize_at_once, length=length), given, grad)
             return (*found, None, None)[:3]
         of_x = torch.empty_like(x)
-        of_weight = None if weight is None else x.new_zeros(weight.shape, dtype=wide(x))
+        of_weight = None if weight is None else torch.zeros_like(weight)
         for rows in rows_of(x):
             for span in spans_of(x[rows]):
-                here, by = (y[rows, span].to(wide(x)) for y in (x, grad))
+                here, by = x[rows, span], grad[rows, span]
                 inverse = length.inverse(here)
                 products = (here * by).flatten(0, -2)
                 if of_weight is None:
                     along, scaled = products.sum(-1), by
                 else:
                     of_weight += torch.mv(products.mT, inverse.flatten())
-                    along, scaled = torch.mv(products, weight.to(wide(x))), by * weight
+                    along, scaled = torch.mv(products, weight), by * weight
                 curve = along.view_as(inverse) * inverse.square() * -length.share
                 if length.least:
                     curve.masked_fill_(length.of(here) < length.least, 0)
-                of_x[rows, span] = torch.addcmul(scaled, here, curve).mul_(inverse)
-        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None
+                torch.addcmul(scaled, here, curve, out=of_x[rows, span]).mul_(inverse)
+        return of_x, of_weight, None

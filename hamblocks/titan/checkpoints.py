@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,13 @@ class HAMCheckpointManager(CheckpointManager):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
-        """As torchtitan's."""
+        """As torchtitan's.
+
+        Attributes:
+            saves_blocks: told to `HAMTitanModel.Config`, which must not import this file.
+        """
+
+        saves_blocks: ClassVar[bool] = True
 
     @torch.no_grad()
     def dcp_save(

@@ -64,7 +64,8 @@ class HAMTitanModel(BaseModel):
             split = config.parallelism.tensor_parallel_degree > 1
             if not checkpoint.enable:
                 return
-            if (split or checkpoint.last_save_in_hf) and not _is_ours(checkpoint):
+            ours = getattr(checkpoint, "saves_blocks", False)
+            if (split or checkpoint.last_save_in_hf) and not ours:
                 expected = "HAMCheckpointManager.Config with tensor parallel or last_save_in_hf"
                 raise wrong("checkpoint", expected, type(checkpoint).__qualname__)
             if split and checkpoint.async_mode == "async_with_pinned_mem":
@@ -167,13 +168,6 @@ class HAMTitanModel(BaseModel):
         config: Any = self.ham.config
         numbers = 2 * config.num_key_value_heads * config.head_dim
         self.row_nbytes = columns * numbers * output.logits.element_size()
-
-
-def _is_ours(checkpoint: Any) -> bool:
-    """Whether a job saves by `HAMCheckpointManager`."""
-    from hamblocks.titan.checkpoints import HAMCheckpointManager  # it imports this file
-
-    return isinstance(checkpoint, HAMCheckpointManager.Config)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -134,11 +134,11 @@ def state_of(case="delta-relative-topk", size=SIZE):
     return build(case, size)(inputs(size), state=build(case, size).init_state(size.batch)).state
 
 
-def continued(attention, **changed):
+def continued(part, **changed):
     """A layer with this attention, from a state of one with a convolution, or what is left of it."""
     layer, x = ham(), torch.randn(2, 3, 8)
     state = layer.prefill(x).state._replace(**changed)
-    return ham(attention=attention)(x, state=state)
+    return ham(attention=part)(x, state=state)
 
 
 def spent(layer, state):

@@ -94,7 +94,7 @@ def test_messages_name_the_device() -> None:
 def test_a_device_that_is_not_here_is_told() -> None:
     run = CliRunner().invoke(app, ["check", "op", "hamblocks.ops:surprise", "--device", "cuda"])
     assert run.exit_code == 2
-    assert "device: expected one that is here" in " ".join(run.output.split())
+    assert "--device: expected a device that torch can use here" in " ".join(run.output.split())
 
 
 @pytest.mark.slow
