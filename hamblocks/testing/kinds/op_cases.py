@@ -21,7 +21,7 @@ INTERPRETED = ("triton", "fla")
 """Implementations that Triton's interpreter runs."""
 INTERPRETED_MAX_TOKENS = 32
 """Triton's interpreter takes seconds for long fixed cases. There, only the comparison with the
-reference runs them, and the other checks draw half as many cases."""
+reference runs them, in the widest dtype, and the other checks draw half as many cases."""
 
 
 def refusal(part: OpImplementation, case: Any) -> str | None:
@@ -83,18 +83,19 @@ class OpCheck(Check):
         fixed: fields with the same value in all drawn cases.
         by_hand: the fixed cases.
         drawn: whether to draw cases in addition to the fixed ones.
-        all_edges: whether Triton's interpreter runs long fixed cases too.
+        long_in: the dtype in which Triton's interpreter runs long fixed cases too, if it is the
+            widest that the implementation computes in.
     """
 
     fixed: Callable[[Calls], dict[str, Any]] = lambda _op: {}
     by_hand: Callable[[Calls], Sequence[Any]] = lambda op: op.edges
     drawn: bool = True
-    all_edges: bool = False
+    long_in: torch.dtype | None = None
 
     def of(self, part: OpImplementation) -> Check:
         """The check with the cases of one op."""
         op, runs = part.op, computes_in(part)
-        slowly = interpreting() and part.impl in INTERPRETED and not self.all_edges
+        slowly = interpreting() and part.impl in INTERPRETED and self.long_in not in runs[:1]
 
         def cases(_options: Options) -> st.SearchStrategy[Any]:
             fixed = self.fixed(op)

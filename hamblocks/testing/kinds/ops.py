@@ -345,7 +345,7 @@ def _in(dtype: torch.dtype) -> OpCheck:
             else f"it does not compute in {name}"
         ),
         fixed=lambda op: {} if "dtype" not in op.fields else {"dtype": dtype},
-        all_edges=True,
+        long_in=dtype,
         by_hand=lambda op: [
             replace(case, dtype=dtype) if "dtype" in op.fields else case for case in op.edges
         ],
