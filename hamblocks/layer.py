@@ -398,7 +398,9 @@ class HAMLayer(CallsParts):
             return LayerOutput(y, state._replace(position=seen, memory=memory), stats)
         prepared = None if state is None else state.attention
         q, k, v, after = self._prepared(*projected, prepared, *where)
-        if state is not None:
+        if state is not None and (
+            (state.memory is None) != (memory is None) or (prepared is None) != (after is None)
+        ):
             contracts.check_begun(state, memory=memory, attention=after)
         trace = trace._replace(stored_k=k, stored_v=v)
         score, logit_bias = self._scored(x, trace)
