@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hamblocks import blocked
-from hamblocks.blocked.convolution import convolve
+from hamblocks.blocked.convolution import convolve, weighted
 from hamblocks.heads import Split
 from hamblocks.protocols import check_count
 from hamblocks_ops.arguments import wrong
@@ -147,17 +147,17 @@ class ShortConvolution(nn.Module):
         return self._packed(x, state, cu_seqlens)
 
     def _batch(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        past, tokens = self.kernel_size - 1, x.shape[1]
-        if tokens > 1 and past and blocked.runs(x, state, self._taps()):
-            y = convolve(x, state, self._taps(), self.activation == "silu")
+        past, tokens, taps = self.kernel_size - 1, x.shape[1], self._taps()
+        if tokens > 1 and past and blocked.runs(x, state, taps):
+            y = convolve(x, state, taps, self.activates)
             return y, torch.cat([state, x[:, -past:]], 1)[:, -past:]
         # every sequence's past, then its tokens: token t stands at index past + t
         inputs = torch.cat([state, x], 1)
         if tokens == 1:  # decoding: the inputs are exactly those of the taps, in order
-            y = (inputs * self._taps().mT).sum(1, keepdim=True)
-            return self._activated(y), inputs[:, tokens:]
+            y = (inputs * taps.mT).sum(1, keepdim=True)
+            return F.silu(y) if self.activates else y, inputs[:, tokens:]
         delayed = [inputs[:, past - delay : past - delay + tokens] for delay in range(past + 1)]
-        return self._weighted(delayed), inputs[:, tokens:]
+        return weighted(delayed, taps, self.activates), inputs[:, tokens:]
 
     def _packed(self, x: Tensor, state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         past, sequences = self.kernel_size - 1, cu_seqlens.shape[0] - 1
@@ -177,19 +177,14 @@ class ShortConvolution(nn.Module):
         # the next state: the last inputs before each sequence's end, its old past included
         every = torch.arange(sequences, device=x.device)[:, None]
         last = borders.diff()[:, None] + torch.arange(-past, 0, device=x.device)
-        return self._weighted(delayed)[None], inputs[index(every.expand_as(last), last)]
+        y = weighted(delayed, self._taps(), self.activates)
+        return y[None], inputs[index(every.expand_as(last), last)]
 
-    def _weighted(self, delayed: list[Tensor]) -> Tensor:
-        """Activation of the sum over taps; `delayed[n]` is x as it was n tokens ago."""
-        weight = self._taps()
-        y = weight[:, -1] * delayed[0]
-        for delay in range(1, self.kernel_size):
-            y = torch.addcmul(y, weight[:, self.kernel_size - 1 - delay], delayed[delay])
-        return self._activated(y)
+    @property
+    def activates(self) -> bool:
+        """Whether SiLU follows."""
+        return self.activation == "silu"
 
     def _taps(self) -> Tensor:
         """Weights `[hidden_size, kernel_size]`, 0 for taps that a channel does not have."""
         return self.weight if self.used is None else self.weight * self.used
-
-    def _activated(self, y: Tensor) -> Tensor:
-        return y if self.activation is None else F.silu(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,15 @@ def convolve_at_once(x: Tensor, past: Tensor, weight: Tensor, activates: bool) -
     """`convolve` in plain ops, of all tokens at once."""
     known, tokens = past.shape[1], x.shape[1]
     inputs = torch.cat([past, x], 1)
-    y = inputs[:, known:] * weight[:, -1]
-    for delay in range(1, known + 1):
-        y = torch.addcmul(y, inputs[:, known - delay :][:, :tokens], weight[:, -1 - delay])
+    delayed = [inputs[:, known - delay : known - delay + tokens] for delay in range(known + 1)]
+    return weighted(delayed, weight, activates)
+
+
+def weighted(delayed: Sequence[Tensor], weight: Tensor, activates: bool) -> Tensor:
+    """The sum over taps, and SiLU of it; `delayed[n]` is x as it was n tokens ago."""
+    y = weight[:, -1] * delayed[0]
+    for delay in range(1, len(delayed)):
+        y = torch.addcmul(y, weight[:, -1 - delay], delayed[delay])
     return F.silu(y) if activates else y
 
 

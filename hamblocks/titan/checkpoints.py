@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
@@ -113,14 +114,9 @@ class HAMCheckpointManager(CheckpointManager):
 
 def gathered(model: HAMTitanModel) -> HAMForCausalLM | None:
     """The whole model on the CPU of the first rank, None on the others. Every rank calls this."""
-    first = dist.get_rank() == 0
-    state = {}
-    for name, x in model.ham.state_dict().items():
-        # one weight at a time: a device need not hold the whole model
-        whole = x.full_tensor() if hasattr(x, "full_tensor") else x
-        if first:
-            state[name] = whole.cpu()
-    if not first:
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model.ham, options=options)
+    if dist.get_rank():
         return None
     with torch.device("meta"):
         made = HAMForCausalLM(model.ham.config)

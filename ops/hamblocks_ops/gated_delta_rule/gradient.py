@@ -55,7 +55,7 @@ class Chunked(torch.autograd.Function):
         """Arguments and results of `chunked`."""
         kept: list[Tensor] = []
         given = q, k, v, beta, g, initial_state
-        results = _run(*given, scale=scale, cu_seqlens=cu_seqlens, kept=kept)
+        results = chunked(*given, scale=scale, cu_seqlens=cu_seqlens, kept=kept)
         ctx.save_for_backward(*given, cu_seqlens, *kept)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
@@ -67,22 +67,9 @@ class Chunked(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
         *given, cu_seqlens = saved[:7]
         if torch.is_grad_enabled():  # create_graph=True: torch differentiates what it records
-            again = partial(_run, scale=ctx.scale, cu_seqlens=cu_seqlens)
+            again = partial(chunked, scale=ctx.scale, cu_seqlens=cu_seqlens)
             return (*recorded(again, given, grads), None, None)
         return (*gradient(given, grads, ctx.scale, cu_seqlens, saved[7:]), None, None)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    **more: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked`, with the tensors that are differentiated first."""
-    return chunked(q, k, v, beta=beta, g=g, initial_state=initial_state, **more)
 
 
 def gradient(
@@ -115,7 +102,7 @@ def gradient(
         )
     if kept is None:
         made: list[Tensor] = []
-        _run(*given, scale=scale, cu_seqlens=cu_seqlens, kept=made)
+        chunked(*given, scale=scale, cu_seqlens=cu_seqlens, kept=made)
         kept = made
     layout = Layout.of(v, cu_seqlens)
     decays = layout.decays(g)
